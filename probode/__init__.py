@@ -1,0 +1,45 @@
+"""Probabilistic ODE solvers in JAX: solutions of differential equations that say how sure they are."""
+
+from importlib.metadata import PackageNotFoundError as _NotInstalled
+from importlib.metadata import version as _version
+
+from .adaptive import AdaptiveState as AdaptiveState
+from .calibration import AbstractCalibration as AbstractCalibration
+from .calibration import DynamicCalibration as DynamicCalibration
+from .calibration import NoCalibration as NoCalibration
+from .constraints import TS0 as TS0
+from .constraints import TS1 as TS1
+from .constraints import AbstractConstraint as AbstractConstraint
+from .controllers import AbstractController as AbstractController
+from .controllers import IntegralController as IntegralController
+from .controllers import PIController as PIController
+from .errors import AbstractErrorEstimate as AbstractErrorEstimate
+from .errors import ResidualError as ResidualError
+from .factorisations import AbstractFactorisation as AbstractFactorisation
+from .factorisations import BlockDiagonal as BlockDiagonal
+from .factorisations import Dense as Dense
+from .factorisations import Isotropic as Isotropic
+from .gaussians import Normal as Normal
+from .initialisation import AbstractInitialisation as AbstractInitialisation
+from .initialisation import InitialState as InitialState
+from .initialisation import TaylorMode as TaylorMode
+from .ivp import solve_ivp as solve_ivp
+from .loops import AbstractLoop as AbstractLoop
+from .loops import BoundedLoop as BoundedLoop
+from .loops import CheckpointedLoop as CheckpointedLoop
+from .loops import ForwardLoop as ForwardLoop
+from .priors import IWP as IWP
+from .priors import AbstractPrior as AbstractPrior
+from .problems import ODE as ODE
+from .solution import Result as Result
+from .solution import SaveAt as SaveAt
+from .solution import Solution as Solution
+from .solver import Solver as Solver
+from .strategies import AbstractStrategy as AbstractStrategy
+from .strategies import Filter as Filter
+
+
+try:
+    __version__ = _version("probode")
+except _NotInstalled:  # imported from a plain checkout
+    __version__ = "0.0.0+checkout"

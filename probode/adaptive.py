@@ -1,0 +1,276 @@
+"""The adaptive loop: one flat loop whose iterations attempt a step or serve a save time.
+
+The controller decides on values without derivatives; an accepted attempt gets its derivative back, so that gradients are
+those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from .controllers import AbstractController
+from .errors import AbstractErrorEstimate
+from .factorisations import Layout
+from .gaussians import Normal
+from .loops import AbstractLoop
+from .solution import Result
+from .steps import State, Step, accept, attempt, round_off
+
+
+class Control(eqx.Module):
+    """The parts of a solver that choose the steps."""
+
+    error: AbstractErrorEstimate
+    controller: AbstractController
+    loop: AbstractLoop
+
+
+class AdaptiveState(eqx.Module):
+    """A running adaptive solve: the solver's state, the next step's length, and the controller's memory."""
+
+    current: State
+    dt: Float[Array, ""]
+    controller: Any
+    num_steps: Int[Array, ""]
+    num_accepted_steps: Int[Array, ""]
+    result: Result
+
+    @property
+    def t(self) -> Float[Array, ""]:
+        """The time reached."""
+        return self.current.t
+
+
+class Row(eqx.Module):
+    """What is kept of one time: or, stacked, of many."""
+
+    t: Float[Array, "..."]
+    distribution: Normal
+    output_scale: Float[Array, "..."]
+
+
+class _Carry(eqx.Module):
+    solve: AdaptiveState
+    left: Row | None  # where the current step started, for the times inside it
+    served: Int[Array, ""]
+    saved: Row | None
+
+
+def first_step(
+    control: Control, state: State, span: Float[Array, ""]
+) -> Float[Array, ""]:
+    """A first step from the derivatives at hand: Hairer, Norsett, Wanner (1993), II.4, with the exact ``u''``."""
+    layout = state.layout
+    u = layout.unpack(lax.stop_gradient(state.distribution.mean))
+    controller = control.controller
+    scale = controller.atol.astype(u.dtype) + controller.rtol.astype(u.dtype) * jnp.abs(u[0])
+    scale = jnp.where(scale > 0, scale, jnp.max(scale) + jnp.finfo(u.dtype).tiny)
+    sizes = jax.vmap(lambda x: control.error.norm(x / scale))(u[:3])
+    d0, d1, d2 = sizes[0], sizes[1], jnp.max(sizes[2:], initial=0)
+    span = jnp.abs(lax.stop_gradient(span))
+    power = 1 / (layout.num_derivatives + 1)
+    small = jnp.where((d0 > 0) & (d1 > 0), d0 / jnp.where(d1 > 0, d1, 1), 0.1 * span)
+    steepest = jnp.maximum(d1, d2)
+    by_slope = jnp.where(steepest > 0, (0.01 / jnp.where(steepest > 0, steepest, 1)) ** power, span)
+    dt = jnp.minimum(jnp.minimum(small, by_slope), span)
+    return jnp.where(jnp.isfinite(dt) & (dt > 0), dt, 1e-3 * span)
+
+
+def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
+    """A solve before its first attempt."""
+    zero = jnp.zeros((), jnp.int32)
+    finite = jnp.all(jnp.isfinite(state.distribution.mean)) & jnp.all(jnp.isfinite(state.distribution.factor))
+    result = Result.where(finite, Result.successful, Result.nonfinite)
+    return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result)
+
+
+def run(
+    parts: Step,
+    control: Control,
+    solve: AdaptiveState,
+    t1: Float[Array, ""],
+    args: PyTree,
+    *,
+    ts: Float[Array, " times"] | None = None,
+    steps: bool = False,
+) -> tuple[AdaptiveState, Row | None]:
+    """Solve to ``t1``; also the rows at the times ``ts`` or after every accepted step (``max_steps`` of them)."""
+    start, layout = solve.current, solve.current.layout
+    direction = jnp.where(t1 >= start.t, 1, -1).astype(t1.dtype)
+    max_steps = control.loop.max_steps
+
+    # Traced once; what the user's functions close over becomes an input that can be differentiated.
+    attempting = eqx.filter_closure_convert(
+        lambda distribution, t, dt: attempt(parts, distribution, t, dt, layout, args), start.distribution, t1, t1
+    )
+
+    def running(solve):
+        unfinished = (t1 - solve.t) * direction > 0
+        return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
+
+    def try_step(solve):
+        active = running(solve)
+        now = solve.current
+        t, dt, clipped, floor = next_time(control.controller, now.t, solve.dt, t1, direction, start.t)
+        dt = jnp.where(active, dt, direction)
+
+        attempted = _detach(attempting(_detach(now.distribution), _detach(t), _detach(dt)))
+        norm = error_norm(control, layout, _detach(now), _detach(dt), attempted)
+        length = jnp.abs(_detach(dt))
+        good, proposed, memory = control.controller.propose(length, norm, layout.num_derivatives + 1, solve.controller)
+        finite = jnp.isfinite(norm)
+        good = good & finite & active
+
+        def accepted(now):
+            # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
+            inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, direction * floor))
+            values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
+            return accept(parts, now, t, _with_derivative(values, attempting, inputs))
+
+        current = lax.cond(good, accepted, lambda now: now, now)
+        # A step cut short by t1 or stop_at says little about the next one.
+        proposed = jnp.where(good & clipped, jnp.maximum(proposed, solve.dt), proposed)
+        proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))
+        stuck = active & ~good & (length <= floor)
+        failure = Result.where(finite, Result.step_size_too_small, Result.nonfinite)
+        return AdaptiveState(
+            current,
+            proposed,
+            jax.tree.map(lambda new, old: jnp.where(active, new, old), lax.stop_gradient(memory), solve.controller),
+            solve.num_steps + 1,
+            solve.num_accepted_steps + good,
+            Result.where(stuck, failure, solve.result),
+        )
+
+    def row_between(solve, left, t):
+        # At the right end of the step the state itself, inside it a prediction from the left.
+        right = solve.current
+        at_end = t == right.t
+        transition = parts.prior.transition(jnp.where(at_end, direction, t - left.t), layout)
+        inside = parts.strategy.interpolate(left.distribution, transition, right.output_scale)
+        distribution = jax.tree.map(lambda a, b: jnp.where(at_end, a, b), right.distribution, inside)
+        return Row(t, distribution, right.output_scale)
+
+    def pending(carry):
+        if ts is None:
+            return jnp.zeros((), bool)
+        next_ts = ts[jnp.minimum(carry.served, ts.size - 1)]
+        return (carry.served < ts.size) & (next_ts * direction <= carry.solve.t * direction)
+
+    def body(carry):
+        solve, left, served, saved = carry.solve, carry.left, carry.served, carry.saved
+        if ts is None:
+            new = try_step(solve)
+            if steps:
+                saved = _write(saved, served, _row(new.current), new.num_accepted_steps > solve.num_accepted_steps)
+                served = new.num_accepted_steps
+            return _Carry(new, left, served, saved)
+
+        serving = pending(carry)
+
+        def serve(solve, left):
+            return solve, left, row_between(solve, left, ts[jnp.minimum(served, ts.size - 1)])
+
+        def step(solve, left):
+            new = try_step(solve)
+            moved = new.num_accepted_steps > solve.num_accepted_steps
+            left = jax.tree.map(lambda a, b: jnp.where(moved, a, b), _row(solve.current), left)
+            return new, left, jax.tree.map(jnp.zeros_like, left)
+
+        solve, left, row = lax.cond(serving, serve, step, solve, left)
+        return _Carry(solve, left, served + serving, _write(saved, served, row, serving))
+
+    times = ts.size if ts is not None else max_steps if steps else 0
+    saved = jax.tree.map(lambda x: jnp.full((times, *x.shape), jnp.nan, x.dtype), _row(start)) if times else None
+    carry = _Carry(solve, _row(start) if ts is not None else None, jnp.zeros((), jnp.int32), saved)
+    final = control.loop.run(
+        lambda carry: pending(carry) | running(carry.solve),
+        body,
+        carry,
+        buffers=lambda carry: carry.saved,
+        extra=0 if ts is None else ts.size,
+    )
+    solve, saved = final.solve, final.saved
+    unfinished = ((t1 - solve.t) * direction > 0) & (solve.result == Result.successful)
+    result = Result.where(unfinished, Result.max_steps_reached, solve.result)
+    solve = eqx.tree_at(lambda s: s.result, solve, result)
+    if steps:
+        last, reached = _row(solve.current), jnp.arange(times) < solve.num_accepted_steps
+        saved = jax.tree.map(lambda rows, x: jnp.where(_column(reached, rows), rows, x), saved, last)
+    return solve, saved
+
+
+def next_time(
+    controller: AbstractController, t: Array, dt: Array, t1: Array, direction: Array, t0: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Where the next attempt goes: its time and signed length, whether it was cut to hit a time, the shortest length.
+
+    The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off.
+    """
+    noise = jnp.maximum(round_off(t), round_off(t1 - t0) * 1e-3)
+    ahead = t1
+    if controller.stop_at is not None:
+        stops = controller.stop_at.astype(t.dtype)
+        distance = (stops - t) * direction
+        usable = (distance > noise) & ((t1 - stops) * direction > noise)
+        nearest = stops[jnp.argmin(jnp.where(usable, distance, jnp.inf))]
+        ahead = jnp.where(jnp.any(usable), nearest, t1)
+    room = (ahead - t) * direction
+    clipped = dt >= room - noise
+    new_t = jnp.where(clipped, ahead, t + direction * dt)
+    signed = jnp.where(clipped, ahead - t, direction * dt)
+    floor = noise if controller.dt_min is None else jnp.maximum(noise, controller.dt_min.astype(t.dtype))
+    return new_t, signed, clipped, lax.stop_gradient(floor)
+
+
+def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Any) -> Float[Array, ""]:
+    """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
+    before, after = (layout.unpack(x.mean)[0] for x in (now.distribution, attempted.predicted))
+    error = control.error.estimate(dt, attempted.equation, attempted.innovation, layout)
+    controller = control.controller
+    size = jnp.maximum(jnp.abs(before), jnp.abs(after))
+    weight = controller.atol.astype(size.dtype) + controller.rtol.astype(size.dtype) * size
+    # Without an absolute tolerance a component that is zero, and stays zero, has no error.
+    scaled = jnp.where(error == 0, 0, error / weight)
+    norm = control.error.norm(scaled)
+    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.predicted.mean))
+    return jnp.where(finite, norm, jnp.inf)
+
+
+@eqx.filter_custom_jvp
+def _with_derivative(values, fn, inputs):
+    """``values``, known to be ``fn(*inputs)``, with the derivative of ``fn``: nothing is computed twice forwards."""
+    return values
+
+
+@_with_derivative.def_jvp
+def _(primals, tangents):
+    values, fn, inputs = primals
+    _, t_fn, t_inputs = tangents
+    _, tangent = eqx.filter_jvp(lambda fn, inputs: fn(*inputs), (fn, inputs), (t_fn, t_inputs))
+    return values, tangent
+
+
+def _detach(tree):
+    return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+def _row(state: State) -> Row:
+    return Row(state.t, state.distribution, state.output_scale)
+
+
+def _write(rows, index, row, pred):
+    # The row comes first: its structure stops the map at the loop's buffers, which are PyTrees themselves.
+    return jax.tree.map(lambda x, xs: xs.at[index].set(x, pred=pred), row, rows)
+
+
+def _column(flags, like):
+    return flags.reshape(flags.shape + (1,) * (like.ndim - 1))
+
+
+def _dt_max(controller, dtype):
+    return jnp.inf if controller.dt_max is None else controller.dt_max.astype(dtype)

@@ -1,0 +1,47 @@
+"""Checks of what a user passes in: errors in words, before anything runs where the values are known.
+
+Values that are known raise at once; traced ones become a run-time error through ``eqx.error_if``.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+
+def is_traced(*xs: Any) -> bool:
+    """Whether any array in the trees is a tracer, whose value nobody knows yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(xs))
+
+
+def as_float(x: Any, name: str) -> Array | np.ndarray:
+    """A real number or array as floating point, on the host where its value is known; says which part is wrong."""
+    try:
+        x = jnp.asarray(x) if is_traced(x) else np.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or an array, got {x!r}.") from None
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x.astype(float)
+    raise TypeError(f"{name} must be real, got {x!r}.")
+
+
+def as_scalar(x: Any, name: str) -> Array | np.ndarray:
+    """As ``as_float``, for one number."""
+    x = as_float(x, name)
+    if x.ndim != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {x.shape}.")
+    return x
+
+
+def require(x, condition, message: str):
+    """``x``, and a ``ValueError(message)`` unless ``condition`` holds (a run-time error where it is traced)."""
+    if is_traced(condition):
+        return eqx.error_if(x, jnp.logical_not(jnp.all(condition)), message)
+    if not np.all(condition):
+        raise ValueError(message)
+    return x

@@ -1,0 +1,74 @@
+"""The state at ``t0``: derivatives of the solution, and how sure we are of them.
+
+``TaylorMode`` differentiates the equation itself (jets), so that the initial state is exact.
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .factorisations import Layout
+from .gaussians import Normal
+from .jets import taylor_derivatives
+from .problems import ODE, flat_field
+
+
+class InitialState(eqx.Module):
+    """A Gaussian over ``(u, u', ..., u^(nu))``, plain derivatives; differentiable, accepted wherever ``u0`` is.
+
+    ``mean``: a tuple of ``nu + 1`` PyTrees like ``u``. ``factor``: the right square root of the covariance in the
+    layout of the solver's factorisation, ``(*batch, dim, dim)``.
+    """
+
+    mean: tuple[PyTree, ...]
+    factor: Float[Array, "*batch dim dim"]
+
+
+class AbstractInitialisation(eqx.Module):
+    """How the state at ``t0`` is found from the initial value."""
+
+    @abstractmethod
+    def initialise(
+        self, ode: ODE, t0: Float[Array, ""], u0: Float[Array, "order d"], layout: Layout, args: PyTree
+    ) -> Normal:
+        """The state at ``t0`` in the layout, from the stack ``u0`` of known derivatives ``(u, ..., u^(k-1))``."""
+
+
+class TaylorMode(AbstractInitialisation):
+    """Exact derivatives of the solution at ``t0`` by Taylor-mode differentiation; the covariance is zero.
+
+    Kraemer & Hennig (2020), "Stable implementation of probabilistic ODE solvers". Fields with operations that have no
+    jet rule are differentiated by nested forward mode, up to order 8; beyond that a ``ValueError`` says which.
+    """
+
+    def initialise(self, ode, t0, u0, layout, args):
+        derivatives = taylor_derivatives(flat_field(ode, layout, args), t0, u0, layout.num_derivatives)
+        return Normal(layout.pack(derivatives), jnp.zeros_like(layout.lift(_eye(layout), 1.0)))
+
+
+def pushed_forward(
+    initialisation: AbstractInitialisation,
+    ode: ODE,
+    t0: Float[Array, ""],
+    u0: Normal,
+    layout: Layout,
+    args: PyTree,
+) -> Normal:
+    """The state at ``t0`` for an uncertain initial value: the initialisation's map, linearised at the mean.
+
+    ``u0.mean`` is the stack ``(1, d)``; ``u0.factor`` a square root ``(d, d)`` or standard deviations ``(d,)``.
+    """
+    state = initialisation.initialise(ode, t0, u0.mean, layout, args)
+    jacobian = jax.jacfwd(lambda u: layout.unpack(initialisation.initialise(ode, t0, u, layout, args).mean))(u0.mean)
+    columns = [layout.project(block) for block in jacobian[:, :, 0, :]]
+    spread = jnp.swapaxes(jnp.concatenate(columns, axis=-2), -1, -2)
+    root = layout.factorisation.root(u0.factor) @ spread
+    pad = [(0, 0)] * (root.ndim - 2) + [(0, root.shape[-1] - root.shape[-2]), (0, 0)]
+    return Normal(state.mean, jnp.pad(root, pad))
+
+
+def _eye(layout):
+    return jnp.eye(layout.num_derivatives + 1, dtype=layout.dtype)

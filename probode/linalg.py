@@ -1,0 +1,144 @@
+"""Triangularisation, substitution and small products: the only place that knows about QR and its derivative.
+
+A covariance is held by any right square root ``F`` with ``cov = F^T F``; reducing ``F`` to an upper triangle is all that
+filtering needs. The elimination below is smooth where a pivot vanishes, so plain differentiation of it is exact.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+# Above this many columns LAPACK's blocked QR wins over the column-by-column elimination (measured, see benchmarks).
+_LAPACK_COLUMNS = 90
+# Up to this many columns the elimination is written out: faster, and the code stays small.
+_UNROLLED_COLUMNS = 8
+# Products of at most this many multiplications are written as a fused sum instead of a call into a matrix library.
+_SMALL_PRODUCT = 2**14
+
+
+def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Square root whose derivative at zero is zero instead of infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def safe_divide(x: Array, y: Array) -> Array:
+    """``x / y``, and zero where ``y`` is zero: a singular direction carries no information."""
+    nonzero = y != 0
+    return jnp.where(nonzero, x / jnp.where(nonzero, y, 1), 0)
+
+
+def product(a: Float[Array, "i j"], x: Float[Array, "j *rest"]) -> Float[Array, "i *rest"]:
+    """``a @ x`` over the leading axis of ``x``."""
+    if a.shape[0] * x.size <= _SMALL_PRODUCT:
+        a = jnp.reshape(a, a.shape + (1,) * (x.ndim - 1))
+        return jnp.sum(a * x, axis=1)
+    return jnp.tensordot(a, x, axes=1)
+
+
+def kron_apply(a: Float[Array, "p p"], x: Float[Array, "dim cols"]) -> Float[Array, "dim cols"]:
+    """``kron(a, I) @ x`` with the identity that makes the sizes fit; with ``p = dim`` this is ``a @ x``."""
+    blocks = jnp.reshape(x, (a.shape[0], x.shape[0] // a.shape[0], x.shape[1]))
+    return jnp.reshape(product(a, blocks), x.shape)
+
+
+def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -> Float[Array, "rows dim"]:
+    """``factor @ kron(a, I)^T``: the right square root after a linear map."""
+    rows, dim = factor.shape
+    blocks = jnp.reshape(factor, (rows, a.shape[0], dim // a.shape[0]))
+    if blocks.size * a.shape[0] <= _SMALL_PRODUCT:
+        out = jnp.sum(a[None, :, :, None] * blocks[:, None, :, :], axis=2)
+    else:
+        out = jnp.einsum("ij,rjb->rib", a, blocks)
+    return jnp.reshape(out, (rows, dim))
+
+
+def triangularise(
+    upper: Float[Array, "dim dim"], dense: Float[Array, "rows dim"]
+) -> Float[Array, "dim dim"]:
+    """Upper-triangular ``R`` with ``R^T R = upper^T upper + dense^T dense``.
+
+    ``upper`` is upper triangular (its rows may vanish), ``dense`` anything. Columns are eliminated one by one with a
+    reflection that maps ``(s, b)`` to ``(r, 0)``, ``s = |upper_jj|``, ``r = sqrt(s^2 + b.b)``; it needs no choice of
+    sign, hence no branch. Where ``r = 0`` the column holds nothing and is passed over with zero derivative.
+    """
+    dim = upper.shape[0]
+    sign = jnp.where(jnp.diagonal(upper) < 0, -1, 1).astype(upper.dtype)
+    upper = upper * sign[:, None]
+    if jnp.finfo(upper.dtype).bits < 64:
+        # Squares of entries below 1e-19 underflow in float32; scaling columns commutes with the elimination.
+        size = jnp.maximum(jnp.max(jnp.abs(upper), axis=0), jnp.max(jnp.abs(dense), axis=0, initial=0))
+        size = lax.stop_gradient(jnp.where((size > 0) & jnp.isfinite(size), size, 1))
+        return _triangularise(upper / size, dense / size) * size
+    return _triangularise(upper, dense)
+
+
+def _triangularise(upper, dense):
+    dim = upper.shape[0]
+    if dim > _LAPACK_COLUMNS:
+        return _lapack(upper, dense)
+    if dim <= _UNROLLED_COLUMNS or dim % 2:
+        step, xs, unroll = _eliminate_one, (jnp.arange(dim), upper), dim <= _UNROLLED_COLUMNS
+    else:
+        pairs = jnp.reshape(upper, (dim // 2, 2, dim))
+        step, xs, unroll = _eliminate_two, (jnp.arange(0, dim, 2), pairs), False
+    _, rows = lax.scan(step, dense, xs, unroll=unroll)
+    return jnp.triu(jnp.reshape(rows, (dim, dim)))
+
+
+def _reflect(t, b, s, u):
+    """Row ``j`` of ``R`` and the row ``g`` in ``B <- B - b g^T``, from ``u = b^T B``, ``t`` the row of ``T``."""
+    r = safe_sqrt(s**2 + jnp.sum(b**2))
+    row = safe_divide(s * t + u, r)
+    return row, safe_divide(t + row, s + r)
+
+
+def _eliminate_one(dense, x):
+    j, t = x
+    b = dense[:, j]
+    row, g = _reflect(t, b, t[j], b @ dense)
+    return dense - b[:, None] * g, row
+
+
+def _eliminate_two(dense, x):
+    # Two columns per pass over `dense`: the second gemv acts on the matrix that the first column would leave.
+    j, (t1, t2) = x
+    b1 = dense[:, j]
+    row1, g1 = _reflect(t1, b1, t1[j], b1 @ dense)
+    b2 = dense[:, j + 1] - b1 * g1[j + 1]
+    row2, g2 = _reflect(t2, b2, t2[j + 1], b2 @ dense - (b1 @ b2) * g1)
+    return dense - b1[:, None] * g1 - b2[:, None] * g2, jnp.stack([row1, row2])
+
+
+def _lapack(upper, dense):
+    stack = jnp.concatenate([upper, dense])
+    # JAX's QR derivative needs full column rank; a column of zeros (exact initial value, zero noise) has none.
+    empty = jnp.all(stack == 0, axis=0)
+    pad = jnp.where(jnp.diag(empty), 1, upper)
+    r = jnp.linalg.qr(jnp.concatenate([pad, dense]), mode="r")
+    return jnp.where(jnp.diag(empty), 0, r)
+
+
+def substitute(
+    upper: Float[Array, "m dim"], z: Float[Array, "m cols"]
+) -> tuple[Float[Array, "m cols"], Float[Array, "dim_minus_m cols"]]:
+    """Whiten ``z`` with the leading triangle of ``upper = [U | V]``: returns ``w = U^-T z`` and ``V^T w``.
+
+    With ``U^T U`` the covariance of an innovation and ``U^T V`` its cross-covariance with a state, ``V^T w`` is gain
+    times innovation: the gain itself is never formed. Directions with a zero pivot contribute nothing.
+    """
+    m, dim = upper.shape
+    if m > _LAPACK_COLUMNS:
+        w = jax.scipy.linalg.solve_triangular(upper[:, :m], z, trans="T")
+        return w, upper[:, m:].T @ w
+
+    def step(x, j_row):
+        j, row = j_row
+        w = safe_divide(x[j], row[j])
+        return x - row[:, None] * w, w
+
+    x = jnp.concatenate([z, jnp.zeros((dim - m, z.shape[1]), z.dtype)])
+    x, w = lax.scan(step, x, (jnp.arange(m), upper), unroll=m <= _UNROLLED_COLUMNS)
+    return w, -x[m:]

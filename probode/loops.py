@@ -1,0 +1,85 @@
+"""Loops: how the steps of an adaptive solve are repeated, which decides what can be differentiated.
+
+All are ``equinox.internal.while_loop``; bounded differentiates both ways, checkpointed in reverse, lax forward.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+
+
+class AbstractLoop(eqx.Module):
+    """Repeats a body while a condition holds. ``max_steps`` counts attempted steps, rejected ones included."""
+
+    max_steps: eqx.AbstractVar[int]
+
+    @abstractmethod
+    def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable, extra: int) -> Any:
+        """The final carry after at most ``max_steps + extra`` iterations; ``buffers(carry)`` names the arrays that
+        are written once per entry."""
+
+
+class BoundedLoop(AbstractLoop):
+    """Differentiable forwards and backwards, to any order; the default.
+
+    Raises ``ValueError`` unless ``max_steps`` is a positive integer.
+    """
+
+    max_steps: int = eqx.field(static=True, default=4096)
+
+    def __check_init__(self):
+        _check_positive("BoundedLoop", "max_steps", self.max_steps)
+
+    def run(self, cond, body, init, *, buffers, extra):
+        return eqxi.while_loop(cond, body, init, max_steps=self.max_steps + extra, buffers=buffers, kind="bounded")
+
+
+class CheckpointedLoop(AbstractLoop):
+    """Reverse mode only, with memory for ``checkpoints`` states (about ``sqrt(2 max_steps)`` by default); no overhead
+    when nothing is differentiated. For long solves. Raises ``ValueError`` for numbers that are not positive integers.
+    """
+
+    max_steps: int = eqx.field(static=True, default=4096)
+    checkpoints: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        _check_positive("CheckpointedLoop", "max_steps", self.max_steps)
+        if self.checkpoints is not None:
+            _check_positive("CheckpointedLoop", "checkpoints", self.checkpoints)
+
+    def run(self, cond, body, init, *, buffers, extra):
+        return eqxi.while_loop(
+            cond,
+            body,
+            init,
+            max_steps=self.max_steps + extra,
+            buffers=buffers,
+            kind="checkpointed",
+            checkpoints=self.checkpoints,
+        )
+
+
+class ForwardLoop(AbstractLoop):
+    """A plain ``jax.lax.while_loop``: forward mode only. Raises ``ValueError`` unless ``max_steps`` is a positive
+    integer; reverse-mode differentiation through it is a ``RuntimeError``."""
+
+    max_steps: int = eqx.field(static=True, default=4096)
+
+    def __check_init__(self):
+        _check_positive("ForwardLoop", "max_steps", self.max_steps)
+
+    def run(self, cond, body, init, *, buffers, extra):
+        final = eqxi.while_loop(cond, body, init, max_steps=self.max_steps + extra, buffers=buffers, kind="lax")
+        message = (
+            "ForwardLoop() cannot be differentiated in reverse mode (jax.grad, jax.vjp). "
+            "Use Solver(..., loop=BoundedLoop()) or CheckpointedLoop()."
+        )
+        return eqxi.nondifferentiable_backward(final, msg=message, symbolic=True)
+
+
+def _check_positive(part, name, value):
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{part}({name}) must be a positive integer, got {value!r}.")

@@ -1,0 +1,85 @@
+"""Gauss-Markov priors on ``(u, u', ..., u^(nu))``: what time alone does to a state.
+
+A prior turns a time step into a linear-Gaussian transition. Formulas for the integrated Wiener process: Kersting,
+Sullivan, Hennig (2020), appendix A; the constants are computed once in exact arithmetic.
+"""
+
+import functools as ft
+import math
+from abc import abstractmethod
+from fractions import Fraction
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, Real
+
+from .checks import as_float
+from .factorisations import Layout
+from .gaussians import Conditional, Normal
+
+
+class AbstractPrior(eqx.Module):
+    """A Gauss-Markov process on ``u`` and its first ``num_derivatives`` derivatives."""
+
+    num_derivatives: eqx.AbstractVar[int]
+
+    @abstractmethod
+    def transition(self, dt: Real[Array, ""], layout: Layout) -> Conditional:
+        """``x(t + dt) | x(t)``; ``dt`` may be negative, the noise's factor is upper triangular."""
+
+
+class IWP(AbstractPrior):
+    """The ``num_derivatives`` times integrated Wiener process: ``u^(nu)`` is a Wiener process times ``output_scale``.
+
+    ``output_scale`` is a scalar or, where the factorisation allows it, a PyTree like ``u``, in units of
+    ``u^(nu) / sqrt(time)``. Raises ``ValueError`` unless ``num_derivatives`` is a positive integer.
+    """
+
+    num_derivatives: int = eqx.field(static=True)
+    output_scale: PyTree[Float[Array, "..."]]
+
+    def __init__(self, num_derivatives: int, *, output_scale: PyTree = 1.0):
+        if not isinstance(num_derivatives, int) or isinstance(num_derivatives, bool) or num_derivatives < 1:
+            raise ValueError(f"IWP(num_derivatives) must be an integer >= 1, got {num_derivatives!r}.")
+        self.num_derivatives = num_derivatives
+        self.output_scale = jax.tree.map(lambda x: jnp.asarray(as_float(x, "IWP(output_scale)")), output_scale)
+
+    def transition(self, dt, layout):
+        pascal, root = _iwp_constants(self.num_derivatives)
+        n = self.num_derivatives + 1
+        dt = jnp.asarray(dt, layout.dtype)
+        powers = [jnp.ones_like(dt)]
+        for _ in range(n - 1):
+            powers.append(powers[-1] * dt)
+        # A_ij = dt^(j-i) / (j-i)!, and Q = T Qbar T with T_i = sqrt|dt| dt^(nu-i) / (nu-i)!.
+        ascending = jnp.stack(powers)
+        shift = np.clip(np.arange(n)[None, :] - np.arange(n)[:, None], 0, None)
+        matrix = jnp.asarray(pascal, layout.dtype) * ascending[shift]
+        noise = jnp.asarray(root, layout.dtype) * (ascending[::-1] * jnp.sqrt(jnp.abs(dt)))
+        mean = layout.pack(jnp.zeros((n, layout.size), layout.dtype))
+        return Conditional(layout.broadcast(matrix), Normal(mean, layout.lift(noise, self.output_scale)))
+
+
+@ft.lru_cache
+def _iwp_constants(nu: int) -> tuple[np.ndarray, np.ndarray]:
+    """``1 / (j-i)!`` above the diagonal, and the upper Cholesky factor of ``Qbar`` with columns over ``(nu-j)!``.
+
+    ``Qbar_ij = 1 / (2 nu + 1 - i - j)`` is as ill-conditioned as a Hilbert matrix: an ``L D L^T`` in fractions keeps
+    every digit, where floating point loses most of them by ``nu = 11``.
+    """
+    n = nu + 1
+    pascal = np.array([[1 / math.factorial(j - i) if j >= i else 0.0 for j in range(n)] for i in range(n)])
+    q = [[Fraction(1, 2 * nu + 1 - i - j) for j in range(n)] for i in range(n)]
+    root = np.zeros((n, n))
+    for i in range(n):
+        pivot = q[i][i]
+        for j in range(i, n):
+            # sqrt(pivot) * L_ji = sign * sqrt(q_ij^2 / pivot), rounded once
+            ratio = q[i][j] ** 2 / pivot / Fraction(math.factorial(nu - j)) ** 2
+            root[i, j] = math.copysign(math.sqrt(ratio), q[i][j])
+        for a in range(i + 1, n):
+            for b in range(i + 1, n):
+                q[a][b] -= q[i][a] * q[i][b] / pivot
+    return pascal, root

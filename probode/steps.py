@@ -1,0 +1,120 @@
+"""One step of a solver: predict, linearise, compare with the noise of the step; then, if it is good enough, condition.
+
+The equations are those of the square-root Kalman filter on the state ``x = (u, u', ..., u^(nu))`` with the noise-free
+observation ``z(t, x) = 0`` (Tronarp et al. 2019; Kraemer & Hennig 2020).
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .calibration import AbstractCalibration
+from .constraints import AbstractConstraint
+from .factorisations import Layout
+from .gaussians import Conditional, Innovation, Linearisation, Normal, condition, innovate, push
+from .priors import AbstractPrior
+from .solution import Moments, moments
+from .strategies import AbstractStrategy
+
+
+class State(eqx.Module):
+    """A solver between two steps: the time, the Gaussian over ``(u, ..., u^(nu))``, and what the parts remember."""
+
+    t: Float[Array, ""]
+    distribution: Normal
+    output_scale: Float[Array, "*batch"]
+    statistics: Any
+    memory: Any
+    layout: Layout
+
+    @property
+    def mean(self) -> PyTree:
+        """Mean of ``u``."""
+        return self.derivative(0).mean
+
+    @property
+    def std(self) -> PyTree:
+        """Standard deviation of ``u``."""
+        return self.derivative(0).std
+
+    def derivative(self, k: int) -> Moments:
+        """Mean and standard deviation of ``u^(k)``."""
+        return moments(self.layout, self.distribution, k)
+
+
+class Step(eqx.Module):
+    """The parts of a solver that make a step."""
+
+    prior: AbstractPrior
+    constraint: AbstractConstraint
+    strategy: AbstractStrategy
+    calibration: AbstractCalibration
+
+
+class Attempt(eqx.Module):
+    """What is known of a step before its covariance: enough to estimate the error and to reject."""
+
+    transition: Conditional
+    predicted: Normal
+    equation: Linearisation
+    innovation: Innovation
+
+
+def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout) -> State:
+    """The state of a solver before its first step."""
+    shape = layout.batch_shape
+    statistics = parts.calibration.init(shape, layout.dtype)
+    memory = parts.strategy.init(distribution)
+    return State(t, distribution, jnp.ones(shape, layout.dtype), statistics, memory, layout)
+
+
+def attempt(
+    parts: Step, distribution: Normal, t: Float[Array, ""], dt: Float[Array, ""], layout: Layout, args: PyTree
+) -> Attempt:
+    """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation."""
+    transition = parts.prior.transition(dt, layout)
+    predicted = push(distribution, transition)
+    equation = parts.constraint.linearise(t, predicted, layout, args)
+    innovation = innovate(equation, transition.noise.factor)
+    return Attempt(transition, predicted, equation, innovation)
+
+
+def accept(parts: Step, state: State, t: Float[Array, ""], attempted: Attempt) -> State:
+    """Condition the prediction on the equation: the state at ``t``."""
+    transition, predicted, equation = attempted.transition, attempted.predicted, attempted.equation
+    scale = parts.calibration.scale(attempted.innovation)
+    posterior, whitened = condition(predicted, transition.noise.factor, scale, equation)
+    statistics = parts.calibration.update(state.statistics, whitened, _informative(equation, predicted))
+    memory = parts.strategy.extend(state.memory, state.distribution, transition, scale)
+    return State(t, posterior, scale, statistics, memory, state.layout)
+
+
+def _informative(equation, predicted):
+    # A residual at the round-off of its own terms says nothing about the scale.
+    m = equation.residual.shape[-2]
+    terms = predicted.mean[..., equation.block * m : (equation.block + 1) * m, :]
+    floor = 100 * jnp.finfo(terms.dtype).eps * jnp.max(jnp.abs(terms))
+    return jnp.max(jnp.abs(equation.residual)) > floor
+
+
+def round_off(t: Float[Array, ""]) -> Float[Array, ""]:
+    """The length below which a step at ``t`` is noise: 100 units of round-off."""
+    return 100 * jnp.finfo(t.dtype).eps * jnp.abs(t)
+
+
+def unconditional(parts: Step, state: State, t: Float[Array, ""], args: PyTree) -> State:
+    """One step to the time ``t`` without error control; shorter than round-off it only predicts."""
+    dt = t - state.t
+    shortest = round_off(jnp.maximum(jnp.abs(t), jnp.abs(state.t)))
+    short = jnp.abs(dt) <= shortest
+    # A zero step must not reach the derivative of sqrt|dt|: the step that is thrown away has some length.
+    attempted = attempt(
+        parts, state.distribution, t, jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt), state.layout, args
+    )
+    stepped = accept(parts, state, t, attempted)
+    drifted = push(state.distribution, parts.prior.transition(dt, state.layout))
+    waited = State(t, drifted, state.output_scale, state.statistics, state.memory, state.layout)
+    return jax.tree.map(lambda a, b: jnp.where(short, a, b), waited, stepped)
