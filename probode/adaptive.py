@@ -60,9 +60,7 @@ class _Carry(eqx.Module):
     saved: Row | None
 
 
-def first_step(
-    control: Control, state: State, span: Float[Array, ""]
-) -> Float[Array, ""]:
+def first_step(control: Control, state: State, span: Float[Array, ""]) -> Float[Array, ""]:
     """A first step from the derivatives at hand: Hairer, Norsett, Wanner (1993), II.4, with the exact ``u''``."""
     layout = state.layout
     u = layout.unpack(lax.stop_gradient(state.distribution.mean))

@@ -55,7 +55,16 @@ class IntegralController(AbstractController):
     stop_at: Float[Array, " times"] | None
 
     def __init__(
-        self, rtol=1e-3, atol=1e-6, *, safety=0.95, factor_min=0.2, factor_max=10.0, dt_min=None, dt_max=None, stop_at=None
+        self,
+        rtol=1e-3,
+        atol=1e-6,
+        *,
+        safety=0.95,
+        factor_min=0.2,
+        factor_max=10.0,
+        dt_min=None,
+        dt_max=None,
+        stop_at=None,
     ):
         fields = _checked(rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at)
         self.rtol, self.atol, self.safety, self.factor_min, self.factor_max = fields[:5]

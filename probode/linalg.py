@@ -55,9 +55,7 @@ def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -
     return jnp.reshape(out, (rows, dim))
 
 
-def triangularise(
-    upper: Float[Array, "dim dim"], dense: Float[Array, "rows dim"]
-) -> Float[Array, "dim dim"]:
+def triangularise(upper: Float[Array, "dim dim"], dense: Float[Array, "rows dim"]) -> Float[Array, "dim dim"]:
     """Upper-triangular ``R`` with ``R^T R = upper^T upper + dense^T dense``.
 
     ``upper`` is upper triangular (its rows may vanish), ``dense`` anything. Columns are eliminated one by one with a

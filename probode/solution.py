@@ -50,7 +50,9 @@ class SaveAt(eqx.Module):
         if ts is None and not (t0 or t1 or steps or dense):
             raise ValueError("SaveAt() keeps nothing: set t0, t1, ts, steps or dense.")
         if dense:
-            raise ValueError("SaveAt(dense=True) needs a strategy with dense output, which Filter() does not offer yet.")
+            raise ValueError(
+                "SaveAt(dense=True) needs a strategy with dense output, which Filter() does not offer yet."
+            )
         if ts is not None:
             ts = as_float(ts, "SaveAt(ts)")
             if ts.ndim != 1 or ts.size == 0:

@@ -1,0 +1,54 @@
+"""Problems and finite differences that several tests share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import probode as po
+
+
+FACTORISATIONS = (po.Dense(), po.BlockDiagonal(), po.Isotropic())
+CONSTRAINTS = (po.TS0, po.TS1)
+
+
+def logistic(t, u, args):
+    return 0.5 * u * (1 - u)
+
+
+def lotka_volterra(t, u, args):
+    a, b, c, d = (0.5, 0.05, 0.5, 0.05) if args is None else args
+    return jnp.stack([a * u[0] - b * u[0] * u[1], -c * u[1] + d * u[0] * u[1]])
+
+
+def pendulum(t, u, du, args):
+    return -jnp.sin(u) + 0.1 * jnp.cos(t)
+
+
+def name(part):
+    return type(part).__name__ if not isinstance(part, type) else part.__name__
+
+
+def relative(x, reference):
+    """Largest deviation relative to the largest entry of the reference."""
+    x, reference = np.asarray(x), np.asarray(reference)
+    return np.max(np.abs(x - reference)) / np.max(np.abs(reference))
+
+
+def central_differences(fn, x, step=1e-5):
+    """Jacobian of a vector function of a vector by fourth-order central differences, columns along the last axis."""
+    columns = []
+    for i in range(x.size):
+        e = np.zeros(x.size)
+        e[i] = step * max(1.0, abs(float(x[i])))
+        values = [np.asarray(fn(x + k * e)) for k in (-2, -1, 1, 2)]
+        columns.append((values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * e[i]))
+    return np.stack(columns, axis=-1)
+
+
+def covariance(factor):
+    """``factor^T factor`` over any leading axes."""
+    return jnp.swapaxes(factor, -1, -2) @ factor
+
+
+def block_until_ready(tree):
+    return jax.block_until_ready(tree)
