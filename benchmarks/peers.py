@@ -1,0 +1,286 @@
+"""One function per solver package: `(problem, rtol, atol)` to a callable that solves and waits for the result.
+
+Each is given its fastest ways of use: everything inside one `jax.jit`, exact Jacobians, no history, no gradients.
+Tolerances are inputs of the compiled programs, so that a configuration compiles once per problem.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .problems import Problem
+
+
+MAX_STEPS = 2**17
+
+
+class Outcome(NamedTuple):
+    """The state at `t1`, attempted and accepted steps (`None` where a package does not tell)."""
+
+    u: Any
+    steps: Any = None
+    accepted_steps: Any = None
+
+
+def probode(
+    problem: Problem,
+    rtol: float,
+    atol: float,
+    *,
+    method: str = "EK1",
+    num_derivatives: int = 5,
+    error: str = "residual",
+    control: str = "integral",
+    loop: str = "bounded",
+) -> Callable[[], Outcome]:
+    """EK0 (isotropic) or EK1 (dense) on an integrated Wiener process."""
+    solve = _probode_program(problem, method, num_derivatives, error, control, loop)
+    return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
+
+
+@functools.cache
+def _probode_program(problem, method, num_derivatives, error, control, loop):
+    import probode
+
+    ode = probode.ODE(problem.vector_field)
+    constraint = {"EK0": probode.TS0, "EK1": probode.TS1}[method](ode)
+    factorisation = {"EK0": probode.Isotropic, "EK1": probode.Dense}[method]()
+    controller = {"integral": probode.IntegralController, "pi": probode.PIController}[control]
+    loops = {"forward": probode.ForwardLoop, "bounded": probode.BoundedLoop, "checkpointed": probode.CheckpointedLoop}
+
+    @jax.jit
+    def solve(u0, args, rtol, atol):
+        solver = probode.Solver(
+            prior=probode.IWP(num_derivatives),
+            constraint=constraint,
+            factorisation=factorisation,
+            error=getattr(probode, _PROBODE_ERRORS[error])(),
+            controller=controller(rtol=rtol, atol=atol),
+            loop=loops[loop](max_steps=MAX_STEPS),
+        )
+        solution = solver.solve(u0, problem.t0, problem.t1, args=args, throw=False)
+        return Outcome(solution.mean[-1], solution.stats["num_steps"], solution.stats["num_accepted_steps"])
+
+    return solve
+
+
+_PROBODE_ERRORS = {"residual": "ResidualError", "state": "StateError"}
+
+
+def probdiffeq(
+    problem: Problem,
+    rtol: float,
+    atol: float,
+    *,
+    method: str = "TS1",
+    num_derivatives: int = 5,
+    calibration: str = "dynamic",
+    error: str = "residual",
+    control: str = "integral",
+) -> Callable[[], Outcome]:
+    """TS0 (isotropic) or TS1 (dense, exact Jacobian) as a filter for terminal values."""
+    solve = _probdiffeq_program(problem, method, num_derivatives, calibration, error, control)
+    return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
+
+
+@functools.cache
+def _probdiffeq_program(problem, method, num_derivatives, calibration, error, control):
+    from probdiffeq import ivpsolve
+    from probdiffeq import probdiffeq as parts
+
+    calibrations = {"dynamic": parts.solver_dynamic, "mle": parts.solver_mle}
+    errors = {"residual": parts.error_residual_std, "state": parts.error_state_std}
+    controls = {"integral": ivpsolve.control_integral, "pi": ivpsolve.control_proportional_integral}
+
+    @jax.jit
+    def solve(u0, args, rtol, atol):
+        # the default Jacobian is a Monte Carlo estimate; this one is exact
+        exact = parts.jacobian_materialize()
+        ode = parts.ode(lambda u, *, t: problem.vector_field(t, u, args), jacobian=exact)
+        coefficients, _ = parts.jetexpand_ode_padded_scan(num=num_derivatives)(ode, (u0,), t=problem.t0)
+        if method == "TS0":
+            model = parts.state_space_model_isotropic()
+            constraint = model.constraint_ode_ts0(ode)
+        else:
+            model = parts.state_space_model_dense()
+            constraint = model.constraint_ode_ts1(ode)
+        run = ivpsolve.solve_adaptive_terminal_values(
+            solver=calibrations[calibration](strategy=parts.strategy_filter(), constraint=constraint),
+            error=errors[error](constraint=constraint),
+            control=controls[control](),
+        )
+        rate = num_derivatives + 1
+        dt0 = ivpsolve.dt0_adaptive(ode, (u0,), problem.t0, error_contraction_rate=rate, rtol=rtol, atol=atol)
+        prior = model.prior_wiener_integrated(coefficients)
+        solution = run(prior, t0=problem.t0, t1=problem.t1, rtol=rtol, atol=atol, dt0=dt0)
+        return Outcome(solution.u.mean[0], None, solution.num_steps)
+
+    return solve
+
+
+def diffrax(
+    problem: Problem, rtol: float, atol: float, *, method: str = "Tsit5", pi: bool = False
+) -> Callable[[], Outcome]:
+    """A Runge-Kutta method by its class name; `pi` turns on proportional-integral control."""
+    solve = _diffrax_program(problem, method, pi)
+    return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
+
+
+@functools.cache
+def _diffrax_program(problem, method, pi):
+    import diffrax
+
+    gains = {"pcoeff": 0.3, "icoeff": 0.4} if pi else {}
+
+    @jax.jit
+    def solve(u0, args, rtol, atol):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(problem.vector_field),
+            getattr(diffrax, method)(),
+            t0=problem.t0,
+            t1=problem.t1,
+            dt0=None,
+            y0=u0,
+            args=args,
+            stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, **gains),
+            adjoint=diffrax.ForwardMode(),
+            max_steps=MAX_STEPS,
+            throw=False,
+        )
+        return Outcome(solution.ys[-1], solution.stats["num_steps"], solution.stats["num_accepted_steps"])
+
+    return solve
+
+
+def scipy(problem: Problem, rtol: float, atol: float, *, method: str = "LSODA") -> Callable[[], Outcome]:
+    """A method of `scipy.integrate.solve_ivp`; it pays for one call into JAX per evaluation of the vector field."""
+    from scipy.integrate import solve_ivp
+
+    field, jacobian = _scipy_functions(problem)
+    options = {"jac": jacobian} if method in ("LSODA", "Radau", "BDF") else {}
+
+    def solve():
+        span = problem.t0, problem.t1
+        solution = solve_ivp(field, span, problem.u0, method=method, rtol=rtol, atol=atol, **options)
+        u = solution.y[:, -1] if solution.success else np.full_like(problem.u0, np.nan)
+        return Outcome(u, None, solution.t.size - 1)
+
+    return solve
+
+
+@functools.cache
+def _scipy_functions(problem):
+    field = jax.jit(lambda t, u: problem.vector_field(t, u, problem.args))
+    jacobian = jax.jit(jax.jacfwd(field, argnums=1))
+    return lambda t, u: np.asarray(field(t, u)), lambda t, u: np.asarray(jacobian(t, u))
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One way to use a package.
+
+    `stiff`: for stiff problems only (`True`), for the others only (`False`), for both (`None`). `dense`: the cost grows
+    with the cube of the dimension, which is worth it for small or stiff problems.
+    """
+
+    family: str
+    label: str
+    build: Callable[[Problem, float, float], Callable[[], Outcome]]
+    stiff: bool | None = None
+    dense: bool = False
+
+    def suits(self, problem: Problem) -> bool:
+        """Whether the method is meant for problems like this one."""
+        affordable = not self.dense or problem.stiff or problem.dim <= 8
+        return affordable and (self.stiff is None or self.stiff == problem.stiff)
+
+
+FAMILIES = ("probode", "probdiffeq", "diffrax", "scipy")
+
+
+def configurations(quick: bool = False) -> list[Configuration]:
+    """What to run: the configurations of every family, or the leading ones (`quick`)."""
+    every = [*_probode_configurations(), *_probdiffeq_configurations(), *_others()]
+    return [configuration for configuration, leading in every if leading or not quick]
+
+
+def _probode_configurations():
+    # method, number of derivatives, error estimate, control, leading
+    table = [
+        ("EK0", 4, "residual", "integral", False),
+        ("EK0", 5, "residual", "integral", True),
+        ("EK0", 5, "residual", "pi", False),
+        ("EK0", 5, "state", "integral", False),
+        ("EK1", 4, "residual", "integral", False),
+        ("EK1", 5, "residual", "integral", True),
+        ("EK1", 5, "residual", "pi", True),
+        ("EK1", 5, "state", "pi", True),
+        ("EK1", 7, "residual", "pi", False),
+        ("EK1", 7, "state", "pi", False),
+    ]
+    for method, n, error, control, leading in table:
+        build = functools.partial(probode, method=method, num_derivatives=n, error=error, control=control)
+        label = f"{method}({n}) {error} {control}"
+        if available("probode") and _PROBODE_ERRORS[error] in dir(importlib.import_module("probode")):
+            yield Configuration("probode", label, build, *_purpose(method)), leading
+
+
+def _probdiffeq_configurations():
+    # method, number of derivatives, calibration, error estimate, control, leading
+    table = [
+        ("TS0", 4, "mle", "residual", "integral", False),
+        ("TS0", 5, "mle", "residual", "integral", False),
+        ("TS0", 5, "mle", "residual", "pi", True),
+        ("TS0", 5, "dynamic", "residual", "integral", False),
+        ("TS1", 5, "dynamic", "residual", "integral", False),
+        ("TS1", 5, "dynamic", "residual", "pi", True),
+        ("TS1", 5, "dynamic", "state", "pi", False),
+        ("TS1", 6, "dynamic", "state", "pi", True),
+        ("TS1", 7, "dynamic", "residual", "pi", False),
+        ("TS1", 7, "dynamic", "state", "pi", True),
+        ("TS1", 8, "mle", "state", "pi", False),
+    ]
+    for method, n, calibration, error, control, leading in table:
+        options = {"method": method, "num_derivatives": n, "calibration": calibration, "error": error}
+        build = functools.partial(probdiffeq, control=control, **options)
+        label = f"{method}({n}) {calibration} {error} {control}"
+        yield Configuration("probdiffeq", label, build, *_purpose(method)), leading
+
+
+def _others():
+    for method, pi, stiff, leading in [
+        ("Tsit5", False, False, True),
+        ("Dopri8", False, False, True),
+        ("Kvaerno5", False, True, True),
+        ("Kvaerno5", True, True, False),
+    ]:
+        label = method + (" pi" if pi else "")
+        yield Configuration("diffrax", label, functools.partial(diffrax, method=method, pi=pi), stiff), leading
+    for method, stiff, leading in [("DOP853", False, False), ("LSODA", None, True), ("Radau", True, False)]:
+        yield Configuration("scipy", method, functools.partial(scipy, method=method), stiff), leading
+
+
+def _purpose(method):
+    return (False, False) if method in ("EK0", "TS0") else (None, True)
+
+
+def available(family: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(family) is not None
+
+
+def version(package: str) -> str:
+    """The installed version of a package; empty where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return getattr(importlib.import_module(package), "__version__", "") if available(package) else ""

@@ -1,0 +1,160 @@
+"""Work and precision: how long every configuration takes to reach an error.
+
+All configurations are compiled first, then timed in turns, so that a busy moment of the machine hits all of them.
+The result is a CSV file per problem, a table, and the fastest configuration of each family at a target error.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+
+import jax
+
+from . import peers
+from .problems import PROBLEMS, Problem
+
+
+TOLERANCES = tuple(10.0 ** (-k / 2) for k in range(6, 21))
+QUICK_TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+SMALL_LOOPS_FLAG = "xla_cpu_small_while_loop_byte_threshold"
+COLUMNS = ["problem", "family", "configuration", "rtol", "atol", "error", "compile_seconds", "run_seconds_min"]
+COLUMNS += ["run_seconds_median", "repeats", "steps", "accepted_steps", "jax", "probode", "probdiffeq", "diffrax"]
+COLUMNS += ["scipy", "small_loops", "device"]
+
+
+def run(
+    names: Sequence[str],
+    output: str | pathlib.Path,
+    *,
+    quick: bool = False,
+    target: float = 1e-7,
+    repeats: int = 20,
+    seconds: float = 0.5,
+    patience: float = 2.0,
+) -> None:
+    """Measure the named problems, write `output/work_precision_NAME.csv`, print the tables.
+
+    `target`: the error at which families are compared. A row takes at most `repeats` runs, or three where they last
+    more than `seconds`; a configuration stops at the first tolerance that takes longer than `patience` seconds.
+    """
+    jax.config.update("jax_enable_x64", True)
+    present = [family for family in peers.FAMILIES if peers.available(family)]
+    for family in peers.FAMILIES:
+        if family not in present:
+            print(f"{family} is not installed: skipped.")
+    chosen = [c for c in peers.configurations(quick) if c.family in present]
+    tolerances = QUICK_TOLERANCES if quick else TOLERANCES
+    output = pathlib.Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        rows = measure(PROBLEMS[name], chosen, tolerances, repeats=repeats, seconds=seconds, patience=patience)
+        file = output / f"work_precision_{name}{'_small_loops' if small_loops() else ''}.csv"
+        with file.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        print(table(rows))
+        print(ratios(rows, target))
+        print(f"written: {file}\n", flush=True)
+
+
+def measure(
+    problem: Problem,
+    chosen: Sequence[peers.Configuration],
+    tolerances: Sequence[float],
+    *,
+    repeats: int = 20,
+    seconds: float = 0.5,
+    patience: float = 2.0,
+) -> list[dict]:
+    """One row of `COLUMNS` for every suitable configuration and relative tolerance, loose ones first.
+
+    `atol` is a thousandth of `rtol`; `repeats`, `seconds` and `patience` are explained at `run`.
+    """
+    versions = {package: peers.version(package) for package in ("jax", *peers.FAMILIES)}
+    shared = {**versions, "small_loops": small_loops(), "device": jax.devices()[0].device_kind}
+    rows, solves = [], []
+    for configuration in chosen:
+        if not configuration.suits(problem):
+            continue
+        first = None
+        for rtol in tolerances:
+            atol = 1e-3 * rtol
+            solve = configuration.build(problem, rtol, atol)
+            elapsed, outcome = _timed(solve)
+            if first is None:
+                # one program serves all tolerances: what the first call took beyond a run was compilation
+                again, outcome = _timed(solve)
+                first, elapsed = max(elapsed - again, 0.0), again
+            row = {"problem": problem.name, "family": configuration.family, "configuration": configuration.label}
+            row |= {"rtol": rtol, "atol": atol, "error": problem.error(outcome.u), "compile_seconds": first}
+            row |= {"steps": _count(outcome.steps), "accepted_steps": _count(outcome.accepted_steps), **shared}
+            rows.append(row)
+            solves.append(solve)
+            if elapsed > patience:
+                break
+    times = [[] for _ in solves]
+    for _ in range(repeats):
+        for solve, taken in zip(solves, times, strict=True):
+            if len(taken) < 3 or sum(taken) < seconds:
+                taken.append(_timed(solve)[0])
+    for row, taken in zip(rows, times, strict=True):
+        row |= {"run_seconds_min": min(taken), "run_seconds_median": statistics.median(taken), "repeats": len(taken)}
+    return rows
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as text, one line each."""
+    lines = [f"{'family':<11}{'configuration':<33}{'rtol':>9}{'error':>10}{'ms':>10}{'median':>10}"]
+    lines[0] += f"{'compile s':>11}{'steps':>9}{'accepted':>10}"
+    for row in rows:
+        line = f"{row['family']:<11}{row['configuration']:<33}{row['rtol']:>9.1e}{row['error']:>10.1e}"
+        line += f"{1e3 * row['run_seconds_min']:>10.3f}{1e3 * row['run_seconds_median']:>10.3f}"
+        lines.append(line + f"{row['compile_seconds']:>11.2f}{row['steps']:>9}{row['accepted_steps']:>10}")
+    return "\n".join([f"{rows[0]['problem']} ({_environment(rows[0])})", *lines]) if rows else ""
+
+
+def ratios(rows: Sequence[dict], target: float) -> str:
+    """Per family, the fastest configuration with an error of at most `target` and its time relative to probode's."""
+    best = {}
+    for row in rows:
+        fastest = best.get(row["family"])
+        if row["error"] <= target and (fastest is None or row["run_seconds_min"] < fastest["run_seconds_min"]):
+            best[row["family"]] = row
+    lines = [f"fastest with an error of at most {target:.0e}:"]
+    for family in peers.FAMILIES:
+        if family not in best:
+            lines.append(f"  {family:<11}none")
+            continue
+        row = best[family]
+        line = f"  {family:<11}{row['configuration']:<33} rtol {row['rtol']:.1e}  error {row['error']:.1e}"
+        line += f"  {1e3 * row['run_seconds_min']:9.3f} ms  compile {row['compile_seconds']:.2f} s"
+        if "probode" in best:
+            line += f"  {row['run_seconds_min'] / best['probode']['run_seconds_min']:8.2f} x probode"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def small_loops() -> bool:
+    """Whether XLA was told to compile larger loops into one native function."""
+    return SMALL_LOOPS_FLAG in os.environ.get("XLA_FLAGS", "")
+
+
+def _timed(solve):
+    start = time.perf_counter()
+    outcome = solve()
+    return time.perf_counter() - start, outcome
+
+
+def _count(steps):
+    return "" if steps is None else int(steps)
+
+
+def _environment(row):
+    versions = [f"{package} {row[package]}" for package in ("jax", *peers.FAMILIES) if row[package]]
+    return ", ".join([*versions, f"small loops {'on' if row['small_loops'] else 'off'}", row["device"]])

@@ -1,0 +1,51 @@
+"""Sessions: ``nox -s lint tests tests_nohook tests_float32 examples benchmarks``."""
+
+import nox
+
+
+nox.options.sessions = ["lint", "tests", "tests_nohook", "tests_float32", "examples"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+@nox.session
+def lint(session):
+    """Style and formatting."""
+    session.install("ruff>=0.14,<1")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def tests(session):
+    """The test suite, with jaxtyping's import hook and beartype checking every annotation."""
+    session.install("-e", ".[test,examples]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def tests_nohook(session):
+    """The test suite as users run the package: without run-time type checks."""
+    session.install("-e", ".[test,examples]")
+    session.run("pytest", "-o", "addopts=", *session.posargs)
+
+
+@nox.session
+def tests_float32(session):
+    """JAX's default precision: the tests written for it, with double precision switched off."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/test_float32.py", *session.posargs, env={"PROBODE_TEST_FLOAT32": "1"})
+
+
+@nox.session
+def examples(session):
+    """Every example runs."""
+    session.install("-e", ".[examples]")
+    for name in ("quickstart", "reverse_mode"):
+        session.run("python", f"examples/{name}.py")
+
+
+@nox.session
+def benchmarks(session):
+    """The quick benchmark against the peers."""
+    session.install("-e", ".[bench]")
+    session.run("python", "-m", "benchmarks", *(session.posargs or ["--quick"]))

@@ -1,0 +1,115 @@
+"""The shape of the package: classes abstract or final, imports one way, every public name documented."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import subprocess
+import sys
+import textwrap
+
+import equinox as eqx
+import jax.numpy as jnp
+import pytest
+from jaxtyping import TypeCheckError
+
+import probode
+from probode.linalg import triangularise
+
+
+PACKAGE = pathlib.Path(probode.__file__).parent
+MODULES = [importlib.import_module(f"probode.{m.name}") for m in pkgutil.iter_modules([str(PACKAGE)])]
+CLASSES = sorted(
+    {
+        value
+        for module in MODULES
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, eqx.Module) and value.__module__.startswith("probode.")
+    },
+    key=lambda cls: cls.__name__,
+)
+
+
+def abstract(cls):
+    return bool(inspect.isabstract(cls) or cls.__abstractvars__ or cls.__abstractclassvars__)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_module_is_abstract_or_final(cls):
+    assert cls.__name__.lstrip("_").startswith("Abstract") == abstract(cls)
+    if abstract(cls):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert "__init__" not in [node.name for node in definition.body if isinstance(node, ast.FunctionDef)]
+        own_fields = set(vars(cls).get("__annotations__", {})) - set(cls.__abstractvars__)
+        assert not own_fields, "an abstract class declares variables, it has no fields"
+    else:
+        children = [c for c in CLASSES if cls in c.__mro__[1:]]
+        assert not children, "a class that can be instantiated is final"
+        overridden = {
+            name
+            for base in cls.__mro__[1:]
+            if base in CLASSES
+            for name, value in vars(base).items()
+            if inspect.isfunction(value)
+            and not name.startswith("__")
+            and not getattr(value, "__isabstractmethod__", False)
+            and name in vars(cls)
+        }
+        assert not overridden, "only abstract methods are overridden"
+
+
+def test_the_walk_found_the_classes():
+    assert len(CLASSES) > 25
+    assert probode.Solver in CLASSES and probode.AbstractPrior in CLASSES
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    return {node.module.split(".")[0] if node.module else alias.name for node in relative for alias in node.names}
+
+
+def test_imports_run_one_way():
+    graph = {path.stem: imports(path) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    assert "gaussians" in graph["solver"]
+    done = []
+    while graph:
+        free = sorted(name for name, needs in graph.items() if not needs & set(graph))
+        assert free, f"circle among {sorted(graph)}"
+        done += free
+        for name in free:
+            del graph[name]
+    order = {name: i for i, name in enumerate(done)}
+    rooms = ["linalg", "gaussians", "priors", "steps", "adaptive", "solver"]
+    assert sorted(rooms, key=order.__getitem__) == rooms
+
+
+def public_names():
+    return sorted(name for name in vars(probode) if not name.startswith("_") and not inspect.ismodule(getattr(probode, name)))
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_public_names_are_documented(name):
+    value = getattr(probode, name)
+    assert inspect.getdoc(value)
+    if inspect.isclass(value) and value.__module__.startswith("probode"):
+        for method, function in vars(value).items():
+            if inspect.isfunction(function) and not method.startswith("_") and not abstract(value):
+                assert inspect.getdoc(getattr(value, method)), f"{name}.{method}"
+
+
+def test_importing_brings_in_no_extras():
+    code = (
+        "import sys, probode; bad = {'hypothesis', 'matplotlib', 'beartype', 'diffrax', 'optax', 'scipy.integrate'}; "
+        "sys.exit(sorted(bad & set(sys.modules)).__str__() if bad & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_shapes_are_checked_while_testing(request):
+    # A canary: with the import hook a wrong shape is refused; without it (the nohook session) there is nothing to see.
+    if "jaxtyping-packages" not in " ".join(request.config.invocation_params.args) + str(request.config.getini("addopts")):
+        return
+    with pytest.raises(TypeCheckError):
+        triangularise(jnp.zeros((2, 3)), jnp.zeros((2, 2)))

@@ -1,0 +1,332 @@
+"""What happens when the package is used wrongly: an error of the right kind that names the part and the remedy."""
+
+import functools as ft
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probode as po
+
+from .helpers import logistic, pendulum
+
+
+U = jnp.asarray([0.1, 0.2])
+TRACED = (RuntimeError, ValueError)  # eqx.error_if, unless the value turned out to be known
+
+
+def solver(f=logistic, *, order=1, nu=2, constraint=po.TS0, output_scale=1.0, **parts):
+    prior = po.IWP(nu, output_scale=output_scale)
+    return po.Solver(prior=prior, constraint=constraint(po.ODE(f, order=order)), **parts)
+
+
+def solve(u0=U, t0=0.0, t1=1.0, *, f=logistic, order=1, save_at=None, dt0=None, **parts):
+    return solver(f, order=order, **parts).solve(u0, t0, t1, save_at=save_at, dt0=dt0)
+
+
+def second_order(u0):
+    return solve(u0, f=pendulum, order=2)
+
+
+def returning(output, u0=U):
+    return solve(u0, f=lambda t, u, args: output(u))
+
+
+def control(**settings):
+    return po.IntegralController(**settings)
+
+
+def traced(fn, *values):
+    """``fn`` where nobody knows its arguments before it runs."""
+    return eqx.filter_jit(fn)(*(jnp.asarray(v, float) for v in values))
+
+
+def decay(t, u, args):
+    return -u
+
+
+def square(t, u, args):
+    return u**2
+
+
+@ft.cache
+def solution():
+    return solve()
+
+
+@ft.cache
+def initial():
+    return solver().initialise(U, 0.0)
+
+
+# id, what the user does, the exceptions that may come, what the message must say (regular expression, over lines)
+CASES = [
+    # the initial value
+    ("u0-complex", lambda: solve(U + 1j), TypeError, "u0 is complex.*real and the imaginary part"),
+    ("u0-integers", lambda: solve(jnp.array([1, 2])), TypeError, "u0 has dtype int.*floating point"),
+    ("u0-python-int", lambda: solve(1), TypeError, "u0 has dtype int.*floating point"),
+    ("u0-bool", lambda: solve(True), TypeError, "u0 has dtype bool.*floating point"),
+    ("u0-int-inside", lambda: solve([0.5, 1]), TypeError, "u0 has dtype int.*floating point"),
+    ("u0-no-leaves", lambda: solve(()), ValueError, "u0 has no arrays"),
+    ("u0-none", lambda: solve(None), ValueError, "u0 has no arrays"),
+    ("u0-size-zero", lambda: solve(jnp.zeros(0)), ValueError, "u0 .*nothing to solve"),
+    ("u0-string", lambda: solve("0.1"), TypeError, "u0 "),
+    ("u0-is-a-solution", lambda: solve(solution()), TypeError, r"Solution\.state"),
+    ("order2-not-a-tuple", lambda: second_order(U), ValueError, "order 2 needs u0 = .*tuple of 2"),
+    ("order2-a-list", lambda: second_order([U, U]), ValueError, "order 2 needs u0 = .*tuple of 2.*got list"),
+    ("order2-three-entries", lambda: second_order((U, U, U)), ValueError, "order 2 needs u0 = .*length 3"),
+    ("order2-structures", lambda: second_order((U, (U,))), ValueError, "entry 1 of u0 .*structure of entry 0"),
+    (
+        "order2-shapes",
+        lambda: second_order((U, U[:1])),
+        ValueError,
+        r"entry 1 of u0 .*shape of entry 0.*\(2,\).*\(1,\)",
+    ),
+    ("order2-dtypes", lambda: second_order((U, U.astype(jnp.float16))), ValueError, "entry 1 of u0 .*dtype of entry 0"),
+    # an uncertain initial value
+    (
+        "normal-correlated-blocks",
+        lambda: solve(po.Normal(U, jnp.eye(2)), factorisation=po.BlockDiagonal()),
+        ValueError,
+        "BlockDiagonal.*correlations.*standard deviations",
+    ),
+    (
+        "normal-correlated-isotropic",
+        lambda: solve(po.Normal(U, jnp.eye(2)), factorisation=po.Isotropic()),
+        ValueError,
+        "Isotropic.*one standard deviation.*(BlockDiagonal|Dense)",
+    ),
+    (
+        "normal-unequal-isotropic",
+        lambda: solve(po.Normal(U, jnp.array([1.0, 2.0])), factorisation=po.Isotropic()),
+        ValueError,
+        "Isotropic.*one standard deviation.*(BlockDiagonal|Dense)",
+    ),
+    (
+        "normal-order2",
+        lambda: solve(po.Normal(U, U), f=pendulum, order=2),
+        ValueError,
+        "Normal.*order 1.*InitialState",
+    ),
+    ("normal-factor-shape", lambda: solve(po.Normal(U, jnp.ones(3))), ValueError, r"Normal.*factor.*\(3,\)"),
+    ("normal-factor-complex", lambda: solve(po.Normal(U, 1j * jnp.eye(2))), TypeError, "Normal.*factor.*real"),
+    # times
+    ("times-equal", lambda: solve(t0=1.0, t1=1.0), ValueError, "t0 and t1 are both 1.0"),
+    ("times-equal-in-float32", lambda: solve(U.astype(jnp.float32), 1e9, 1e9 + 1), ValueError, "t0 and t1.*float32"),
+    ("t0-nan", lambda: solve(t0=np.nan), ValueError, "t0 must be finite"),
+    ("t1-inf", lambda: solve(t1=np.inf), ValueError, "t1 must be finite"),
+    ("t1-array", lambda: solve(t1=np.ones(2)), ValueError, r"t1 must be a scalar.*\(2,\)"),
+    ("t1-complex", lambda: solve(t1=1j), TypeError, "t1 must be real"),
+    ("t1-string", lambda: solve(t1="1"), TypeError, "t1 must be"),
+    ("dt0-negative", lambda: solve(dt0=-0.1), ValueError, "dt0 is negative.*t1 > t0"),
+    ("dt0-zero", lambda: solve(dt0=0.0), ValueError, "dt0 must be finite and not zero"),
+    ("dt0-nan", lambda: solve(dt0=np.nan), ValueError, "dt0 must be finite"),
+    # what to keep
+    ("save_at-unsorted", lambda: solve(save_at=[0.5, 0.2]), ValueError, "save_at must be sorted"),
+    ("save_at-forwards", lambda: solve(t0=1.0, t1=0.0, save_at=[0.2, 0.5]), ValueError, "save_at must be sorted"),
+    ("save_at-late", lambda: solve(save_at=[0.5, 1.2]), ValueError, r"save_at .*\[0.0, 1.0\].*1.2"),
+    ("save_at-early", lambda: solve(save_at=[-0.5, 1.0]), ValueError, r"save_at .*\[0.0, 1.0\].*-0.5"),
+    ("save_at-matrix", lambda: solve(save_at=np.ones((2, 2))), ValueError, r"save_at .*\(times,\).*\(2, 2\)"),
+    ("save_at-scalar", lambda: solve(save_at=0.5), ValueError, r"save_at .*\(times,\).*\(\)"),
+    ("save_at-empty", lambda: solve(save_at=[]), ValueError, "save_at must be a non-empty array"),
+    ("save_at-nan", lambda: solve(save_at=[np.nan]), ValueError, "save_at .*nan"),
+    ("save_at-nan-between", lambda: solve(save_at=[0.2, np.nan, 0.5]), ValueError, "save_at .*(nan|sorted)"),
+    ("save_at-string", lambda: solve(save_at="steps"), TypeError, r"save_at|SaveAt\(ts\)"),
+    ("SaveAt-nothing", lambda: po.SaveAt(), ValueError, r"SaveAt\(\) keeps nothing: set"),
+    ("SaveAt-ts-and-steps", lambda: po.SaveAt(ts=[0.5], steps=True), ValueError, "ts.*steps.*not both"),
+    ("SaveAt-t1-is-a-time", lambda: po.SaveAt(t0=0.0, t1=1.0), TypeError, "t[01]"),
+    ("grid-one-point", lambda: solver().solve_grid(U, [0.0]), ValueError, "grid .*at least two times"),
+    (
+        "grid-unsorted",
+        lambda: solver().solve_grid(U, [0.0, 1.0, 0.5]),
+        ValueError,
+        "grid .*increasing or in decreasing",
+    ),
+    ("grid-matrix", lambda: solver().solve_grid(U, np.ones((2, 2))), ValueError, r"grid .*\(2, 2\)"),
+    ("grid-nan", lambda: solver().solve_grid(U, [0.0, np.nan]), ValueError, "grid must hold finite times"),
+    (
+        "derivative-above-the-prior",
+        lambda: solution().derivative(3),
+        ValueError,
+        "derivative.*num_derivatives = 2.*k=3",
+    ),
+    ("derivative-negative", lambda: solution().derivative(-1), ValueError, "derivative.*k=-1"),
+    # tolerances and controllers
+    ("rtol-negative", lambda: control(rtol=-1e-3), ValueError, "[Tt]olerances .*not negative.*rtol=-0.001"),
+    ("atol-negative", lambda: control(atol=-1e-3), ValueError, "[Tt]olerances .*not negative.*atol=-0.001"),
+    ("tolerances-zero", lambda: control(rtol=0, atol=0), ValueError, "rtol and atol are both zero.*at least one"),
+    ("tolerances-zero-PI", lambda: po.PIController(rtol=0, atol=0), ValueError, "rtol and atol are both zero"),
+    ("atol-nan", lambda: control(atol=np.nan), ValueError, "[Tt]olerances must be finite.*atol=nan"),
+    ("atol-array", lambda: control(atol=[1e-6, 1e-3]), ValueError, r"atol must be a scalar.*\(2,\)"),
+    ("rtol-string", lambda: control(rtol="1e-3"), TypeError, "rtol must be"),
+    (
+        "rtol-below-float32",
+        lambda: solve(U.astype(jnp.float32), controller=control(rtol=1e-8)),
+        ValueError,
+        "rtol = .*float32.*(Loosen|float64)",
+    ),
+    ("safety-above-one", lambda: control(safety=1.5), ValueError, "0 < safety <= 1.*1.5"),
+    ("factor_min-above-one", lambda: control(factor_min=2.0), ValueError, "factor_min < 1 < factor_max"),
+    ("factor_max-below-one", lambda: control(factor_max=0.5), ValueError, "factor_min < 1 < factor_max"),
+    ("dt_min-above-dt_max", lambda: control(dt_min=1.0, dt_max=0.5), ValueError, "dt_min = 1.0 .*dt_max = 0.5"),
+    ("dt_min-negative", lambda: control(dt_min=-1.0), ValueError, "dt_min must be positive"),
+    ("stop_at-nan", lambda: control(stop_at=[np.nan]), ValueError, "stop_at must hold finite times"),
+    ("stop_at-scalar", lambda: control(stop_at=0.5), ValueError, r"stop_at .*\(times,\)"),
+    ("PI-gains-zero", lambda: po.PIController(integral=0, proportional=0), ValueError, "integral.*proportional.*zero"),
+    ("max_steps-zero", lambda: po.BoundedLoop(0), ValueError, r"BoundedLoop\(max_steps\).*positive integer.*0"),
+    ("max_steps-bool", lambda: po.ForwardLoop(True), ValueError, r"ForwardLoop\(max_steps\).*positive integer.*True"),
+    ("max_steps-float", lambda: po.CheckpointedLoop(1e4), (TypeError, ValueError), "CheckpointedLoop.*max_steps"),
+    ("max_steps-huge", lambda: solve(loop=po.ForwardLoop(2**40)), ValueError, "max_steps"),
+    ("checkpoints-zero", lambda: po.CheckpointedLoop(checkpoints=0), ValueError, r"CheckpointedLoop\(checkpoints\)"),
+    # the equation
+    ("TS0-of-a-function", lambda: po.TS0(logistic), TypeError, "TS0.*ODE"),
+    ("TS1-of-a-function", lambda: po.TS1(logistic), TypeError, "TS1.*ODE"),
+    ("ODE-of-a-number", lambda: po.ODE(3), TypeError, "ODE|vector_field"),
+    ("ODE-order-zero", lambda: po.ODE(logistic, order=0), ValueError, r"ODE\(order\).*integer >= 1.*0"),
+    ("ODE-order-bool", lambda: po.ODE(logistic, order=True), ValueError, r"ODE\(order\).*integer >= 1.*True"),
+    ("ODE-order-above-prior", lambda: solver(order=3), ValueError, "order 3 needs a prior.*num_derivatives=2"),
+    ("field-structure", lambda: returning(lambda u: (u,)), ValueError, "vector field.*structure of u0"),
+    ("field-none", lambda: returning(lambda u: None), ValueError, "vector field.*structure of u0"),
+    ("field-list", lambda: returning(lambda u: [u[0], u[1]]), ValueError, "vector field.*structure of u0"),
+    ("field-shape", lambda: returning(lambda u: u[0]), ValueError, r"vector field.*shape of u0.*\(2,\).*\(\)"),
+    (
+        "field-dtype",
+        lambda: returning(lambda u: u * np.ones(2), U.astype(jnp.float32)),
+        ValueError,
+        "vector field.*dtype of u0.*float32.*float64.*Cast",
+    ),
+    ("field-integer", lambda: returning(lambda u: 0, 0.1), ValueError, "vector field.*dtype of u0.*float.*int"),
+    ("field-complex", lambda: returning(lambda u: 1j * u), ValueError, "vector field.*dtype of u0.*float.*complex"),
+    ("field-two-arguments", lambda: solve(f=lambda t, u: u), TypeError, r"vector.field.*\(t, u, args\)"),
+    # the parts
+    ("IWP-0", lambda: po.IWP(0), ValueError, r"IWP\(num_derivatives\).*integer >= 1.*0"),
+    ("IWP-2.5", lambda: po.IWP(2.5), (TypeError, ValueError), "IWP|num_derivatives"),
+    ("IWP-True", lambda: po.IWP(True), ValueError, r"IWP\(num_derivatives\).*integer >= 1.*True"),
+    ("output_scale-complex", lambda: po.IWP(2, output_scale=1j), TypeError, r"output_scale.*must be real"),
+    ("output_scale-zero", lambda: po.IWP(2, output_scale=0.0), ValueError, "output_scale.*positive"),
+    ("output_scale-nan", lambda: po.IWP(2, output_scale=np.nan), ValueError, "output_scale.*(positive|finite)"),
+    ("output_scale-size", lambda: solve(output_scale=jnp.ones(3)), ValueError, "output_scale.*u"),
+    (
+        "output_scale-isotropic",
+        lambda: solve(output_scale=jnp.ones(2), factorisation=po.Isotropic()),
+        ValueError,
+        r"Isotropic\(\) has one output scale.*(BlockDiagonal|Dense)",
+    ),
+    ("prior-a-class", lambda: po.Solver(po.IWP, po.TS0(po.ODE(logistic))), TypeError, r"Solver\(prior\).*IWP\(\)"),
+    ("strategy-a-class", lambda: solver(strategy=po.Filter), TypeError, r"Solver\(strategy\).*Filter\(\)"),
+    ("constraint-an-ODE", lambda: po.Solver(po.IWP(2), po.ODE(logistic)), TypeError, r"Solver\(constraint\)"),
+    ("parts-swapped", lambda: po.Solver(po.TS0(po.ODE(logistic)), po.IWP(2)), TypeError, r"Solver\(prior\)"),
+    ("loop-a-number", lambda: solver(loop=1000), TypeError, r"Solver\(loop\).*AbstractLoop.*1000"),
+    ("calibration-a-string", lambda: solver(calibration="mle"), TypeError, r"Solver\(calibration\).*'mle'"),
+    # going on
+    ("InitialState-of-another-prior", lambda: solve(initial(), nu=3), ValueError, "InitialState.*4 derivatives"),
+    (
+        "InitialState-of-another-factorisation",
+        lambda: solve(initial(), factorisation=po.Isotropic()),
+        ValueError,
+        r"InitialState's factor.*Isotropic\(\)",
+    ),
+    ("resume-another-time", lambda: solve(solution().state, 0.5, 2.0), ValueError, "t0 = 1.0, not from 0.5"),
+    ("resume-another-prior", lambda: solve(solution().state, 1.0, 2.0, nu=3), ValueError, "state.*derivatives"),
+    (
+        "resume-another-factorisation",
+        lambda: solve(solution().state, 1.0, 2.0, factorisation=po.Isotropic()),
+        ValueError,
+        "state.*(Dense|Isotropic)",
+    ),
+    ("solve-a-step-state", lambda: solve(solver().init(U, 0.0)), TypeError, r"Solution\.state.*init or step"),
+    ("grid-from-a-running-solve", lambda: solver().solve_grid(solution().state, [1.0, 2.0]), ValueError, "solve_grid"),
+    ("step-of-u0", lambda: solver().step(U, 0.1), TypeError, "init"),
+    ("step-nan", lambda: solver().step(solver().init(U, 0.0), np.nan), ValueError, "dt must be finite"),
+    # the one-liner
+    ("ivp-method", lambda: po.solve_ivp(decay, (0, 1), U, method="RK45"), ValueError, "method.*'EK0', 'EK1'.*'RK45'"),
+    ("ivp-span-number", lambda: po.solve_ivp(decay, 1.0, U), (TypeError, ValueError), "t_span"),
+    ("ivp-span-three", lambda: po.solve_ivp(decay, (0, 1, 2), U), (TypeError, ValueError), "t_span"),
+    # stopped on the way
+    (
+        "blow-up",
+        lambda: solve(1.0, 0.0, 2.0, f=square),
+        RuntimeError,
+        r"stopped.*(infinite|singular).*shorten the interval.*t = (0\.99|1\.0)\d* .*accepted",
+    ),
+    (
+        "max_steps-reached",
+        lambda: solve(U, 0.0, 100.0, loop=po.BoundedLoop(2)),
+        RuntimeError,
+        r"max_steps attempts.*BoundedLoop\(max_steps=\.\.\.\).*stopped at t = \d.*throw=False",
+    ),
+    # derivatives
+    (
+        "reverse-mode-ForwardLoop",
+        lambda: jax.grad(lambda u: solve(u, nu=1, loop=po.ForwardLoop()).mean.sum())(0.1),
+        RuntimeError,
+        r"ForwardLoop\(\) cannot be differentiated in reverse mode.*BoundedLoop",
+    ),
+    (
+        "forward-mode-CheckpointedLoop",
+        lambda: jax.jvp(lambda u: solve(u, nu=1, loop=po.CheckpointedLoop()).mean, (0.1,), (1.0,)),
+        (TypeError, RuntimeError, ValueError),
+        "CheckpointedLoop.*forward.*(BoundedLoop|ForwardLoop)",
+    ),
+    # the same where values are traced: a run-time error
+    ("traced-times-equal", lambda: traced(lambda t: solve(0.1, t1=t, nu=1), 0.0), TRACED, "t0 and t1 are both"),
+    (
+        "traced-t1-nan",
+        lambda: traced(lambda t: solve(0.1, t1=t, nu=1), np.nan),
+        TRACED,
+        r"t1 must be finite(?!.*Tracer)",
+    ),
+    (
+        "traced-unsorted",
+        lambda: traced(lambda ts: solve(0.1, save_at=ts, nu=1), [0.5, 0.2]),
+        TRACED,
+        "save_at must be sorted",
+    ),
+    (
+        "traced-outside",
+        lambda: traced(lambda ts: solve(0.1, save_at=ts, nu=1), [0.5, 1.2]),
+        TRACED,
+        "save_at must lie between",
+    ),
+    ("traced-save_at-nan", lambda: traced(lambda ts: solve(0.1, save_at=ts, nu=1), [np.nan]), TRACED, "save_at must"),
+    (
+        "traced-rtol-negative",
+        lambda: traced(lambda r: solve(0.1, nu=1, controller=control(rtol=r)), -1.0),
+        TRACED,
+        r"[Tt]olerances must be finite and not negative",
+    ),
+    (
+        "traced-rtol-tiny",
+        lambda: traced(lambda r: solve(jnp.float32(0.1), nu=1, controller=control(rtol=r)), 1e-9),
+        TRACED,
+        "rtol.*float32.*Loosen",
+    ),
+    (
+        "traced-grid-unsorted",
+        lambda: traced(lambda g: solver(nu=1).solve_grid(0.1, g), [0.0, 1.0, 0.5]),
+        TRACED,
+        "grid must hold finite times in increasing",
+    ),
+    (
+        "traced-resume-another-time",
+        lambda: traced(lambda t: solver().solve(solution().state, t, 2.0), 0.5),
+        TRACED,
+        "goes on from the time of its state",
+    ),
+    (
+        "traced-max_steps-reached",
+        lambda: traced(lambda u: solve(u, 0.0, 100.0, nu=1, loop=po.BoundedLoop(2)), 0.1),
+        TRACED,
+        "max_steps attempts were made before t1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("use", "errors", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_wrong_use_is_an_error_in_words(use, errors, message):
+    with pytest.raises(errors) as caught:
+        jax.block_until_ready(eqx.filter(use(), eqx.is_array))
+    assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)[:1000]
