@@ -4,6 +4,7 @@ The controller decides on values without derivatives; an accepted attempt gets i
 those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
 """
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -16,6 +17,7 @@ from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
 from .gaussians import Normal
+from .linalg import safe_divide
 from .loops import AbstractLoop
 from .solution import Result
 from .steps import State, Step, accept, attempt, round_off
@@ -61,21 +63,22 @@ class _Carry(eqx.Module):
 
 
 def first_step(control: Control, state: State, span: Float[Array, ""]) -> Float[Array, ""]:
-    """A first step from the derivatives at hand: Hairer, Norsett, Wanner (1993), II.4, with the exact ``u''``."""
-    layout = state.layout
-    u = layout.unpack(lax.stop_gradient(state.distribution.mean))
-    controller = control.controller
-    scale = controller.atol.astype(u.dtype) + controller.rtol.astype(u.dtype) * jnp.abs(u[0])
-    scale = jnp.where(scale > 0, scale, jnp.max(scale) + jnp.finfo(u.dtype).tiny)
-    sizes = jax.vmap(lambda x: control.error.norm(x / scale))(u[:3])
-    d0, d1, d2 = sizes[0], sizes[1], jnp.max(sizes[2:], initial=0)
-    span = jnp.abs(lax.stop_gradient(span))
-    power = 1 / (layout.num_derivatives + 1)
-    small = jnp.where((d0 > 0) & (d1 > 0), d0 / jnp.where(d1 > 0, d1, 1), 0.1 * span)
-    steepest = jnp.maximum(d1, d2)
-    by_slope = jnp.where(steepest > 0, (0.01 / jnp.where(steepest > 0, steepest, 1)) ** power, span)
-    dt = jnp.minimum(jnp.minimum(small, by_slope), span)
-    return jnp.where(jnp.isfinite(dt) & (dt > 0), dt, 1e-3 * span)
+    """A first step, in any unit of time, from the derivatives at hand.
+
+    With ``c_k`` the size of ``u^(k) / k!`` against the tolerances, the first term that the Taylor polynomial leaves out
+    is extrapolated geometrically, ``c_(nu+1) = c_nu^2 / c_(nu-1)``, and the step is where it reaches the tolerance; at
+    least where the last term kept does, and at most the time in which ``u`` changes by its own size.
+    """
+    nu, (u0, *_) = state.layout.num_derivatives, (u := state.layout.unpack(state.distribution.mean))
+    weight = _weight(control.controller, jnp.abs(u0))
+    weight = jnp.where(weight > 0, weight, jnp.max(weight))
+    c = [control.error.norm(safe_divide(u[k], weight) / math.factorial(k)) for k in range(nu + 1)]
+    extrapolated = safe_divide(c[nu - 1] ** (1 / (nu + 1)), c[nu] ** (2 / (nu + 1)))
+    kept = safe_divide(jnp.ones_like(c[nu]), c[nu] ** (1 / nu))
+    candidates = jnp.stack([jnp.maximum(extrapolated, kept), safe_divide(c[0], c[1])])
+    span = jnp.abs(span)
+    dt = jnp.min(jnp.where((candidates > 0) & jnp.isfinite(candidates), candidates, span))
+    return jnp.minimum(dt, span)
 
 
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
@@ -149,7 +152,8 @@ def run(
         right = solve.current
         at_end = t == right.t
         transition = parts.prior.transition(jnp.where(at_end, direction, t - left.t), layout)
-        inside = parts.strategy.interpolate(left.distribution, transition, right.output_scale)
+        scale = right.output_scale * transition.magnitude
+        inside = parts.strategy.interpolate(left.distribution, transition, scale)
         distribution = jax.tree.map(lambda a, b: jnp.where(at_end, a, b), right.distribution, inside)
         return Row(t, distribution, right.output_scale)
 
@@ -231,7 +235,7 @@ def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempte
     error = control.error.estimate(dt, attempted.equation, attempted.innovation, layout)
     controller = control.controller
     size = jnp.maximum(jnp.abs(before), jnp.abs(after))
-    weight = controller.atol.astype(size.dtype) + controller.rtol.astype(size.dtype) * size
+    weight = _weight(controller, size)
     # Without an absolute tolerance a component that is zero, and stays zero, has no error.
     scaled = jnp.where(error == 0, 0, error / weight)
     norm = control.error.norm(scaled)
@@ -251,6 +255,10 @@ def _(primals, tangents):
     _, t_fn, t_inputs = tangents
     _, tangent = eqx.filter_jvp(lambda fn, inputs: fn(*inputs), (fn, inputs), (t_fn, t_inputs))
     return values, tangent
+
+
+def _weight(controller, size):
+    return controller.atol.astype(size.dtype) + controller.rtol.astype(size.dtype) * size
 
 
 def _detach(tree):

@@ -15,7 +15,10 @@ from .gaussians import Innovation
 
 
 class AbstractCalibration(eqx.Module):
-    """Where the output scale comes from; its shape is the layout's batch shape."""
+    """Where the output scale comes from; its shape is the layout's batch shape.
+
+    Scales are in the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale.
+    """
 
     @abstractmethod
     def init(self, shape: tuple[int, ...], dtype) -> Any:
@@ -41,7 +44,7 @@ class NoCalibration(AbstractCalibration):
         return None
 
     def scale(self, innovation):
-        return jnp.ones_like(innovation.scale)
+        return innovation.unit
 
     def update(self, statistics, whitened, informative):
         return None

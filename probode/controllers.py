@@ -133,7 +133,8 @@ class PIController(AbstractController):
 
 def _growth(error_norm, order):
     # Bounded away from 0 and infinity: a zero residual or a NaN must not reach the next proposal.
-    return jnp.clip(error_norm, 1e-20, 1e20) ** (-1 / order)
+    bounded = jnp.where(error_norm < 1e20, jnp.maximum(error_norm, 1e-20), 1e20)
+    return bounded ** (-1 / order)
 
 
 def _next_dt(controller, dt, factor):

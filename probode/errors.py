@@ -14,12 +14,12 @@ from jaxtyping import Array, Float
 
 from .factorisations import Layout
 from .gaussians import Innovation, Linearisation
-from .linalg import safe_sqrt
+from .linalg import safe_norm
 
 
 def rms_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
     """Root mean square."""
-    return safe_sqrt(jnp.mean(x**2))
+    return safe_norm(x) / math.sqrt(x.size)
 
 
 def max_norm(x: Float[Array, "..."]) -> Float[Array, ""]:

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from .checks import require
-from .linalg import safe_sqrt
+from .linalg import safe_norm
 
 
 class AbstractFactorisation(eqx.Module):
@@ -46,10 +45,6 @@ class AbstractFactorisation(eqx.Module):
     def project(self, jacobian: Float[Array, "d d"]) -> Float[Array, "*batch m m"]:
         """What the structure keeps of a Jacobian between two derivatives."""
 
-    @abstractmethod
-    def root(self, factor: Float[Array, "d d"] | Float[Array, " d"]) -> Float[Array, "*batch m m"]:
-        """The covariance of one derivative, given as a right square root or as standard deviations."""
-
 
 class Dense(AbstractFactorisation):
     """The full covariance, ``(n d, n d)``: cubic in ``d``, keeps every correlation between components."""
@@ -72,9 +67,6 @@ class Dense(AbstractFactorisation):
     def project(self, jacobian):
         return jacobian
 
-    def root(self, factor):
-        return jnp.diag(factor) if factor.ndim == 1 else factor
-
 
 class BlockDiagonal(AbstractFactorisation):
     """One ``(n, n)`` block for each component: linear in ``d``; components are independent, Jacobians diagonal."""
@@ -96,11 +88,6 @@ class BlockDiagonal(AbstractFactorisation):
 
     def project(self, jacobian):
         return jnp.diagonal(jacobian)[:, None, None]
-
-    def root(self, factor):
-        if factor.ndim == 2:
-            raise ValueError("BlockDiagonal() keeps no correlations: give Normal(mean, factor) standard deviations.")
-        return factor[:, None, None]
 
 
 class Isotropic(AbstractFactorisation):
@@ -128,12 +115,6 @@ class Isotropic(AbstractFactorisation):
 
     def project(self, jacobian):
         return jnp.mean(jnp.diagonal(jacobian))[None, None]
-
-    def root(self, factor):
-        message = "Isotropic() has one standard deviation for all components; use BlockDiagonal() or Dense()."
-        if factor.ndim == 2:
-            raise ValueError(message)
-        return require(factor[:1, None], factor == factor[0], message)
 
 
 class Layout(eqx.Module):
@@ -164,8 +145,7 @@ class Layout(eqx.Module):
 
     def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
         """Standard deviations of the columns of a factor, stacked like the mean."""
-        std = safe_sqrt(jnp.sum(factor**2, axis=-2))
-        return self.factorisation.unpack_std(std, self.size)
+        return self.factorisation.unpack_std(safe_norm(factor, axis=-2), self.size)
 
     def project(self, jacobian: Float[Array, "d d"]) -> Float[Array, "*batch m m"]:
         """See ``AbstractFactorisation.project``."""

@@ -5,6 +5,7 @@ are independent. Every function treats one element of a batch; ``batched`` maps 
 """
 
 import functools as ft
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -12,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .linalg import kron_apply, kron_apply_right, product, safe_sqrt, substitute, triangularise
+from .linalg import kron_apply, kron_apply_right, product, safe_norm, substitute, triangularise
 
 
 class Normal(eqx.Module):
     """A Gaussian by its mean and a right square root of its covariance, ``cov = factor^T factor``.
 
-    As an initial value: ``mean`` is a PyTree like ``u``; ``factor`` is the ``(d, d)`` square root over the ravelled
-    ``u``, or a PyTree of standard deviations like ``u``. Inside the solvers and in ``Solution.marginals``: ``mean`` is
+    Over ``u``: ``mean`` is a PyTree like ``u``; ``factor`` is the ``(d, d)`` square root over the ravelled ``u``, or a
+    PyTree of standard deviations like ``u``. Inside the solvers and in ``Solution.marginals``: ``mean`` is
     ``(*batch, dim, cols)`` and ``factor`` is ``(*batch, rows, dim)`` in the layout of the factorisation.
     """
 
@@ -27,11 +28,16 @@ class Normal(eqx.Module):
     factor: PyTree[Array]
 
 
-class Conditional(eqx.Module):
-    """``y | x ~ N(A x + noise.mean, noise.factor^T noise.factor)``; an ``A`` smaller than ``x`` means ``kron(A, I)``."""
+class Transition(eqx.Module):
+    """``x(t + dt) | x(t) ~ N(A x, magnitude^2 noise^T noise)``; an ``A`` smaller than ``x`` means ``kron(A, I)``.
+
+    ``noise`` is upper triangular. ``magnitude`` takes the powers of ``dt`` out of it that would leave the range of
+    floating-point numbers: the scale of a step times ``magnitude`` is representable where neither of them is.
+    """
 
     matrix: Float[Array, "*batch p p"]
-    noise: Normal
+    noise: Float[Array, "*batch dim dim"]
+    magnitude: Float[Array, ""]
 
 
 class Linearisation(eqx.Module):
@@ -48,15 +54,17 @@ class Linearisation(eqx.Module):
 
 
 class Innovation(eqx.Module):
-    """The residual measured against the process noise of one step alone, at the prior's own scale.
+    """The residual measured against the process noise of one step alone, in units of the transition's ``noise``.
 
     ``factor``: square root of ``H Q H^T``, ``(*batch, m, m)``; ``whitened``: ``(H Q H^T)^(-1/2) z``; ``scale``: its root
-    mean square per batch element, the local (quasi-maximum-likelihood) output scale of Schober et al. (2019).
+    mean square per batch element, the local (quasi-maximum-likelihood) scale of Schober et al. (2019), infinite for a
+    residual without noise to explain it. ``unit``: what an output scale of one is in these units.
     """
 
     factor: Float[Array, "*batch m m"]
     whitened: Float[Array, "*batch m cols"]
     scale: Float[Array, "*batch"]
+    unit: Float[Array, "*batch"]
 
 
 def batched(fn: Callable) -> Callable:
@@ -77,10 +85,9 @@ def batched(fn: Callable) -> Callable:
 
 
 @batched
-def push(x: Normal, conditional: Conditional) -> Normal:
-    """``A x + noise.mean``, with the square root of ``A cov A^T``: the noise left out, nothing triangularised."""
-    mean = kron_apply(conditional.matrix, x.mean) + conditional.noise.mean
-    return Normal(mean, kron_apply_right(x.factor, conditional.matrix))
+def push(x: Normal, matrix: Float[Array, "p p"]) -> Normal:
+    """``A x``, without noise: the square root of ``A cov A^T`` is not triangularised."""
+    return Normal(kron_apply(matrix, x.mean), kron_apply_right(x.factor, matrix))
 
 
 @batched
@@ -90,14 +97,16 @@ def add_noise(x: Normal, noise: Float[Array, "dim dim"], scale: Float[Array, ""]
 
 
 @batched
-def innovate(equation: Linearisation, noise: Float[Array, "dim dim"]) -> Innovation:
+def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Float[Array, ""]) -> Innovation:
     """The residual under ``N(0, H Q H^T)``, ``Q = noise^T noise``; costs one triangularisation of ``m`` columns."""
     m = equation.residual.shape[0]
     k = equation.block * m
     observed = product(noise[: k + m, : k + m], equation.matrix.T)
     factor = triangularise(observed[k:], observed[:k])
     whitened, _ = substitute(factor, equation.residual)
-    return Innovation(factor, whitened, safe_sqrt(jnp.mean(whitened**2)))
+    scale = safe_norm(whitened) / math.sqrt(whitened.size)
+    unexplained = jnp.any((jnp.diagonal(factor)[:, None] == 0) & (equation.residual != 0))
+    return Innovation(factor, whitened, jnp.where(unexplained, jnp.inf, scale), unit)
 
 
 @batched

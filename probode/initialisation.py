@@ -49,26 +49,5 @@ class TaylorMode(AbstractInitialisation):
         return Normal(layout.pack(derivatives), jnp.zeros_like(layout.lift(_eye(layout), 1.0)))
 
 
-def pushed_forward(
-    initialisation: AbstractInitialisation,
-    ode: ODE,
-    t0: Float[Array, ""],
-    u0: Normal,
-    layout: Layout,
-    args: PyTree,
-) -> Normal:
-    """The state at ``t0`` for an uncertain initial value: the initialisation's map, linearised at the mean.
-
-    ``u0.mean`` is the stack ``(1, d)``; ``u0.factor`` a square root ``(d, d)`` or standard deviations ``(d,)``.
-    """
-    state = initialisation.initialise(ode, t0, u0.mean, layout, args)
-    jacobian = jax.jacfwd(lambda u: layout.unpack(initialisation.initialise(ode, t0, u, layout, args).mean))(u0.mean)
-    columns = [layout.project(block) for block in jacobian[:, :, 0, :]]
-    spread = jnp.swapaxes(jnp.concatenate(columns, axis=-2), -1, -2)
-    root = layout.factorisation.root(u0.factor) @ spread
-    pad = [(0, 0)] * (root.ndim - 2) + [(0, root.shape[-1] - root.shape[-2]), (0, 0)]
-    return Normal(state.mean, jnp.pad(root, pad))
-
-
 def _eye(layout):
     return jnp.eye(layout.num_derivatives + 1, dtype=layout.dtype)

@@ -20,8 +20,16 @@ _SMALL_PRODUCT = 2**14
 
 def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Square root whose derivative at zero is zero instead of infinite."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    zero = x <= 0  # not the opposite of x > 0: NaN has to stay NaN
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
+def safe_norm(x: Float[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
+    """Euclidean length along an axis (or of all entries), zero derivative at zero; squares do not under- or overflow."""
+    size = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    length = size * safe_sqrt(jnp.sum((x / size) ** 2, axis=axis, keepdims=True))
+    return jnp.squeeze(length, axis)
 
 
 def safe_divide(x: Array, y: Array) -> Array:
@@ -60,9 +68,8 @@ def triangularise(upper: Float[Array, "dim dim"], dense: Float[Array, "rows dim"
 
     ``upper`` is upper triangular (its rows may vanish), ``dense`` anything. Columns are eliminated one by one with a
     reflection that maps ``(s, b)`` to ``(r, 0)``, ``s = |upper_jj|``, ``r = sqrt(s^2 + b.b)``; it needs no choice of
-    sign, hence no branch. Where ``r = 0`` the column holds nothing and is passed over with zero derivative.
+    sign, hence no branch. Where ``r = 0`` the column is zero and is passed over with zero derivative.
     """
-    dim = upper.shape[0]
     sign = jnp.where(jnp.diagonal(upper) < 0, -1, 1).astype(upper.dtype)
     upper = upper * sign[:, None]
     if jnp.finfo(upper.dtype).bits < 64:
@@ -89,7 +96,8 @@ def _triangularise(upper, dense):
 def _reflect(t, b, s, u):
     """Row ``j`` of ``R`` and the row ``g`` in ``B <- B - b g^T``, from ``u = b^T B``, ``t`` the row of ``T``."""
     r = safe_sqrt(s**2 + jnp.sum(b**2))
-    row = safe_divide(s * t + u, r)
+    # Without a pivot there is nothing to eliminate: what else the row holds stays.
+    row = jnp.where(r == 0, t, safe_divide(s * t + u, r))
     return row, safe_divide(t + row, s + r)
 
 
@@ -129,7 +137,9 @@ def substitute(
     """
     m, dim = upper.shape
     if m > _LAPACK_COLUMNS:
-        w = jax.scipy.linalg.solve_triangular(upper[:, :m], z, trans="T")
+        singular = jnp.diagonal(upper)[:, None] == 0
+        triangle = jnp.where(singular, jnp.eye(m, dtype=upper.dtype), upper[:, :m])
+        w = jnp.where(singular, 0, jax.scipy.linalg.solve_triangular(triangle, z, trans="T"))
         return w, upper[:, m:].T @ w
 
     def step(x, j_row):

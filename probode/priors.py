@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree, Real
 
 from .checks import as_float
 from .factorisations import Layout
-from .gaussians import Conditional, Normal
+from .gaussians import Transition
 
 
 class AbstractPrior(eqx.Module):
@@ -26,8 +26,8 @@ class AbstractPrior(eqx.Module):
     num_derivatives: eqx.AbstractVar[int]
 
     @abstractmethod
-    def transition(self, dt: Real[Array, ""], layout: Layout) -> Conditional:
-        """``x(t + dt) | x(t)``; ``dt`` may be negative, the noise's factor is upper triangular."""
+    def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:
+        """``x(t + dt) | x(t)``; ``dt`` may be negative, but not zero."""
 
 
 class IWP(AbstractPrior):
@@ -43,6 +43,8 @@ class IWP(AbstractPrior):
     def __init__(self, num_derivatives: int, *, output_scale: PyTree = 1.0):
         if not isinstance(num_derivatives, int) or isinstance(num_derivatives, bool) or num_derivatives < 1:
             raise ValueError(f"IWP(num_derivatives) must be an integer >= 1, got {num_derivatives!r}.")
+        if not jax.tree.leaves(output_scale):
+            raise ValueError("IWP(output_scale) must be a number or a PyTree of numbers like u, got nothing.")
         self.num_derivatives = num_derivatives
         self.output_scale = jax.tree.map(lambda x: jnp.asarray(as_float(x, "IWP(output_scale)")), output_scale)
 
@@ -50,16 +52,22 @@ class IWP(AbstractPrior):
         pascal, root = _iwp_constants(self.num_derivatives)
         n = self.num_derivatives + 1
         dt = jnp.asarray(dt, layout.dtype)
-        powers = [jnp.ones_like(dt)]
-        for _ in range(n - 1):
-            powers.append(powers[-1] * dt)
-        # A_ij = dt^(j-i) / (j-i)!, and Q = T Qbar T with T_i = sqrt|dt| dt^(nu-i) / (nu-i)!.
-        ascending = jnp.stack(powers)
+        # A_ij = dt^(j-i) / (j-i)!
         shift = np.clip(np.arange(n)[None, :] - np.arange(n)[:, None], 0, None)
-        matrix = jnp.asarray(pascal, layout.dtype) * ascending[shift]
-        noise = jnp.asarray(root, layout.dtype) * (ascending[::-1] * jnp.sqrt(jnp.abs(dt)))
-        mean = layout.pack(jnp.zeros((n, layout.size), layout.dtype))
-        return Conditional(layout.broadcast(matrix), Normal(mean, layout.lift(noise, self.output_scale)))
+        matrix = jnp.asarray(pascal, layout.dtype) * jnp.stack(_powers(dt, n))[shift]
+        # Q = T Qbar T with T_i = sqrt|dt| dt^(nu-i) / (nu-i)!, of which sqrt|dt| dt^(nu-1) is taken out.
+        columns = jnp.stack([dt, *_powers(1 / dt, n - 1)])
+        noise = jnp.asarray(root, layout.dtype) * columns
+        magnitude = jnp.sqrt(jnp.abs(dt)) * jnp.abs(_powers(dt, n - 1)[-1])
+        return Transition(layout.broadcast(matrix), layout.lift(noise, self.output_scale), magnitude)
+
+
+def _powers(x, number):
+    """``1, x, x^2, ...``: exact to round-off, where ``x ** k`` takes a logarithm."""
+    powers = [jnp.ones_like(x)]
+    for _ in range(number - 1):
+        powers.append(powers[-1] * x)
+    return powers
 
 
 @ft.lru_cache

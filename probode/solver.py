@@ -22,7 +22,7 @@ from .controllers import AbstractController, IntegralController
 from .errors import AbstractErrorEstimate, ResidualError
 from .factorisations import AbstractFactorisation, Dense, Layout
 from .gaussians import Normal
-from .initialisation import AbstractInitialisation, InitialState, TaylorMode, pushed_forward
+from .initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .loops import AbstractLoop, BoundedLoop
 from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
@@ -92,8 +92,8 @@ class Solver(eqx.Module):
     ) -> Solution:
         """Solve from ``t0`` to ``t1`` (which may lie before ``t0``) with steps chosen by the error estimate.
 
-        ``u0``: a PyTree of real arrays; a tuple ``(u, u', ...)`` for an ODE of higher order; a ``Normal`` over ``u``;
-        an ``InitialState``; or ``Solution.state``, to go on. ``save_at``: an array of times or a ``SaveAt``; ``None``
+        ``u0``: a PyTree of real arrays; a tuple ``(u, u', ...)`` for an ODE of higher order; an ``InitialState``; or
+        ``Solution.state``, to go on. ``save_at``: an array of times or a ``SaveAt``; ``None``
         keeps ``t1``. ``dt0``: length of the first attempt, chosen automatically by default. ``throw``: raise a
         ``RuntimeError`` if ``t1`` is not reached, otherwise ``Solution.result`` tells. Wrong input raises
         ``ValueError`` or ``TypeError``.
@@ -174,10 +174,6 @@ def _state(solver, u0, t0, args, layout) -> State:
     if isinstance(u0, InitialState):
         mean = layout.pack(jnp.stack([layout.ravel(u) for u in u0.mean]))
         distribution = Normal(mean, u0.factor.astype(layout.dtype))
-    elif isinstance(u0, Normal):
-        factor = u0.factor if jnp.shape(u0.factor) == (layout.size,) * 2 else layout.ravel(u0.factor)
-        raised = Normal(layout.ravel(u0.mean)[None], jnp.asarray(factor, layout.dtype))
-        distribution = pushed_forward(solver.initialisation, ode, t0, raised, layout, args)
     else:
         stack = jnp.stack([layout.ravel(u) for u in u0])
         distribution = solver.initialisation.initialise(ode, t0, stack, layout, args)
@@ -279,10 +275,10 @@ def _canonical(solver, u0):
             raise ValueError(f"The InitialState must hold {n + 1} derivatives, those of a prior with {n} derivatives.")
         example = u0.mean[0]
     elif isinstance(u0, Normal):
-        if ode.order > 1:
-            raise ValueError("A Normal as initial value is for ODEs of order 1; pass an InitialState.")
-        (example,) = ode.split(u0.mean)
-        u0 = Normal(example, jax.tree.map(jnp.asarray, u0.factor))
+        raise TypeError(
+            "u0 is a Normal, but this version does not propagate uncertain initial values. Pass its mean, or an "
+            "InitialState from solver.initialise with a factor of your own."
+        )
     else:
         u0 = ode.split(u0)
         example = u0[0]
@@ -300,7 +296,7 @@ def _canonical(solver, u0):
 
 def _floats_to_arrays(tree):
     # A Python float would be compiled into the program, and retrace it for every new value.
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, tree)
+    return jax.tree.map(lambda x: jnp.asarray(float(x)) if isinstance(x, float) else x, tree)
 
 
 def _time(t, name, layout):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from .calibration import AbstractCalibration
 from .constraints import AbstractConstraint
 from .factorisations import Layout
-from .gaussians import Conditional, Innovation, Linearisation, Normal, condition, innovate, push
+from .gaussians import Innovation, Linearisation, Normal, Transition, condition, innovate, push
 from .priors import AbstractPrior
 from .solution import Moments, moments
 from .strategies import AbstractStrategy
@@ -57,7 +57,7 @@ class Step(eqx.Module):
 class Attempt(eqx.Module):
     """What is known of a step before its covariance: enough to estimate the error and to reject."""
 
-    transition: Conditional
+    transition: Transition
     predicted: Normal
     equation: Linearisation
     innovation: Innovation
@@ -76,9 +76,10 @@ def attempt(
 ) -> Attempt:
     """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation."""
     transition = parts.prior.transition(dt, layout)
-    predicted = push(distribution, transition)
+    predicted = push(distribution, transition.matrix)
     equation = parts.constraint.linearise(t, predicted, layout, args)
-    innovation = innovate(equation, transition.noise.factor)
+    unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
+    innovation = innovate(equation, transition.noise, unit)
     return Attempt(transition, predicted, equation, innovation)
 
 
@@ -86,10 +87,10 @@ def accept(parts: Step, state: State, t: Float[Array, ""], attempted: Attempt) -
     """Condition the prediction on the equation: the state at ``t``."""
     transition, predicted, equation = attempted.transition, attempted.predicted, attempted.equation
     scale = parts.calibration.scale(attempted.innovation)
-    posterior, whitened = condition(predicted, transition.noise.factor, scale, equation)
+    posterior, whitened = condition(predicted, transition.noise, scale, equation)
     statistics = parts.calibration.update(state.statistics, whitened, _informative(equation, predicted))
     memory = parts.strategy.extend(state.memory, state.distribution, transition, scale)
-    return State(t, posterior, scale, statistics, memory, state.layout)
+    return State(t, posterior, scale / attempted.innovation.unit, statistics, memory, state.layout)
 
 
 def _informative(equation, predicted):
@@ -115,6 +116,6 @@ def unconditional(parts: Step, state: State, t: Float[Array, ""], args: PyTree) 
         parts, state.distribution, t, jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt), state.layout, args
     )
     stepped = accept(parts, state, t, attempted)
-    drifted = push(state.distribution, parts.prior.transition(dt, state.layout))
+    drifted = push(state.distribution, parts.prior.transition(dt, state.layout).matrix)
     waited = State(t, drifted, state.output_scale, state.statistics, state.memory, state.layout)
     return jax.tree.map(lambda a, b: jnp.where(short, a, b), waited, stepped)

@@ -6,7 +6,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from .gaussians import Conditional, Normal, add_noise, push
+from .gaussians import Normal, Transition, add_noise, push
 
 
 class AbstractStrategy(eqx.Module):
@@ -17,12 +17,13 @@ class AbstractStrategy(eqx.Module):
         """The memory at the initial time: a PyTree of arrays."""
 
     @abstractmethod
-    def extend(self, memory: Any, previous: Normal, transition: Conditional, scale: Float[Array, "*batch"]) -> Any:
-        """The memory after a step from ``previous`` through ``transition``."""
+    def extend(self, memory: Any, previous: Normal, transition: Transition, scale: Float[Array, "*batch"]) -> Any:
+        """The memory after a step from ``previous`` through ``transition`` with ``scale * transition.noise``."""
 
     @abstractmethod
-    def interpolate(self, left: Normal, transition: Conditional, scale: Float[Array, "*batch"]) -> Normal:
-        """The state inside a step, from the state at its left end and the transition to the time asked for."""
+    def interpolate(self, left: Normal, transition: Transition, scale: Float[Array, "*batch"]) -> Normal:
+        """The state inside a step, from the state at its left end and the transition to the time asked for, whose noise
+        is ``scale * transition.noise``."""
 
 
 class Filter(AbstractStrategy):
@@ -35,4 +36,4 @@ class Filter(AbstractStrategy):
         return None
 
     def interpolate(self, left, transition, scale):
-        return add_noise(push(left, transition), transition.noise.factor, scale)
+        return add_noise(push(left, transition.matrix), transition.noise, scale)

@@ -165,25 +165,6 @@ def test_broadcast_repeats_for_every_batch_element(factorisation):
     assert bool(jnp.all(out == matrix))
 
 
-def test_roots_of_an_initial_covariance():
-    std, shared = np.asarray([0.1, 0.2, 0.3]), np.full(D, 0.2)
-    root = np.random.default_rng(5).standard_normal((D, D))
-    dense, blocks, isotropic = (layout_of(f) for f in FACTORISATIONS)
-
-    def cov(layout, factor):
-        return written_out(layout, gram(layout.factorisation.root(jnp.asarray(factor))))
-
-    np.testing.assert_allclose(cov(dense, root), root.T @ root, rtol=1e-15)
-    np.testing.assert_allclose(cov(dense, std), np.diag(std**2), rtol=1e-15)
-    np.testing.assert_allclose(cov(blocks, std), np.diag(std**2), rtol=1e-15)
-    np.testing.assert_allclose(cov(isotropic, shared), np.diag(shared**2), rtol=1e-15)
-
-    with pytest.raises(ValueError, match="keeps no correlations"):
-        blocks.factorisation.root(jnp.asarray(root))
-    for factor in (root, std):
-        with pytest.raises(ValueError, match="one standard deviation for all components"):
-            isotropic.factorisation.root(jnp.asarray(factor))
-
 
 STATES = {
     "scalar": jnp.asarray(1.5),

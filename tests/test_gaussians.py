@@ -12,7 +12,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from probode.gaussians import Conditional, Linearisation, Normal, add_noise, condition, innovate, push
+from probode.gaussians import Linearisation, Normal, add_noise, condition, innovate, push
 
 
 class Case(NamedTuple):
@@ -103,7 +103,7 @@ def unstacked(case, x):
 def compiled(case):
     def run(x):
         posterior, whitened = condition(Normal(x.mean, x.factor), x.noise, x.scale, linearisation(case, x))
-        innovation = innovate(linearisation(case, x), x.noise)
+        innovation = innovate(linearisation(case, x), x.noise, jnp.ones(case.batch))
         predicted = add_noise(Normal(x.mean, x.factor), x.noise, x.scale)
         return posterior, whitened, innovation, predicted
 
@@ -278,14 +278,11 @@ def test_the_scale_of_everything_moves_no_mean(case):
 @pytest.mark.parametrize(("p", "dim"), [(3, 3), (3, 6), (6, 6)])
 def test_push_maps_by_the_matrix_or_its_kronecker_product(batch, p, dim):
     rng = np.random.default_rng(8)
-    a, mean, offset, factor = (
-        rng.standard_normal((*batch, *shape)) for shape in ((p, p), (dim, 2), (dim, 2), (4, dim))
-    )
-    noise = Normal(jnp.asarray(offset), jnp.ones((*batch, dim, dim)))
-    out = push(Normal(jnp.asarray(mean), jnp.asarray(factor)), Conditional(jnp.asarray(a), noise))
+    a, mean, factor = (rng.standard_normal((*batch, *shape)) for shape in ((p, p), (dim, 2), (4, dim)))
+    out = push(Normal(jnp.asarray(mean), jnp.asarray(factor)), jnp.asarray(a))
     for index in np.ndindex(batch):
         full = np.kron(a[index], np.eye(dim // p))
-        np.testing.assert_allclose(out.mean[index], full @ mean[index] + offset[index], rtol=0, atol=1e-13)
+        np.testing.assert_allclose(out.mean[index], full @ mean[index], rtol=0, atol=1e-13)
         np.testing.assert_allclose(
             out.factor[index].T @ out.factor[index], full @ factor[index].T @ factor[index] @ full.T, rtol=0, atol=1e-12
         )
@@ -317,7 +314,7 @@ def jacobians(case):
     def outputs(vector):
         x = unflatten(case, vector, like)
         posterior, whitened = condition(Normal(x.mean, x.factor), x.noise, x.scale, linearisation(case, x))
-        innovation = innovate(linearisation(case, x), x.noise)
+        innovation = innovate(linearisation(case, x), x.noise, jnp.ones(case.batch))
         covariance, s = posterior.factor.T @ posterior.factor, innovation.factor.T @ innovation.factor
         parts = (posterior.mean, covariance, jnp.sum(whitened**2, axis=0), s, innovation.scale**2)
         return jnp.concatenate([jnp.ravel(a) for a in parts])
@@ -368,7 +365,7 @@ def test_derivative_of_the_local_scale_vanishes_with_the_residual():
 
     def scale(residual):
         equation = linearisation(ISOTROPIC, Inputs(*map(jnp.asarray, x._replace(residual=residual))))
-        return innovate(equation, jnp.asarray(x.noise)).scale
+        return innovate(equation, jnp.asarray(x.noise), jnp.ones(())).scale
 
     np.testing.assert_array_equal(jax.grad(scale)(jnp.zeros_like(x.residual)), 0)
 
@@ -378,7 +375,7 @@ def test_single_precision_innovations_of_short_steps(size):
     # sqrt(H Q H^T) is of size dt^(nu - 1/2): its square underflows in single precision, the whitened one overflows.
     noise = jnp.asarray(size * np.triu(np.ones((2, 2))), jnp.float32)
     equation = Linearisation(jnp.asarray([[0.0, 1.0]], jnp.float32), jnp.asarray([[1e-3]], jnp.float32), 1)
-    innovation = innovate(equation, noise)
+    innovation = innovate(equation, noise, jnp.ones(()))
     assert innovation.scale.dtype == jnp.float32
     np.testing.assert_allclose(innovation.factor[0, 0], np.sqrt(2) * size, rtol=1e-5)
     np.testing.assert_allclose(innovation.scale, 1e-3 / (np.sqrt(2) * size), rtol=1e-5)

@@ -87,10 +87,9 @@ def test_convergence_order_on_grids(constraint, nu):
     solver = po.Solver(
         po.IWP(nu), constraint(po.ODE(logistic)), factorisation=po.Isotropic(), calibration=po.NoCalibration()
     )
-    u0 = 0.1
-    exact = u0 * np.exp(1.0) / (1 - u0 + u0 * np.exp(1.0))
-    steps = np.array({1: [40, 80], 2: [20, 40], 3: [16, 32], 4: [20, 40], 5: [10, 20]}[nu])
-    errors = [abs(solver.solve_grid(jnp.asarray(u0), np.linspace(0, 2, k + 1)).mean[-1] - exact) for k in steps]
+    exact = 0.1 * np.exp(4.0) / (0.9 + 0.1 * np.exp(4.0))
+    steps = (160, 320) if nu <= 2 else (48, 96)  # asymptotic, and well above round-off
+    errors = [abs(solver.solve_grid(jnp.asarray(0.1), np.linspace(0, 8, k + 1)).mean[-1] - exact) for k in steps]
     assert abs(np.log2(errors[0] / errors[1]) - (nu + 1)) < 0.3
 
 
@@ -320,33 +319,13 @@ def test_higher_orders_against_the_first_order_system():
         return -du + t
 
     u0 = (jnp.array([1.0]), jnp.array([0.5]), jnp.array([-0.2]))
-    controller = po.IntegralController(rtol=1e-8, atol=1e-10)
+    controller = po.IntegralController(rtol=1e-10, atol=1e-12)
     native = po.Solver(po.IWP(5), po.TS1(po.ODE(third, order=3)), controller=controller).solve(u0, 0.0, 2.0)
     system = po.Solver(
         po.IWP(4), po.TS1(po.ODE(lambda t, u, args: (u[1], u[2], -u[1] + t))), controller=controller
     ).solve(u0, 0.0, 2.0)
     for k in range(3):
         np.testing.assert_allclose(native.derivative(k).mean, system.mean[k], rtol=1e-7)
-
-
-def test_uncertain_initial_value_of_a_linear_equation():
-    # the push-forward of N(m, P) under u' = A u is N(e^A m, e^A P e^A^T); the solve's own uncertainty is far smaller
-    matrix = np.array([[-0.5, 0.8], [-0.3, 0.1]])
-    mean, factor = jnp.array([1.0, -2.0]), jnp.array([[0.3, 0.1], [0.0, 0.2]])
-    solver = po.Solver(
-        po.IWP(5),
-        po.TS1(po.ODE(lambda t, u, args: jnp.asarray(matrix) @ u)),
-        controller=po.IntegralController(rtol=1e-9, atol=1e-10),
-    )
-    solution = solver.solve(po.Normal(mean, factor), 0.0, 1.5)
-    flow = np.asarray(jax.scipy.linalg.expm(1.5 * matrix))
-    np.testing.assert_allclose(solution.mean[0], flow @ mean, rtol=1e-8)
-    cov = covariance(solution.marginals.factor[0])[:2, :2]
-    np.testing.assert_allclose(cov, flow @ factor.T @ factor @ flow.T, rtol=1e-5)
-    std = po.Solver(po.IWP(3), po.TS1(po.ODE(decay)), factorisation=po.BlockDiagonal()).solve(
-        po.Normal(mean, jnp.array([0.3, 0.1])), 0.0, 1.0
-    )
-    np.testing.assert_allclose(std.std[0], np.exp(-1) * np.array([0.3, 0.1]), rtol=1e-2)
 
 
 def test_solve_ivp():
