@@ -85,7 +85,7 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     """A solve before its first attempt."""
     zero = jnp.zeros((), jnp.int32)
     finite = jnp.all(jnp.isfinite(state.distribution.mean)) & jnp.all(jnp.isfinite(state.distribution.factor))
-    result = Result.where(finite, Result.successful, Result.nonfinite)
+    result = Result.where(finite, Result.successful, Result.initial_state_nonfinite)
     return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result)
 
 
@@ -143,7 +143,7 @@ def run(
             proposed,
             jax.tree.map(lambda new, old: jnp.where(active, new, old), lax.stop_gradient(memory), solve.controller),
             solve.num_steps + 1,
-            solve.num_accepted_steps + good,
+            solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck, failure, solve.result),
         )
 
@@ -184,7 +184,7 @@ def run(
             return new, left, jax.tree.map(jnp.zeros_like, left)
 
         solve, left, row = lax.cond(serving, serve, step, solve, left)
-        return _Carry(solve, left, served + serving, _write(saved, served, row, serving))
+        return _Carry(solve, left, served + serving.astype(jnp.int32), _write(saved, served, row, serving))
 
     times = ts.size if ts is not None else max_steps if steps else 0
     saved = jax.tree.map(lambda x: jnp.full((times, *x.shape), jnp.nan, x.dtype), _row(start)) if times else None

@@ -3,6 +3,7 @@
 Values that are known raise at once; traced ones become a run-time error through ``eqx.error_if``.
 """
 
+import operator
 from typing import Any
 
 import equinox as eqx
@@ -38,10 +39,25 @@ def as_scalar(x: Any, name: str) -> Array | np.ndarray:
     return x
 
 
-def require(x, condition, message: str):
-    """``x``, and a ``ValueError(message)`` unless ``condition`` holds (a run-time error where it is traced)."""
+def as_integer(x: Any, name: str, smallest: int, largest: int = 2**31 - 1) -> int:
+    """A Python or NumPy integer in a range; a bool is none."""
+    try:
+        value = None if isinstance(x, bool) else operator.index(x)
+    except TypeError:
+        value = None
+    if value is None or not smallest <= value <= largest:
+        raise ValueError(f"{name} must be an integer >= {smallest} and <= {largest}, got {x!r}.")
+    return value
+
+
+def require(x, condition, message: str, **got):
+    """``x``; unless ``condition`` holds a ``ValueError`` with the message (a run-time error where it is traced).
+
+    ``got`` names the values at fault, which are added to the message where they are known.
+    """
     if is_traced(condition):
-        return eqx.error_if(x, jnp.logical_not(jnp.all(condition)), message)
+        return eqx.error_if(x, jnp.logical_not(jnp.all(condition)), f"{message}.")
     if not np.all(condition):
-        raise ValueError(message)
+        known = "" if is_traced(got) else ", got " + ", ".join(f"{name}={value}" for name, value in got.items())
+        raise ValueError(f"{message}{known if got else ''}.")
     return x

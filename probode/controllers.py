@@ -115,9 +115,9 @@ class PIController(AbstractController):
         self.dt_min, self.dt_max, self.stop_at = fields[5:]
         integral = as_scalar(integral, "PIController(integral)")
         proportional = as_scalar(proportional, "PIController(proportional)")
-        message = "PIController needs integral >= 0 and proportional >= 0, not both zero."
+        message = "PIController needs integral >= 0 and proportional >= 0, not both zero"
         positive = (integral >= 0) & (proportional >= 0) & (integral + proportional > 0)
-        self.integral = jnp.asarray(require(integral, positive, message))
+        self.integral = jnp.asarray(require(integral, positive, message, integral=integral, proportional=proportional))
         self.proportional = jnp.asarray(proportional)
 
     def init(self, dtype):
@@ -145,27 +145,27 @@ def _next_dt(controller, dt, factor):
 def _checked(rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at):
     rtol, atol = as_scalar(rtol, "rtol"), as_scalar(atol, "atol")
     finite = (rtol >= 0) & (atol >= 0) & (rtol < np.inf) & (atol < np.inf)
-    rtol = require(rtol, finite, f"Tolerances must be finite and not negative, got rtol={rtol}, atol={atol}.")
+    rtol = require(rtol, finite, "Tolerances must be finite and not negative", rtol=rtol, atol=atol)
     positive = (rtol > 0) | (atol > 0)
-    rtol = require(rtol, positive, "rtol and atol are both zero: no step could ever be accepted. Set at least one.")
+    rtol = require(rtol, positive, "rtol and atol are both zero: no step could ever be accepted. Set at least one")
     safety = as_scalar(safety, "safety")
-    safety = require(safety, (safety > 0) & (safety <= 1), f"A controller needs 0 < safety <= 1, got {safety}.")
+    safety = require(safety, (safety > 0) & (safety <= 1), "A controller needs 0 < safety <= 1", safety=safety)
     factor_min, factor_max = as_scalar(factor_min, "factor_min"), as_scalar(factor_max, "factor_max")
     ordered = (factor_min > 0) & (factor_min < 1) & (factor_max > 1)
-    message = f"A controller needs 0 < factor_min < 1 < factor_max, got {factor_min} and {factor_max}."
-    factor_min = require(factor_min, ordered, message)
+    message = "A controller needs 0 < factor_min < 1 < factor_max"
+    factor_min = require(factor_min, ordered, message, factor_min=factor_min, factor_max=factor_max)
     if dt_min is not None:
         dt_min = as_scalar(dt_min, "dt_min")
-        dt_min = require(dt_min, dt_min > 0, "dt_min must be positive (steps have a length, also when t1 < t0).")
+        dt_min = require(dt_min, dt_min > 0, "dt_min must be positive (the length of a step)", dt_min=dt_min)
     if dt_max is not None:
         dt_max = as_scalar(dt_max, "dt_max")
-        dt_max = require(dt_max, dt_max > 0, "dt_max must be positive (steps have a length, also when t1 < t0).")
+        dt_max = require(dt_max, dt_max > 0, "dt_max must be positive (the length of a step)", dt_max=dt_max)
     if dt_min is not None and dt_max is not None:
-        dt_max = require(dt_max, dt_min <= dt_max, f"dt_min = {dt_min} must not exceed dt_max = {dt_max}.")
+        dt_max = require(dt_max, dt_min <= dt_max, "dt_min must not exceed dt_max", dt_min=dt_min, dt_max=dt_max)
     if stop_at is not None:
         stop_at = as_float(stop_at, "stop_at")
         if stop_at.ndim != 1 or stop_at.size == 0:
             raise ValueError(f"stop_at must be an array of times of shape (times,), got shape {stop_at.shape}.")
-        stop_at = require(stop_at, abs(stop_at) < np.inf, "stop_at must hold finite times.")
+        stop_at = require(stop_at, abs(stop_at) < np.inf, "stop_at must hold finite times", stop_at=stop_at)
     fields = (rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at)
     return [None if x is None else jnp.asarray(x) for x in fields]

@@ -153,9 +153,15 @@ class Layout(eqx.Module):
 
     def lift(self, matrix: Float[Array, "n n"], scale: PyTree) -> Float[Array, "*batch dim dim"]:
         """See ``AbstractFactorisation.lift``; ``scale`` is a scalar or a PyTree like ``u``."""
-        scalar = jax.tree.structure(scale) == jax.tree.structure(0) and jnp.ndim(scale) == 0
-        scale = jnp.asarray(scale, self.dtype) if scalar else self.ravel(scale)
-        return self.factorisation.lift(matrix, scale, self.size)
+        if jax.tree.structure(scale) == jax.tree.structure(0) and jnp.ndim(scale) == 0:
+            return self.factorisation.lift(matrix, jnp.asarray(scale, self.dtype), self.size)
+        example = jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
+        if jax.tree.map(jnp.shape, scale) != jax.tree.map(jnp.shape, example):
+            raise ValueError(
+                "output_scale must be a scalar, or have the structure and shapes of u: "
+                f"expected {jax.tree.map(jnp.shape, example)}, got {jax.tree.map(jnp.shape, scale)}."
+            )
+        return self.factorisation.lift(matrix, self.ravel(scale), self.size)
 
     def broadcast(self, matrix: Float[Array, "p q"]) -> Float[Array, "*batch p q"]:
         """The same matrix for every batch element."""

@@ -85,9 +85,9 @@ def missing_jet_rule(f: Callable, *args) -> str | None:
 def _along_by_jet(field: ClosedJaxpr) -> Callable[..., Float[Array, "depth+1 d"]]:
     def along(times: Sequence[Float[Array, ""]], curve: Sequence[Float[Array, "k d"]]):
         # Scaled here, because jet's own factorials are exp(lgamma), which is inexact.
-        x, *series = [c / factorial(i) for i, c in enumerate(curve)]
+        x, *series = [c / float(factorial(i)) for i, c in enumerate(curve)]
         (value,), (values,) = jet(jaxpr_as_fun(field), (times[0], x), (times[1:], series), factorial_scaled=False)
-        return jnp.stack([value, *(factorial(i) * c for i, c in enumerate(values, start=1))])
+        return jnp.stack([value, *(float(factorial(i)) * c for i, c in enumerate(values, start=1))])
 
     return along
 

@@ -10,6 +10,16 @@ from typing import Any
 import equinox as eqx
 import equinox.internal as eqxi
 
+from .checks import as_integer
+
+
+def _steps(part):
+    return lambda value: as_integer(value, f"{part}(max_steps)", 1)
+
+
+def _checkpoints(value):
+    return None if value is None else as_integer(value, "CheckpointedLoop(checkpoints)", 1)
+
 
 class AbstractLoop(eqx.Module):
     """Repeats a body while a condition holds. ``max_steps`` counts attempted steps, rejected ones included."""
@@ -28,10 +38,7 @@ class BoundedLoop(AbstractLoop):
     Raises ``ValueError`` unless ``max_steps`` is a positive integer.
     """
 
-    max_steps: int = eqx.field(static=True, default=4096)
-
-    def __check_init__(self):
-        _check_positive("BoundedLoop", "max_steps", self.max_steps)
+    max_steps: int = eqx.field(static=True, default=4096, converter=_steps("BoundedLoop"))
 
     def run(self, cond, body, init, *, buffers, extra):
         return eqxi.while_loop(cond, body, init, max_steps=self.max_steps + extra, buffers=buffers, kind="bounded")
@@ -42,13 +49,8 @@ class CheckpointedLoop(AbstractLoop):
     when nothing is differentiated. For long solves. Raises ``ValueError`` for numbers that are not positive integers.
     """
 
-    max_steps: int = eqx.field(static=True, default=4096)
-    checkpoints: int | None = eqx.field(static=True, default=None)
-
-    def __check_init__(self):
-        _check_positive("CheckpointedLoop", "max_steps", self.max_steps)
-        if self.checkpoints is not None:
-            _check_positive("CheckpointedLoop", "checkpoints", self.checkpoints)
+    max_steps: int = eqx.field(static=True, default=4096, converter=_steps("CheckpointedLoop"))
+    checkpoints: int | None = eqx.field(static=True, default=None, converter=_checkpoints)
 
     def run(self, cond, body, init, *, buffers, extra):
         return eqxi.while_loop(
@@ -66,10 +68,7 @@ class ForwardLoop(AbstractLoop):
     """A plain ``jax.lax.while_loop``: forward mode only. Raises ``ValueError`` unless ``max_steps`` is a positive
     integer; reverse-mode differentiation through it is a ``RuntimeError``."""
 
-    max_steps: int = eqx.field(static=True, default=4096)
-
-    def __check_init__(self):
-        _check_positive("ForwardLoop", "max_steps", self.max_steps)
+    max_steps: int = eqx.field(static=True, default=4096, converter=_steps("ForwardLoop"))
 
     def run(self, cond, body, init, *, buffers, extra):
         final = eqxi.while_loop(cond, body, init, max_steps=self.max_steps + extra, buffers=buffers, kind="lax")
@@ -78,8 +77,3 @@ class ForwardLoop(AbstractLoop):
             "Use Solver(..., loop=BoundedLoop()) or CheckpointedLoop()."
         )
         return eqxi.nondifferentiable_backward(final, msg=message, symbolic=True)
-
-
-def _check_positive(part, name, value):
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{part}({name}) must be a positive integer, got {value!r}.")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
-from .checks import as_float
+from .checks import as_float, as_integer, require
 from .factorisations import Layout
 from .gaussians import Transition
 
@@ -41,12 +41,10 @@ class IWP(AbstractPrior):
     output_scale: PyTree[Float[Array, "..."]]
 
     def __init__(self, num_derivatives: int, *, output_scale: PyTree = 1.0):
-        if not isinstance(num_derivatives, int) or isinstance(num_derivatives, bool) or num_derivatives < 1:
-            raise ValueError(f"IWP(num_derivatives) must be an integer >= 1, got {num_derivatives!r}.")
         if not jax.tree.leaves(output_scale):
             raise ValueError("IWP(output_scale) must be a number or a PyTree of numbers like u, got nothing.")
-        self.num_derivatives = num_derivatives
-        self.output_scale = jax.tree.map(lambda x: jnp.asarray(as_float(x, "IWP(output_scale)")), output_scale)
+        self.num_derivatives = as_integer(num_derivatives, "IWP(num_derivatives)", 1)
+        self.output_scale = jax.tree.map(_as_scale, output_scale)
 
     def transition(self, dt, layout):
         pascal, root = _iwp_constants(self.num_derivatives)
@@ -60,6 +58,13 @@ class IWP(AbstractPrior):
         noise = jnp.asarray(root, layout.dtype) * columns
         magnitude = jnp.sqrt(jnp.abs(dt)) * jnp.abs(_powers(dt, n - 1)[-1])
         return Transition(layout.broadcast(matrix), layout.lift(noise, self.output_scale), magnitude)
+
+
+def _as_scale(x):
+    x = as_float(x, "IWP(output_scale)")
+    return jnp.asarray(
+        require(x, (x > 0) & (x < np.inf), "IWP(output_scale) must be finite and positive", output_scale=x)
+    )
 
 
 def _powers(x, number):

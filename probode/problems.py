@@ -3,6 +3,7 @@
 Users write fields on their own PyTrees; the solvers see them through ``flat_field``, on one stack of real vectors.
 """
 
+import inspect
 from collections.abc import Callable
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from .checks import as_integer
 from .factorisations import Layout
 
 
@@ -23,13 +25,11 @@ class ODE(eqx.Module):
     """
 
     vector_field: Callable
-    order: int = eqx.field(static=True, default=1, kw_only=True)
+    order: int = eqx.field(static=True, default=1, kw_only=True, converter=lambda k: as_integer(k, "ODE(order)", 1))
 
     def __check_init__(self):
         if not callable(self.vector_field):
             raise TypeError(f"ODE(vector_field) must be callable as f(t, u, args), got {self.vector_field!r}.")
-        if not isinstance(self.order, int) or isinstance(self.order, bool) or self.order < 1:
-            raise ValueError(f"ODE(order) must be an integer >= 1, got {self.order!r}.")
 
     def split(self, u0: PyTree) -> tuple[PyTree, ...]:
         """The initial value as the tuple ``(u, u', ..., u^(k-1))``; checks structure, shapes and dtypes."""
@@ -43,14 +43,24 @@ class ODE(eqx.Module):
                 f"got {type(u0).__name__}{f' of length {len(u0)}' if isinstance(u0, tuple) else ''}."
             )
         values = jax.tree.map(_as_state, values)
-        if not jax.tree.leaves(values[0]):
-            raise ValueError("u0 has no arrays in it: there is nothing to solve for.")
+        if sum(leaf.size for leaf in jax.tree.leaves(values[0])) == 0:
+            raise ValueError("u0 has no numbers in it: there is nothing to solve for.")
         for i, value in enumerate(values[1:], start=1):
             _require_like(value, values[0], f"entry {i} of u0", "entry 0 of u0")
         return values
 
     def check_field(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree):
         """Raises unless the field returns a PyTree like ``u``: structure, shapes and dtypes, without running it."""
+        arguments = ", ".join(["t", "u", "du", "ddu"][: self.order + 1] if self.order <= 3 else ["t", "u", "..."])
+        try:
+            inspect.signature(self.vector_field).bind(t0, *values, args)
+        except TypeError as error:
+            message = (
+                f"The vector field of an ODE of order {self.order} is called as f({arguments}, args), but: {error}."
+            )
+            raise TypeError(message) from None
+        except ValueError:  # a builtin without a signature
+            pass
         out = eqx.filter_eval_shape(self.vector_field, t0, *values, args)
         _require_like(out, values[0], "the vector field's output", "u0")
 
@@ -65,7 +75,12 @@ def flat_field(ode: ODE, layout: Layout, args: PyTree) -> Callable:
 
 
 def _as_state(x) -> Array:
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"u0 must hold real arrays, got {x!r}.") from None
+    if x.dtype in (jnp.float16, jnp.bfloat16):
+        raise TypeError(f"u0 has dtype {x.dtype}, which is too short for a solve: use float32 or float64.")
     if jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.asarray(x, x.dtype)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):

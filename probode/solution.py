@@ -4,11 +4,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .checks import as_float
+from .checks import as_float, as_integer
 from .factorisations import Layout
 from .gaussians import Normal
 
@@ -20,6 +19,10 @@ class Result(eqx.Enumeration):
     max_steps_reached = (
         "The solve stopped because max_steps attempts were made before t1. Pass loop=BoundedLoop(max_steps=...) with "
         "more steps, loosen the tolerances, or use TS1 if the problem is stiff."
+    )
+    initial_state_nonfinite = (
+        "The solve did not start because the state at t0 is infinite or NaN: u0, or a derivative of the vector field at "
+        "t0. Move t0 away from the singularity, or start from an InitialState."
     )
     nonfinite = (
         "The solve stopped because the vector field, its derivative or the state became infinite or NaN however short "
@@ -44,7 +47,10 @@ class SaveAt(eqx.Module):
     steps: bool = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
 
-    def __init__(self, *, t0: bool = False, t1: bool = False, ts: Any = None, steps: bool = False, dense: bool = False):
+    def __init__(self, *, t0: Any = False, t1: Any = False, ts: Any = None, steps: Any = False, dense: Any = False):
+        for name, flag in {"t0": t0, "t1": t1, "steps": steps, "dense": dense}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"SaveAt({name}) is a flag, True or False, got {flag!r}; times go into ts.")
         if ts is not None and steps:
             raise ValueError("SaveAt(ts=..., steps=True): keep either the times ts or every step, not both.")
         if ts is None and not (t0 or t1 or steps or dense):
@@ -70,8 +76,6 @@ class Moments(eqx.Module):
 @eqx.filter_jit
 def moments(layout: Layout, state: Normal, k: int) -> Moments:
     """Mean and standard deviation of ``u^(k)``, for any number of leading axes (time, lanes) of ``state``."""
-    if not 0 <= k <= layout.num_derivatives:
-        raise ValueError(f"derivative(k) needs 0 <= k <= num_derivatives = {layout.num_derivatives}, got k={k}.")
 
     def one(mean, factor):
         return Moments(layout.unravel(layout.unpack(mean)[k]), layout.unravel(layout.std(factor)[k]))
@@ -108,8 +112,9 @@ class Solution(eqx.Module):
         """Posterior standard deviation of ``u``: leaves ``(time, *leaf.shape)``."""
         return self.derivative(0).std
 
-    def derivative(self, k: int) -> Moments:
+    def derivative(self, k: Any) -> Moments:
         """Posterior of ``u^(k)``: an object with ``.mean`` and ``.std``. Raises ``ValueError`` above the prior's."""
+        k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.marginals, k)
 
 

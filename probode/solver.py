@@ -9,18 +9,17 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import PyTree
 
+from . import inputs
 from .adaptive import AdaptiveState, Control, Row, begin, first_step, run
 from .calibration import AbstractCalibration, DynamicCalibration
-from .checks import as_float, as_scalar, is_traced, require
+from .checks import require
 from .constraints import AbstractConstraint
 from .controllers import AbstractController, IntegralController
 from .errors import AbstractErrorEstimate, ResidualError
-from .factorisations import AbstractFactorisation, Dense, Layout
+from .factorisations import AbstractFactorisation, Dense
 from .gaussians import Normal
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .loops import AbstractLoop, BoundedLoop
@@ -99,66 +98,70 @@ class Solver(eqx.Module):
         ``ValueError`` or ``TypeError``.
         """
         if progress is not None:
-            raise ValueError("progress: no progress meter is available; pass progress=None.")
+            raise ValueError("progress: no progress meter is available in this version; pass progress=None.")
         save_at = SaveAt(t1=True) if save_at is None else save_at
         save_at = save_at if isinstance(save_at, SaveAt) else SaveAt(ts=save_at)
-        solver, args = _floats_to_arrays((self, args))
-        u0, layout = _canonical(solver, u0)
-        t0, t1 = _time(t0, "t0", layout), _time(t1, "t1", layout)
-        t1 = require(t1, t0 != t1, f"t0 and t1 are both {t0}: there is nothing to solve.")
-        _check_rtol(self.controller, layout)
+        solver, args = inputs.floats_to_arrays((self, args))
+        u0, layout = self._bind(u0)
+        t0, t1 = inputs.interval(t0, t1, layout)
+        t1 = inputs.resolvable(self.controller, layout, t1)
         if isinstance(u0, AdaptiveState):
-            t0 = require(t0, u0.t == t0, f"A solve goes on from the time of its state, t0 = {u0.t}, not from {t0}.")
-        ts = None if save_at.ts is None else _check_save_times(save_at.ts.astype(layout.dtype), t0, t1)
-        if dt0 is not None:
-            dt0 = as_scalar(dt0, "dt0").astype(layout.dtype)
-            dt0 = require(dt0, (dt0 != 0) & (abs(dt0) < np.inf), "dt0 must be finite and not zero.")
-            dt0 = require(dt0, (dt0 > 0) | (t1 < t0), "dt0 is negative, but t1 > t0.")
+            message = "A solve goes on from the time of its state, which is not t0"
+            t1 = require(t1, u0.t == t0, message, t0=t0, state=u0.t)
+        ts = None if save_at.ts is None else inputs.save_times(save_at.ts, t0, t1, layout)
+        dt0 = None if dt0 is None else inputs.first_length(dt0, t0, t1, layout)
         t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
-        solution = _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, (save_at.t0, save_at.steps, save_at.t1))
+        keep = (save_at.t0, save_at.steps, save_at.t1)
+        try:
+            solution = _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep)
+        except TypeError as error:
+            if "custom_vjp" not in str(error):
+                raise
+            # JAX's own words for forward mode through something that has a reverse mode only.
+            raise TypeError(
+                f"{type(self.loop).__name__}() cannot be differentiated in forward mode (jax.jvp, jax.jacfwd). "
+                "Use Solver(..., loop=BoundedLoop()) or ForwardLoop()."
+            ) from error
         return raise_unless_successful(solution) if throw else solution
 
-    def solve_grid(self, u0: PyTree, grid: Real[Array, " time"] | Any, *, args: PyTree = None) -> Solution:
+    def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None) -> Solution:
         """Solve with one step between any two neighbours of ``grid``, whose first entry is ``t0``; keeps every point.
 
         ``grid`` is ``(time,)``, increasing or decreasing; equal neighbours count as one time. No error control:
         ``Solution.result`` is ``nonfinite`` if the solution left the real numbers. ``u0`` and ``args`` as in ``solve``.
         """
-        solver, args = _floats_to_arrays((self, args))
-        u0, layout = _canonical(solver, u0)
+        solver, args = inputs.floats_to_arrays((self, args))
+        u0, layout = self._bind(u0)
         if isinstance(u0, AdaptiveState):
             raise ValueError("solve_grid starts from u0 or an InitialState, not from the state of an adaptive solve.")
-        grid = as_float(grid, "grid").astype(layout.dtype)
-        if grid.ndim != 1 or grid.size < 2:
-            raise ValueError(f"grid must be an array of at least two times, got shape {grid.shape}.")
-        steps = grid[1:] - grid[:-1]
-        message = "grid must hold finite times in increasing or in decreasing order."
-        ordered = (steps >= 0).all() | (steps <= 0).all()
-        grid = jnp.asarray(require(grid, ordered & (abs(grid) < np.inf).all(), message))
-        return _solve_grid(solver, u0, grid, args, layout)
+        return _solve_grid(solver, u0, jnp.asarray(inputs.grid_times(grid, layout)), args, layout)
 
     def initialise(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> InitialState:
         """The state at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))`` whose mean and factor can be changed,
         differentiated and passed to ``solve``, ``solve_grid`` or ``init`` in place of ``u0``."""
-        solver, args = _floats_to_arrays((self, args))
-        u0, layout = _canonical(solver, u0)
-        state = _init(solver, u0, jnp.asarray(_time(t0, "t0", layout)), args, layout).distribution
+        solver, args = inputs.floats_to_arrays((self, args))
+        u0, layout = self._bind(u0)
+        state = _init(solver, u0, jnp.asarray(inputs.time(t0, "t0", layout)), args, layout).distribution
         return InitialState(tuple(layout.unravel(u) for u in layout.unpack(state.mean)), state.factor)
 
     def init(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> State:
         """The solver's state at ``t0``, for ``step``. ``u0`` and ``args`` as in ``solve``."""
-        solver, args = _floats_to_arrays((self, args))
-        u0, layout = _canonical(solver, u0)
+        solver, args = inputs.floats_to_arrays((self, args))
+        u0, layout = self._bind(u0)
         if isinstance(u0, AdaptiveState):
             return u0.current
-        return _init(solver, u0, jnp.asarray(_time(t0, "t0", layout)), args, layout)
+        return _init(solver, u0, jnp.asarray(inputs.time(t0, "t0", layout)), args, layout)
 
-    def step(self, state: State, dt: Any, *, args: PyTree = None) -> State:
+    def step(self, state: Any, dt: Any, *, args: PyTree = None) -> State:
         """One step of signed length ``dt``, without error control; a pure function of its arguments."""
-        solver, args = _floats_to_arrays((self, args))
-        dt = as_scalar(dt, "dt").astype(state.layout.dtype)
-        dt = jnp.asarray(require(dt, abs(dt) < np.inf, "dt must be finite."))
-        return _step(solver, state, dt, args)
+        if not isinstance(state, State):
+            raise TypeError("step goes on from a state of init or step (or Solution.state.current), not from u0.")
+        solver, args = inputs.floats_to_arrays((self, args))
+        return _step(solver, state, jnp.asarray(inputs.time(dt, "dt", state.layout)), args)
+
+    def _bind(self, u0):
+        ode, nu = self.constraint.ode, self.prior.num_derivatives
+        return inputs.initial_value(u0, ode, nu, self.factorisation, self.controller)
 
 
 def _steps(solver: Solver) -> Step:
@@ -199,6 +202,8 @@ def _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep):
         dt = u0.dt if resumed else first_step(control, state, t1 - t0)
     else:
         dt = jnp.abs(dt0)
+    if solver.controller.dt_min is not None:
+        dt = jnp.maximum(dt, solver.controller.dt_min.astype(dt.dtype))
     if solver.controller.dt_max is not None:
         dt = jnp.minimum(dt, solver.controller.dt_max.astype(dt.dtype))
     begun = begin(control, state, dt)
@@ -261,66 +266,3 @@ def _part(name, value, kind):
         hint = f" Did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
         raise TypeError(f"Solver({name}) must be an instance of a subclass of {kind.__name__}, got {value!r}.{hint}")
     return value
-
-
-def _canonical(solver, u0):
-    """The initial value in one of the forms that ``_state`` takes, and the layout of its state."""
-    ode, n = solver.constraint.ode, solver.prior.num_derivatives
-    if isinstance(u0, AdaptiveState):
-        return u0, u0.current.layout
-    if isinstance(u0, State):
-        raise TypeError("solve goes on from Solution.state of an adaptive solve, not from a state of init or step.")
-    if isinstance(u0, InitialState):
-        if not isinstance(u0.mean, tuple) or len(u0.mean) != n + 1:
-            raise ValueError(f"The InitialState must hold {n + 1} derivatives, those of a prior with {n} derivatives.")
-        example = u0.mean[0]
-    elif isinstance(u0, Normal):
-        raise TypeError(
-            "u0 is a Normal, but this version does not propagate uncertain initial values. Pass its mean, or an "
-            "InitialState from solver.initialise with a factor of your own."
-        )
-    else:
-        u0 = ode.split(u0)
-        example = u0[0]
-    flat, unravel = ravel_pytree(example)
-    layout = Layout(solver.factorisation, n, flat.size, unravel, jnp.dtype(flat.dtype))
-    if isinstance(u0, InitialState):
-        expected = jax.eval_shape(lambda: layout.lift(jnp.eye(n + 1), 1.0)).shape
-        if jnp.shape(u0.factor) != expected:
-            raise ValueError(
-                f"The InitialState's factor must have the layout of {type(solver.factorisation).__name__}(): "
-                f"expected shape {expected}, got {jnp.shape(u0.factor)}."
-            )
-    return u0, layout
-
-
-def _floats_to_arrays(tree):
-    # A Python float would be compiled into the program, and retrace it for every new value.
-    return jax.tree.map(lambda x: jnp.asarray(float(x)) if isinstance(x, float) else x, tree)
-
-
-def _time(t, name, layout):
-    t = as_scalar(t, name).astype(layout.dtype)
-    return require(t, abs(t) < np.inf, f"{name} must be finite, got {t}.")
-
-
-def _check_rtol(controller, layout):
-    smallest = 10 * float(jnp.finfo(layout.dtype).eps)
-    message = (
-        f"rtol = {controller.rtol} is below {smallest:.1e}, ten times the round-off of {layout.dtype}: it cannot be "
-        "met. Loosen it, or use float64 (jax.config.update('jax_enable_x64', True)) with a float64 u0."
-    )
-    rtol = as_float(controller.rtol, "rtol")
-    require(rtol, (rtol == 0) | (rtol >= smallest), message)
-
-
-def _check_save_times(ts, t0, t1):
-    forward = t1 > t0
-    steps = (ts[1:] - ts[:-1]) * (2 * forward - 1)
-    ts = require(ts, steps >= 0, "save_at must be sorted from t0 to t1.")
-    early, late = (t0 - ts) * (2 * forward - 1) > 0, (ts - t1) * (2 * forward - 1) > 0
-    outside = early | late
-    if not is_traced(outside) and np.any(outside | np.isnan(ts)):
-        entry = ts[outside | np.isnan(ts)][0]
-        raise ValueError(f"save_at must lie in [t0, t1] = [{t0}, {t1}], but has the entry {entry}.")
-    return require(ts, ~outside, "save_at must lie between t0 and t1.")

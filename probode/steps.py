@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .calibration import AbstractCalibration
+from .checks import as_integer
 from .constraints import AbstractConstraint
 from .factorisations import Layout
 from .gaussians import Innovation, Linearisation, Normal, Transition, condition, innovate, push
@@ -40,8 +41,9 @@ class State(eqx.Module):
         """Standard deviation of ``u``."""
         return self.derivative(0).std
 
-    def derivative(self, k: int) -> Moments:
+    def derivative(self, k: Any) -> Moments:
         """Mean and standard deviation of ``u^(k)``."""
+        k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.distribution, k)
 
 

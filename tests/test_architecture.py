@@ -86,7 +86,9 @@ def test_imports_run_one_way():
 
 
 def public_names():
-    return sorted(name for name in vars(probode) if not name.startswith("_") and not inspect.ismodule(getattr(probode, name)))
+    return sorted(
+        name for name in vars(probode) if not name.startswith("_") and not inspect.ismodule(getattr(probode, name))
+    )
 
 
 @pytest.mark.parametrize("name", public_names())
@@ -109,7 +111,9 @@ def test_importing_brings_in_no_extras():
 
 def test_shapes_are_checked_while_testing(request):
     # A canary: with the import hook a wrong shape is refused; without it (the nohook session) there is nothing to see.
-    if "jaxtyping-packages" not in " ".join(request.config.invocation_params.args) + str(request.config.getini("addopts")):
+    if "jaxtyping-packages" not in " ".join(request.config.invocation_params.args) + str(
+        request.config.getini("addopts")
+    ):
         return
     with pytest.raises(TypeCheckError):
         triangularise(jnp.zeros((2, 3)), jnp.zeros((2, 2)))

@@ -165,7 +165,6 @@ def test_broadcast_repeats_for_every_batch_element(factorisation):
     assert bool(jnp.all(out == matrix))
 
 
-
 STATES = {
     "scalar": jnp.asarray(1.5),
     "vector": jnp.asarray([1.0, 2.0]),

@@ -18,7 +18,9 @@ GRID = np.linspace(0.0, 1.0, 9)
 
 def rates_field(t, u, args):
     # non-autonomous and nonlinear, so that no term of the derivative vanishes
-    return jnp.stack([args[0] * u[0] - args[1] * u[0] * u[1] + 0.1 * jnp.sin(t), -args[2] * u[1] + args[3] * u[0] * u[1]])
+    return jnp.stack(
+        [args[0] * u[0] - args[1] * u[0] * u[1] + 0.1 * jnp.sin(t), -args[2] * u[1] + args[3] * u[0] * u[1]]
+    )
 
 
 PARAMETERS = np.array([2.0, 1.5, 0.5, 0.3, 0.4, 0.2])  # u0, args
@@ -36,7 +38,9 @@ def outputs(constraint, factorisation, nu):
 
     def fn(x):
         solution = solver.solve_grid(x[:2], GRID, args=x[2:])
-        return jnp.concatenate([solution.mean[-1], solution.mean[4], jnp.log(solution.std[-1]), jnp.log(solution.std[4])])
+        return jnp.concatenate(
+            [solution.mean[-1], solution.mean[4], jnp.log(solution.std[-1]), jnp.log(solution.std[4])]
+        )
 
     return jax.jit(fn), jax.jit(jax.jacfwd(fn)), jax.jit(jax.jacrev(fn))
 
@@ -45,7 +49,9 @@ CASES = [(c, f, 3) for c in CONSTRAINTS for f in FACTORISATIONS]
 CASES += [(c, FACTORISATIONS[0], nu) for c in CONSTRAINTS for nu in (1, 8)]
 
 
-@pytest.mark.parametrize(("constraint", "factorisation", "nu"), CASES, ids=lambda x: str(x) if isinstance(x, int) else name(x))
+@pytest.mark.parametrize(
+    ("constraint", "factorisation", "nu"), CASES, ids=lambda x: str(x) if isinstance(x, int) else name(x)
+)
 def test_grid_solves_match_central_differences(constraint, factorisation, nu):
     fn, forward, reverse = outputs(constraint, factorisation, nu)
     x = jnp.asarray(PARAMETERS)
@@ -108,7 +114,9 @@ def test_output_scale_and_initial_state():
 # --- adaptive solves: the derivative is that of the accepted steps, frozen ---
 
 
-def adaptive_solver(constraint=po.TS1, factorisation=po.Dense(), loop=po.BoundedLoop(256), calibration=po.NoCalibration()):
+def adaptive_solver(
+    constraint=po.TS1, factorisation=po.Dense(), loop=po.BoundedLoop(256), calibration=po.NoCalibration()
+):
     return po.Solver(
         po.IWP(3),
         constraint(po.ODE(rates_field)),
@@ -262,7 +270,9 @@ def test_second_derivatives():
 
 def test_zero_residual_and_zero_start_are_differentiable():
     # a constant field has no residual at all: scale, innovation and standard deviation are zero
-    solver = po.Solver(po.IWP(2), po.TS0(po.ODE(lambda t, u, args: args * jnp.ones_like(u))), factorisation=po.Isotropic())
+    solver = po.Solver(
+        po.IWP(2), po.TS0(po.ODE(lambda t, u, args: args * jnp.ones_like(u))), factorisation=po.Isotropic()
+    )
 
     def end(rate):
         solution = solver.solve(jnp.zeros(2), 0.0, 1.0, args=rate)

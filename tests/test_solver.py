@@ -19,9 +19,7 @@ def decay(t, u, args):
 
 @pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
 def test_linear_decay_oracle(factorisation):
-    solver = po.Solver(
-        po.IWP(2), po.TS1(po.ODE(decay)), factorisation=factorisation, calibration=po.NoCalibration()
-    )
+    solver = po.Solver(po.IWP(2), po.TS1(po.ODE(decay)), factorisation=factorisation, calibration=po.NoCalibration())
     grid = np.linspace(0.0, 1.0, 11)
     sliver = np.insert(grid, 10, np.nextafter(1.0, 0.0))
     for times in (grid, sliver):
@@ -56,7 +54,9 @@ def test_against_a_plain_numpy_kalman_filter():
     fact = [1.0, 1.0, 2.0, 6.0, 24.0]
     a = np.array([[h ** (j - i) / fact[j - i] if j >= i else 0 for j in range(n)] for i in range(n)])
     powers = [[2 * nu + 1 - i - j for j in range(n)] for i in range(n)]
-    q = np.array([[h ** powers[i][j] / (powers[i][j] * fact[nu - i] * fact[nu - j]) for j in range(n)] for i in range(n)])
+    q = np.array(
+        [[h ** powers[i][j] / (powers[i][j] * fact[nu - i] * fact[nu - j]) for j in range(n)] for i in range(n)]
+    )
     big_a, big_q = np.kron(a, np.eye(d)), 4.0 * np.kron(q, np.eye(d))
     m, p = np.concatenate([np.asarray(x) for x in start.mean]), np.zeros((n * d, n * d))
     for _ in range(10):
@@ -74,7 +74,9 @@ def test_against_a_plain_numpy_kalman_filter():
     last = solution.marginals
     assert relative(last.mean[-1, :, 0], m) < 1e-12
     spread = np.sqrt(np.diag(p))
-    np.testing.assert_allclose(covariance(last.factor[-1]) / np.outer(spread, spread), p / np.outer(spread, spread), atol=1e-7)
+    np.testing.assert_allclose(
+        covariance(last.factor[-1]) / np.outer(spread, spread), p / np.outer(spread, spread), atol=1e-7
+    )
     np.testing.assert_allclose(solution.std[-1], spread[:2], rtol=1e-7)
 
 

@@ -1,0 +1,150 @@
+"""What users pass to a solver, checked and brought into the one form that the solver works on.
+
+Everything here happens before anything runs, on the host where values are known, so that a mistake costs a message and
+not a compilation.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import PyTree
+
+from .adaptive import AdaptiveState
+from .checks import as_float, as_scalar, is_traced, require
+from .controllers import AbstractController
+from .factorisations import AbstractFactorisation, Layout
+from .gaussians import Normal
+from .initialisation import InitialState
+from .problems import ODE
+from .solution import Solution
+from .steps import State
+
+
+def floats_to_arrays(tree: PyTree) -> PyTree:
+    """Python floats would be compiled into the program, and retrace it for every new value."""
+    return jax.tree.map(lambda x: jnp.asarray(float(x)) if isinstance(x, float) else x, tree)
+
+
+def initial_value(
+    u0: Any, ode: ODE, num_derivatives: int, factorisation: AbstractFactorisation, controller: AbstractController
+) -> tuple[Any, Layout]:
+    """``u0`` as a tuple ``(u, ..., u^(k-1))``, an ``InitialState`` or an ``AdaptiveState``, and its layout."""
+    if isinstance(u0, AdaptiveState):
+        _check_resumed(u0, num_derivatives, factorisation, controller)
+        return u0, u0.current.layout
+    if isinstance(u0, Solution):
+        raise TypeError("u0 is a Solution: pass its .state to go on from where it ended.")
+    if isinstance(u0, State):
+        raise TypeError("u0 is a state of init or step: a solve goes on from Solution.state, step goes on from this.")
+    if isinstance(u0, Normal):
+        raise TypeError(
+            "u0 is a Normal, but this version does not propagate uncertain initial values. Pass its mean, or an "
+            "InitialState from solver.initialise with a factor of your own."
+        )
+    if isinstance(u0, InitialState):
+        layout = _layout(u0.mean[0], num_derivatives, factorisation)
+        _check_initial_state(u0, layout)
+        return u0, layout
+    u0 = ode.split(u0)
+    return u0, _layout(u0[0], num_derivatives, factorisation)
+
+
+def time(t: Any, name: str, layout: Layout):
+    """One finite time in the dtype of the state."""
+    t = as_scalar(t, name).astype(layout.dtype)
+    return require(t, abs(t) < np.inf, f"{name} must be finite", **{name: t})
+
+
+def interval(t0: Any, t1: Any, layout: Layout):
+    """Two different finite times."""
+    t0, t1 = time(t0, "t0", layout), time(t1, "t1", layout)
+    return t0, require(t1, t0 != t1, f"t0 and t1 are the same time in {layout.dtype}: nothing to solve", t0=t0, t1=t1)
+
+
+def resolvable(controller: AbstractController, layout: Layout, t1):
+    """``t1``, if the relative tolerance can be met in the dtype of the state."""
+    smallest = 10 * float(jnp.finfo(layout.dtype).eps)
+    message = (
+        f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {layout.dtype}; loosen it, "
+        "or use float64: jax.config.update('jax_enable_x64', True) and a float64 u0"
+    )
+    rtol = as_float(controller.rtol, "rtol")
+    return require(t1, (rtol == 0) | (rtol >= smallest), message, rtol=rtol)
+
+
+def save_times(ts: Any, t0, t1, layout: Layout):
+    """Sorted times of the interval; a few units of round-off outside count as its ends where they are known."""
+    ts = ts.astype(layout.dtype)
+    forward = t1 > t0
+    first, last = jnp.where(forward, t0, t1), jnp.where(forward, t1, t0)
+    if not is_traced(ts, t0, t1):
+        first, last = np.asarray(first), np.asarray(last)
+        near = np.clip(ts, first, last)
+        ts = np.where(abs(near - ts) <= 4 * np.finfo(layout.dtype).eps * abs(near), near, ts)
+        outside = ts[~((ts >= first) & (ts <= last))]
+        if outside.size:
+            raise ValueError(f"save_at must lie in [t0, t1] = [{t0}, {t1}], but has the entry {outside[0]}.")
+    ts = require(ts, (ts >= first) & (ts <= last), "save_at must lie between t0 and t1")
+    steps = ts[1:] - ts[:-1]
+    ordered = jnp.where(forward, jnp.all(steps >= 0), jnp.all(steps <= 0))
+    return require(ts, ordered, "save_at must be sorted from t0 to t1")
+
+
+def first_length(dt0: Any, t0, t1, layout: Layout):
+    """The signed length of the first attempt."""
+    dt0 = as_scalar(dt0, "dt0").astype(layout.dtype)
+    dt0 = require(dt0, (dt0 != 0) & (abs(dt0) < np.inf), "dt0 must be finite and not zero", dt0=dt0)
+    return require(dt0, (dt0 > 0) | (t1 < t0), "dt0 is negative, but t1 > t0", dt0=dt0)
+
+
+def grid_times(grid: Any, layout: Layout):
+    """Two or more sorted, finite times, as different in the dtype of the state as they were."""
+    wide = as_float(grid, "grid")
+    grid = wide.astype(layout.dtype)
+    if grid.ndim != 1 or grid.size < 2:
+        raise ValueError(f"grid must be an array of at least two times, got shape {grid.shape}.")
+    steps = grid[1:] - grid[:-1]
+    ordered = ((steps >= 0).all() | (steps <= 0).all()) & (abs(grid) < np.inf).all()
+    grid = require(grid, ordered, "grid must hold finite times in increasing or in decreasing order")
+    kept = (steps != 0) | (wide[1:] == wide[:-1])
+    return require(grid, kept, f"grid has different times that are the same in {layout.dtype}, the dtype of u0")
+
+
+def _layout(example, num_derivatives, factorisation):
+    flat, unravel = ravel_pytree(example)
+    return Layout(factorisation, num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))
+
+
+def _check_initial_state(u0, layout):
+    n = layout.num_derivatives
+    if len(u0.mean) != n + 1:
+        raise ValueError(
+            f"The InitialState must hold u and {n} derivatives, as many as the prior; it has {len(u0.mean) - 1}."
+        )
+    if any(jax.tree.map(jnp.shape, u) != jax.tree.map(jnp.shape, u0.mean[0]) for u in u0.mean):
+        raise ValueError("The InitialState's derivatives must all have the structure and shapes of u.")
+    expected = jax.eval_shape(lambda: layout.lift(jnp.eye(n + 1), 1.0)).shape
+    if jnp.shape(u0.factor) != expected:
+        raise ValueError(
+            f"The InitialState's factor must have the layout of {type(layout.factorisation).__name__}(): "
+            f"expected shape {expected}, got {jnp.shape(u0.factor)}."
+        )
+
+
+def _check_resumed(u0, num_derivatives, factorisation, controller):
+    layout = u0.current.layout
+    if layout.num_derivatives != num_derivatives:
+        raise ValueError(
+            f"The state to go on from was made by a prior with {layout.num_derivatives} derivatives, "
+            f"this solver's prior has {num_derivatives}."
+        )
+    if type(layout.factorisation) is not type(factorisation):
+        raise ValueError(
+            f"The state to go on from has the factorisation {type(layout.factorisation).__name__}(), "
+            f"this solver has {type(factorisation).__name__}()."
+        )
+    if jax.tree.structure(u0.controller) != jax.tree.structure(controller.init(layout.dtype)):
+        raise ValueError("The state to go on from was made with another kind of controller than this solver's.")
