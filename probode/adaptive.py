@@ -231,7 +231,7 @@ def next_time(
 
 def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Any) -> Float[Array, ""]:
     """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
-    before, after = (layout.unpack(x.mean)[0] for x in (now.distribution, attempted.predicted))
+    before, after = (layout.unpack(mean)[0] for mean in (now.distribution.mean, attempted.mean))
     error = control.error.estimate(dt, attempted.equation, attempted.innovation, layout)
     controller = control.controller
     size = jnp.maximum(jnp.abs(before), jnp.abs(after))
@@ -239,7 +239,7 @@ def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempte
     # Without an absolute tolerance a component that is zero, and stays zero, has no error.
     scaled = jnp.where(error == 0, 0, error / weight)
     norm = control.error.norm(scaled)
-    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.predicted.mean))
+    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.mean))
     return jnp.where(finite, norm, jnp.inf)
 
 

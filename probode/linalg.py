@@ -25,7 +25,10 @@ def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def safe_norm(x: Float[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
-    """Euclidean length along an axis (or of all entries), zero derivative at zero; squares do not under- or overflow."""
+    """Euclidean length along an axis (or of all entries), with derivative zero at zero."""
+    if jnp.finfo(x.dtype).bits >= 64:
+        return safe_sqrt(jnp.sum(x**2, axis=axis))
+    # Squares under- and overflow in single precision.
     size = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     length = size * safe_sqrt(jnp.sum((x / size) ** 2, axis=axis, keepdims=True))
@@ -84,27 +87,43 @@ def _triangularise(upper, dense):
     dim = upper.shape[0]
     if dim > _LAPACK_COLUMNS:
         return _lapack(upper, dense)
-    if dim <= _UNROLLED_COLUMNS or dim % 2:
-        step, xs, unroll = _eliminate_one, (jnp.arange(dim), upper), dim <= _UNROLLED_COLUMNS
+    if dim <= _UNROLLED_COLUMNS:
+        return _written_out(upper, dense)
+    if dim % 2:
+        step, xs = _eliminate_one, (jnp.arange(dim), upper)
     else:
-        pairs = jnp.reshape(upper, (dim // 2, 2, dim))
-        step, xs, unroll = _eliminate_two, (jnp.arange(0, dim, 2), pairs), False
-    _, rows = lax.scan(step, dense, xs, unroll=unroll)
+        step, xs = _eliminate_two, (jnp.arange(0, dim, 2), jnp.reshape(upper, (dim // 2, 2, dim)))
+    _, rows = lax.scan(step, dense, xs)
     return jnp.triu(jnp.reshape(rows, (dim, dim)))
 
 
-def _reflect(t, b, s, u):
-    """Row ``j`` of ``R`` and the row ``g`` in ``B <- B - b g^T``, from ``u = b^T B``, ``t`` the row of ``T``."""
-    r = safe_sqrt(s**2 + jnp.sum(b**2))
+def _written_out(upper, dense):
+    rows = []
+    for j, t in enumerate(upper):
+        b = dense[:, j]
+        # A sum, not a product of matrices, which would not melt into its neighbours.
+        u = jnp.sum(b[:, None] * dense, axis=0)
+        row, g = _reflect(t, t[j], u, u[j])
+        rows.append(row)
+        dense = dense - b[:, None] * g
+    return jnp.triu(jnp.stack(rows))
+
+
+def _reflect(t, s, u, bb):
+    """Row ``j`` of ``R`` and the row ``g`` in ``B <- B - b g^T``: ``t`` is the row of ``T``, ``u = b^T B``."""
+    square = s**2 + bb
+    empty = square == 0
+    inverse = jnp.where(empty, 0, 1 / jnp.sqrt(jnp.where(empty, 1, square)))  # 1 / r
     # Without a pivot there is nothing to eliminate: what else the row holds stays.
-    row = jnp.where(r == 0, t, safe_divide(s * t + u, r))
-    return row, safe_divide(t + row, s + r)
+    row = jnp.where(empty, t, (s * t + u) * inverse)
+    return row, (t + row) * (inverse / (1 + s * inverse))
 
 
 def _eliminate_one(dense, x):
     j, t = x
     b = dense[:, j]
-    row, g = _reflect(t, b, t[j], b @ dense)
+    u = b @ dense
+    row, g = _reflect(t, t[j], u, u[j])
     return dense - b[:, None] * g, row
 
 
@@ -112,9 +131,9 @@ def _eliminate_two(dense, x):
     # Two columns per pass over `dense`: the second gemv acts on the matrix that the first column would leave.
     j, (t1, t2) = x
     b1 = dense[:, j]
-    row1, g1 = _reflect(t1, b1, t1[j], b1 @ dense)
+    row1, g1 = _reflect(t1, t1[j], b1 @ dense, b1 @ b1)
     b2 = dense[:, j + 1] - b1 * g1[j + 1]
-    row2, g2 = _reflect(t2, b2, t2[j + 1], b2 @ dense - (b1 @ b2) * g1)
+    row2, g2 = _reflect(t2, t2[j + 1], b2 @ dense - (b1 @ b2) * g1, b2 @ b2)
     return dense - b1[:, None] * g1 - b2[:, None] * g2, jnp.stack([row1, row2])
 
 

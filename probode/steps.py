@@ -60,7 +60,7 @@ class Attempt(eqx.Module):
     """What is known of a step before its covariance: enough to estimate the error and to reject."""
 
     transition: Transition
-    predicted: Normal
+    mean: Float[Array, "*batch dim cols"]
     equation: Linearisation
     innovation: Innovation
 
@@ -82,23 +82,24 @@ def attempt(
     equation = parts.constraint.linearise(t, predicted, layout, args)
     unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
     innovation = innovate(equation, transition.noise, unit)
-    return Attempt(transition, predicted, equation, innovation)
+    return Attempt(transition, predicted.mean, equation, innovation)
 
 
 def accept(parts: Step, state: State, t: Float[Array, ""], attempted: Attempt) -> State:
     """Condition the prediction on the equation: the state at ``t``."""
-    transition, predicted, equation = attempted.transition, attempted.predicted, attempted.equation
+    transition, equation = attempted.transition, attempted.equation
     scale = parts.calibration.scale(attempted.innovation)
+    predicted = Normal(attempted.mean, push(state.distribution, transition.matrix).factor)
     posterior, whitened = condition(predicted, transition.noise, scale, equation)
-    statistics = parts.calibration.update(state.statistics, whitened, _informative(equation, predicted))
+    statistics = parts.calibration.update(state.statistics, whitened, _informative(equation, attempted.mean))
     memory = parts.strategy.extend(state.memory, state.distribution, transition, scale)
     return State(t, posterior, scale / attempted.innovation.unit, statistics, memory, state.layout)
 
 
-def _informative(equation, predicted):
+def _informative(equation, mean):
     # A residual at the round-off of its own terms says nothing about the scale.
     m = equation.residual.shape[-2]
-    terms = predicted.mean[..., equation.block * m : (equation.block + 1) * m, :]
+    terms = mean[..., equation.block * m : (equation.block + 1) * m, :]
     floor = 100 * jnp.finfo(terms.dtype).eps * jnp.max(jnp.abs(terms))
     return jnp.max(jnp.abs(equation.residual)) > floor
 
