@@ -38,17 +38,17 @@ def probode(
     *,
     method: str = "EK1",
     num_derivatives: int = 5,
-    error: str = "residual",
     control: str = "integral",
+    safety: float = 0.95,
     loop: str = "bounded",
 ) -> Callable[[], Outcome]:
     """EK0 (isotropic) or EK1 (dense) on an integrated Wiener process."""
-    solve = _probode_program(problem, method, num_derivatives, error, control, loop)
+    solve = _probode_program(problem, method, num_derivatives, control, safety, loop)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
 
 @functools.cache
-def _probode_program(problem, method, num_derivatives, error, control, loop):
+def _probode_program(problem, method, num_derivatives, control, safety, loop):
     import probode
 
     ode = probode.ODE(problem.vector_field)
@@ -63,17 +63,13 @@ def _probode_program(problem, method, num_derivatives, error, control, loop):
             prior=probode.IWP(num_derivatives),
             constraint=constraint,
             factorisation=factorisation,
-            error=getattr(probode, _PROBODE_ERRORS[error])(),
-            controller=controller(rtol=rtol, atol=atol),
+            controller=controller(rtol=rtol, atol=atol, safety=safety),
             loop=loops[loop](max_steps=MAX_STEPS),
         )
         solution = solver.solve(u0, problem.t0, problem.t1, args=args, throw=False)
         return Outcome(solution.mean[-1], solution.stats["num_steps"], solution.stats["num_accepted_steps"])
 
     return solve
-
-
-_PROBODE_ERRORS = {"residual": "ResidualError", "state": "StateError"}
 
 
 def probdiffeq(
@@ -214,24 +210,22 @@ def configurations(quick: bool = False) -> list[Configuration]:
 
 
 def _probode_configurations():
-    # method, number of derivatives, error estimate, control, leading
+    # method, number of derivatives, control, safety, leading
     table = [
-        ("EK0", 4, "residual", "integral", False),
-        ("EK0", 5, "residual", "integral", True),
-        ("EK0", 5, "residual", "pi", False),
-        ("EK0", 5, "state", "integral", False),
-        ("EK1", 4, "residual", "integral", False),
-        ("EK1", 5, "residual", "integral", True),
-        ("EK1", 5, "residual", "pi", True),
-        ("EK1", 5, "state", "pi", True),
-        ("EK1", 7, "residual", "pi", False),
-        ("EK1", 7, "state", "pi", False),
+        ("EK0", 4, "integral", 0.95, False),
+        ("EK0", 5, "integral", 0.95, True),
+        ("EK0", 5, "integral", 0.8, False),
+        ("EK0", 5, "pi", 0.95, True),
+        ("EK1", 4, "integral", 0.95, False),
+        ("EK1", 5, "integral", 0.95, True),
+        ("EK1", 5, "integral", 0.9, True),
+        ("EK1", 5, "pi", 0.9, False),
+        ("EK1", 7, "pi", 0.95, False),
     ]
-    for method, n, error, control, leading in table:
-        build = functools.partial(probode, method=method, num_derivatives=n, error=error, control=control)
-        label = f"{method}({n}) {error} {control}"
-        if available("probode") and _PROBODE_ERRORS[error] in dir(importlib.import_module("probode")):
-            yield Configuration("probode", label, build, *_purpose(method)), leading
+    for method, n, control, safety, leading in table:
+        build = functools.partial(probode, method=method, num_derivatives=n, control=control, safety=safety)
+        label = f"{method}({n}) {control} {safety}"
+        yield Configuration("probode", label, build, *_purpose(method)), leading
 
 
 def _probdiffeq_configurations():

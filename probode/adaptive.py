@@ -254,7 +254,8 @@ def _(primals, tangents):
     values, fn, inputs = primals
     _, t_fn, t_inputs = tangents
     _, tangent = eqx.filter_jvp(lambda fn, inputs: fn(*inputs), (fn, inputs), (t_fn, t_inputs))
-    return values, tangent
+    # Not `values` themselves: a second derivative has to see the first one.
+    return _with_derivative(values, fn, inputs), tangent
 
 
 def _weight(controller, size):

@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import jax
+import pytest
 
 
 jax.config.update("jax_enable_x64", os.environ.get("PROBODE_TEST_FLOAT32", "0") != "1")
@@ -12,3 +13,10 @@ hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Thousands of compiled programs in one process exhaust its memory maps, and the compiler crashes."""
+    yield
+    jax.clear_caches()

@@ -1,6 +1,6 @@
 """Derivatives of solutions: against central differences of frozen steps, in both modes, through every part."""
 
-import functools as ft
+import functools
 
 import equinox as eqx
 import jax
@@ -26,7 +26,7 @@ def rates_field(t, u, args):
 PARAMETERS = np.array([2.0, 1.5, 0.5, 0.3, 0.4, 0.2])  # u0, args
 
 
-@ft.cache
+@functools.cache
 def outputs(constraint, factorisation, nu):
     """Means and log standard deviations at the end and in the middle of a grid, as functions of u0 and args."""
     solver = po.Solver(
@@ -163,7 +163,7 @@ def test_loops_agree_and_the_forward_loop_says_what_to_do():
     assert relative(jax.grad(loss)(x, po.CheckpointedLoop(256, checkpoints=5)), bounded) < 1e-10
     tangent = jnp.asarray(np.random.default_rng(0).normal(size=6))
     for loop in (po.BoundedLoop(256), po.ForwardLoop(256)):
-        _, derivative = jax.jvp(lambda x: loss(x, loop), (x,), (tangent,))
+        _, derivative = jax.jvp(functools.partial(loss, loop=loop), (x,), (tangent,))
         assert abs(derivative - bounded @ tangent) < 1e-9 * abs(derivative)
     with pytest.raises(RuntimeError, match="BoundedLoop"):
         jax.grad(loss)(x, po.ForwardLoop(256))
@@ -223,21 +223,22 @@ def test_lanes_with_different_numbers_of_steps():
 def test_rejected_attempts_that_are_not_finite_leave_gradients_finite():
     # sqrt leaves its domain on the attempts that are too long; they are rejected and must not reach the gradient
     def field(t, u, args):
-        return -args * jnp.sqrt(u)
+        return -args * jnp.sqrt(u) ** 2
 
-    solver = po.Solver(po.IWP(2), po.TS1(po.ODE(field)), controller=po.IntegralController(rtol=1e-4, atol=1e-6))
+    solver = po.Solver(po.IWP(3), po.TS1(po.ODE(field)), controller=po.IntegralController(rtol=1e-6, atol=1e-8))
 
     def end(rate):
-        solution = solver.solve(jnp.array([1.0]), 0.0, 1.9, args=rate, dt0=10.0)
+        solution = solver.solve(jnp.array([1.0]), 0.0, 3.0, args=rate, dt0=10.0)
         return solution.mean[-1, 0], solution.stats["num_rejected_steps"]
 
-    # u = (1 - rate t / 2)^2
-    for lanes in (end, lambda rate: jax.tree.map(lambda x: x[0], jax.vmap(end)(jnp.stack([rate, 0.1 * rate])))):
+    def first_of_two_lanes(rate):
+        return jax.tree.map(lambda x: x[0], jax.vmap(end)(jnp.stack([rate, 0.1 * rate])))
+
+    for lanes in (end, first_of_two_lanes):
         (value, rejected), gradient = jax.value_and_grad(lanes, has_aux=True)(1.0)
         assert rejected > 0
-        assert abs(value - 0.05**2) < 1e-3
-        assert np.isfinite(gradient)
-        assert abs(gradient + 1.9 * 0.05) < 1e-2
+        np.testing.assert_allclose(value, np.exp(-3), rtol=1e-4)
+        np.testing.assert_allclose(gradient, -3 * np.exp(-3), rtol=1e-3)
 
 
 def test_fields_that_are_modules_and_closures():
