@@ -1,6 +1,6 @@
 """The adaptive loop: one flat loop whose iterations attempt a step or serve a save time.
 
-The controller decides on values without derivatives; an accepted attempt gets its derivative back, so that gradients are
+The controller decides on values without derivatives; an accepted attempt gets its derivative back. So gradients are
 those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
 """
 

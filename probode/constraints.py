@@ -1,7 +1,7 @@
 """Information operators: the equation ``z(t, x) = 0`` about the state, linearised at a prediction.
 
-TS0 and TS1 are the zeroth- and first-order Taylor linearisations of ``z = u^(k) - f(t, u, ..., u^(k-1))``; with a filter
-they make the methods known as EK0 and EK1 (Schober et al. 2019; Tronarp et al. 2019).
+TS0 and TS1 are the zeroth- and first-order Taylor linearisations of ``z = u^(k) - f(t, u, ..., u^(k-1))``; with a
+filter they make the methods known as EK0 and EK1 (Schober et al. 2019; Tronarp et al. 2019).
 """
 
 from abc import abstractmethod

@@ -19,7 +19,7 @@ from .linalg import safe_norm
 
 
 class AbstractFactorisation(eqx.Module):
-    """Which entries of the covariance of ``(u, u', ..., u^(nu))`` are kept. Rows are ordered derivative by derivative."""
+    """Which entries of the covariance of ``(u, u', ..., u^(nu))`` are kept; rows go derivative by derivative."""
 
     @abstractmethod
     def batch_shape(self, d: int) -> tuple[int, ...]:

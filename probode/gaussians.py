@@ -1,7 +1,7 @@
 """Square-root Gaussians and the one algebra on them: map, predict, condition on an equation.
 
-A Gaussian is a mean ``(dim, cols)`` and a right square root ``(rows, dim)`` of a covariance shared by the columns, which
-are independent. Every function treats one element of a batch; ``batched`` maps it over the leading axes.
+A Gaussian is a mean ``(dim, cols)`` and a right square root ``(rows, dim)`` of a covariance shared by the columns,
+which are independent. Every function treats one element of a batch; ``batched`` maps it over the leading axes.
 """
 
 import functools as ft
@@ -56,9 +56,9 @@ class Linearisation(eqx.Module):
 class Innovation(eqx.Module):
     """The residual measured against the process noise of one step alone, in units of the transition's ``noise``.
 
-    ``factor``: square root of ``H Q H^T``, ``(*batch, m, m)``; ``whitened``: ``(H Q H^T)^(-1/2) z``; ``scale``: its root
-    mean square per batch element, the local (quasi-maximum-likelihood) scale of Schober et al. (2019), infinite for a
-    residual without noise to explain it. ``unit``: what an output scale of one is in these units.
+    ``factor``: square root of ``H Q H^T``, ``(*batch, m, m)``; ``whitened``: ``(H Q H^T)^(-1/2) z``; ``scale``: its
+    root mean square per batch element, the local (quasi-maximum-likelihood) scale of Schober et al. (2019), infinite
+    for a residual without noise to explain it. ``unit``: what an output scale of one is in these units.
     """
 
     factor: Float[Array, "*batch m m"]

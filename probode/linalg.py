@@ -1,7 +1,7 @@
 """Triangularisation, substitution and small products: the only place that knows about QR and its derivative.
 
-A covariance is held by any right square root ``F`` with ``cov = F^T F``; reducing ``F`` to an upper triangle is all that
-filtering needs. The elimination below is smooth where a pivot vanishes, so plain differentiation of it is exact.
+A covariance is held by any right square root ``F`` with ``cov = F^T F``; reducing ``F`` to an upper triangle is all
+that filtering needs. The elimination below is smooth where a pivot vanishes, so plain differentiation of it is exact.
 """
 
 import jax

@@ -53,10 +53,12 @@ class IWP(AbstractPrior):
         # A_ij = dt^(j-i) / (j-i)!
         shift = np.clip(np.arange(n)[None, :] - np.arange(n)[:, None], 0, None)
         matrix = jnp.asarray(pascal, layout.dtype) * jnp.stack(_powers(dt, n))[shift]
-        # Q = T Qbar T with T_i = sqrt|dt| dt^(nu-i) / (nu-i)!, of which sqrt|dt| dt^(nu-1) is taken out.
-        columns = jnp.stack([dt, *_powers(1 / dt, n - 1)])
+        # Q = T Qbar T with T_i = sqrt|dt| dt^(nu-i) / (nu-i)!, of which sqrt|dt| dt^middle is taken out: what is left,
+        # dt^(nu-middle), ..., 1, ..., dt^-middle, spans the range of floating-point numbers evenly.
+        middle = n // 2
+        columns = jnp.stack([*_powers(dt, n - middle)[:0:-1], *_powers(1 / dt, middle + 1)])
         noise = jnp.asarray(root, layout.dtype) * columns
-        magnitude = jnp.sqrt(jnp.abs(dt)) * jnp.abs(_powers(dt, n - 1)[-1])
+        magnitude = jnp.sqrt(jnp.abs(dt)) * jnp.abs(_powers(dt, middle + 1)[-1])
         return Transition(layout.broadcast(matrix), layout.lift(noise, self.output_scale), magnitude)
 
 

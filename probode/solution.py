@@ -21,8 +21,8 @@ class Result(eqx.Enumeration):
         "more steps, loosen the tolerances, or use TS1 if the problem is stiff."
     )
     initial_state_nonfinite = (
-        "The solve did not start because the state at t0 is infinite or NaN: u0, or a derivative of the vector field at "
-        "t0. Move t0 away from the singularity, or start from an InitialState."
+        "The solve did not start because the state at t0 is infinite or NaN: u0, or a derivative of the vector field "
+        "there. Move t0 away from the singularity, or start from an InitialState."
     )
     nonfinite = (
         "The solve stopped because the vector field, its derivative or the state became infinite or NaN however short "
@@ -36,9 +36,9 @@ class Result(eqx.Enumeration):
 
 
 class SaveAt(eqx.Module):
-    """Which times to keep: ``t0``, ``t1``, the times ``ts`` (sorted in the direction of time), or every accepted step.
+    """Which times to keep: ``t0``, ``t1``, ``ts`` (sorted in the direction of time), or every accepted step.
 
-    ``steps`` includes ``t1`` and cannot be combined with ``ts``. Raises ``ValueError`` when nothing or both are asked for.
+    ``steps`` includes ``t1`` and excludes ``ts``. Raises ``ValueError`` if nothing or both are asked for.
     """
 
     t0: bool = eqx.field(static=True)

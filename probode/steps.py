@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .calibration import AbstractCalibration
@@ -79,7 +80,7 @@ def attempt(
     """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation."""
     transition = parts.prior.transition(dt, layout)
     predicted = push(distribution, transition.matrix)
-    equation = parts.constraint.linearise(t, predicted, layout, args)
+    equation = _without_round_off(parts.constraint.linearise(t, predicted, layout, args), predicted.mean)
     unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
     innovation = innovate(equation, transition.noise, unit)
     return Attempt(transition, predicted.mean, equation, innovation)
@@ -96,12 +97,24 @@ def accept(parts: Step, state: State, t: Float[Array, ""], attempted: Attempt) -
     return State(t, posterior, scale / attempted.innovation.unit, statistics, memory, state.layout)
 
 
+def _without_round_off(equation, mean):
+    # Residuals at round-off carry no information, but gain and scale of a short step grow like dt^-j for the j-th
+    # derivative: they would ruin what is known of the high ones. Only the value is dropped, not its derivative.
+    z = equation.residual
+    small = jnp.abs(z) <= 8 * jnp.finfo(z.dtype).eps * jnp.abs(_terms(equation, mean))
+    return eqx.tree_at(lambda e: e.residual, equation, z - lax.stop_gradient(jnp.where(small, z, 0)))
+
+
 def _informative(equation, mean):
-    # A residual at the round-off of its own terms says nothing about the scale.
-    m = equation.residual.shape[-2]
-    terms = mean[..., equation.block * m : (equation.block + 1) * m, :]
-    floor = 100 * jnp.finfo(terms.dtype).eps * jnp.max(jnp.abs(terms))
+    # A residual at the round-off of its own terms says nothing about the scale either.
+    floor = 100 * jnp.finfo(mean.dtype).eps * jnp.max(jnp.abs(_terms(equation, mean)))
     return jnp.max(jnp.abs(equation.residual)) > floor
+
+
+def _terms(equation, mean):
+    """The derivative that the equation is about, whose size is that of the residual's terms."""
+    m = equation.residual.shape[-2]
+    return mean[..., equation.block * m : (equation.block + 1) * m, :]
 
 
 def round_off(t: Float[Array, ""]) -> Float[Array, ""]:

@@ -48,6 +48,22 @@ def test_orders_and_short_steps(nu):
         assert np.all(np.isfinite(solution.std))
 
 
+def test_fast_processes():
+    # rates of a million: squares of the noise and of the residual leave the range of single precision
+    decay = po.Solver(po.IWP(4), po.TS1(po.ODE(lambda t, u, args: -1e6 * u))).solve(np.float32(1.0), 0.0, 5e-6)
+    np.testing.assert_allclose(decay.mean[0], np.exp(-5), rtol=1e-2)
+    relaxation = po.Solver(po.IWP(4), po.TS1(po.ODE(lambda t, u, args: -1e7 * (u - jnp.cos(t)))))
+    np.testing.assert_allclose(relaxation.solve(np.float32(1.0), 0.0, 1e-4).mean[0], 1.0, rtol=1e-4)
+    growth = po.Solver(po.IWP(5), po.TS1(po.ODE(lambda t, u, args: 1e4 * u * (1 - u))))
+    np.testing.assert_allclose(growth.solve(np.float32(0.1), 0.0, 2e-3).mean[0], 1.0, rtol=1e-3)
+
+
+def test_high_orders_of_initial_derivatives():
+    # 14! is not a 32-bit integer
+    state = po.Solver(po.IWP(14), po.TS0(po.ODE(lambda t, u, args: u))).initialise(np.float32(1.0), 0.0)
+    np.testing.assert_allclose(jnp.stack(state.mean), 1.0, rtol=1e-5)
+
+
 def test_gradients_are_finite_and_right():
     def loss(rate):
         solver = po.Solver(po.IWP(3), po.TS1(po.ODE(lambda t, u, args: -args * u)), loop=po.BoundedLoop(64))

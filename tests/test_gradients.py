@@ -203,6 +203,8 @@ def test_save_times_are_differentiable():
     # between steps the mean is a polynomial in t: its derivative is the filter's own first derivative
     slopes = solver.solve(x[:2], 0.0, 2.0, args=x[2:], save_at=ts).derivative(1).mean[:, 0]
     np.testing.assert_allclose(jacobian, jnp.diag(slopes), rtol=1e-10, atol=1e-12)
+    _, tangent = jax.jvp(at, (ts,), (jnp.ones(3),))
+    np.testing.assert_allclose(tangent, slopes, rtol=1e-10)
 
 
 def test_lanes_with_different_numbers_of_steps():
