@@ -216,9 +216,9 @@ def test_a_field_that_is_defined_on_one_side():
     def field(t, u, args):
         return jnp.where(u < 0, jnp.nan, -5 * u)
 
-    solution = make(po.TS1, nu=1, field=field, rtol=1e-4, atol=1e-6).solve(jnp.array([1.0]), 0.0, 1.0, dt0=0.5)
+    solution = make(po.TS1, nu=1, field=field, rtol=1e-2, atol=1e-4).solve(jnp.array([1.0]), 0.0, 1.0, dt0=0.5)
     assert solution.stats["num_rejected_steps"] > 0
-    np.testing.assert_allclose(solution.mean[0, 0], np.exp(-5), rtol=1e-3)
+    np.testing.assert_allclose(solution.mean[0, 0], np.exp(-5), rtol=2e-2)
     # one component of many is enough to reject
     half = make(po.TS0, nu=2, field=lambda t, u, args: jnp.where(jnp.arange(3) * t > 1.0, jnp.nan, -u))
     stopped = half.solve(jnp.ones(3), 0.0, 1.0, throw=False)
