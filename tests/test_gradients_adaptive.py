@@ -1,4 +1,4 @@
-"""Derivatives of adaptive solves: those of the accepted steps, frozen; through loops, lanes, rejections and closures."""
+"""Derivatives of adaptive solves: those of the accepted steps, frozen; through loops, lanes, rejections, closures."""
 
 import functools
 
