@@ -26,7 +26,7 @@ def tests(session):
 def tests_nohook(session):
     """The test suite as users run the package: without run-time type checks."""
     session.install("-e", ".[test,examples]")
-    session.run("pytest", "-o", "addopts=-n 2 --dist loadfile", *session.posargs)
+    session.run("pytest", "-o", "addopts=-n 2 --dist worksteal", *session.posargs)
 
 
 @nox.session
