@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
@@ -55,6 +55,16 @@ class Row(eqx.Module):
     output_scale: Float[Array, "..."]
 
 
+def row_of(state: State) -> Row:
+    """What is kept of a state."""
+    return Row(state.t, state.distribution, state.output_scale)
+
+
+def is_finite(distribution: Normal) -> Bool[Array, ""]:
+    """Whether every mean and every covariance is a real number."""
+    return jnp.all(jnp.isfinite(distribution.mean)) & jnp.all(jnp.isfinite(distribution.factor))
+
+
 class _Carry(eqx.Module):
     solve: AdaptiveState
     left: Row | None  # where the current step started, for the times inside it
@@ -84,8 +94,7 @@ def first_step(control: Control, state: State, span: Float[Array, ""]) -> Float[
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
     """A solve before its first attempt."""
     zero = jnp.zeros((), jnp.int32)
-    finite = jnp.all(jnp.isfinite(state.distribution.mean)) & jnp.all(jnp.isfinite(state.distribution.factor))
-    result = Result.where(finite, Result.successful, Result.initial_state_nonfinite)
+    result = Result.where(is_finite(state.distribution), Result.successful, Result.initial_state_nonfinite)
     return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result)
 
 
@@ -168,7 +177,7 @@ def run(
         if ts is None:
             new = try_step(solve)
             if steps:
-                saved = _write(saved, served, _row(new.current), new.num_accepted_steps > solve.num_accepted_steps)
+                saved = _write(saved, served, row_of(new.current), new.num_accepted_steps > solve.num_accepted_steps)
                 served = new.num_accepted_steps
             return _Carry(new, left, served, saved)
 
@@ -180,15 +189,15 @@ def run(
         def step(solve, left):
             new = try_step(solve)
             moved = new.num_accepted_steps > solve.num_accepted_steps
-            left = jax.tree.map(lambda a, b: jnp.where(moved, a, b), _row(solve.current), left)
+            left = jax.tree.map(lambda a, b: jnp.where(moved, a, b), row_of(solve.current), left)
             return new, left, jax.tree.map(jnp.zeros_like, left)
 
         solve, left, row = lax.cond(serving, serve, step, solve, left)
         return _Carry(solve, left, served + serving.astype(jnp.int32), _write(saved, served, row, serving))
 
     times = ts.size if ts is not None else max_steps if steps else 0
-    saved = jax.tree.map(lambda x: jnp.full((times, *x.shape), jnp.nan, x.dtype), _row(start)) if times else None
-    carry = _Carry(solve, _row(start) if ts is not None else None, jnp.zeros((), jnp.int32), saved)
+    saved = jax.tree.map(lambda x: jnp.full((times, *x.shape), jnp.nan, x.dtype), row_of(start)) if times else None
+    carry = _Carry(solve, row_of(start) if ts is not None else None, jnp.zeros((), jnp.int32), saved)
     final = control.loop.run(
         lambda carry: pending(carry) | running(carry.solve),
         body,
@@ -201,7 +210,7 @@ def run(
     result = Result.where(unfinished, Result.max_steps_reached, solve.result)
     solve = eqx.tree_at(lambda s: s.result, solve, result)
     if steps:
-        last, reached = _row(solve.current), jnp.arange(times) < solve.num_accepted_steps
+        last, reached = row_of(solve.current), jnp.arange(times) < solve.num_accepted_steps
         saved = jax.tree.map(lambda rows, x: jnp.where(_column(reached, rows), rows, x), saved, last)
     return solve, saved
 
@@ -264,10 +273,6 @@ def _weight(controller, size):
 
 def _detach(tree):
     return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
-
-
-def _row(state: State) -> Row:
-    return Row(state.t, state.distribution, state.output_scale)
 
 
 def _write(rows, index, row, pred):

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import inputs
-from .adaptive import AdaptiveState, Control, Row, begin, first_step, run
+from .adaptive import AdaptiveState, Control, begin, first_step, is_finite, row_of, run
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
 from .constraints import AbstractConstraint
@@ -212,11 +212,10 @@ def _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep):
     keep_t0, keep_steps, keep_t1 = keep
     ended, rows = run(_steps(solver), control, begun, t1, args, ts=ts, steps=keep_steps)
 
-    first, last = (Row(s.t, s.distribution, s.output_scale) for s in (state, ended.current))
-    kept = [_one(first)] if keep_t0 else []
+    kept = [_one_row(state)] if keep_t0 else []
     kept += [] if rows is None else [rows]
-    kept += [_one(last)] if keep_t1 and not keep_steps else []
-    rows = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
+    kept += [_one_row(ended.current)] if keep_t1 and not keep_steps else []
+    rows = _joined(kept)
     if ts is not None:
         first_ts = int(keep_t0)
         rows = eqx.tree_at(lambda r: r.t, rows, rows.t.at[first_ts : first_ts + ts.size].set(ts))
@@ -230,13 +229,11 @@ def _solve_grid(solver, u0, grid, args, layout):
 
     def body(state, t):
         state = unconditional(parts, state, t, args)
-        return state, Row(state.t, state.distribution, state.output_scale)
+        return state, row_of(state)
 
     final, rows = lax.scan(body, state, grid[1:])
-    first = _one(Row(state.t, state.distribution, state.output_scale))
-    rows = jax.tree.map(lambda *xs: jnp.concatenate(xs), first, rows)
-    finite = jnp.all(jnp.isfinite(rows.distribution.mean)) & jnp.all(jnp.isfinite(rows.distribution.factor))
-    result = Result.where(finite, Result.successful, Result.nonfinite)
+    rows = _joined([_one_row(state), rows])
+    result = Result.where(is_finite(rows.distribution), Result.successful, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
     return _solution(solver, rows, ended, layout)
@@ -257,8 +254,12 @@ def _solution(solver, rows, ended, layout) -> Solution:
     return Solution(rows.t, distribution, output_scale, ended.result, stats, ended, layout)
 
 
-def _one(row):
-    return jax.tree.map(lambda x: x[None], row)
+def _one_row(state):
+    return jax.tree.map(lambda x: x[None], row_of(state))
+
+
+def _joined(rows):
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
 
 
 def _part(name, value, kind):

@@ -1,6 +1,5 @@
 """Problems and finite differences that several tests share."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -48,7 +47,3 @@ def central_differences(fn, x, step=1e-5):
 def covariance(factor):
     """``factor^T factor`` over any leading axes."""
     return jnp.swapaxes(factor, -1, -2) @ factor
-
-
-def block_until_ready(tree):
-    return jax.block_until_ready(tree)
