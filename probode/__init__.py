@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from .adaptive import AdaptiveState as AdaptiveState
 from .calibration import AbstractCalibration as AbstractCalibration
 from .calibration import DynamicCalibration as DynamicCalibration
+from .calibration import MLECalibration as MLECalibration
 from .calibration import NoCalibration as NoCalibration
 from .constraints import TS0 as TS0
 from .constraints import TS1 as TS1
@@ -15,6 +16,7 @@ from .controllers import IntegralController as IntegralController
 from .controllers import PIController as PIController
 from .errors import AbstractErrorEstimate as AbstractErrorEstimate
 from .errors import ResidualError as ResidualError
+from .errors import StateError as StateError
 from .factorisations import AbstractFactorisation as AbstractFactorisation
 from .factorisations import BlockDiagonal as BlockDiagonal
 from .factorisations import Dense as Dense
@@ -31,12 +33,15 @@ from .loops import ForwardLoop as ForwardLoop
 from .priors import IWP as IWP
 from .priors import AbstractPrior as AbstractPrior
 from .problems import ODE as ODE
+from .solution import Posterior as Posterior
 from .solution import Result as Result
 from .solution import SaveAt as SaveAt
 from .solution import Solution as Solution
 from .solver import Solver as Solver
 from .strategies import AbstractStrategy as AbstractStrategy
 from .strategies import Filter as Filter
+from .strategies import FixedIntervalSmoother as FixedIntervalSmoother
+from .strategies import FixedPointSmoother as FixedPointSmoother
 
 
 try:

@@ -16,11 +16,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
-from .gaussians import Normal
+from .gaussians import Conditional, Normal, coordinates_of, in_terms_of, pad, pad_rows, predict, push
 from .linalg import safe_divide
 from .loops import AbstractLoop
 from .solution import Result
 from .steps import State, Step, accept, attempt, round_off
+from .strategies import AbstractStrategy
+from .trajectory import Row
 
 
 class Control(eqx.Module):
@@ -47,29 +49,14 @@ class AdaptiveState(eqx.Module):
         return self.current.t
 
 
-class Row(eqx.Module):
-    """What is kept of one time: or, stacked, of many."""
-
-    t: Float[Array, "..."]
-    distribution: Normal
-    output_scale: Float[Array, "..."]
-
-
-def row_of(state: State) -> Row:
-    """What is kept of a state."""
-    return Row(state.t, state.distribution, state.output_scale)
+def row_of(state: State, past: Conditional | None, rows: int = 0) -> Row:
+    """What is kept of a state, its factor with at least so many rows."""
+    return Row(state.t, pad(state.distribution, rows), state.output_scale, past)
 
 
 def is_finite(distribution: Normal) -> Bool[Array, ""]:
     """Whether every mean and every covariance is a real number."""
     return jnp.all(jnp.isfinite(distribution.mean)) & jnp.all(jnp.isfinite(distribution.factor))
-
-
-class _Carry(eqx.Module):
-    solve: AdaptiveState
-    left: Row | None  # where the current step started, for the times inside it
-    served: Int[Array, ""]
-    saved: Row | None
 
 
 def first_step(control: Control, state: State, span: Float[Array, ""]) -> Float[Array, ""]:
@@ -98,34 +85,140 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result)
 
 
-def run(
+def solve_keeping_steps(
+    parts: Step, control: Control, strategy: AbstractStrategy, solve: AdaptiveState, t1: Float[Array, ""], args: PyTree
+) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
+    """Solve to ``t1``; the rows at the start and after every accepted step, and which of them are real.
+
+    There are ``max_steps + 1`` rows; those not reached repeat the last one.
+    """
+    max_steps = control.loop.max_steps
+    running, try_step = _stepping(parts, control, solve, t1, args)
+    first = row_of(solve.current, strategy.remember(solve.current.distribution))
+    rows = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), first)
+
+    def body(carry):
+        solve, rows = carry
+        past = strategy.remember(solve.current.distribution)
+        new, past, moved = try_step(solve, past)
+        return new, _write(rows, solve.num_accepted_steps, row_of(new.current, past), moved)
+
+    carry = control.loop.run(
+        lambda carry: running(carry[0]), body, (solve, rows), buffers=lambda carry: carry[1], extra=0
+    )
+    solve, rows = _ended(carry[0], t1), carry[1]
+    reached = jnp.arange(max_steps + 1) <= solve.num_accepted_steps
+    last = row_of(solve.current, first.past)
+    rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
+    rows = jax.tree.map(lambda xs, x: jnp.where(column(reached, xs), xs, x), rows, last)
+    return solve, rows, reached
+
+
+class _Serving(eqx.Module):
+    solve: AdaptiveState
+    past: Conditional | None  # of the last row, in the coordinates of the current state
+    left: Row | None  # where the current step starts, or the last row inside it
+    served: Int[Array, ""]
+    rows: Row
+
+
+def solve_serving(
     parts: Step,
     control: Control,
+    strategy: AbstractStrategy,
     solve: AdaptiveState,
     t1: Float[Array, ""],
     args: PyTree,
-    *,
-    ts: Float[Array, " times"] | None = None,
-    steps: bool = False,
-) -> tuple[AdaptiveState, Row | None]:
-    """Solve to ``t1``; also the rows at the times ``ts`` or after every accepted step (``max_steps`` of them)."""
-    start, layout = solve.current, solve.current.layout
-    direction = jnp.where(t1 >= start.t, 1, -1).astype(t1.dtype)
+    ts: Float[Array, " times"],
+) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
+    """Solve to ``t1``; the rows at the start, at the times ``ts`` and at the end, and which of them are real.
+
+    One flat loop: an iteration attempts a step, or serves the next of the ``ts`` if it has been passed. Rows have square
+    factors; inside a step they are predicted from what is on their left.
+    """
+    direction, layout = _direction(solve, t1), solve.current.layout
+    dim = solve.current.distribution.mean.shape[-2]
+    running, try_step = _stepping(parts, control, solve, t1, args)
+
+    def remember(state):
+        rows, past = state.distribution.factor.shape[-2], strategy.remember(pad(state.distribution, dim))
+        return None if past is None else eqx.tree_at(lambda p: p.cross, past, past.cross[..., :rows, :])
+
+    def next_ts(carry):
+        return ts[jnp.minimum(carry.served, ts.size - 1)]
+
+    def pending(carry):
+        return (carry.served < ts.size) & (next_ts(carry) * direction <= carry.solve.t * direction)
+
+    def step(solve, past, left, t):
+        new, new_past, moved = try_step(solve, past)
+        left = _choose(moved, row_of(solve.current, _square(past, dim), dim), left)
+        return new, new_past, left, jax.tree.map(jnp.zeros_like, left)
+
+    def serve(solve, past, left, t):
+        current = solve.current
+        at_left, at_right = t == left.t, t == current.t
+
+        def predicted(x, dt, past):
+            transition = parts.prior.transition(jnp.where(dt == 0, direction, dt), layout)
+            scale = current.output_scale * transition.magnitude
+            return predict(push(x, transition.matrix), transition.noise, scale, past)
+
+        here, here_past = predicted(left.distribution, t - left.t, left.past)
+        row = _choose(at_left, left, Row(t, here, current.output_scale, here_past))
+        row = _choose(at_right, row_of(current, _square(past, dim), dim), row)
+        row = eqx.tree_at(lambda r: r.output_scale, row, current.output_scale)
+        # From now on this row is what is remembered, inside the step and after it.
+        remembered = strategy.remember(row.distribution)
+        if remembered is not None:
+            end, past = predicted(row.distribution, current.t - t, remembered)
+            past = in_terms_of(past, coordinates_of(current.distribution, end))
+            past = _choose(at_right, remember(current), past)
+        return solve, past, Row(t, row.distribution, row.output_scale, remembered), row
+
+    def body(carry):
+        if ts.size == 0:
+            new, past, _ = try_step(carry.solve, carry.past)
+            return _Serving(new, past, None, carry.served, carry.rows)
+        serving = pending(carry)
+        *new, row = lax.cond(serving, serve, step, carry.solve, carry.past, carry.left, next_ts(carry))
+        return _Serving(*new, carry.served + serving.astype(jnp.int32), _write(carry.rows, carry.served, row, serving))
+
+    start = remember(solve.current)
+    first = row_of(solve.current, _square(start, dim), dim)
+    rows = jax.tree.map(lambda x: jnp.zeros((ts.size, *x.shape), x.dtype), first)
+    carry = control.loop.run(
+        lambda carry: running(carry.solve) if ts.size == 0 else pending(carry) | running(carry.solve),
+        body,
+        _Serving(solve, start, first if ts.size else None, jnp.zeros((), jnp.int32), rows),
+        buffers=lambda carry: carry.rows,
+        extra=ts.size,
+    )
+    solve = _ended(carry.solve, t1)
+    last = row_of(solve.current, _square(carry.past, dim), dim)
+    rows = jax.tree.map(lambda a, xs, b: jnp.concatenate([a[None], xs, b[None]]), first, carry.rows, last)
+    reached = jnp.arange(ts.size + 2) <= carry.served
+    return solve, rows, reached.at[-1].set(True)
+
+
+def _stepping(parts, control, solve, t1, args):
+    """Whether a solve goes on, and its next attempt: the solve after it, the past after it, and whether it moved."""
+    t0, direction, layout = solve.t, _direction(solve, t1), solve.current.layout
     max_steps = control.loop.max_steps
 
     # Traced once; what the user's functions close over becomes an input that can be differentiated.
     attempting = eqx.filter_closure_convert(
-        lambda distribution, t, dt: attempt(parts, distribution, t, dt, layout, args), start.distribution, t1, t1
+        lambda distribution, t, dt: attempt(parts, distribution, t, dt, layout, args), solve.current.distribution, t1, t1
     )
 
     def running(solve):
         unfinished = (t1 - solve.t) * direction > 0
         return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
 
-    def try_step(solve):
+    def try_step(solve, past):
         active = running(solve)
         now = solve.current
-        t, dt, clipped, floor = next_time(control.controller, now.t, solve.dt, t1, direction, start.t)
+        t, dt, clipped, floor = next_time(control.controller, now.t, solve.dt, t1, direction, t0)
         dt = jnp.where(active, dt, direction)
 
         attempted = _detach(attempting(_detach(now.distribution), _detach(t), _detach(dt)))
@@ -135,84 +228,35 @@ def run(
         finite = jnp.isfinite(norm)
         good = good & finite & active
 
-        def accepted(now):
+        def accepted(now, past):
             # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
             inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, direction * floor))
             values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
-            return accept(parts, now, t, _with_derivative(values, attempting, inputs))
+            return accept(parts, now, t, _with_derivative(values, attempting, inputs), past, args)
 
-        current = lax.cond(good, accepted, lambda now: now, now)
+        current, past = lax.cond(good, accepted, lambda *old: old, now, past)
         # A step cut short by t1 or stop_at says little about the next one.
         proposed = jnp.where(good & clipped, jnp.maximum(proposed, solve.dt), proposed)
         proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))
         stuck = active & ~good & (length <= floor)
         failure = Result.where(finite, Result.step_size_too_small, Result.nonfinite)
-        return AdaptiveState(
+        new = AdaptiveState(
             current,
             proposed,
-            jax.tree.map(lambda new, old: jnp.where(active, new, old), lax.stop_gradient(memory), solve.controller),
+            _choose(active, lax.stop_gradient(memory), solve.controller),
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck, failure, solve.result),
         )
+        return new, past, good
 
-    def row_between(solve, left, t):
-        # At the right end of the step the state itself, inside it a prediction from the left.
-        right = solve.current
-        at_end = t == right.t
-        transition = parts.prior.transition(jnp.where(at_end, direction, t - left.t), layout)
-        scale = right.output_scale * transition.magnitude
-        inside = parts.strategy.interpolate(left.distribution, transition, scale)
-        distribution = jax.tree.map(lambda a, b: jnp.where(at_end, a, b), right.distribution, inside)
-        return Row(t, distribution, right.output_scale)
+    return running, try_step
 
-    def pending(carry):
-        if ts is None:
-            return jnp.zeros((), bool)
-        next_ts = ts[jnp.minimum(carry.served, ts.size - 1)]
-        return (carry.served < ts.size) & (next_ts * direction <= carry.solve.t * direction)
 
-    def body(carry):
-        solve, left, served, saved = carry.solve, carry.left, carry.served, carry.saved
-        if ts is None:
-            new = try_step(solve)
-            if steps:
-                saved = _write(saved, served, row_of(new.current), new.num_accepted_steps > solve.num_accepted_steps)
-                served = new.num_accepted_steps
-            return _Carry(new, left, served, saved)
-
-        serving = pending(carry)
-
-        def serve(solve, left):
-            return solve, left, row_between(solve, left, ts[jnp.minimum(served, ts.size - 1)])
-
-        def step(solve, left):
-            new = try_step(solve)
-            moved = new.num_accepted_steps > solve.num_accepted_steps
-            left = jax.tree.map(lambda a, b: jnp.where(moved, a, b), row_of(solve.current), left)
-            return new, left, jax.tree.map(jnp.zeros_like, left)
-
-        solve, left, row = lax.cond(serving, serve, step, solve, left)
-        return _Carry(solve, left, served + serving.astype(jnp.int32), _write(saved, served, row, serving))
-
-    times = ts.size if ts is not None else max_steps if steps else 0
-    saved = jax.tree.map(lambda x: jnp.full((times, *x.shape), jnp.nan, x.dtype), row_of(start)) if times else None
-    carry = _Carry(solve, row_of(start) if ts is not None else None, jnp.zeros((), jnp.int32), saved)
-    final = control.loop.run(
-        lambda carry: pending(carry) | running(carry.solve),
-        body,
-        carry,
-        buffers=lambda carry: carry.saved,
-        extra=0 if ts is None else ts.size,
-    )
-    solve, saved = final.solve, final.saved
-    unfinished = ((t1 - solve.t) * direction > 0) & (solve.result == Result.successful)
-    result = Result.where(unfinished, Result.max_steps_reached, solve.result)
-    solve = eqx.tree_at(lambda s: s.result, solve, result)
-    if steps:
-        last, reached = row_of(solve.current), jnp.arange(times) < solve.num_accepted_steps
-        saved = jax.tree.map(lambda rows, x: jnp.where(_column(reached, rows), rows, x), saved, last)
-    return solve, saved
+def _ended(solve, t1):
+    """The solve with its result, which the end of a loop does not tell."""
+    unfinished = (solve.t != t1) & (solve.result == Result.successful)
+    return eqx.tree_at(lambda s: s.result, solve, Result.where(unfinished, Result.max_steps_reached, solve.result))
 
 
 def next_time(
@@ -241,7 +285,7 @@ def next_time(
 def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Any) -> Float[Array, ""]:
     """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
     before, after = (layout.unpack(mean)[0] for mean in (now.distribution.mean, attempted.mean))
-    error = control.error.estimate(dt, attempted.equation, attempted.innovation, layout)
+    error = control.error.estimate(dt, attempted.transition, attempted.equation, attempted.innovation, layout)
     controller = control.controller
     size = jnp.maximum(jnp.abs(before), jnp.abs(after))
     weight = _weight(controller, size)
@@ -280,7 +324,21 @@ def _write(rows, index, row, pred):
     return jax.tree.map(lambda x, xs: xs.at[index].set(x, pred=pred), row, rows)
 
 
-def _column(flags, like):
+def _choose(flag, these, those):
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)
+
+
+def _square(past, dim):
+    """The past in the coordinates of a factor padded to ``dim`` rows."""
+    return None if past is None else eqx.tree_at(lambda p: p.cross, past, pad_rows(past.cross, dim))
+
+
+def _direction(solve, t1):
+    return jnp.where(t1 >= solve.t, 1, -1).astype(t1.dtype)
+
+
+def column(flags: Bool[Array, " rows"], like: Array) -> Array:
+    """Flags of rows, to choose among rows of any shape."""
     return flags.reshape(flags.shape + (1,) * (like.ndim - 1))
 
 

@@ -8,16 +8,55 @@ from abc import abstractmethod
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from .gaussians import Innovation
+from .linalg import safe_sqrt
+
+
+class Evidence(eqx.Module):
+    """What the log marginal likelihood of the equation is made of, summed over the steps, one entry per batch element.
+
+    ``square``: whitened residuals squared; ``log_det``: of the square roots of their covariances; ``number``: of them.
+    """
+
+    square: Float[Array, "*batch"]
+    log_det: Float[Array, "*batch"]
+    number: Float[Array, "*batch"]
+
+    @staticmethod
+    def none(shape: tuple[int, ...], dtype) -> "Evidence":
+        """Before any data."""
+        zero = jnp.zeros(shape, dtype)
+        return Evidence(zero, zero, zero)
+
+    def update(self, whitened: Float[Array, "*batch m cols"], pivots: Float[Array, "*batch m"]) -> "Evidence":
+        """After a residual with the whitened form ``S^(-1/2) z`` and the diagonal of ``S^(1/2)``."""
+        # A direction without any noise has no density; it is left out.
+        positive, cols = pivots != 0, whitened.shape[-1]
+        log_det = jnp.sum(jnp.log(jnp.where(positive, jnp.abs(pivots), 1)), axis=-1)
+        return Evidence(
+            self.square + jnp.sum(whitened**2, axis=(-2, -1)),
+            self.log_det + cols * log_det,
+            self.number + cols * jnp.sum(positive, axis=-1),
+        )
+
+    def log_likelihood(self, factor: Float[Array, "*batch"]) -> Float[Array, ""]:
+        """The log density of all residuals when every standard deviation is ``factor`` times as large."""
+        variance = jnp.where(factor > 0, factor, 1) ** 2
+        return -jnp.sum(self.log_det + (self.square / variance + self.number * jnp.log(2 * jnp.pi * variance)) / 2)
 
 
 class AbstractCalibration(eqx.Module):
     """Where the output scale comes from; its shape is the layout's batch shape.
 
-    Scales are in the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale.
+    Scales are in the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale. ``relinearise``:
+    whether the equation is linearised once more when the scale is known, for linearisations that look at the covariance.
     """
+
+    relinearise = False
 
     @abstractmethod
     def init(self, shape: tuple[int, ...], dtype) -> Any:
@@ -52,18 +91,76 @@ class NoCalibration(AbstractCalibration):
         return None
 
 
+class MLECalibration(AbstractCalibration):
+    """One scale for the whole solve, the quasi-maximum-likelihood estimate ``s^2 = mean of z^T S^-1 z / size(z)`` over
+    the steps; one per component under ``BlockDiagonal``. Tronarp et al. (2019); Bosch et al. (2021).
+
+    The posterior mean is that of the prior's own scale. ``stop_gradient``: treat the estimate as a constant.
+    """
+
+    stop_gradient: bool = eqx.field(static=True, default=False)
+
+    def init(self, shape, dtype):
+        return MeanSquare.none(shape, dtype)
+
+    def scale(self, innovation):
+        return innovation.unit
+
+    def update(self, statistics, whitened, informative):
+        return statistics.update(whitened, informative)
+
+    def finalise(self, statistics):
+        return _constant_if(self.stop_gradient, safe_sqrt(statistics.mean))
+
+
 class DynamicCalibration(AbstractCalibration):
     """A scale of its own for every step, the local quasi-maximum-likelihood estimate; one per component under
-    ``BlockDiagonal``. The default: adapts to problems whose stiffness or activity changes. Schober et al. (2019)."""
+    ``BlockDiagonal``. The default: adapts to problems whose stiffness or activity changes. Schober et al. (2019).
+
+    ``relinearise``: linearise the equation again with the noise of that scale. ``stop_gradient``: treat the scales as
+    constants in derivatives.
+    """
+
+    relinearise: bool = eqx.field(static=True, default=False)
+    stop_gradient: bool = eqx.field(static=True, default=False)
 
     def init(self, shape, dtype):
         return None
 
     def scale(self, innovation):
-        return innovation.scale
+        return _constant_if(self.stop_gradient, innovation.scale)
 
     def update(self, statistics, whitened, informative):
         return None
 
     def finalise(self, statistics):
         return None
+
+
+class MeanSquare(eqx.Module):
+    """A running mean of whitened residuals squared: ``total`` over ``number`` steps."""
+
+    total: Float[Array, "*batch"]
+    number: Float[Array, ""]
+
+    @staticmethod
+    def none(shape: tuple[int, ...], dtype) -> "MeanSquare":
+        """Before any data."""
+        return MeanSquare(jnp.zeros(shape, dtype), jnp.zeros((), dtype))
+
+    def update(self, whitened: Float[Array, "*batch m cols"], informative: Array) -> "MeanSquare":
+        """After one step; residuals at round-off level enter neither sum nor number."""
+        square = jnp.mean(whitened**2, axis=(-2, -1))
+        return MeanSquare(
+            self.total + jnp.where(informative, square, 0), self.number + informative.astype(self.number.dtype)
+        )
+
+    @property
+    def mean(self) -> Float[Array, "*batch"]:
+        """The mean so far; one if nothing was informative."""
+        some = self.number > 0
+        return jnp.where(some, self.total / jnp.where(some, self.number, 1), 1)
+
+
+def _constant_if(flag, x):
+    return lax.stop_gradient(x) if flag else x

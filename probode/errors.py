@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .factorisations import Layout
-from .gaussians import Innovation, Linearisation
+from .gaussians import Innovation, Linearisation, Transition, posterior_noise
 from .linalg import safe_norm
 
 
@@ -34,21 +34,40 @@ class AbstractErrorEstimate(eqx.Module):
 
     @abstractmethod
     def estimate(
-        self, dt: Float[Array, ""], equation: Linearisation, innovation: Innovation, layout: Layout
+        self,
+        dt: Float[Array, ""],
+        transition: Transition,
+        equation: Linearisation,
+        innovation: Innovation,
+        layout: Layout,
     ) -> Float[Array, " d"]:
-        """The local error in units of ``u``."""
+        """The local error in units of ``u``; ``innovation.scale * transition.noise`` is the noise of the step."""
 
 
 class ResidualError(AbstractErrorEstimate):
     """``|dt|^k / k! * s * sqrt(diag(H Q H^T))``: the residual's standard deviation under the local scale ``s``,
     integrated ``k`` times (the order of the equation). Schober et al. (2019); Bosch et al. (2021).
 
-    ``norm`` is a function of the scaled error, ``rms_norm`` by default.
+    Careful: solutions come out two to three digits better than asked for. ``norm`` is a function of the error over the
+    tolerance, ``rms_norm`` by default; ``max_norm`` bounds every component.
     """
 
     norm: Callable = eqx.field(static=True, default=rms_norm)
 
-    def estimate(self, dt, equation, innovation, layout):
+    def estimate(self, dt, transition, equation, innovation, layout):
         k = equation.block
         std = layout.std(innovation.factor)[0]
         return jnp.abs(dt) ** k / math.factorial(k) * innovation.scale * std
+
+
+class StateError(AbstractErrorEstimate):
+    """``s * sqrt(diag(Cov(u | z)))``: the standard deviation of ``u`` after the step under its noise alone and the local
+    scale ``s``, that is, what the step adds to the error once the equation has been used.
+
+    Lands closer to the tolerance than ``ResidualError``, with fewer steps. ``norm`` as there.
+    """
+
+    norm: Callable = eqx.field(static=True, default=rms_norm)
+
+    def estimate(self, dt, transition, equation, innovation, layout):
+        return innovation.scale * layout.std(posterior_noise(equation, transition.noise))[0]

@@ -1,7 +1,8 @@
-"""Square-root Gaussians and the one algebra on them: map, predict, condition on an equation.
+"""Square-root Gaussians and the one algebra on them: predict, condition on an equation, look back.
 
 A Gaussian is a mean ``(dim, cols)`` and a right square root ``(rows, dim)`` of a covariance shared by the columns,
-which are independent. Every function treats one element of a batch; ``batched`` maps it over the leading axes.
+which are independent: ``x = mean + factor^T w`` with standard normal coordinates ``w``, ``(rows, cols)``. Every function
+treats one element of a batch; ``batched`` maps it over the leading axes.
 """
 
 import functools as ft
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .linalg import kron_apply, kron_apply_right, product, safe_norm, substitute, triangularise
+from .linalg import eliminate, kron_apply, kron_apply_right, product, safe_norm, substitute, triangularise
 
 
 class Normal(eqx.Module):
@@ -26,6 +27,20 @@ class Normal(eqx.Module):
 
     mean: PyTree[Array]
     factor: PyTree[Array]
+
+
+class Conditional(eqx.Module):
+    """The coordinates ``w`` of an earlier state given those of a later one: ``w | v ~ N(shift + cross^T v, own^T own)``.
+
+    Coordinates are those of ``Normal``, standard normal given the data so far, so ``cross`` and ``own`` are blocks of an
+    orthogonal matrix: nothing is ever inverted, however small a covariance. (Smoothing by orthogonal transformations:
+    Paige & Saunders, 1977.) ``shift``: ``(*batch, p, cols)``; ``cross``: ``(*batch, rows, p)``; ``own``:
+    ``(*batch, p, p)``, upper triangular.
+    """
+
+    shift: Float[Array, "*batch p cols"]
+    cross: Float[Array, "*batch rows p"]
+    own: Float[Array, "*batch p p"]
 
 
 class Transition(eqx.Module):
@@ -70,14 +85,13 @@ class Innovation(eqx.Module):
 def batched(fn: Callable) -> Callable:
     """Map ``fn``, written for one batch element, over the leading axes of its arguments.
 
-    The first argument is a ``Normal`` or a ``Linearisation``, which tells how many axes there are.
+    The first leaf of the first argument, a mean or a matrix, tells how many axes there are.
     """
 
     @ft.wraps(fn)
     def wrapped(first, *rest):
-        leaf = first.mean if isinstance(first, Normal) else first.residual
         mapped = fn
-        for _ in range(leaf.ndim - 2):
+        for _ in range(jax.tree.leaves(first)[0].ndim - 2):
             mapped = jax.vmap(mapped)
         return mapped(first, *rest)
 
@@ -88,12 +102,6 @@ def batched(fn: Callable) -> Callable:
 def push(x: Normal, matrix: Float[Array, "p p"]) -> Normal:
     """``A x``, without noise: the square root of ``A cov A^T`` is not triangularised."""
     return Normal(kron_apply(matrix, x.mean), kron_apply_right(x.factor, matrix))
-
-
-@batched
-def add_noise(x: Normal, noise: Float[Array, "dim dim"], scale: Float[Array, ""]) -> Normal:
-    """``x`` plus independent noise ``N(0, scale^2 noise^T noise)``, ``noise`` upper triangular."""
-    return Normal(x.mean, triangularise(scale * noise, x.factor))
 
 
 @batched
@@ -110,14 +118,61 @@ def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Floa
 
 
 @batched
+def posterior_noise(equation: Linearisation, noise: Float[Array, "dim dim"]) -> Float[Array, "m m"]:
+    """Square root of the covariance of ``E_0 x`` under ``x ~ N(0, noise^T noise)`` given the equation."""
+    m = equation.residual.shape[0]
+    k = equation.block * m
+    leading = noise[: k + m, : k + m]
+    columns = jnp.concatenate([product(leading, equation.matrix.T), leading[:, :m]], axis=1)
+    # Only the rows of the block itself are triangular in the columns of z.
+    _, left = eliminate(columns[k:], columns[:k])
+    return left
+
+
+@batched
+def predict(
+    x: Normal, noise: Float[Array, "dim dim"], scale: Float[Array, ""], past: Conditional | None = None
+) -> tuple[Normal, Conditional | None]:
+    """``x`` plus independent noise ``N(0, scale^2 noise^T noise)``, ``noise`` upper triangular.
+
+    The new factor is upper triangular. ``past``, given in the coordinates of ``x``, comes back in the new ones.
+    """
+    upper, dense = _beside(scale * noise, x.factor, past)
+    triangle, left = eliminate(upper, dense)
+    dim = x.mean.shape[0]
+    if past is not None:
+        past = Conditional(past.shift, triangle[:, dim:], triangularise(past.own, left))
+    return Normal(x.mean, triangle[:, :dim]), past
+
+
+class Update(eqx.Module):
+    """What conditioning on an equation gives, with ``S`` the covariance of the innovation ``z``.
+
+    ``state``: the posterior; ``past``: an earlier state in its coordinates; ``whitened``: ``S^(-1/2) z``, ``(m, cols)``;
+    ``pivots``: the diagonal of the triangular ``S^(1/2)``, zero where nothing can be learnt.
+    """
+
+    state: Normal
+    past: Conditional | None
+    whitened: Float[Array, "*batch m cols"]
+    pivots: Float[Array, "*batch m"]
+
+
+@batched
 def condition(
-    x: Normal, noise: Float[Array, "dim dim"], scale: Float[Array, ""], equation: Linearisation
-) -> tuple[Normal, Float[Array, "m cols"]]:
-    """Add the noise ``scale * noise`` to ``x`` and condition on the equation: one triangularisation for both.
+    x: Normal,
+    noise: Float[Array, "dim dim"],
+    scale: Float[Array, ""],
+    equation: Linearisation,
+    past: Conditional | None = None,
+) -> Update:
+    """Add the noise ``scale * noise`` to ``x`` and condition on the equation: one elimination for both.
 
     The columns of the stacked square root ``[x.factor; scale noise]`` are changed to ``(z, all other derivatives)``.
     It then has full column rank as soon as the noise has, and its triangle holds the innovation's factor, the
-    cross-covariance and, in the trailing block, the posterior's factor. Returns the posterior and ``S^(-1/2) z``.
+    cross-covariance and, in the trailing block, the posterior's factor: as many rows as derivatives are left. (Where
+    ``x.factor`` has more rows, zeros keep the shape.) Columns of ``past`` beside it tell what the equation says of an
+    earlier state.
     """
     mean, noise, (dim, _) = x.mean, scale * noise, x.mean.shape
     h, z = equation.matrix, equation.residual
@@ -131,15 +186,84 @@ def condition(
     changed = change_columns(noise)
     # Rows of the noise below the block are untouched by H; those above it meet z densely and join the dense part.
     upper = jnp.concatenate([changed[own], jnp.zeros((k, dim), noise.dtype), changed[k + m :]])
-    triangle = triangularise(upper, jnp.concatenate([change_columns(x.factor), changed[:k]]))
+    upper, dense = _beside(upper, change_columns(x.factor), past, changed[:k])
+    triangle, left = eliminate(upper, dense)
 
     whitened, correction = substitute(triangle[:m], z)
-    others = jnp.concatenate([mean[:k], mean[k + m :]]) - correction
+    others = jnp.concatenate([mean[:k], mean[k + m :]]) - correction[: dim - m]
     # z = 0 determines the block: E_k x = (E_k m - z) - H_other (x_other - m_other).
     block = mean[own] - z - product(h[:, :k], others[:k] - mean[:k])
     posterior_mean = jnp.concatenate([others[:k], block, others[k:]])
 
-    rest = triangle[m:, m:]
+    rest = triangle[m:, m:dim]
     columns = [rest[:, :k], -product(rest[:, :k], h[:, :k].T), rest[:, k:]]
-    factor = jnp.pad(jnp.concatenate(columns, axis=1), ((0, m), (0, 0)))
-    return Normal(posterior_mean, factor), whitened
+    state = pad(Normal(posterior_mean, jnp.concatenate(columns, axis=1)), x.factor.shape[0])
+    if past is not None:
+        cross = pad_rows(triangle[m:, dim:], x.factor.shape[0])
+        past = Conditional(past.shift - correction[dim - m :], cross, triangularise(past.own, left))
+    return Update(state, past, whitened, jnp.diagonal(triangle)[:m])
+
+
+def _beside(upper, dense, past, more=None):
+    """The stack with the columns of ``past`` at its side, and the rows ``more`` below it."""
+    if past is not None:
+        upper = jnp.pad(upper, ((0, 0), (0, past.cross.shape[1])))
+        dense = jnp.concatenate([dense, past.cross], axis=1)
+    if more is not None:
+        dense = jnp.concatenate([dense, jnp.pad(more, ((0, 0), (0, dense.shape[1] - more.shape[1])))])
+    return upper, dense
+
+
+def pad_rows(factor: Float[Array, "*batch rows p"], rows: int) -> Float[Array, "*batch more p"]:
+    """A factor with at least as many rows, the new ones zero."""
+    missing = max(0, rows - factor.shape[-2])
+    return jnp.pad(factor, [(0, 0)] * (factor.ndim - 2) + [(0, missing), (0, 0)])
+
+
+def pad(x: Normal, rows: int) -> Normal:
+    """``x`` with at least as many rows in its factor."""
+    return Normal(x.mean, pad_rows(x.factor, rows))
+
+
+@batched
+def identity(x: Normal) -> Conditional:
+    """The coordinates of ``x`` in its own terms."""
+    rows, cols = x.factor.shape[0], x.mean.shape[1]
+    eye = jnp.eye(rows, dtype=x.factor.dtype)
+    return Conditional(jnp.zeros((rows, cols), x.mean.dtype), eye, jnp.zeros_like(eye))
+
+
+@batched
+def standard(x: Normal) -> Normal:
+    """The coordinates of ``x`` themselves: a standard normal."""
+    rows, cols = x.factor.shape[0], x.mean.shape[1]
+    return Normal(jnp.zeros((rows, cols), x.mean.dtype), jnp.eye(rows, dtype=x.factor.dtype))
+
+
+@batched
+def look_back(later: Normal, past: Conditional) -> Normal:
+    """The earlier state's coordinates, from the distribution of the later one's."""
+    mean = past.shift + product(past.cross.T, later.mean)
+    return Normal(mean, triangularise(past.own, product(later.factor, past.cross)))
+
+
+@batched
+def realise(coordinates: Normal, x: Normal) -> Normal:
+    """``x`` with its coordinates, so far standard normal, distributed as they are now known."""
+    return Normal(x.mean + product(x.factor.T, coordinates.mean), product(coordinates.factor, x.factor))
+
+
+@batched
+def coordinates_of(state: Normal, x: Normal) -> Normal:
+    """The coordinates in which ``x``, whose factor is square and upper triangular, has the distribution ``state``."""
+    dim, cols = x.mean.shape
+    right = jnp.concatenate([state.mean - x.mean, state.factor.T], axis=1)
+    w, _ = substitute(x.factor, right)
+    return Normal(w[:, :cols], w[:, cols:].T)
+
+
+@batched
+def in_terms_of(past: Conditional, later: Normal) -> Conditional:
+    """An earlier state's coordinates given those that ``later``, the distribution of the present ones, is made of."""
+    cross = product(later.factor, past.cross)
+    return Conditional(past.shift + product(past.cross.T, later.mean), cross, past.own)

@@ -33,7 +33,10 @@ class AbstractInitialisation(eqx.Module):
     def initialise(
         self, ode: ODE, t0: Float[Array, ""], u0: Float[Array, "order d"], layout: Layout, args: PyTree
     ) -> Normal:
-        """The state at ``t0`` in the layout, from the stack ``u0`` of known derivatives ``(u, ..., u^(k-1))``."""
+        """The state at ``t0`` in the layout, from the stack ``u0`` of known derivatives ``(u, ..., u^(k-1))``.
+
+        The factor may have any number of rows up to ``dim``; none says that the state is certain.
+        """
 
 
 class TaylorMode(AbstractInitialisation):
@@ -45,8 +48,5 @@ class TaylorMode(AbstractInitialisation):
 
     def initialise(self, ode, t0, u0, layout, args):
         derivatives = taylor_derivatives(flat_field(ode, layout, args), t0, u0, layout.num_derivatives)
-        return Normal(layout.pack(derivatives), jnp.zeros_like(layout.lift(_eye(layout), 1.0)))
-
-
-def _eye(layout):
-    return jnp.eye(layout.num_derivatives + 1, dtype=layout.dtype)
+        mean = layout.pack(derivatives)
+        return Normal(mean, jnp.zeros((*layout.batch_shape, 0, mean.shape[-2]), layout.dtype))

@@ -19,8 +19,9 @@ from .factorisations import AbstractFactorisation, Layout
 from .gaussians import Normal
 from .initialisation import InitialState
 from .problems import ODE
-from .solution import Solution
+from .solution import SaveAt, Solution
 from .steps import State
+from .strategies import AbstractStrategy, FixedPointSmoother
 
 
 def floats_to_arrays(tree: PyTree) -> PyTree:
@@ -93,6 +94,15 @@ def save_times(ts: Any, t0, t1, layout: Layout):
     return require(ts, ordered, "save_at must be sorted from t0 to t1")
 
 
+def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:
+    """Dense output needs the steps, which a smoother for fixed points does not keep."""
+    if save_at.dense and isinstance(strategy, FixedPointSmoother):
+        raise ValueError(
+            "SaveAt(dense=True) keeps every step, FixedPointSmoother() only the times asked for: "
+            "use strategy=FixedIntervalSmoother()."
+        )
+
+
 def first_length(dt0: Any, t0, t1, layout: Layout):
     """The signed length of the first attempt."""
     dt0 = as_scalar(dt0, "dt0").astype(layout.dtype)
@@ -126,7 +136,8 @@ def _check_initial_state(u0, layout):
         )
     if any(jax.tree.map(jnp.shape, u) != jax.tree.map(jnp.shape, u0.mean[0]) for u in u0.mean):
         raise ValueError("The InitialState's derivatives must all have the structure and shapes of u.")
-    expected = jax.eval_shape(lambda: layout.lift(jnp.eye(n + 1), 1.0)).shape
+    dim = (n + 1) * layout.identity().shape[-1]
+    expected = (*layout.batch_shape, dim, dim)
     if jnp.shape(u0.factor) != expected:
         raise ValueError(
             f"The InitialState's factor must have the layout of {type(layout.factorisation).__name__}(): "

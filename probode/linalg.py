@@ -67,11 +67,20 @@ def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -
 
 
 def triangularise(upper: Float[Array, "dim dim"], dense: Float[Array, "rows dim"]) -> Float[Array, "dim dim"]:
-    """Upper-triangular ``R`` with ``R^T R = upper^T upper + dense^T dense``.
+    """Upper-triangular ``R`` with ``R^T R = upper^T upper + dense^T dense``; see ``eliminate``."""
+    triangle, _ = eliminate(upper, dense)
+    return triangle
 
-    ``upper`` is upper triangular (its rows may vanish), ``dense`` anything. Columns are eliminated one by one with a
-    reflection that maps ``(s, b)`` to ``(r, 0)``, ``s = |upper_jj|``, ``r = sqrt(s^2 + b.b)``; it needs no choice of
-    sign, hence no branch. Where ``r = 0`` the column is zero and is passed over with zero derivative.
+
+def eliminate(
+    upper: Float[Array, "n width"], dense: Float[Array, "rows width"]
+) -> tuple[Float[Array, "n width"], Float[Array, "rows_left extra"]]:
+    """The first ``n`` columns of the stack ``[upper; dense]`` made upper triangular by an orthogonal map of its rows.
+
+    ``upper`` is upper triangular (its rows may vanish), ``dense`` anything. Returns the triangle's rows and what is left
+    of ``dense`` in the ``extra = width - n`` columns behind them. Columns are eliminated one by one with a reflection
+    that maps ``(s, b)`` to ``(r, 0)``, ``s = |upper_jj|``, ``r = sqrt(s^2 + b.b)``; it needs no choice of sign, hence no
+    branch. Where ``r = 0`` the column is zero and is passed over with zero derivative.
     """
     sign = jnp.where(jnp.diagonal(upper) < 0, -1, 1).astype(upper.dtype)
     upper = upper * sign[:, None]
@@ -79,26 +88,27 @@ def triangularise(upper: Float[Array, "dim dim"], dense: Float[Array, "rows dim"
         # Squares of entries below 1e-19 underflow in float32; scaling columns commutes with the elimination.
         size = jnp.maximum(jnp.max(jnp.abs(upper), axis=0), jnp.max(jnp.abs(dense), axis=0, initial=0))
         size = lax.stop_gradient(jnp.where((size > 0) & jnp.isfinite(size), size, 1))
-        return _triangularise(upper / size, dense / size) * size
-    return _triangularise(upper, dense)
+        triangle, left = _eliminate(upper / size, dense / size)
+        return triangle * size, left * size[upper.shape[0] :]
+    return _eliminate(upper, dense)
 
 
-def _triangularise(upper, dense):
-    dim = upper.shape[0]
-    if dim > _LAPACK_COLUMNS:
+def _eliminate(upper, dense):
+    n, width = upper.shape
+    if n > _LAPACK_COLUMNS:
         return _lapack(upper, dense)
-    if dim <= _UNROLLED_COLUMNS:
+    if n <= _UNROLLED_COLUMNS:
         return _written_out(upper, dense)
-    if dim % 2:
-        step, xs = _eliminate_one, (jnp.arange(dim), upper)
+    if n % 2:
+        step, xs = _eliminate_one, (jnp.arange(n), upper)
     else:
-        step, xs = _eliminate_two, (jnp.arange(0, dim, 2), jnp.reshape(upper, (dim // 2, 2, dim)))
-    _, rows = lax.scan(step, dense, xs)
-    return jnp.triu(jnp.reshape(rows, (dim, dim)))
+        step, xs = _eliminate_two, (jnp.arange(0, n, 2), jnp.reshape(upper, (n // 2, 2, width)))
+    left, rows = lax.scan(step, dense, xs)
+    return jnp.triu(jnp.reshape(rows, (n, width))), left[:, n:]
 
 
 def _written_out(upper, dense):
-    rows = []
+    rows, n = [], upper.shape[0]
     for j, t in enumerate(upper):
         b = dense[:, j]
         # A sum, not a product of matrices, which would not melt into its neighbours.
@@ -106,7 +116,7 @@ def _written_out(upper, dense):
         row, g = _reflect(t, t[j], u, u[j])
         rows.append(row)
         dense = dense - b[:, None] * g
-    return jnp.triu(jnp.stack(rows))
+    return jnp.triu(jnp.stack(rows)), dense[:, n:]
 
 
 def _reflect(t, s, u, bb):
@@ -138,12 +148,19 @@ def _eliminate_two(dense, x):
 
 
 def _lapack(upper, dense):
-    stack = jnp.concatenate([upper, dense])
-    # JAX's QR derivative needs full column rank; a column of zeros (exact initial value, zero noise) has none.
-    empty = jnp.all(stack == 0, axis=0)
-    pad = jnp.where(jnp.diag(empty), 1, upper)
-    r = jnp.linalg.qr(jnp.concatenate([pad, dense]), mode="r")
-    return jnp.where(jnp.diag(empty), 0, r)
+    n, width = upper.shape
+    # JAX's QR derivative needs full column rank; a column of zeros (exact initial value, zero noise) has none. The
+    # columns behind the triangle are not factorised, only transformed.
+    empty = (jnp.all(upper == 0, axis=0) & jnp.all(dense == 0, axis=0))[:n]
+    leading = jnp.concatenate([jnp.where(jnp.diag(empty), 1, upper[:, :n]), dense[:, :n]])
+    if width == n:
+        r = jnp.linalg.qr(leading, mode="r")
+        return jnp.where(jnp.diag(empty), 0, r), dense[:, n:]
+    q, r = jnp.linalg.qr(leading, mode="reduced")
+    behind = jnp.concatenate([upper[:, n:], dense[:, n:]])
+    rows = q.T @ behind
+    left = behind - q @ rows
+    return jnp.concatenate([jnp.where(jnp.diag(empty), 0, r), jnp.where(empty[:, None], 0, rows)], axis=1), left
 
 
 def substitute(

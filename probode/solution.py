@@ -1,15 +1,18 @@
 """What a solve returns: the posterior at the times asked for, how it ended, and what it cost."""
 
+import math
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .checks import as_float, as_integer
+from .checks import as_float, as_integer, is_traced, require
 from .factorisations import Layout
 from .gaussians import Normal
+from .trajectory import Trajectory, evaluate, sample_at, sample_rows, spread
 
 
 class Result(eqx.Enumeration):
@@ -38,7 +41,8 @@ class Result(eqx.Enumeration):
 class SaveAt(eqx.Module):
     """Which times to keep: ``t0``, ``t1``, ``ts`` (sorted in the direction of time), or every accepted step.
 
-    ``steps`` includes ``t1`` and excludes ``ts``. Raises ``ValueError`` if nothing or both are asked for.
+    ``steps`` includes ``t1`` and excludes ``ts``. ``dense`` keeps what ``Solution.evaluate`` needs (memory for
+    ``max_steps`` states); alone it also keeps ``t1``. Raises ``ValueError`` if nothing or both are asked for.
     """
 
     t0: bool = eqx.field(static=True)
@@ -55,14 +59,11 @@ class SaveAt(eqx.Module):
             raise ValueError("SaveAt(ts=..., steps=True): keep either the times ts or every step, not both.")
         if ts is None and not (t0 or t1 or steps or dense):
             raise ValueError("SaveAt() keeps nothing: set t0, t1, ts, steps or dense.")
-        if dense:
-            raise ValueError(
-                "SaveAt(dense=True) needs a strategy with dense output, which Filter() does not offer yet."
-            )
         if ts is not None:
             ts = as_float(ts, "SaveAt(ts)")
             if ts.ndim != 1 or ts.size == 0:
                 raise ValueError(f"save_at must be a non-empty array of times of shape (times,), got shape {ts.shape}.")
+        t1 = t1 or (dense and ts is None and not (t0 or steps))
         self.t0, self.t1, self.ts, self.steps, self.dense = t0, t1, ts, steps, dense
 
 
@@ -85,22 +86,50 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
     return one(state.mean, state.factor)
 
 
+class Posterior(eqx.Module):
+    """The posterior at one or several times: what ``Solution.evaluate`` returns."""
+
+    t: Float[Array, "*time"]
+    marginals: Normal
+    layout: Layout
+
+    @property
+    def mean(self) -> PyTree[Float[Array, "..."]]:
+        """Posterior mean of ``u``."""
+        return self.derivative(0).mean
+
+    @property
+    def std(self) -> PyTree[Float[Array, "..."]]:
+        """Posterior standard deviation of ``u``."""
+        return self.derivative(0).std
+
+    def derivative(self, k: Any) -> Moments:
+        """Posterior of ``u^(k)``: an object with ``.mean`` and ``.std``. Raises ``ValueError`` above the prior's."""
+        k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
+        return moments(self.layout, self.marginals, k)
+
+
 class Solution(eqx.Module):
     """The posterior over a solution.
 
     ``t``: times, ``(time,)``. ``marginals``: the state distributions over ``(u, u', ..., u^(nu))`` with a leading time
     axis. ``output_scale``: the calibrated factor on the prior's scale, ``(time,)`` or ``(time, d)``, 1 without
-    calibration. ``result``: a ``Result``. ``stats``: ``num_steps`` attempts, of which ``num_accepted_steps`` and
-    ``num_rejected_steps``, and ``max_steps``. ``state``: the running state at the end, to go on from.
+    calibration. ``log_likelihood``: the log marginal likelihood of the equation holding at every step, under the
+    covariances reported. ``result``: a ``Result``. ``stats``: ``num_steps`` attempts, of which ``num_accepted_steps``
+    and ``num_rejected_steps``, and ``max_steps``. ``state``: the running state at the end, to go on from.
+    ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if any.
     """
 
     t: Float[Array, " time"]
     marginals: Normal
     output_scale: Float[Array, "time *batch"]
+    log_likelihood: Float[Array, ""]
     result: Any
     stats: dict[str, Int[Array, ""]]
     state: Any
     layout: Layout
+    trajectory: Trajectory | None
+    rows: tuple[int, int] = eqx.field(static=True)  # of a trajectory that is not dense, those at `t`
 
     @property
     def mean(self) -> PyTree[Float[Array, "..."]]:
@@ -116,6 +145,110 @@ class Solution(eqx.Module):
         """Posterior of ``u^(k)``: an object with ``.mean`` and ``.std``. Raises ``ValueError`` above the prior's."""
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.marginals, k)
+
+    def evaluate(self, t: Any) -> Posterior:
+        """The posterior at any times of the interval, ``t`` of shape ``()`` or ``(time,)``, smoothed if the strategy is.
+
+        Differentiable in ``t``. Raises ``ValueError`` if the solve has not kept its steps (``SaveAt(dense=True)``, a
+        ``FixedIntervalSmoother`` or ``solve_grid`` do), or if a time lies outside what was solved.
+        """
+        if self.trajectory is None or not self.trajectory.dense:
+            raise ValueError(
+                "evaluate needs the steps of the solve, which were not kept: solve with strategy="
+                "FixedIntervalSmoother(), or with save_at=SaveAt(dense=True)."
+            )
+        t = self._times(t, "evaluate(t)")
+        return Posterior(t, _evaluate(self.trajectory, t), self.layout)
+
+    def sample(self, key: Any, shape: tuple[int, ...] = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
+        """Joint samples of the trajectory of ``u``: leaves ``(*shape, time, *leaf.shape)``.
+
+        At the times ``.t``, or at any ``ts`` of shape ``(time,)`` where the solve has kept its steps. A filter's
+        marginals do not say how times belong together: more than one is a ``ValueError``.
+        """
+        path = self.trajectory
+        if ts is None:
+            self._single("sample")
+            ts = self.t
+        else:
+            ts = self._times(ts, "sample(ts)") if path is not None else as_float(ts, "sample(ts)")
+            if ts.ndim != 1:
+                raise ValueError(f"sample(ts) must be an array of times of shape (times,), got shape {ts.shape}.")
+            if path is None or not path.dense:
+                raise ValueError(
+                    "sample(ts) needs the steps of the solve, which were not kept: solve with strategy="
+                    "FixedIntervalSmoother(), or without ts for the times that were saved."
+                )
+        if path is None or path.smoothed is None:
+            if ts.size > 1:
+                raise ValueError(
+                    "A filter cannot be sampled at more than one time: its marginals do not say how times belong "
+                    "together. Solve with strategy=FixedPointSmoother() or FixedIntervalSmoother()."
+                )
+            marginals = self.marginals if ts is self.t else _evaluate(path, ts)
+            return _sample(marginals, self.layout, key, tuple(shape))
+        missing = jnp.isnan(self.marginals.mean).any(axis=tuple(range(1, self.marginals.mean.ndim)))
+        missing = missing if ts is self.t else None
+        return _sample_path(path, self.layout, key, tuple(shape), ts, missing, self.rows)
+
+    def _single(self, method):
+        if self.t.ndim != 1:
+            raise ValueError(
+                f"This is a batch of solutions: call {method} under jax.vmap, as in "
+                f"jax.vmap(lambda solution: solution.{method}(...))(solutions)."
+            )
+
+    def _times(self, t, name):
+        self._single(name.partition("(")[0])
+        path = self.trajectory
+        t = as_float(t, name).astype(self.t.dtype)
+        if t.ndim > 1:
+            raise ValueError(f"{name} must be a time or an array of times of shape (times,), got shape {t.shape}.")
+        t0, t1 = path.rows.t[0], self.state.t
+        if not is_traced(t, t0, t1):
+            t0, t1 = np.asarray(t0), np.asarray(t1)
+            near = np.clip(t, min(t0, t1), max(t0, t1))
+            t = np.where(abs(near - t) <= 4 * np.finfo(t.dtype).eps * abs(near), near, t)
+        inside = (t - t0) * (t - t1) <= 0
+        message = f"{name} must lie in the interval that was solved"
+        return jnp.asarray(require(t, inside, message, t=t, interval=(t0, t1) if is_traced(t0) else (float(t0), float(t1))))
+
+
+@eqx.filter_jit
+def _evaluate(path, t):
+    states = jax.vmap(lambda t: evaluate(path, t)[0])(jnp.atleast_1d(t))
+    return states if t.ndim else jax.tree.map(lambda x: x[0], states)
+
+
+@eqx.filter_jit
+def _sample(marginals, layout, key, shape):
+    mean, factor = marginals.mean, marginals.factor
+
+    def one(key):
+        noise = jax.random.normal(key, (*factor.shape[:-1], mean.shape[-1]), mean.dtype)
+        return _trajectory_of_u(mean + jax.vmap(spread)(factor, noise), layout)
+
+    return _draws(one, key, shape)
+
+
+@eqx.filter_jit
+def _sample_path(path, layout, key, shape, ts, missing, rows):
+    def one(key):
+        states = sample_at(path, key, ts) if path.dense else sample_rows(path, key)[slice(*rows)]
+        if missing is not None:
+            states = jnp.where(missing.reshape(-1, *[1] * (states.ndim - 1)), jnp.nan, states)
+        return _trajectory_of_u(states, layout)
+
+    return _draws(one, key, shape)
+
+
+def _trajectory_of_u(states, layout):
+    return jax.vmap(lambda x: layout.unravel(layout.unpack(x)[0]))(states)
+
+
+def _draws(one, key, shape):
+    samples = jax.vmap(one)(jax.random.split(key, math.prod(shape)))
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), samples)
 
 
 def raise_unless_successful(solution: Solution) -> Solution:

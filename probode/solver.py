@@ -4,6 +4,7 @@
 (``steps.py``), on a grid or in the adaptive loop (``adaptive.py``).
 """
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -13,20 +14,21 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import inputs
-from .adaptive import AdaptiveState, Control, begin, first_step, is_finite, row_of, run
+from .adaptive import AdaptiveState, Control, begin, first_step, is_finite, column, row_of, solve_keeping_steps, solve_serving
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
 from .constraints import AbstractConstraint
 from .controllers import AbstractController, IntegralController
 from .errors import AbstractErrorEstimate, ResidualError
 from .factorisations import AbstractFactorisation, Dense
-from .gaussians import Normal
+from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .loops import AbstractLoop, BoundedLoop
 from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .steps import State, Step, start, unconditional
 from .strategies import AbstractStrategy, Filter
+from .trajectory import evaluate, rescale, trajectory
 
 
 class Solver(eqx.Module):
@@ -108,10 +110,11 @@ class Solver(eqx.Module):
         if isinstance(u0, AdaptiveState):
             message = "A solve goes on from the time of its state, which is not t0"
             t1 = require(t1, u0.t == t0, message, t0=t0, state=u0.t)
+        inputs.check_dense(save_at, self.strategy)
         ts = None if save_at.ts is None else inputs.save_times(save_at.ts, t0, t1, layout)
         dt0 = None if dt0 is None else inputs.first_length(dt0, t0, t1, layout)
         t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
-        keep = (save_at.t0, save_at.steps, save_at.t1)
+        keep = _Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
         try:
             solution = _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep)
         except TypeError as error:
@@ -142,6 +145,7 @@ class Solver(eqx.Module):
         solver, args = inputs.floats_to_arrays((self, args))
         u0, layout = self._bind(u0)
         state = _init(solver, u0, jnp.asarray(inputs.time(t0, "t0", layout)), args, layout).distribution
+        state = pad(state, state.mean.shape[-2])
         return InitialState(tuple(layout.unravel(u) for u in layout.unpack(state.mean)), state.factor)
 
     def init(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> State:
@@ -165,7 +169,7 @@ class Solver(eqx.Module):
 
 
 def _steps(solver: Solver) -> Step:
-    return Step(solver.prior, solver.constraint, solver.strategy, solver.calibration)
+    return Step(solver.prior, solver.constraint, solver.calibration)
 
 
 def _state(solver, u0, t0, args, layout) -> State:
@@ -190,7 +194,8 @@ def _init(solver, u0, t0, args, layout):
 
 @eqx.filter_jit
 def _step(solver, state, dt, args):
-    return unconditional(_steps(solver), state, state.t + dt, args)
+    state, _ = unconditional(_steps(solver), state, state.t + dt, args)
+    return state
 
 
 @eqx.filter_jit
@@ -209,57 +214,87 @@ def _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep):
     begun = begin(control, state, dt)
     if resumed:
         begun = eqx.tree_at(lambda s: s.controller, begun, u0.controller, is_leaf=lambda x: x is None)
-    keep_t0, keep_steps, keep_t1 = keep
-    ended, rows = run(_steps(solver), control, begun, t1, args, ts=ts, steps=keep_steps)
+    keep_steps = keep.steps or keep.dense or solver.strategy.keeps_steps
+    if keep_steps:
+        ended, rows, reached = solve_keeping_steps(_steps(solver), control, solver.strategy, begun, t1, args)
+    else:
+        # Nobody asks what the start looks like from the end.
+        strategy = solver.strategy if keep.ts or keep.t0 else Filter()
+        times = jnp.zeros(0, layout.dtype) if ts is None else ts
+        ended, rows, reached = solve_serving(_steps(solver), control, strategy, begun, t1, args, times)
+    return _solution(solver, keep, ts, rows, reached, ended, layout, keep_steps)
 
-    kept = [_one_row(state)] if keep_t0 else []
-    kept += [] if rows is None else [rows]
-    kept += [_one_row(ended.current)] if keep_t1 and not keep_steps else []
-    rows = _joined(kept)
-    if ts is not None:
-        first_ts = int(keep_t0)
-        rows = eqx.tree_at(lambda r: r.t, rows, rows.t.at[first_ts : first_ts + ts.size].set(ts))
-    return _solution(solver, rows, ended, layout)
+
+class _Keep(eqx.Module):
+    """What to keep of a solve, known at compile time."""
+
+    t0: bool = eqx.field(static=True)
+    ts: bool = eqx.field(static=True)
+    steps: bool = eqx.field(static=True)
+    t1: bool = eqx.field(static=True)
+    dense: bool = eqx.field(static=True)
 
 
 @eqx.filter_jit
 def _solve_grid(solver, u0, grid, args, layout):
     parts = _steps(solver)
     state = _state(solver, u0, grid[0], args, layout)
+    remember = solver.strategy.remember
 
     def body(state, t):
-        state = unconditional(parts, state, t, args)
-        return state, row_of(state)
+        state, past = unconditional(parts, state, t, args, remember(state.distribution))
+        return state, row_of(state, past)
 
     final, rows = lax.scan(body, state, grid[1:])
-    rows = _joined([_one_row(state), rows])
+    rows = jax.tree.map(
+        lambda x, xs: jnp.concatenate([x[None], xs]), row_of(state, remember(state.distribution)), rows
+    )
     result = Result.where(is_finite(rows.distribution), Result.successful, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
-    return _solution(solver, rows, ended, layout)
+    keep = _Keep(t0=True, ts=False, steps=True, t1=False, dense=True)
+    return _solution(solver, keep, None, rows, jnp.ones(grid.size, bool), ended, layout, True)
 
 
-def _solution(solver, rows, ended, layout) -> Solution:
-    distribution, output_scale = rows.distribution, rows.output_scale
+def _solution(solver, keep, ts, rows, reached, ended, layout, dense) -> Solution:
+    """The posterior at the rows asked for: ``t0``, then ``ts`` or every step, then ``t1``."""
     factor = solver.calibration.finalise(ended.current.statistics)
     if factor is not None:
-        distribution = Normal(distribution.mean, distribution.factor * factor[..., None, None])
-        output_scale = output_scale * factor
+        rows = rescale(rows, factor)
+    path = trajectory(rows, reached, solver.prior, layout, dense=dense)
+
+    def row(i):
+        return path.rows.t[i], path.marginal(i), path.rows.output_scale[i]
+
+    first, middle, last = 0, jnp.arange(1, reached.size if keep.steps else reached.size - 1), path.last
+    kept = [jax.tree.map(lambda x: x[None], row(first))] if keep.t0 else []
+    if keep.ts and dense:
+        kept.append((ts, *jax.vmap(ft.partial(evaluate, path))(ts)))
+    elif keep.ts or keep.steps:
+        kept.append(jax.vmap(row)(middle))
+    if keep.t1 and not keep.steps:
+        kept.append(jax.tree.map(lambda x: x[None], row(last)))
+    t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
+    if keep.ts:
+        start = int(keep.t0)
+        t = t.at[start : start + ts.size].set(ts)
+        # Times that were not reached have no answer.
+        direction = jnp.where(ended.t >= path.rows.t[0], 1, -1)
+        missing = jnp.zeros(t.size, bool).at[start : start + ts.size].set((ts - ended.t) * direction > 0)
+        marginals, output_scale = jax.tree.map(
+            lambda x: jnp.where(column(missing, x), jnp.nan, x), (marginals, output_scale)
+        )
     stats = {
         "num_steps": ended.num_steps,
         "num_accepted_steps": ended.num_accepted_steps,
         "num_rejected_steps": ended.num_steps - ended.num_accepted_steps,
         "max_steps": jnp.asarray(solver.loop.max_steps, jnp.int32),
     }
-    return Solution(rows.t, distribution, output_scale, ended.result, stats, ended, layout)
-
-
-def _one_row(state):
-    return jax.tree.map(lambda x: x[None], row_of(state))
-
-
-def _joined(rows):
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *rows)
+    ones = jnp.ones(layout.batch_shape, layout.dtype)
+    log_likelihood = ended.current.evidence.log_likelihood(ones if factor is None else factor)
+    kept_path = path if dense or path.smoothed is not None else None
+    rows = (0 if keep.t0 else 1, reached.size - (0 if keep.t1 else 1))
+    return Solution(t, marginals, output_scale, log_likelihood, ended.result, stats, ended, layout, kept_path, rows)
 
 
 def _part(name, value, kind):

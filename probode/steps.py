@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .calibration import AbstractCalibration
+from .calibration import AbstractCalibration, Evidence
 from .checks import as_integer
 from .constraints import AbstractConstraint
 from .factorisations import Layout
-from .gaussians import Innovation, Linearisation, Normal, Transition, condition, innovate, push
+from .gaussians import Conditional, Innovation, Linearisation, Normal, Transition, condition, innovate, pad, push
 from .priors import AbstractPrior
 from .solution import Moments, moments
-from .strategies import AbstractStrategy
 
 
 class State(eqx.Module):
@@ -29,7 +28,7 @@ class State(eqx.Module):
     distribution: Normal
     output_scale: Float[Array, "*batch"]
     statistics: Any
-    memory: Any
+    evidence: Evidence
     layout: Layout
 
     @property
@@ -53,7 +52,6 @@ class Step(eqx.Module):
 
     prior: AbstractPrior
     constraint: AbstractConstraint
-    strategy: AbstractStrategy
     calibration: AbstractCalibration
 
 
@@ -68,10 +66,11 @@ class Attempt(eqx.Module):
 
 def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout) -> State:
     """The state of a solver before its first step."""
-    shape = layout.batch_shape
-    statistics = parts.calibration.init(shape, layout.dtype)
-    memory = parts.strategy.init(distribution)
-    return State(t, distribution, jnp.ones(shape, layout.dtype), statistics, memory, layout)
+    shape, dtype = layout.batch_shape, layout.dtype
+    # As many rows as a step leaves, which conditions on as many components as one derivative has.
+    dim, m = distribution.mean.shape[-2], layout.identity().shape[-1]
+    ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
+    return State(t, pad(distribution, dim - m), ones, statistics, Evidence.none(shape, dtype), layout)
 
 
 def attempt(
@@ -86,15 +85,21 @@ def attempt(
     return Attempt(transition, predicted.mean, equation, innovation)
 
 
-def accept(parts: Step, state: State, t: Float[Array, ""], attempted: Attempt) -> State:
-    """Condition the prediction on the equation: the state at ``t``."""
-    transition, equation = attempted.transition, attempted.equation
+def accept(
+    parts: Step, state: State, t: Float[Array, ""], attempted: Attempt, past: Conditional | None, args: PyTree
+) -> tuple[State, Conditional | None]:
+    """Condition the prediction on the equation: the state at ``t``, and the past in its coordinates."""
+    transition, equation, unit = attempted.transition, attempted.equation, attempted.innovation.unit
     scale = parts.calibration.scale(attempted.innovation)
     predicted = Normal(attempted.mean, push(state.distribution, transition.matrix).factor)
-    posterior, whitened = condition(predicted, transition.noise, scale, equation)
-    statistics = parts.calibration.update(state.statistics, whitened, _informative(equation, attempted.mean))
-    memory = parts.strategy.extend(state.memory, state.distribution, transition, scale)
-    return State(t, posterior, scale / attempted.innovation.unit, statistics, memory, state.layout)
+    if parts.calibration.relinearise:
+        noise = transition.noise * scale[..., None, None]
+        whole = Normal(predicted.mean, jnp.concatenate([predicted.factor, noise], axis=-2))
+        equation = _without_round_off(parts.constraint.linearise(t, whole, state.layout, args), predicted.mean)
+    update = condition(predicted, transition.noise, scale, equation, past)
+    statistics = parts.calibration.update(state.statistics, update.whitened, _informative(equation, attempted.mean))
+    evidence = state.evidence.update(update.whitened, update.pivots)
+    return State(t, update.state, scale / unit, statistics, evidence, state.layout), update.past
 
 
 def _without_round_off(equation, mean):
@@ -122,7 +127,9 @@ def round_off(t: Float[Array, ""]) -> Float[Array, ""]:
     return 100 * jnp.finfo(t.dtype).eps * jnp.abs(t)
 
 
-def unconditional(parts: Step, state: State, t: Float[Array, ""], args: PyTree) -> State:
+def unconditional(
+    parts: Step, state: State, t: Float[Array, ""], args: PyTree, past: Conditional | None = None
+) -> tuple[State, Conditional | None]:
     """One step to the time ``t`` without error control; shorter than round-off it only predicts."""
     dt = t - state.t
     shortest = round_off(jnp.maximum(jnp.abs(t), jnp.abs(state.t)))
@@ -131,7 +138,7 @@ def unconditional(parts: Step, state: State, t: Float[Array, ""], args: PyTree) 
     attempted = attempt(
         parts, state.distribution, t, jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt), state.layout, args
     )
-    stepped = accept(parts, state, t, attempted)
+    stepped = accept(parts, state, t, attempted, past, args)
     drifted = push(state.distribution, parts.prior.transition(dt, state.layout).matrix)
-    waited = State(t, drifted, state.output_scale, state.statistics, state.memory, state.layout)
+    waited = State(t, drifted, state.output_scale, state.statistics, state.evidence, state.layout), past
     return jax.tree.map(lambda a, b: jnp.where(short, a, b), waited, stepped)

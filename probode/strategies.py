@@ -1,39 +1,59 @@
-"""Strategies: what is remembered of the past, and what that says between the steps."""
+"""Filter or smoothers: what is remembered of the past, so that it can learn from the future.
+
+A kept state is remembered by its coordinates given those of the present (``gaussians.Conditional``); every step updates
+them in the elimination that it needs anyway. The chain of kept states is smoothed when the solve has ended
+(``trajectory.py``).
+"""
 
 from abc import abstractmethod
-from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float
 
-from .gaussians import Normal, Transition, add_noise, push
+from .gaussians import Conditional, Normal, identity
 
 
 class AbstractStrategy(eqx.Module):
-    """Filter or smoother: keeps a memory along the accepted steps."""
+    """Which states are kept, and what of them is carried along.
+
+    ``keeps_steps``: whether every accepted step is kept (and can be evaluated in between), or the times asked for alone.
+    """
+
+    keeps_steps: eqx.AbstractClassVar[bool]
 
     @abstractmethod
-    def init(self, state: Normal) -> Any:
-        """The memory at the initial time: a PyTree of arrays."""
-
-    @abstractmethod
-    def extend(self, memory: Any, previous: Normal, transition: Transition, scale: Float[Array, "*batch"]) -> Any:
-        """The memory after a step from ``previous`` through ``transition`` with ``scale * transition.noise``."""
-
-    @abstractmethod
-    def interpolate(self, left: Normal, transition: Transition, scale: Float[Array, "*batch"]) -> Normal:
-        """The state inside a step, from the state at its left end and the transition to the time asked for, whose noise
-        is ``scale * transition.noise``."""
+    def remember(self, kept: Normal) -> Conditional | None:
+        """What to carry along from a state that has just been kept: usually its coordinates, or nothing."""
 
 
 class Filter(AbstractStrategy):
-    """Each time is estimated from the past alone. Constant memory; between steps it predicts from the left."""
+    """Each time is estimated from the past alone: constant memory. Between steps it predicts from the left."""
 
-    def init(self, state):
+    keeps_steps = False
+
+    def remember(self, kept):
         return None
 
-    def extend(self, memory, previous, transition, scale):
-        return None
 
-    def interpolate(self, left, transition, scale):
-        return add_noise(push(left, transition.matrix), transition.noise, scale)
+class FixedPointSmoother(AbstractStrategy):
+    """Each time asked for is estimated from the whole solve, with memory for these times alone.
+
+    The choice for a known, moderate number of ``save_at`` times, also inside reverse mode. Every accepted step costs two
+    to three times that of a filter.
+    """
+
+    keeps_steps = False
+
+    def remember(self, kept):
+        return identity(kept)
+
+
+class FixedIntervalSmoother(AbstractStrategy):
+    """Keeps every accepted step and estimates each from the whole solve (Rauch, Tung & Striebel, 1965).
+
+    Memory for ``max_steps`` states. The choice for dense output, ``Solution.evaluate`` and samples at any time.
+    """
+
+    keeps_steps = True
+
+    def remember(self, kept):
+        return identity(kept)

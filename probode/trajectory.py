@@ -1,0 +1,224 @@
+"""The chain of states that a solve has kept: smoothing, dense output, samples.
+
+Every kept state knows its coordinates given those of the next one; one pass backwards turns them into the posterior
+given everything, or into a joint sample. Between two kept states the prior tells the rest.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from .factorisations import Layout
+from .gaussians import (
+    Conditional,
+    Normal,
+    batched,
+    coordinates_of,
+    identity,
+    look_back,
+    pad,
+    predict,
+    push,
+    realise,
+    standard,
+)
+from .linalg import product
+from .priors import AbstractPrior
+
+
+# Rows in which nothing is kept are passed over in blocks of this many.
+_BLOCK = 64
+
+
+class Row(eqx.Module):
+    """What is kept of one time: or, stacked, of many.
+
+    ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
+    kept state's coordinates given those of this one, ``None`` for a filter.
+    """
+
+    t: Float[Array, "..."]
+    distribution: Normal
+    output_scale: Float[Array, "..."]
+    past: Conditional | None
+
+
+class Trajectory(eqx.Module):
+    """Kept states in the order of time, from ``t0`` to the last time reached.
+
+    ``reached``: which rows are real. ``smoothed``: the states given all data, in the coordinates of ``rows``; ``None``
+    for a filter. ``dense``: whether the rows are consecutive steps, between which nothing else was learnt.
+    """
+
+    rows: Row
+    reached: Bool[Array, " rows"]
+    smoothed: Normal | None
+    prior: AbstractPrior
+    layout: Layout
+    dense: bool = eqx.field(static=True)
+
+    def marginal(self, i: Array) -> Normal:
+        """The posterior at the ``i``-th row, with a square factor."""
+        row = _row(self.rows.distribution, i)
+        state = row if self.smoothed is None else realise(_row(self.smoothed, i), row)
+        return pad(state, state.mean.shape[-2])
+
+    @property
+    def last(self) -> Array:
+        """The number of the last row that is real."""
+        return jnp.sum(self.reached) - 1 if self.dense else jnp.asarray(self.reached.size - 1)
+
+
+def trajectory(
+    rows: Row, reached: Bool[Array, " rows"], prior: AbstractPrior, layout: Layout, *, dense: bool
+) -> Trajectory:
+    """The trajectory of the kept rows, smoothed if they remember their past."""
+    smoothed = None
+    if rows.past is not None:
+        last = standard(_row(rows.distribution, -1))
+        smoothed = _backwards(lambda past, later: look_back(later, past), last, rows.past, reached)
+    return Trajectory(rows, reached, smoothed, prior, layout, dense)
+
+
+def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
+    """All covariances times ``factor^2``, means untouched."""
+    column = factor[..., None, None]
+    past = rows.past
+    if past is not None:
+        # Coordinates are measured in standard deviations.
+        past = eqx.tree_at(lambda p: p.shift, past, past.shift / jnp.where(column > 0, column, 1))
+    distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)
+    return Row(rows.t, distribution, rows.output_scale * factor, past)
+
+
+def evaluate(path: Trajectory, t: Float[Array, ""]) -> tuple[Normal, Float[Array, "*batch"]]:
+    """The posterior at any one time of a dense trajectory, with a square factor, and the output scale there."""
+    i, at_left, at_right = _locate(path, t)
+    left, right = path.marginal(i), path.marginal(i + 1)
+    here, predicted, past = _between(path, _row(path.rows.distribution, i), i, t, path.rows.t[i + 1])
+    if path.smoothed is not None:
+        here = realise(look_back(coordinates_of(right, predicted), past), here)
+    here = jax.tree.map(lambda a, b: jnp.where(at_right, a, b), right, here)
+    scale = path.rows.output_scale
+    return jax.tree.map(lambda a, b: jnp.where(at_left, a, b), (left, scale[i]), (here, scale[i + 1]))
+
+
+def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batch dim cols"]:
+    """One joint sample of the states in all rows."""
+    mean, factor = path.rows.distribution.mean, path.rows.distribution.factor
+    noise = jax.random.normal(key, (*factor.shape[:-1], mean.shape[-1]), mean.dtype)
+    if path.smoothed is None:
+        coordinates = noise
+    else:
+        # What is drawn for a row turns the row before it into a sample; the last row needs a draw of its own.
+        xs = path.rows.past, noise
+        last = jax.random.normal(jax.random.fold_in(key, 1), noise.shape[1:], mean.dtype)
+        coordinates = _backwards(lambda x, w: draw(*x, w), last, xs, path.reached)
+    return mean + jax.vmap(spread)(factor, coordinates)
+
+
+def sample_at(
+    path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]
+) -> Float[Array, "times *batch dim cols"]:
+    """One joint sample of the states at any times of a dense, smoothed trajectory."""
+    rows_key, key = jax.random.split(key)
+    rows = sample_rows(path, rows_key)
+    direction = _direction(path)
+    order = jnp.argsort(ts * direction)
+
+    def body(later, x):
+        # From the last time to the first: each given the left end of its step and the next one, or the right end.
+        t, key = x
+        i, at_left, at_right = _locate(path, t)
+        t_later, i_later, x_later = later
+        same = i == i_later
+        t_right = jnp.where(same, t_later, path.rows.t[i + 1])
+        x_right = jnp.where(same, x_later, rows[i + 1])
+        again = t == t_right
+        here, predicted, past = _between(path, _certain(rows[i]), i, t, t_right)
+        noise = jax.random.normal(key, here.mean.shape, here.mean.dtype)
+        known = coordinates_of(_certain(x_right), predicted)
+        x = here.mean + spread(here.factor, draw(past, noise, known.mean))
+        x = jnp.where(again, x_right, jnp.where(at_left, rows[i], jnp.where(at_right, rows[i + 1], x)))
+        return (t, i, x), x
+
+    start = (path.rows.t[-1], jnp.full_like(order[0], -1), rows[-1])
+    _, xs = lax.scan(body, start, (ts[order], jax.random.split(key, ts.size)), reverse=True)
+    return jnp.zeros_like(xs).at[order].set(xs)
+
+
+def _locate(path, t):
+    """The step that holds ``t``, and whether ``t`` is its left or its right end."""
+    direction = _direction(path)
+    i = jnp.searchsorted(path.rows.t * direction, t * direction, side="right") - 1
+    i = jnp.clip(i, 0, jnp.maximum(path.last - 1, 0))
+    return i, t == path.rows.t[i], t == path.rows.t[i + 1]
+
+
+def _between(path, left, i, t, t_right):
+    """Inside step ``i``: the state at ``t``, that at ``t_right``, both from the left, and the first given the second.
+
+    Meaningless, but finite, where one of the two steps has no length.
+    """
+    scale = path.rows.output_scale[i + 1]
+
+    def step(x, dt, past):
+        transition = path.prior.transition(jnp.where(dt == 0, 1, dt), path.layout)
+        return predict(push(x, transition.matrix), transition.noise, scale * transition.magnitude, past)
+
+    here, _ = step(left, t - path.rows.t[i], None)
+    predicted, past = step(here, t_right - t, identity(here))
+    return here, predicted, past
+
+
+@batched
+def draw(past: Conditional, noise: Float[Array, "p cols"], later: Float[Array, "rows cols"]) -> Float[Array, "p cols"]:
+    """A sample of an earlier state's coordinates, given a later one's, from standard normal noise."""
+    return past.shift + product(past.cross.T, later) + product(past.own.T, noise)
+
+
+@batched
+def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows cols"]) -> Float[Array, "dim cols"]:
+    """What coordinates add to the mean."""
+    return product(factor.T, coordinates)
+
+
+def _backwards(fn, last, xs, reached):
+    """What holds at every row, stacked: ``last`` at the last one reached, before it ``fn(x, what holds at the row)``."""
+    rows = reached.shape[0]
+    number = -(-rows // _BLOCK)
+    block = rows if number == 1 else _BLOCK
+
+    def one(later, x):
+        x, real = x
+        return jax.tree.map(lambda a, b: jnp.where(real, a, b), fn(x, later), later), later
+
+    def whole(later, x):
+        return lax.scan(one, later, x, reverse=True)
+
+    def nothing(later, x):
+        return later, jax.tree.map(lambda a: jnp.broadcast_to(a, (block, *a.shape)), later)
+
+    def blocks(x):
+        x = jnp.pad(x, [(0, number * block - rows)] + [(0, 0)] * (x.ndim - 1))
+        return jnp.reshape(x, (number, block, *x.shape[1:]))
+
+    blocks_of_xs = jax.tree.map(blocks, (xs, reached))
+    _, outs = lax.scan(lambda c, x: lax.cond(jnp.any(x[1]), whole, nothing, c, x), last, blocks_of_xs, reverse=True)
+    return jax.tree.map(lambda out: jnp.reshape(out, (number * block, *out.shape[2:]))[:rows], outs)
+
+
+def _certain(x):
+    """A state that is known: its covariance has no square root with any rows."""
+    return Normal(x, jnp.zeros((*x.shape[:-2], 0, x.shape[-2]), x.dtype))
+
+
+def _direction(path):
+    first, last = path.rows.t[0], path.rows.t[-1]
+    return jnp.where(last >= first, 1, -1).astype(first.dtype)
+
+
+def _row(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
