@@ -38,23 +38,32 @@ def probode(
     *,
     method: str = "EK1",
     num_derivatives: int = 5,
+    error: str = "residual",
     control: str = "integral",
     safety: float = 0.95,
-    loop: str = "bounded",
+    loop: str = "forward",
 ) -> Callable[[], Outcome]:
-    """EK0 (isotropic) or EK1 (dense) on an integrated Wiener process."""
-    solve = _probode_program(problem, method, num_derivatives, control, safety, loop)
+    """EK0 (isotropic) or EK1 (dense) on an integrated Wiener process, as a filter for the terminal value.
+
+    The loop is the plain one, as that of the peers.
+    """
+    solve = _probode_program(problem, method, num_derivatives, error, control, safety, loop)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
 
 @functools.cache
-def _probode_program(problem, method, num_derivatives, control, safety, loop):
+def _probode_program(problem, method, num_derivatives, error, control, safety, loop):
     import probode
 
     ode = probode.ODE(problem.vector_field)
     constraint = {"EK0": probode.TS0, "EK1": probode.TS1}[method](ode)
     factorisation = {"EK0": probode.Isotropic, "EK1": probode.Dense}[method]()
-    controller = {"integral": probode.IntegralController, "pi": probode.PIController}[control]
+    errors = {"residual": probode.ResidualError, "state": probode.StateError}
+    controllers = {
+        "integral": probode.IntegralController,
+        "pi": probode.PIController,
+        "brisk pi": functools.partial(probode.PIController, integral=0.7),
+    }
     loops = {"forward": probode.ForwardLoop, "bounded": probode.BoundedLoop, "checkpointed": probode.CheckpointedLoop}
 
     @jax.jit
@@ -63,7 +72,8 @@ def _probode_program(problem, method, num_derivatives, control, safety, loop):
             prior=probode.IWP(num_derivatives),
             constraint=constraint,
             factorisation=factorisation,
-            controller=controller(rtol=rtol, atol=atol, safety=safety),
+            error=errors[error](),
+            controller=controllers[control](rtol=rtol, atol=atol, safety=safety),
             loop=loops[loop](max_steps=MAX_STEPS),
         )
         solution = solver.solve(u0, problem.t0, problem.t1, args=args, throw=False)
@@ -210,21 +220,24 @@ def configurations(quick: bool = False) -> list[Configuration]:
 
 
 def _probode_configurations():
-    # method, number of derivatives, control, safety, leading
+    # method, number of derivatives, error estimate, control, safety, leading
     table = [
-        ("EK0", 4, "integral", 0.95, False),
-        ("EK0", 5, "integral", 0.95, True),
-        ("EK0", 5, "integral", 0.8, False),
-        ("EK0", 5, "pi", 0.95, True),
-        ("EK1", 4, "integral", 0.95, False),
-        ("EK1", 5, "integral", 0.95, True),
-        ("EK1", 5, "integral", 0.9, True),
-        ("EK1", 5, "pi", 0.9, False),
-        ("EK1", 7, "pi", 0.95, False),
+        ("EK0", 4, "residual", "integral", 0.95, False),
+        ("EK0", 5, "residual", "integral", 0.95, True),
+        ("EK0", 5, "residual", "integral", 0.8, False),
+        ("EK0", 5, "residual", "pi", 0.9, False),
+        ("EK0", 5, "residual", "brisk pi", 0.9, True),
+        ("EK1", 5, "residual", "integral", 0.95, True),
+        ("EK1", 5, "residual", "pi", 0.9, True),
+        ("EK1", 5, "state", "pi", 0.9, False),
+        ("EK1", 6, "state", "pi", 0.9, True),
+        ("EK1", 6, "state", "brisk pi", 0.9, False),
+        ("EK1", 7, "state", "pi", 0.9, False),
     ]
-    for method, n, control, safety, leading in table:
-        build = functools.partial(probode, method=method, num_derivatives=n, control=control, safety=safety)
-        label = f"{method}({n}) {control} {safety}"
+    for method, n, error, control, safety, leading in table:
+        options = {"method": method, "num_derivatives": n, "error": error, "control": control, "safety": safety}
+        build = functools.partial(probode, **options)
+        label = f"{method}({n}) {error} {control} {safety}"
         yield Configuration("probode", label, build, *_purpose(method)), leading
 
 

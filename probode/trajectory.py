@@ -59,7 +59,7 @@ class Trajectory(eqx.Module):
     layout: Layout
     dense: bool = eqx.field(static=True)
 
-    def marginal(self, i: Array) -> Normal:
+    def marginal(self, i: int | Array) -> Normal:
         """The posterior at the ``i``-th row, with a square factor."""
         row = _row(self.rows.distribution, i)
         state = row if self.smoothed is None else realise(_row(self.smoothed, i), row)

@@ -34,14 +34,15 @@ def residual():
     return np.asarray([[0.3, -0.02]])
 
 
-def estimate(factorisation, k, dt, z, scale=1.0):
+def estimate(factorisation, k, dt, z, scale=1.0, error=po.ResidualError()):
     """Per component, from the package: ``H = E_k - sum_j J_j E_j``."""
     layout = layout_of(factorisation)
     transition = po.IWP(NU, output_scale=scale).transition(jnp.asarray(dt), layout)
     unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
     blocks = [-layout.project(jnp.asarray(j)) for j in jacobians(k)] + [layout.identity()]
     equation = Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack(jnp.asarray(z)), k)
-    return po.ResidualError().estimate(jnp.asarray(dt), equation, innovate(equation, transition.noise, unit), layout)
+    innovation = innovate(equation, transition.noise, unit)
+    return error.estimate(jnp.asarray(dt), transition, equation, innovation, layout)
 
 
 def kept(factorisation, jacobian):
@@ -138,7 +139,7 @@ def test_short_steps_do_not_lose_the_error(nu, dtype, rtol):
         dt = jnp.asarray(step, dtype)
         transition = po.IWP(nu).transition(dt, layout)
         innovation = innovate(equation, transition.noise, transition.magnitude)
-        error = po.ResidualError().estimate(dt, equation, innovation, layout)
+        error = po.ResidualError().estimate(dt, transition, equation, innovation, layout)
         np.testing.assert_allclose(error, [step * 1e-3], rtol=rtol, err_msg=f"dt = {step}")
 
 

@@ -12,7 +12,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from probode.gaussians import Linearisation, Normal, add_noise, condition, innovate, push
+from probode.gaussians import Linearisation, Normal, condition, innovate, predict, push
 
 
 class Case(NamedTuple):
@@ -102,9 +102,10 @@ def unstacked(case, x):
 @ft.cache
 def compiled(case):
     def run(x):
-        posterior, whitened = condition(Normal(x.mean, x.factor), x.noise, x.scale, linearisation(case, x))
+        update = condition(Normal(x.mean, x.factor), x.noise, x.scale, linearisation(case, x))
+        posterior, whitened = update.state, update.whitened
         innovation = innovate(linearisation(case, x), x.noise, jnp.ones(case.batch))
-        predicted = add_noise(Normal(x.mean, x.factor), x.noise, x.scale)
+        predicted, _ = predict(Normal(x.mean, x.factor), x.noise, x.scale)
         return posterior, whitened, innovation, predicted
 
     return jax.jit(run)
@@ -159,7 +160,7 @@ def precise(x):
 def check(case, x, tolerance):
     """Everything that an attempted step computes, to ``tolerance`` of what it is computed from."""
     posterior, whitened, innovation, predicted = evaluate(case, x)
-    assert posterior.factor.shape == (*case.batch, case.dim, case.dim)
+    assert posterior.factor.shape == (*case.batch, max(case.rows, case.dim - case.m), case.dim)
     for index, one in unstacked(case, x):
         with mpmath.workdps(40):
             exact = precise(one)
@@ -192,7 +193,7 @@ def check(case, x, tolerance):
         # The equation holds afterwards, for sure.
         h = observation(case, one)
         close(one.residual + h @ (posterior.mean[index] - one.mean), 0 * one.residual, 1 + shift)
-        close(posterior.factor[index] @ h.T, np.zeros((case.dim, case.m)), np.max(std))
+        close(posterior.factor[index] @ h.T, np.zeros((posterior.factor.shape[-2], case.m)), np.max(std))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -313,7 +314,8 @@ def jacobians(case):
 
     def outputs(vector):
         x = unflatten(case, vector, like)
-        posterior, whitened = condition(Normal(x.mean, x.factor), x.noise, x.scale, linearisation(case, x))
+        update = condition(Normal(x.mean, x.factor), x.noise, x.scale, linearisation(case, x))
+        posterior, whitened = update.state, update.whitened
         innovation = innovate(linearisation(case, x), x.noise, jnp.ones(case.batch))
         covariance, s = posterior.factor.T @ posterior.factor, innovation.factor.T @ innovation.factor
         parts = (posterior.mean, covariance, jnp.sum(whitened**2, axis=0), s, innovation.scale**2)
