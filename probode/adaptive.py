@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .controllers import AbstractController
@@ -95,31 +96,30 @@ def solve_keeping_steps(
     max_steps = control.loop.max_steps
     running, try_step = _stepping(parts, control, solve, t1, args)
     first = row_of(solve.current, strategy.remember(solve.current.distribution))
-    rows = jax.tree.map(lambda x: jnp.zeros((max_steps, *x.shape), x.dtype), first)
+    # One flat buffer: the price of an iteration is that of its instructions.
+    flat, unravel = ravel_pytree(first)
 
     def body(carry):
         solve, rows = carry
-        past = strategy.remember(solve.current.distribution)
-        new, past, moved = try_step(solve, past)
-        return new, _write(rows, solve.num_accepted_steps, row_of(new.current, past), moved)
+        new, past, moved = try_step(solve, strategy.remember(solve.current.distribution))
+        row = ravel_pytree(row_of(new.current, past))[0]
+        return new, rows.at[solve.num_accepted_steps].set(row, pred=moved)
 
-    carry = control.loop.run(
-        lambda carry: running(carry[0]), body, (solve, rows), buffers=lambda carry: carry[1], extra=0
-    )
+    carry = solve, jnp.zeros((max_steps, flat.size), flat.dtype)
+    carry = control.loop.run(lambda carry: running(carry[0]), body, carry, buffers=lambda carry: carry[1], extra=0)
     solve, rows = _ended(carry[0], t1), carry[1]
     reached = jnp.arange(max_steps + 1) <= solve.num_accepted_steps
-    last = row_of(solve.current, first.past)
-    rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
-    rows = jax.tree.map(lambda xs, x: jnp.where(column(reached, xs), xs, x), rows, last)
-    return solve, rows, reached
+    last = ravel_pytree(row_of(solve.current, first.past))[0]
+    rows = jnp.where(column(reached, rows), jnp.concatenate([flat[None], rows]), last)
+    return solve, jax.vmap(unravel)(rows), reached
 
 
 class _Serving(eqx.Module):
     solve: AdaptiveState
     past: Conditional | None  # of the last row, in the coordinates of the current state
-    left: Row | None  # where the current step starts, or the last row inside it
+    left: Row | None  # the row where the current step starts, or the last one inside it
     served: Int[Array, ""]
-    rows: Row
+    rows: Float[Array, "times flat"]
 
 
 def solve_serving(
@@ -144,6 +144,9 @@ def solve_serving(
         rows, past = state.distribution.factor.shape[-2], strategy.remember(pad(state.distribution, dim))
         return None if past is None else eqx.tree_at(lambda p: p.cross, past, past.cross[..., :rows, :])
 
+    def pack(row):
+        return ravel_pytree(row)[0]
+
     def next_ts(carry):
         return ts[jnp.minimum(carry.served, ts.size - 1)]
 
@@ -151,9 +154,10 @@ def solve_serving(
         return (carry.served < ts.size) & (next_ts(carry) * direction <= carry.solve.t * direction)
 
     def step(solve, past, left, t):
-        new, new_past, moved = try_step(solve, past)
-        left = _choose(moved, row_of(solve.current, _square(past, dim), dim), left)
-        return new, new_past, left, jax.tree.map(jnp.zeros_like, left)
+        # After a rejected attempt nothing can be pending, whatever is on the left.
+        left = row_of(solve.current, _square(past, dim), dim)
+        new, past, _ = try_step(solve, past)
+        return new, past, left, jnp.zeros_like(first)
 
     def serve(solve, past, left, t):
         current = solve.current
@@ -174,29 +178,32 @@ def solve_serving(
             end, past = predicted(row.distribution, current.t - t, remembered)
             past = in_terms_of(past, coordinates_of(current.distribution, end))
             past = _choose(at_right, remember(current), past)
-        return solve, past, Row(t, row.distribution, row.output_scale, remembered), row
+        left = Row(t, row.distribution, row.output_scale, remembered)
+        return solve, past, left, pack(row)
 
     def body(carry):
         if ts.size == 0:
             new, past, _ = try_step(carry.solve, carry.past)
-            return _Serving(new, past, None, carry.served, carry.rows)
+            return _Serving(new, past, carry.left, carry.served, carry.rows)
         serving = pending(carry)
         *new, row = lax.cond(serving, serve, step, carry.solve, carry.past, carry.left, next_ts(carry))
-        return _Serving(*new, carry.served + serving.astype(jnp.int32), _write(carry.rows, carry.served, row, serving))
+        rows = carry.rows.at[carry.served].set(row, pred=serving)
+        return _Serving(*new, carry.served + serving.astype(jnp.int32), rows)
 
     start = remember(solve.current)
-    first = row_of(solve.current, _square(start, dim), dim)
-    rows = jax.tree.map(lambda x: jnp.zeros((ts.size, *x.shape), x.dtype), first)
+    first_row = row_of(solve.current, _square(start, dim), dim)
+    first, unpack = ravel_pytree(first_row)
+    rows = jnp.zeros((ts.size, first.size), first.dtype)
     carry = control.loop.run(
         lambda carry: running(carry.solve) if ts.size == 0 else pending(carry) | running(carry.solve),
         body,
-        _Serving(solve, start, first if ts.size else None, jnp.zeros((), jnp.int32), rows),
+        _Serving(solve, start, first_row if ts.size else None, jnp.zeros((), jnp.int32), rows),
         buffers=lambda carry: carry.rows,
         extra=ts.size,
     )
     solve = _ended(carry.solve, t1)
-    last = row_of(solve.current, _square(carry.past, dim), dim)
-    rows = jax.tree.map(lambda a, xs, b: jnp.concatenate([a[None], xs, b[None]]), first, carry.rows, last)
+    last = pack(row_of(solve.current, _square(carry.past, dim), dim))
+    rows = jax.vmap(unpack)(jnp.concatenate([first[None], carry.rows, last[None]]))
     reached = jnp.arange(ts.size + 2) <= carry.served
     return solve, rows, reached.at[-1].set(True)
 
@@ -317,11 +324,6 @@ def _weight(controller, size):
 
 def _detach(tree):
     return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
-
-
-def _write(rows, index, row, pred):
-    # The row comes first: its structure stops the map at the loop's buffers, which are PyTrees themselves.
-    return jax.tree.map(lambda x, xs: xs.at[index].set(x, pred=pred), row, rows)
 
 
 def _choose(flag, these, those):

@@ -79,19 +79,19 @@ def resolvable(controller: AbstractController, layout: Layout, t1):
 def save_times(ts: Any, t0, t1, layout: Layout):
     """Sorted times of the interval; a few units of round-off outside count as its ends where they are known."""
     ts = ts.astype(layout.dtype)
-    forward = t1 > t0
-    first, last = jnp.where(forward, t0, t1), jnp.where(forward, t1, t0)
-    if not is_traced(ts, t0, t1):
-        first, last = np.asarray(first), np.asarray(last)
+    traced = is_traced(ts, t0, t1)
+    # jnp on known values makes tracers of them inside a jit.
+    xp = jnp if traced else np
+    first, last, forward = xp.minimum(t0, t1), xp.maximum(t0, t1), t1 > t0
+    if not traced:
         near = np.clip(ts, first, last)
         ts = np.where(abs(near - ts) <= 4 * np.finfo(layout.dtype).eps * abs(near), near, ts)
         outside = ts[~((ts >= first) & (ts <= last))]
         if outside.size:
             raise ValueError(f"save_at must lie in [t0, t1] = [{t0}, {t1}], but has the entry {outside[0]}.")
     ts = require(ts, (ts >= first) & (ts <= last), "save_at must lie between t0 and t1")
-    steps = ts[1:] - ts[:-1]
-    ordered = jnp.where(forward, jnp.all(steps >= 0), jnp.all(steps <= 0))
-    return require(ts, ordered, "save_at must be sorted from t0 to t1")
+    steps = xp.where(forward, ts[1:] - ts[:-1], ts[:-1] - ts[1:])
+    return require(ts, steps >= 0, "save_at must be sorted from t0 to t1")
 
 
 def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:
