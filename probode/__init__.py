@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from .adaptive import AdaptiveState as AdaptiveState
 from .calibration import AbstractCalibration as AbstractCalibration
 from .calibration import DynamicCalibration as DynamicCalibration
+from .calibration import LeaveOneOutCalibration as LeaveOneOutCalibration
 from .calibration import MLECalibration as MLECalibration
 from .calibration import NoCalibration as NoCalibration
 from .constraints import TS0 as TS0

@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
-from .gaussians import Conditional, Normal, coordinates_of, in_terms_of, pad, pad_rows, predict, push
+from .gaussians import Conditional, Influence, Normal, coordinates_of, in_terms_of, pad, pad_rows, predict, push
 from .linalg import safe_divide
 from .loops import AbstractLoop
 from .solution import Result
 from .steps import State, Step, accept, attempt, round_off
 from .strategies import AbstractStrategy
-from .trajectory import Row
+from .trajectory import Row, column
 
 
 class Control(eqx.Module):
@@ -32,6 +32,13 @@ class Control(eqx.Module):
     error: AbstractErrorEstimate
     controller: AbstractController
     loop: AbstractLoop
+
+
+def no_influence(x: Normal, layout: Layout) -> Influence:
+    """Of no equation at all."""
+    m, (*batch, dim, cols) = layout.identity().shape[-1], x.mean.shape
+    zeros = jnp.zeros((*batch, m, dim), x.mean.dtype)
+    return Influence(jnp.zeros((*batch, m, cols), x.mean.dtype), zeros, zeros, jnp.zeros(batch, x.mean.dtype))
 
 
 class AdaptiveState(eqx.Module):
@@ -50,9 +57,9 @@ class AdaptiveState(eqx.Module):
         return self.current.t
 
 
-def row_of(state: State, past: Conditional | None, rows: int = 0) -> Row:
+def row_of(state: State, past: Conditional | None, rows: int = 0, influence: Influence | None = None) -> Row:
     """What is kept of a state, its factor with at least so many rows."""
-    return Row(state.t, pad(state.distribution, rows), state.output_scale, past)
+    return Row(state.t, pad(state.distribution, rows), state.output_scale, past, influence)
 
 
 def is_finite(distribution: Normal) -> Bool[Array, ""]:
@@ -87,29 +94,37 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
 
 
 def solve_keeping_steps(
-    parts: Step, control: Control, strategy: AbstractStrategy, solve: AdaptiveState, t1: Float[Array, ""], args: PyTree
+    parts: Step,
+    control: Control,
+    strategy: AbstractStrategy,
+    solve: AdaptiveState,
+    t1: Float[Array, ""],
+    args: PyTree,
+    *,
+    influence: bool = False,
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
     """Solve to ``t1``; the rows at the start and after every accepted step, and which of them are real.
 
-    There are ``max_steps + 1`` rows; those not reached repeat the last one.
+    There are ``max_steps + 1`` rows; those not reached repeat the last one. With ``influence`` the rows have theirs.
     """
     max_steps = control.loop.max_steps
     running, try_step = _stepping(parts, control, solve, t1, args)
-    first = row_of(solve.current, strategy.remember(solve.current.distribution))
+    none = no_influence(solve.current.distribution, solve.current.layout) if influence else None
+    first = row_of(solve.current, strategy.remember(solve.current.distribution), influence=none)
     # One flat buffer: the price of an iteration is that of its instructions.
     flat, unravel = ravel_pytree(first)
 
     def body(carry):
         solve, rows = carry
-        new, past, moved = try_step(solve, strategy.remember(solve.current.distribution))
-        row = ravel_pytree(row_of(new.current, past))[0]
+        new, past, effect, moved = try_step(solve, strategy.remember(solve.current.distribution), none)
+        row = ravel_pytree(row_of(new.current, past, influence=effect))[0]
         return new, rows.at[solve.num_accepted_steps].set(row, pred=moved)
 
     carry = solve, jnp.zeros((max_steps, flat.size), flat.dtype)
     carry = control.loop.run(lambda carry: running(carry[0]), body, carry, buffers=lambda carry: carry[1], extra=0)
     solve, rows = _ended(carry[0], t1), carry[1]
     reached = jnp.arange(max_steps + 1) <= solve.num_accepted_steps
-    last = ravel_pytree(row_of(solve.current, first.past))[0]
+    last = ravel_pytree(row_of(solve.current, first.past, influence=none))[0]
     rows = jnp.where(column(reached, rows), jnp.concatenate([flat[None], rows]), last)
     return solve, jax.vmap(unravel)(rows), reached
 
@@ -156,7 +171,7 @@ def solve_serving(
     def step(solve, past, left, t):
         # After a rejected attempt nothing can be pending, whatever is on the left.
         left = row_of(solve.current, _square(past, dim), dim)
-        new, past, _ = try_step(solve, past)
+        new, past, _, _ = try_step(solve, past)
         return new, past, left, jnp.zeros_like(first)
 
     def serve(solve, past, left, t):
@@ -169,7 +184,7 @@ def solve_serving(
             return predict(push(x, transition.matrix), transition.noise, scale, past)
 
         here, here_past = predicted(left.distribution, t - left.t, left.past)
-        row = _choose(at_left, left, Row(t, here, current.output_scale, here_past))
+        row = _choose(at_left, left, Row(t, here, current.output_scale, here_past, None))
         row = _choose(at_right, row_of(current, _square(past, dim), dim), row)
         row = eqx.tree_at(lambda r: r.output_scale, row, current.output_scale)
         # From now on this row is what is remembered, inside the step and after it.
@@ -178,12 +193,12 @@ def solve_serving(
             end, past = predicted(row.distribution, current.t - t, remembered)
             past = in_terms_of(past, coordinates_of(current.distribution, end))
             past = _choose(at_right, remember(current), past)
-        left = Row(t, row.distribution, row.output_scale, remembered)
+        left = Row(t, row.distribution, row.output_scale, remembered, None)
         return solve, past, left, pack(row)
 
     def body(carry):
         if ts.size == 0:
-            new, past, _ = try_step(carry.solve, carry.past)
+            new, past, _, _ = try_step(carry.solve, carry.past)
             return _Serving(new, past, carry.left, carry.served, carry.rows)
         serving = pending(carry)
         *new, row = lax.cond(serving, serve, step, carry.solve, carry.past, carry.left, next_ts(carry))
@@ -209,7 +224,7 @@ def solve_serving(
 
 
 def _stepping(parts, control, solve, t1, args):
-    """Whether a solve goes on, and its next attempt: the solve after it, the past after it, and whether it moved."""
+    """Whether a solve goes on, and its next attempt: the solve after it, its past, its influence, whether it moved."""
     t0, direction, layout = solve.t, _direction(solve, t1), solve.current.layout
     max_steps = control.loop.max_steps
 
@@ -222,7 +237,7 @@ def _stepping(parts, control, solve, t1, args):
         unfinished = (t1 - solve.t) * direction > 0
         return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
 
-    def try_step(solve, past):
+    def try_step(solve, past, influence=None):
         active = running(solve)
         now = solve.current
         t, dt, clipped, floor = next_time(control.controller, now.t, solve.dt, t1, direction, t0)
@@ -235,13 +250,14 @@ def _stepping(parts, control, solve, t1, args):
         finite = jnp.isfinite(norm)
         good = good & finite & active
 
-        def accepted(now, past):
+        def accepted(now, past, influence):
             # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
             inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, direction * floor))
             values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
-            return accept(parts, now, t, _with_derivative(values, attempting, inputs), past, args)
+            state, update = accept(parts, now, t, _with_derivative(values, attempting, inputs), past, args)
+            return state, update.past, None if influence is None else update.influence
 
-        current, past = lax.cond(good, accepted, lambda *old: old, now, past)
+        current, past, influence = lax.cond(good, accepted, lambda *old: old, now, past, influence)
         # A step cut short by t1 or stop_at says little about the next one.
         proposed = jnp.where(good & clipped, jnp.maximum(proposed, solve.dt), proposed)
         proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))
@@ -255,7 +271,7 @@ def _stepping(parts, control, solve, t1, args):
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck, failure, solve.result),
         )
-        return new, past, good
+        return new, past, influence, good
 
     return running, try_step
 
@@ -337,11 +353,6 @@ def _square(past, dim):
 
 def _direction(solve, t1):
     return jnp.where(t1 >= solve.t, 1, -1).astype(t1.dtype)
-
-
-def column(flags: Bool[Array, " rows"], like: Array) -> Array:
-    """Flags of rows, to choose among rows of any shape."""
-    return flags.reshape(flags.shape + (1,) * (like.ndim - 1))
 
 
 def _dt_max(controller, dtype):

@@ -54,9 +54,11 @@ class AbstractCalibration(eqx.Module):
 
     Scales are in the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale. ``relinearise``:
     whether the equation is linearised once more when the scale is known, for linearisations that look at the covariance.
+    ``leaves_one_out``: whether it has a method ``leave_one_out`` for solves that keep their steps.
     """
 
     relinearise = False
+    leaves_one_out = False
 
     @abstractmethod
     def init(self, shape: tuple[int, ...], dtype) -> Any:
@@ -135,6 +137,44 @@ class DynamicCalibration(AbstractCalibration):
 
     def finalise(self, statistics):
         return None
+
+
+class LeaveOneOutCalibration(AbstractCalibration):
+    """The dynamic scale for mean and gains, then all covariances times ``min(mean r^2, mean l^2)``.
+
+    ``r^2 = z^T S^-1 z / size(z)`` compares each residual with its prediction from the past, ``l^2`` with that from all
+    other residuals, later ones included, each under the variance of its own prediction. The first sees that the dynamic
+    scale ignores what was uncertain before the step; the second that the errors of a smooth solution do not add up like
+    independent increments. The posterior mean is that of ``DynamicCalibration``.
+
+    Solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``) use both,
+    others the first alone. One factor per component under ``BlockDiagonal``. Meant for ``TS1``: no statistic of the
+    residuals can see the error that ``TS0`` accumulates. ``stop_gradient``: treat all scales as constants.
+    """
+
+    stop_gradient: bool = eqx.field(static=True, default=False)
+    leaves_one_out = True
+
+    def init(self, shape, dtype):
+        return MeanSquare.none(shape, dtype)
+
+    def scale(self, innovation):
+        return _constant_if(self.stop_gradient, innovation.scale)
+
+    def update(self, statistics, whitened, informative):
+        return statistics.update(whitened, informative)
+
+    def leave_one_out(
+        self, statistics: "MeanSquare", squares: Float[Array, "steps *batch"], weights: Float[Array, "steps *batch"]
+    ) -> "MeanSquare":
+        """The statistics, no larger than the weighted mean of leave-one-out residuals squared."""
+        number = jnp.sum(weights, axis=0)
+        left_out = jnp.sum(weights * squares, axis=0) / jnp.where(number > 0, number, 1)
+        mean = jnp.where(number > 0, jnp.minimum(statistics.mean, left_out), statistics.mean)
+        return MeanSquare(mean * statistics.number, statistics.number)
+
+    def finalise(self, statistics):
+        return _constant_if(self.stop_gradient, safe_sqrt(statistics.mean))
 
 
 class MeanSquare(eqx.Module):

@@ -145,16 +145,29 @@ def predict(
     return Normal(x.mean, triangle[:, :dim]), past
 
 
+class Influence(eqx.Module):
+    """How an equation has moved a state, in units of its innovation's standard deviations ``S^(1/2)``.
+
+    ``whitened``: the innovation ``S^(-1/2) z``; ``gain``: the state moves by ``-gain^T whitened``; ``matrix``:
+    ``S^(-1/2) H``; ``weight``: one, or zero if the innovation is not to be counted.
+    """
+
+    whitened: Float[Array, "*batch m cols"]
+    gain: Float[Array, "*batch m dim"]
+    matrix: Float[Array, "*batch m dim"]
+    weight: Float[Array, "*batch"]
+
+
 class Update(eqx.Module):
     """What conditioning on an equation gives, with ``S`` the covariance of the innovation ``z``.
 
-    ``state``: the posterior; ``past``: an earlier state in its coordinates; ``whitened``: ``S^(-1/2) z``, ``(m, cols)``;
+    ``state``: the posterior; ``past``: an earlier state in its coordinates; ``influence``: how it came about;
     ``pivots``: the diagonal of the triangular ``S^(1/2)``, zero where nothing can be learnt.
     """
 
     state: Normal
     past: Conditional | None
-    whitened: Float[Array, "*batch m cols"]
+    influence: Influence
     pivots: Float[Array, "*batch m"]
 
 
@@ -201,7 +214,13 @@ def condition(
     if past is not None:
         cross = pad_rows(triangle[m:, dim:], x.factor.shape[0])
         past = Conditional(past.shift - correction[dim - m :], cross, triangularise(past.own, left))
-    return Update(state, past, whitened, jnp.diagonal(triangle)[:m])
+
+    cross = triangle[:m, m:dim]
+    columns = [cross[:, :k], triangle[:m, :m] - product(cross[:, :k], h[:, :k].T), cross[:, k:]]
+    observed, _ = substitute(triangle[:m, :m], h)
+    observed = jnp.pad(observed, ((0, 0), (0, dim - observed.shape[1])))
+    influence = Influence(whitened, jnp.concatenate(columns, axis=1), observed, jnp.ones((), mean.dtype))
+    return Update(state, past, influence, jnp.diagonal(triangle)[:m])
 
 
 def _beside(upper, dense, past, more=None):

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import inputs
-from .adaptive import AdaptiveState, Control, begin, first_step, is_finite, column, row_of, solve_keeping_steps, solve_serving
+from .adaptive import AdaptiveState, Control, begin, first_step, is_finite, no_influence, row_of, solve_keeping_steps, solve_serving
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
 from .constraints import AbstractConstraint
@@ -23,12 +23,13 @@ from .errors import AbstractErrorEstimate, ResidualError
 from .factorisations import AbstractFactorisation, Dense
 from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
+from .leave_one_out import left_out_squares
 from .loops import AbstractLoop, BoundedLoop
 from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .steps import State, Step, start, unconditional
 from .strategies import AbstractStrategy, Filter
-from .trajectory import evaluate, rescale, trajectory
+from .trajectory import column, evaluate, rescale, trajectory
 
 
 class Solver(eqx.Module):
@@ -216,7 +217,9 @@ def _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep):
         begun = eqx.tree_at(lambda s: s.controller, begun, u0.controller, is_leaf=lambda x: x is None)
     keep_steps = keep.steps or keep.dense or solver.strategy.keeps_steps
     if keep_steps:
-        ended, rows, reached = solve_keeping_steps(_steps(solver), control, solver.strategy, begun, t1, args)
+        ended, rows, reached = solve_keeping_steps(
+            _steps(solver), control, solver.strategy, begun, t1, args, influence=solver.calibration.leaves_one_out
+        )
     else:
         # Nobody asks what the start looks like from the end.
         strategy = solver.strategy if keep.ts or keep.t0 else Filter()
@@ -239,16 +242,16 @@ class _Keep(eqx.Module):
 def _solve_grid(solver, u0, grid, args, layout):
     parts = _steps(solver)
     state = _state(solver, u0, grid[0], args, layout)
-    remember = solver.strategy.remember
+    remember, influences = solver.strategy.remember, solver.calibration.leaves_one_out
 
     def body(state, t):
-        state, past = unconditional(parts, state, t, args, remember(state.distribution))
-        return state, row_of(state, past)
+        state, past, influence = unconditional(parts, state, t, args, remember(state.distribution))
+        return state, row_of(state, past, influence=influence if influences else None)
 
+    none = no_influence(state.distribution, layout) if influences else None
+    first = row_of(state, remember(state.distribution), influence=none)
     final, rows = lax.scan(body, state, grid[1:])
-    rows = jax.tree.map(
-        lambda x, xs: jnp.concatenate([x[None], xs]), row_of(state, remember(state.distribution)), rows
-    )
+    rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
     result = Result.where(is_finite(rows.distribution), Result.successful, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
@@ -258,7 +261,12 @@ def _solve_grid(solver, u0, grid, args, layout):
 
 def _solution(solver, keep, ts, rows, reached, ended, layout, dense) -> Solution:
     """The posterior at the rows asked for: ``t0``, then ``ts`` or every step, then ``t1``."""
-    factor = solver.calibration.finalise(ended.current.statistics)
+    statistics = ended.current.statistics
+    if rows.influence is not None:
+        statistics = solver.calibration.leave_one_out(statistics, *left_out_squares(rows, reached, solver.prior, layout))
+        # Has served its purpose.
+        rows = eqx.tree_at(lambda r: r.influence, rows, None)
+    factor = solver.calibration.finalise(statistics)
     if factor is not None:
         rows = rescale(rows, factor)
     path = trajectory(rows, reached, solver.prior, layout, dense=dense)

@@ -16,7 +16,19 @@ from .calibration import AbstractCalibration, Evidence
 from .checks import as_integer
 from .constraints import AbstractConstraint
 from .factorisations import Layout
-from .gaussians import Conditional, Innovation, Linearisation, Normal, Transition, condition, innovate, pad, push
+from .gaussians import (
+    Conditional,
+    Influence,
+    Innovation,
+    Linearisation,
+    Normal,
+    Transition,
+    Update,
+    condition,
+    innovate,
+    pad,
+    push,
+)
 from .priors import AbstractPrior
 from .solution import Moments, moments
 
@@ -87,8 +99,8 @@ def attempt(
 
 def accept(
     parts: Step, state: State, t: Float[Array, ""], attempted: Attempt, past: Conditional | None, args: PyTree
-) -> tuple[State, Conditional | None]:
-    """Condition the prediction on the equation: the state at ``t``, and the past in its coordinates."""
+) -> tuple[State, Update]:
+    """Condition the prediction on the equation: the state at ``t``, and what has led to it."""
     transition, equation, unit = attempted.transition, attempted.equation, attempted.innovation.unit
     scale = parts.calibration.scale(attempted.innovation)
     predicted = Normal(attempted.mean, push(state.distribution, transition.matrix).factor)
@@ -97,9 +109,11 @@ def accept(
         whole = Normal(predicted.mean, jnp.concatenate([predicted.factor, noise], axis=-2))
         equation = _without_round_off(parts.constraint.linearise(t, whole, state.layout, args), predicted.mean)
     update = condition(predicted, transition.noise, scale, equation, past)
-    statistics = parts.calibration.update(state.statistics, update.whitened, _informative(equation, attempted.mean))
-    evidence = state.evidence.update(update.whitened, update.pivots)
-    return State(t, update.state, scale / unit, statistics, evidence, state.layout), update.past
+    whitened, counts = update.influence.whitened, _informative(equation, attempted.mean)
+    statistics = parts.calibration.update(state.statistics, whitened, counts)
+    evidence = state.evidence.update(whitened, update.pivots)
+    update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
+    return State(t, update.state, scale / unit, statistics, evidence, state.layout), update
 
 
 def _without_round_off(equation, mean):
@@ -129,8 +143,11 @@ def round_off(t: Float[Array, ""]) -> Float[Array, ""]:
 
 def unconditional(
     parts: Step, state: State, t: Float[Array, ""], args: PyTree, past: Conditional | None = None
-) -> tuple[State, Conditional | None]:
-    """One step to the time ``t`` without error control; shorter than round-off it only predicts."""
+) -> tuple[State, Conditional | None, Influence]:
+    """One step to the time ``t`` without error control; shorter than round-off it only predicts.
+
+    Also the past in the new state's coordinates, and the influence of the equation.
+    """
     dt = t - state.t
     shortest = round_off(jnp.maximum(jnp.abs(t), jnp.abs(state.t)))
     short = jnp.abs(dt) <= shortest
@@ -138,7 +155,10 @@ def unconditional(
     attempted = attempt(
         parts, state.distribution, t, jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt), state.layout, args
     )
-    stepped = accept(parts, state, t, attempted, past, args)
+    stepped, update = accept(parts, state, t, attempted, past, args)
     drifted = push(state.distribution, parts.prior.transition(dt, state.layout).matrix)
-    waited = State(t, drifted, state.output_scale, state.statistics, state.evidence, state.layout), past
-    return jax.tree.map(lambda a, b: jnp.where(short, a, b), waited, stepped)
+    waited = State(t, drifted, state.output_scale, state.statistics, state.evidence, state.layout)
+    no_influence = jax.tree.map(jnp.zeros_like, update.influence)
+    return jax.tree.map(
+        lambda a, b: jnp.where(short, a, b), (waited, past, no_influence), (stepped, update.past, update.influence)
+    )

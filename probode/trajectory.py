@@ -4,15 +4,18 @@ Every kept state knows its coordinates given those of the next one; one pass bac
 given everything, or into a joint sample. Between two kept states the prior tells the rest.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .factorisations import Layout
 from .gaussians import (
     Conditional,
+    Influence,
     Normal,
     batched,
     coordinates_of,
@@ -36,13 +39,15 @@ class Row(eqx.Module):
     """What is kept of one time: or, stacked, of many.
 
     ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
-    kept state's coordinates given those of this one, ``None`` for a filter.
+    kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that step,
+    where it is needed.
     """
 
     t: Float[Array, "..."]
     distribution: Normal
     output_scale: Float[Array, "..."]
     past: Conditional | None
+    influence: Influence | None
 
 
 class Trajectory(eqx.Module):
@@ -78,7 +83,7 @@ def trajectory(
     smoothed = None
     if rows.past is not None:
         last = standard(_row(rows.distribution, -1))
-        smoothed = _backwards(lambda past, later: look_back(later, past), last, rows.past, reached)
+        smoothed = backwards(lambda past, later: look_back(later, past), last, rows.past, reached)
     return Trajectory(rows, reached, smoothed, prior, layout, dense)
 
 
@@ -90,7 +95,7 @@ def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
         # Coordinates are measured in standard deviations.
         past = eqx.tree_at(lambda p: p.shift, past, past.shift / jnp.where(column > 0, column, 1))
     distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)
-    return Row(rows.t, distribution, rows.output_scale * factor, past)
+    return Row(rows.t, distribution, rows.output_scale * factor, past, rows.influence)
 
 
 def evaluate(path: Trajectory, t: Float[Array, ""]) -> tuple[Normal, Float[Array, "*batch"]]:
@@ -115,7 +120,7 @@ def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batc
         # What is drawn for a row turns the row before it into a sample; the last row needs a draw of its own.
         xs = path.rows.past, noise
         last = jax.random.normal(jax.random.fold_in(key, 1), noise.shape[1:], mean.dtype)
-        coordinates = _backwards(lambda x, w: draw(*x, w), last, xs, path.reached)
+        coordinates = backwards(lambda x, w: draw(*x, w), last, xs, path.reached)
     return mean + jax.vmap(spread)(factor, coordinates)
 
 
@@ -185,7 +190,7 @@ def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows col
     return product(factor.T, coordinates)
 
 
-def _backwards(fn, last, xs, reached):
+def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " rows"]) -> PyTree:
     """What holds at every row, stacked: ``last`` at the last one reached, before it ``fn(x, what holds at the row)``."""
     rows = reached.shape[0]
     number = -(-rows // _BLOCK)
@@ -213,6 +218,11 @@ def _backwards(fn, last, xs, reached):
 def _certain(x):
     """A state that is known: its covariance has no square root with any rows."""
     return Normal(x, jnp.zeros((*x.shape[:-2], 0, x.shape[-2]), x.dtype))
+
+
+def column(flags: Bool[Array, " rows"], like: Array) -> Array:
+    """Flags of rows, to choose among rows of any shape."""
+    return flags.reshape(flags.shape + (1,) * (like.ndim - 1))
 
 
 def _direction(path):

@@ -1,0 +1,57 @@
+"""Leave-one-out residuals: how well each equation is predicted by all the others, earlier and later ones.
+
+One pass backwards over the kept steps, without the vector field: the disturbance smoother of de Jong (1988). Its
+variables are the information ``root^T root`` that later residuals carry about a state, and their pull ``score`` on it.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .factorisations import Layout
+from .gaussians import Influence, batched
+from .linalg import kron_apply, kron_apply_right, product, substitute, triangularise
+from .priors import AbstractPrior
+from .trajectory import Row, backwards, column
+
+
+class _Later(eqx.Module):
+    score: Float[Array, "*batch dim cols"]
+    root: Float[Array, "*batch dim dim"]
+
+
+def left_out_squares(
+    rows: Row, reached: Bool[Array, " rows"], prior: AbstractPrior, layout: Layout
+) -> tuple[Float[Array, "rows *batch"], Float[Array, "rows *batch"]]:
+    """The leave-one-out residual of the step that ends in each row, squared over its own variance (the mean over its
+    components), and its weight: zero where there is none, or none above round-off."""
+    dt = jnp.diff(rows.t, prepend=rows.t[:1])
+    matrices = jax.vmap(lambda dt: prior.transition(jnp.where(dt == 0, 1, dt), layout).matrix)(dt)
+    mean, factor = rows.distribution.mean[0], rows.distribution.factor[0]
+    nothing = _Later(jnp.zeros_like(mean), jnp.zeros((*factor.shape[:-2], mean.shape[-2], mean.shape[-2]), mean.dtype))
+    later = backwards(lambda x, later: _before(*x, later), nothing, (rows.influence, matrices), reached)
+    weight = jnp.where(column(reached, rows.influence.weight), rows.influence.weight, 0)
+    return jax.vmap(_square)(rows.influence, later), weight
+
+
+def _pull(influence, later):
+    return -influence.whitened - product(influence.gain, later.score)
+
+
+@batched
+def _before(influence: Influence, matrix: Float[Array, "p p"], later: _Later) -> _Later:
+    """What residuals from this step on say about the state before it."""
+    score = later.score + product(influence.matrix.T, _pull(influence, later))
+    rest = later.root - product(product(later.root, influence.gain.T), influence.matrix)
+    stack = jnp.concatenate([influence.matrix, rest])
+    root = triangularise(jnp.zeros_like(later.root), kron_apply_right(stack, matrix.T))
+    return _Later(kron_apply(matrix.T, score), root)
+
+
+@batched
+def _square(influence: Influence, later: _Later) -> Float[Array, ""]:
+    root = product(later.root, influence.gain.T)
+    spread = triangularise(jnp.eye(root.shape[1], dtype=root.dtype), root)
+    residual, _ = substitute(spread, _pull(influence, later))
+    return jnp.mean(residual**2)
