@@ -34,6 +34,8 @@ from .loops import ForwardLoop as ForwardLoop
 from .priors import IWP as IWP
 from .priors import AbstractPrior as AbstractPrior
 from .problems import ODE as ODE
+from .report import CalibrationReport as CalibrationReport
+from .report import calibration_report as calibration_report
 from .solution import Posterior as Posterior
 from .solution import Result as Result
 from .solution import SaveAt as SaveAt

@@ -134,7 +134,7 @@ class _Serving(eqx.Module):
     past: Conditional | None  # of the last row, in the coordinates of the current state
     left: Row | None  # the row where the current step starts, or the last one inside it
     served: Int[Array, ""]
-    rows: Float[Array, "times flat"]
+    rows: Any  # (times, flat), which the loop wraps in a buffer
 
 
 def solve_serving(
@@ -183,10 +183,14 @@ def solve_serving(
             scale = current.output_scale * transition.magnitude
             return predict(push(x, transition.matrix), transition.noise, scale, past)
 
-        here, here_past = predicted(left.distribution, t - left.t, left.past)
-        row = _choose(at_left, left, Row(t, here, current.output_scale, here_past, None))
-        row = _choose(at_right, row_of(current, _square(past, dim), dim), row)
-        row = eqx.tree_at(lambda r: r.output_scale, row, current.output_scale)
+        def ends(row):
+            # A step of no length, which still has a derivative.
+            return push(row.distribution, parts.prior.transition(t - row.t, layout).matrix), row.past
+
+        row = predicted(left.distribution, t - left.t, left.past)
+        row = _choose(at_left, ends(left), row)
+        row = _choose(at_right, ends(row_of(current, _square(past, dim), dim)), row)
+        row = Row(t, row[0], current.output_scale, row[1], None)
         # From now on this row is what is remembered, inside the step and after it.
         remembered = strategy.remember(row.distribution)
         if remembered is not None:

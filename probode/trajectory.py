@@ -105,8 +105,13 @@ def evaluate(path: Trajectory, t: Float[Array, ""]) -> tuple[Normal, Float[Array
     here, predicted, past = _between(path, _row(path.rows.distribution, i), i, t, path.rows.t[i + 1])
     if path.smoothed is not None:
         here = realise(look_back(coordinates_of(right, predicted), past), here)
-    here = jax.tree.map(lambda a, b: jnp.where(at_right, a, b), right, here)
-    scale = path.rows.output_scale
+
+    def end(x, i):
+        # A step of no length, which still has a derivative.
+        return push(x, path.prior.transition(t - path.rows.t[i], path.layout).matrix)
+
+    here = jax.tree.map(lambda a, b: jnp.where(at_right, a, b), end(right, i + 1), here)
+    left, scale = end(left, i), path.rows.output_scale
     return jax.tree.map(lambda a, b: jnp.where(at_left, a, b), (left, scale[i]), (here, scale[i + 1]))
 
 

@@ -1,0 +1,155 @@
+"""Calibration of the uncertainty on a set of problems: `python -m benchmarks.calibration` writes and prints the table.
+
+References by extrapolation (Gragg, Bulirsch & Stoer) in extended precision, from saved time to saved time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def lotka_volterra(u):
+    return 0.5 * u[0] - 0.05 * u[0] * u[1], -0.5 * u[1] + 0.05 * u[0] * u[1]
+
+
+def fitzhugh_nagumo(u):
+    return 3.0 * (u[0] - u[0] ** 3 / 3 + u[1]), -(u[0] - 0.2 + 0.2 * u[1]) / 3.0
+
+
+def rigid_body(u):
+    return -2.0 * u[1] * u[2], 1.25 * u[0] * u[2], -0.5 * u[0] * u[1]
+
+
+def van_der_pol(u):
+    return u[1], (1 - u[0] ** 2) * u[1] - u[0]
+
+
+def logistic(u):
+    return (u[0] * (1 - u[0]),)
+
+
+PROBLEMS = {
+    "lotka_volterra": (lotka_volterra, (20.0, 20.0), 50.0),
+    "fitzhugh_nagumo": (fitzhugh_nagumo, (-1.0, 1.0), 20.0),
+    "rigid_body": (rigid_body, (1.0, 0.0, 0.9), 20.0),
+    "van_der_pol_1": (van_der_pol, (2.0, 0.0), 10.0),
+    "logistic": (logistic, (0.1,), 10.0),
+}
+TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+
+
+def reference(field, u0, longest=0.05):
+    """The solution at sorted times as a function of them, in extended precision inside."""
+
+    def at(times):
+        u, out = np.array(u0, np.longdouble), [np.array(u0)]
+        for a, b in zip(times[:-1], times[1:], strict=True):
+            parts = max(1, int(np.ceil((b - a) / longest)))
+            for _ in range(parts):
+                u = _extrapolated(field, u, (np.longdouble(b) - np.longdouble(a)) / parts)
+            out.append(u.astype(float))
+        return np.array(out)
+
+    return at
+
+
+def _extrapolated(field, u, h, rows=9):
+    """One step of the extrapolated modified midpoint rule, of order up to 18."""
+    table = []
+    for i in range(rows):
+        n = 2 * (i + 1)
+        step = h / n
+        before, now = u, u + step * np.array(field(u))
+        for _ in range(n - 1):
+            before, now = now, before + 2 * step * np.array(field(now))
+        row = [(before + now + step * np.array(field(now))) / 2]
+        for k in range(i):
+            ratio = (np.longdouble(i + 1) / np.longdouble(i - k)) ** 2
+            row.append(row[k] + (row[k] - table[k]) / (ratio - 1))
+        table = row
+        # Short steps need few rows.
+        if i > 1 and np.max(abs(row[-1] - row[-2])) <= 1e-18 * np.max(abs(u)):
+            break
+    return table[-1]
+
+
+def solvers(nu):
+    """The recommended configurations, and the others for comparison."""
+    import probode
+
+    def ek(constraint, factorisation, calibration):
+        return lambda ode: probode.Solver(
+            probode.IWP(nu),
+            constraint(ode),
+            factorisation=factorisation,
+            strategy=probode.FixedIntervalSmoother(),
+            calibration=calibration,
+            loop=probode.ForwardLoop(max_steps=2**15 if nu < 4 else 2**12),
+        )
+
+    return {
+        "EK1 leave one out": ek(probode.TS1, probode.Dense(), probode.LeaveOneOutCalibration()),
+        "EK1 dynamic": ek(probode.TS1, probode.Dense(), probode.DynamicCalibration()),
+        "EK1 mle": ek(probode.TS1, probode.Dense(), probode.MLECalibration()),
+        "EK0 dynamic, per component": ek(probode.TS0, probode.BlockDiagonal(), probode.DynamicCalibration()),
+    }
+
+
+def main() -> None:
+    """Run the sweep, write the table, print a summary."""
+    import probode
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="orders 3 and 5, three tolerances")
+    parser.add_argument("--problem", action="append", choices=list(PROBLEMS))
+    parser.add_argument("--output", default=pathlib.Path(__file__).parent / "results" / "calibration.csv")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+
+    entries = []
+    for name in options.problem or PROBLEMS:
+        field, u0, t1 = PROBLEMS[name]
+        ode = probode.ODE(lambda t, u, args, field=field: jnp.stack(field(u)))
+        for nu in (3, 5) if options.quick else (2, 3, 4, 5):
+            for label, build in solvers(nu).items():
+                report = probode.calibration_report(
+                    build(ode),
+                    reference(field, u0),
+                    u0=jnp.array(u0),
+                    t0=0.0,
+                    t1=t1,
+                    tolerances=(1e-4, 1e-6, 1e-8) if options.quick else TOLERANCES,
+                    show=False,
+                )
+                print(f"\n{name}, {label}, nu = {nu}\n{report}", flush=True)
+                entries += [(name, label, nu, *row) for row in _rows(report)]
+    with open(options.output, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow("problem method nu rtol steps error terminal trajectory smoothed inclination successful".split())
+        writer.writerows(entries)
+    _summary(entries)
+
+
+def _rows(report):
+    names = ("rtol", "steps", "error", "terminal", "trajectory", "smoothed", "inclination", "successful")
+    columns = (getattr(report, name) for name in names)
+    return [[f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in zip(*columns, strict=True)]
+
+
+def _summary(entries):
+    print(f"\n{'method':28} {'cases':>5} {'in [1e-2, 10]':>14} {'in [1e-2, 100]':>15}   5 % .. 95 % (trajectory)")
+    for method in dict.fromkeys(entry[1] for entry in entries):
+        chi = np.array([float(entry[7]) for entry in entries if entry[1] == method])
+        shares = [np.mean((chi >= 1e-2) & (chi <= top)) for top in (10, 100)]
+        low, high = np.nanquantile(chi, [0.05, 0.95])
+        print(f"{method:28} {chi.size:5d} {shares[0]:14.2f} {shares[1]:15.2f}   {low:.1e} .. {high:.1e}")
+
+
+if __name__ == "__main__":
+    main()

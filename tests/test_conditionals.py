@@ -1,0 +1,315 @@
+"""The past in the coordinates of the present: each law of the algebra against dense joint Gaussians.
+
+An earlier state's coordinates ``w`` and a later state ``x`` have a joint distribution; every operation must do to it
+what the textbook does. Problems are drawn in units in which all numbers are about one, and handed over in others.
+"""
+
+import functools as ft
+from typing import NamedTuple
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+
+from probode.gaussians import (
+    Conditional,
+    Linearisation,
+    Normal,
+    condition,
+    coordinates_of,
+    identity,
+    in_terms_of,
+    look_back,
+    predict,
+    push,
+    realise,
+    standard,
+)
+
+from .helpers import central_differences, relative
+
+
+class Case(NamedTuple):
+    """A state of ``n`` derivatives of ``m`` components; ``p`` coordinates of an earlier one."""
+
+    batch: tuple[int, ...]
+    n: int
+    m: int
+    cols: int
+    block: int
+    rows: int
+    p: int
+
+    @property
+    def dim(self):
+        return self.n * self.m
+
+
+DENSE = Case((), n=3, m=2, cols=1, block=1, rows=4, p=4)
+SQUARE = Case((), n=3, m=2, cols=1, block=1, rows=6, p=6)  # from an InitialState: more rows than a step leaves
+CERTAIN = Case((), n=3, m=2, cols=1, block=1, rows=0, p=3)
+SECOND_ORDER = Case((), n=4, m=1, cols=3, block=2, rows=3, p=4)
+FEW_ROWS = Case((2,), n=4, m=1, cols=1, block=1, rows=2, p=1)
+MATRICES = Case((2,), n=3, m=2, cols=2, block=2, rows=5, p=2)  # more general than any factorisation
+SCANNED = Case((), n=5, m=2, cols=1, block=1, rows=8, p=10)
+ODD = Case((), n=3, m=3, cols=1, block=1, rows=6, p=2)
+CASES = (DENSE, SQUARE, CERTAIN, SECOND_ORDER, FEW_ROWS, MATRICES, SCANNED, ODD)
+SMALL = Case((), n=2, m=2, cols=1, block=1, rows=3, p=2)
+SMALL_SECOND_ORDER = Case((), n=3, m=1, cols=2, block=2, rows=3, p=3)
+
+
+class Problem(NamedTuple):
+    """A state with its past, the noise of a step and an equation; of one batch element, or stacked."""
+
+    mean: np.ndarray
+    factor: np.ndarray
+    shift: np.ndarray
+    cross: np.ndarray
+    own: np.ndarray
+    noise: np.ndarray
+    scale: np.ndarray
+    coupling: np.ndarray  # H without its identity block
+    residual: np.ndarray
+
+
+def shapes(case):
+    b, dim, m = case.batch, case.dim, case.m
+    return Problem(
+        mean=(*b, dim, case.cols),
+        factor=(*b, case.rows, dim),
+        shift=(*b, case.p, case.cols),
+        cross=(*b, case.rows, case.p),
+        own=(*b, case.p, case.p),
+        noise=(*b, dim, dim),
+        scale=b,
+        coupling=(*b, m, case.block * m),
+        residual=(*b, m, case.cols),
+    )
+
+
+def diagonal(entries):
+    return entries[..., None] * np.eye(entries.shape[-1])
+
+
+def structured(case, raw, log_diagonal, log_scale):
+    """A problem from arrays of any numbers: noise with a positive diagonal, so that all can be learnt."""
+    noise = np.triu(raw.noise, 1) + diagonal(np.exp(log_diagonal))
+    return raw._replace(noise=noise, own=np.triu(raw.own), scale=np.exp(log_scale))
+
+
+def random_problem(case, seed):
+    rng = np.random.default_rng(seed)
+    raw = Problem(*(rng.uniform(-1, 1, shape) for shape in shapes(case)))
+    raw = raw._replace(noise=raw.noise / np.sqrt(case.dim), coupling=raw.coupling / np.sqrt(case.m))
+    return structured(case, raw, rng.uniform(-1, 1, (*case.batch, case.dim)), rng.uniform(-1, 1, case.batch))
+
+
+VARIANTS = ("any", "zero factor", "rows of zeros", "one direction", "no past left", "zero residual")
+
+
+def vary(case, x, variant):
+    if variant == "zero factor":
+        return x._replace(factor=0 * x.factor)
+    if variant == "rows of zeros":
+        keep = (np.arange(case.rows) % 2 == 1)[:, None]
+        return x._replace(factor=x.factor * keep, cross=x.cross * keep)
+    if variant == "one direction":
+        ones = np.ones((*case.batch, case.rows, 1))
+        return x._replace(factor=ones * np.mean(x.factor, axis=-2, keepdims=True) if case.rows else x.factor)
+    if variant == "no past left":
+        return x._replace(own=0 * x.own)
+    if variant == "zero residual":
+        return x._replace(residual=0 * x.residual)
+    return x
+
+
+@st.composite
+def problems(draw, case):
+    numbers = st.floats(-1, 1, allow_subnormal=False)
+    raw = Problem(*(draw(hnp.arrays(np.float64, shape, elements=numbers)) for shape in shapes(case)))
+    log_diagonal = draw(hnp.arrays(np.float64, (*case.batch, case.dim), elements=st.floats(-2, 2)))
+    log_scale = draw(hnp.arrays(np.float64, case.batch, elements=st.floats(-3, 3)))
+    return vary(case, structured(case, raw, log_diagonal, log_scale), draw(st.sampled_from(VARIANTS)))
+
+
+@st.composite
+def units(draw, case, largest=26):
+    """A power of two for every entry of the state: changing units costs no digits."""
+    powers = draw(hnp.arrays(np.int64, (case.dim,), elements=st.integers(-largest, largest)))
+    return 2.0**powers
+
+
+def in_units(case, x, unit):
+    """The same problem when the state is measured in other units."""
+    k = case.block * case.m
+    block = unit[k : k + case.m, None]
+    return x._replace(
+        mean=x.mean * unit[:, None],
+        factor=x.factor * unit,
+        noise=x.noise * unit,
+        coupling=x.coupling * block / unit[:k],
+        residual=x.residual * block,
+    )
+
+
+def state_of(x):
+    return Normal(jnp.asarray(x.mean), jnp.asarray(x.factor))
+
+
+def past_of(x):
+    return Conditional(jnp.asarray(x.shift), jnp.asarray(x.cross), jnp.asarray(x.own))
+
+
+def equation_of(case, x):
+    eye = jnp.broadcast_to(jnp.eye(case.m, dtype=x.coupling.dtype), (*case.batch, case.m, case.m))
+    matrix = jnp.concatenate([jnp.asarray(x.coupling), eye], axis=-1)
+    return Linearisation(matrix, jnp.asarray(x.residual), case.block)
+
+
+predicting = jax.jit(lambda x: predict(state_of(x), x.noise, x.scale, past_of(x)))
+conditioning = jax.jit(
+    lambda case, x: condition(state_of(x), x.noise, x.scale, equation_of(case, x), past_of(x)), static_argnums=0
+)
+looking_back, realising, expressing, finding = (jax.jit(f) for f in (look_back, realise, in_terms_of, coordinates_of))
+
+
+def as_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def on_device(x):
+    return Problem(*map(jnp.asarray, x))
+
+
+def each(case, *trees):
+    """The elements of a batch, one by one."""
+    for index in np.ndindex(case.batch):
+        yield tuple(jax.tree.map(lambda a, i=index: np.asarray(a)[i], tree) for tree in trees)
+
+
+# The textbook, for any number type that NumPy multiplies: floats, complex steps, mpmath's numbers.
+
+
+def joint(state, past):
+    """Mean and covariance of the state and, behind it, the earlier one's coordinates."""
+    beside = state.factor.T @ past.cross
+    below = past.cross.T @ past.cross + past.own.T @ past.own
+    covariance = np.block([[state.factor.T @ state.factor, beside], [beside.T, below]])
+    return np.concatenate([state.mean, past.shift]), covariance
+
+
+def plain(x):
+    """The joint distribution of a problem once the noise is added."""
+    mean, covariance = joint(Normal(x.mean, x.factor), Conditional(x.shift, x.cross, x.own))
+    dim = len(x.mean)
+    covariance[:dim, :dim] = covariance[:dim, :dim] + x.scale**2 * (x.noise.T @ x.noise)
+    return mean, covariance
+
+
+def solve(a, b):
+    """Gaussian elimination, for positive-definite matrices."""
+    a, b = a.copy(), b.copy()
+    for i in range(len(a)):
+        for j in range(i + 1, len(a)):
+            ratio = a[j, i] / a[i, i]
+            a[j], b[j] = a[j] - ratio * a[i], b[j] - ratio * b[i]
+    for i in reversed(range(len(a))):
+        b[i] = (b[i] - a[i, i + 1 :] @ b[i + 1 :]) / a[i, i]
+    return b
+
+
+def observation(case, x):
+    """``H`` on the state and the coordinates behind it."""
+    rest = case.dim + case.p - x.coupling.shape[1] - case.m
+    return np.concatenate([x.coupling, np.eye(case.m), np.zeros((case.m, rest))], axis=1)
+
+
+def update(mean, covariance, h, z):
+    """Given ``z + H (x - mean) = 0``."""
+    s = h @ covariance @ h.T
+    gain = solve(s, h @ covariance).T
+    return mean - gain @ z, covariance - gain @ s @ gain.T
+
+
+def conditioned(case, x):
+    mean, covariance = plain(x)
+    return update(mean, covariance, observation(case, x), x.residual)
+
+
+def forty_digits(fn, x):
+    with mpmath.workdps(40):
+        out = fn(Problem(*(np.vectorize(mpmath.mpf, otypes=[object])(field) for field in x)))
+    return tuple(np.asarray(a, float) for a in out)
+
+
+def spread(covariance):
+    """What a covariance's entries are small against; where there is no variance they vanish exactly."""
+    std = np.sqrt(np.diagonal(covariance))
+    return np.outer(std, std)
+
+
+def close(value, reference, size, tolerance):
+    assert value.shape == reference.shape
+    size = np.broadcast_to(size, value.shape)
+    error = np.abs(value - reference)
+    np.testing.assert_array_equal(error[size == 0], 0)
+    assert np.max(error / np.where(size == 0, 1, size), initial=0) < tolerance
+
+
+def factors(case, unit):
+    """Units of the state and the coordinates behind it."""
+    return np.concatenate([unit, np.ones(case.p)])
+
+
+def check_prediction(case, x, unit, tolerance):
+    state, past = predicting(on_device(in_units(case, x, unit)))
+    assert state.factor.shape == (*case.batch, case.dim, case.dim)
+    assert past.cross.shape == (*case.batch, case.dim, case.p) and past.own.shape == (*case.batch, case.p, case.p)
+    for one, later, before in each(case, x, state, past):
+        mean, covariance = joint(later, before)
+        u = factors(case, unit)
+        expected_mean, expected = plain(one)
+        np.testing.assert_array_equal(mean / u[:, None], expected_mean)
+        close(covariance / np.outer(u, u), expected, spread(expected), tolerance)
+        assert np.all(np.tril(later.factor, -1) == 0) and np.all(np.tril(before.own, -1) == 0)
+
+
+def check_conditioning(case, x, unit, tolerance):
+    changed = conditioning(case, on_device(in_units(case, x, unit)))
+    rows = max(case.rows, case.dim - case.m)
+    assert changed.state.factor.shape == (*case.batch, rows, case.dim)
+    assert changed.past.cross.shape == (*case.batch, rows, case.p)
+    for one, later, before, pivots in each(case, x, changed.state, changed.past, changed.pivots):
+        mean, covariance = joint(later, before)
+        u = factors(case, unit)
+        expected_mean, expected = forty_digits(ft.partial(conditioned, case), one)
+        before_mean, prior = plain(one)
+        std = np.sqrt(np.diagonal(prior))[:, None]
+        moved = np.max(np.abs(expected_mean - before_mean) / np.where(std > 0, std, 1))
+        close(mean / u[:, None], expected_mean, (1 + moved) * (std + np.abs(before_mean)), tolerance)
+        close(covariance / np.outer(u, u), expected, spread(prior), tolerance)
+        # The logarithm of their product is the evidence's.
+        h = observation(case, one)
+        block = unit[case.block * case.m :][: case.m]
+        expected_log_det = np.linalg.slogdet(h @ prior @ h.T)[1] / 2
+        assert abs(np.sum(np.log(np.abs(pivots) / block)) - expected_log_det) < tolerance
+
+
+@hypothesis.given(st.data())
+@pytest.mark.parametrize("case", CASES)
+def test_predicting_keeps_the_joint_distribution(case, data):
+    x = data.draw(problems(case))
+    if data.draw(st.booleans()):
+        x = x._replace(scale=0 * x.scale)
+    check_prediction(case, x, data.draw(units(case)), 1e-14)
+
+
+@hypothesis.given(st.data())
+@pytest.mark.parametrize("case", CASES)
+def test_conditioning_conditions_the_joint_distribution(case, data):
+    check_conditioning(case, data.draw(problems(case)), data.draw(units(case)), 1e-12)
