@@ -131,7 +131,9 @@ def main() -> None:
                 entries += [(name, label, nu, *row) for row in _rows(report)]
     with open(options.output, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("problem method nu rtol steps error terminal trajectory smoothed inclination successful".split())
+        writer.writerow(
+            "problem method nu rtol steps error terminal trajectory smoothed inclination successful".split()
+        )
         writer.writerows(entries)
     _summary(entries)
 

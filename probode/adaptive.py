@@ -234,7 +234,10 @@ def _stepping(parts, control, solve, t1, args):
 
     # Traced once; what the user's functions close over becomes an input that can be differentiated.
     attempting = eqx.filter_closure_convert(
-        lambda distribution, t, dt: attempt(parts, distribution, t, dt, layout, args), solve.current.distribution, t1, t1
+        lambda distribution, t, dt: attempt(parts, distribution, t, dt, layout, args),
+        solve.current.distribution,
+        t1,
+        t1,
     )
 
     def running(solve):

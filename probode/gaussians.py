@@ -118,7 +118,7 @@ def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Floa
 
 
 @batched
-def posterior_noise(equation: Linearisation, noise: Float[Array, "dim dim"]) -> Float[Array, "m m"]:
+def posterior_noise(equation: Linearisation, noise: Float[Array, "dim dim"]) -> Float[Array, "rows m"]:
     """Square root of the covariance of ``E_0 x`` under ``x ~ N(0, noise^T noise)`` given the equation."""
     m = equation.residual.shape[0]
     k = equation.block * m

@@ -211,7 +211,9 @@ class Solution(eqx.Module):
             t = np.where(abs(near - t) <= 4 * np.finfo(t.dtype).eps * abs(near), near, t)
         inside = (t - t0) * (t - t1) <= 0
         message = f"{name} must lie in the interval that was solved"
-        return jnp.asarray(require(t, inside, message, t=t, interval=(t0, t1) if is_traced(t0) else (float(t0), float(t1))))
+        return jnp.asarray(
+            require(t, inside, message, t=t, interval=(t0, t1) if is_traced(t0) else (float(t0), float(t1)))
+        )
 
 
 @eqx.filter_jit

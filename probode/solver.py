@@ -14,7 +14,17 @@ from jax import lax
 from jaxtyping import PyTree
 
 from . import inputs
-from .adaptive import AdaptiveState, Control, begin, first_step, is_finite, no_influence, row_of, solve_keeping_steps, solve_serving
+from .adaptive import (
+    AdaptiveState,
+    Control,
+    begin,
+    first_step,
+    is_finite,
+    no_influence,
+    row_of,
+    solve_keeping_steps,
+    solve_serving,
+)
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
 from .constraints import AbstractConstraint
@@ -195,7 +205,7 @@ def _init(solver, u0, t0, args, layout):
 
 @eqx.filter_jit
 def _step(solver, state, dt, args):
-    state, _ = unconditional(_steps(solver), state, state.t + dt, args)
+    state, *_ = unconditional(_steps(solver), state, state.t + dt, args)
     return state
 
 
@@ -263,7 +273,9 @@ def _solution(solver, keep, ts, rows, reached, ended, layout, dense) -> Solution
     """The posterior at the rows asked for: ``t0``, then ``ts`` or every step, then ``t1``."""
     statistics = ended.current.statistics
     if rows.influence is not None:
-        statistics = solver.calibration.leave_one_out(statistics, *left_out_squares(rows, reached, solver.prior, layout))
+        statistics = solver.calibration.leave_one_out(
+            statistics, *left_out_squares(rows, reached, solver.prior, layout)
+        )
         # Has served its purpose.
         rows = eqx.tree_at(lambda r: r.influence, rows, None)
     factor = solver.calibration.finalise(statistics)

@@ -129,9 +129,7 @@ def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batc
     return mean + jax.vmap(spread)(factor, coordinates)
 
 
-def sample_at(
-    path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]
-) -> Float[Array, "times *batch dim cols"]:
+def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -> Float[Array, "times *batch dim cols"]:
     """One joint sample of the states at any times of a dense, smoothed trajectory."""
     rows_key, key = jax.random.split(key)
     rows = sample_rows(path, rows_key)

@@ -195,17 +195,20 @@ def each(case, *trees):
 # The textbook, for any number type that NumPy multiplies: floats, complex steps, mpmath's numbers.
 
 
-def joint(state, past):
-    """Mean and covariance of the state and, behind it, the earlier one's coordinates."""
-    beside = state.factor.T @ past.cross
-    below = past.cross.T @ past.cross + past.own.T @ past.own
-    covariance = np.block([[state.factor.T @ state.factor, beside], [beside.T, below]])
-    return np.concatenate([state.mean, past.shift]), covariance
+def joint(mean, factor, shift, cross, own):
+    """Mean and covariance of a state and, behind it, an earlier one's coordinates."""
+    beside = factor.T @ cross
+    covariance = np.block([[factor.T @ factor, beside], [beside.T, cross.T @ cross + own.T @ own]])
+    return np.concatenate([mean, shift]), covariance
+
+
+def together(state, past):
+    return joint(state.mean, state.factor, past.shift, past.cross, past.own)
 
 
 def plain(x):
     """The joint distribution of a problem once the noise is added."""
-    mean, covariance = joint(Normal(x.mean, x.factor), Conditional(x.shift, x.cross, x.own))
+    mean, covariance = joint(*x[:5])
     dim = len(x.mean)
     covariance[:dim, :dim] = covariance[:dim, :dim] + x.scale**2 * (x.noise.T @ x.noise)
     return mean, covariance
@@ -271,7 +274,7 @@ def check_prediction(case, x, unit, tolerance):
     assert state.factor.shape == (*case.batch, case.dim, case.dim)
     assert past.cross.shape == (*case.batch, case.dim, case.p) and past.own.shape == (*case.batch, case.p, case.p)
     for one, later, before in each(case, x, state, past):
-        mean, covariance = joint(later, before)
+        mean, covariance = together(later, before)
         u = factors(case, unit)
         expected_mean, expected = plain(one)
         np.testing.assert_array_equal(mean / u[:, None], expected_mean)
@@ -285,7 +288,7 @@ def check_conditioning(case, x, unit, tolerance):
     assert changed.state.factor.shape == (*case.batch, rows, case.dim)
     assert changed.past.cross.shape == (*case.batch, rows, case.p)
     for one, later, before, pivots in each(case, x, changed.state, changed.past, changed.pivots):
-        mean, covariance = joint(later, before)
+        mean, covariance = together(later, before)
         u = factors(case, unit)
         expected_mean, expected = forty_digits(ft.partial(conditioned, case), one)
         before_mean, prior = plain(one)
