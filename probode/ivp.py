@@ -5,13 +5,15 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from .calibration import DynamicCalibration, LeaveOneOutCalibration
 from .constraints import TS0, TS1
 from .controllers import IntegralController
 from .factorisations import Dense, Isotropic
 from .priors import IWP
 from .problems import ODE
-from .solution import Solution
+from .solution import SaveAt, Solution
 from .solver import Solver
+from .strategies import Filter, FixedIntervalSmoother, FixedPointSmoother
 
 
 def solve_ivp(
@@ -31,22 +33,29 @@ def solve_ivp(
 
     ``method``: ``"EK1"`` (first-order linearisation, dense covariance: stiff and small problems) or ``"EK0"`` (zeroth
     order, isotropic: large problems that are not stiff). ``num_derivatives``: of the integrated Wiener process; the
-    method's order is one more. ``t_eval``: times to keep, ``t1`` alone by default. Raises ``ValueError`` for an unknown
-    method or a ``t_span`` that is not a pair, and as ``Solver.solve``.
+    method's order is one more. ``t_eval``: times to keep, smoothed; ``None`` keeps ``t1`` alone. ``dense_output``: keep
+    every step, for ``Solution.evaluate`` and samples at any time; ``"EK1"`` then calibrates by leaving one out. Raises
+    ``ValueError`` for an unknown method or a ``t_span`` that is not a pair, and as ``Solver.solve``.
     """
     methods = {"EK0": (TS0, Isotropic()), "EK1": (TS1, Dense())}
     if method not in methods:
         raise ValueError(f"method must be one of {', '.join(map(repr, methods))}, got {method!r}.")
-    if dense_output:
-        raise ValueError("dense_output=True needs a smoother, which this version does not have; use t_eval.")
     if not isinstance(t_span, (tuple, list)) or len(t_span) != 2:
         raise ValueError(f"t_span must be a pair (t0, t1), got {t_span!r}.")
     constraint, factorisation = methods[method]
+    strategy = Filter() if t_eval is None else FixedPointSmoother()
+    calibration, save_at = DynamicCalibration(), t_eval
+    if dense_output:
+        strategy, save_at = FixedIntervalSmoother(), SaveAt(t1=t_eval is None, ts=t_eval, dense=True)
+        # Steps that are kept can tell how much of the uncertainty is real; what EK0 does wrong they cannot see.
+        calibration = LeaveOneOutCalibration() if method == "EK1" else calibration
     solver = Solver(
         prior=IWP(num_derivatives),
         constraint=constraint(ODE(vector_field)),
         factorisation=factorisation,
+        strategy=strategy,
+        calibration=calibration,
         controller=IntegralController(rtol=rtol, atol=atol),
     )
     t0, t1 = t_span
-    return solver.solve(u0, t0, t1, args=args, save_at=t_eval)
+    return solver.solve(u0, t0, t1, args=args, save_at=save_at)

@@ -62,7 +62,7 @@ class CalibrationReport:
 
 
 def calibration_report(
-    subject: Solver | Solution,
+    subject: Any,
     reference: Callable[[np.ndarray], PyTree],
     *,
     u0: PyTree = None,

@@ -338,3 +338,24 @@ def test_solve_ivp():
         end = po.solve_ivp(lotka_volterra, (0.0, 2.0), jnp.array([20.0, 20.0]), method=method, rtol=1e-6, atol=1e-8)
         assert solution.t.shape == (2,) and end.t.shape == (1,)
         np.testing.assert_allclose(solution.mean[-1], end.mean[0], rtol=1e-12)
+
+
+def test_known_save_times_inside_a_jit():
+    solver = po.Solver(po.IWP(2), po.TS0(po.ODE(logistic)))
+    ts = np.array([0.5, 1.0])
+    inside = jax.jit(lambda: solver.solve(jnp.array([0.1]), 0.0, 1.0, save_at=ts).mean)()
+    np.testing.assert_allclose(inside, solver.solve(jnp.array([0.1]), 0.0, 1.0, save_at=ts).mean, rtol=1e-14)
+
+
+def test_the_one_liner_smooths():
+    u0, ts, field = jnp.array([20.0, 20.0]), np.linspace(0, 2, 5), po.ODE(lotka_volterra)
+    one = po.solve_ivp(lotka_volterra, (0.0, 2.0), u0, t_eval=ts)
+    smoother = po.Solver(po.IWP(4), po.TS1(field), strategy=po.FixedPointSmoother())
+    np.testing.assert_allclose(one.std, smoother.solve(u0, 0.0, 2.0, save_at=ts).std, rtol=1e-12, atol=1e-16)
+    assert po.solve_ivp(lotka_volterra, (0.0, 2.0), u0).t.shape == (1,)
+    dense = po.solve_ivp(lotka_volterra, (0.0, 2.0), u0, dense_output=True)
+    assert dense.t.shape == (1,)
+    np.testing.assert_allclose(dense.evaluate(ts).mean, one.mean, rtol=1e-9)
+    both = po.solve_ivp(lotka_volterra, (0.0, 2.0), u0, t_eval=ts, dense_output=True)
+    np.testing.assert_allclose(both.std, dense.evaluate(ts).std, rtol=1e-9, atol=1e-16)
+    assert np.all(both.std <= one.std)  # less of it, by the residuals that the steps predict of each other

@@ -62,6 +62,27 @@ def initial():
     return solver().initialise(U, 0.0)
 
 
+@ft.cache
+def dense():
+    return solve(save_at=po.SaveAt(dense=True), strategy=po.FixedIntervalSmoother(), loop=po.ForwardLoop(64))
+
+
+@ft.cache
+def fixed_points():
+    return solve(save_at=[0.25, 0.5], strategy=po.FixedPointSmoother())
+
+
+@ft.cache
+def lanes():
+    return jax.vmap(lambda u0: solve(u0, save_at=po.SaveAt(dense=True), loop=po.ForwardLoop(64)))(jnp.stack([U, 2 * U]))
+
+
+def exact(t):
+    return np.ones((t.size, 2))
+
+
+KEY = jax.random.key(0)
+
 # id, what the user does, the exceptions that may come, what the message must say (regular expression, over lines)
 CASES = [
     # the initial value
@@ -229,6 +250,41 @@ CASES = [
     ("ivp-method", lambda: po.solve_ivp(decay, (0, 1), U, method="RK45"), ValueError, "method.*'EK0', 'EK1'.*'RK45'"),
     ("ivp-span-number", lambda: po.solve_ivp(decay, 1.0, U), (TypeError, ValueError), "t_span"),
     ("ivp-span-three", lambda: po.solve_ivp(decay, (0, 1, 2), U), (TypeError, ValueError), "t_span"),
+    # the posterior
+    ("evaluate-not-kept", lambda: solution().evaluate(0.5), ValueError, r"evaluate needs the steps.*dense=True"),
+    ("evaluate-of-fixed-points", lambda: fixed_points().evaluate(0.5), ValueError, "evaluate needs the steps"),
+    ("evaluate-outside", lambda: dense().evaluate(1.2), ValueError, r"evaluate.*interval.*t=1.2.*\(0.0, 1.0\)"),
+    ("evaluate-before", lambda: dense().evaluate([0.5, -0.1]), ValueError, "evaluate.*interval"),
+    ("evaluate-nan", lambda: dense().evaluate(np.nan), ValueError, "evaluate.*interval"),
+    ("evaluate-a-matrix", lambda: dense().evaluate(np.ones((2, 2))), ValueError, r"evaluate.*shape \(2, 2\)"),
+    ("evaluate-a-string", lambda: dense().evaluate("0.5"), TypeError, "evaluate"),
+    ("evaluate-derivative", lambda: dense().evaluate(0.5).derivative(3), ValueError, r"derivative\(k\)"),
+    ("traced-evaluate-outside", lambda: traced(lambda t: dense().evaluate(t).mean, 1.2), TRACED, "evaluate.*interval"),
+    ("evaluate-a-batch", lambda: lanes().evaluate(0.5), ValueError, "batch of solutions.*vmap"),
+    ("sample-a-batch", lambda: lanes().sample(KEY), ValueError, "batch of solutions.*vmap"),
+    (
+        "sample-a-filter",
+        lambda: solve(save_at=[0.5, 1.0]).sample(KEY),
+        ValueError,
+        "filter cannot be sampled.*Smoother",
+    ),
+    (
+        "sample-a-dense-filter",
+        lambda: solve(save_at=po.SaveAt(dense=True)).sample(KEY, ts=[0.5, 1.0]),
+        ValueError,
+        "filter cannot be sampled.*Smoother",
+    ),
+    ("sample-between-fixed-points", lambda: fixed_points().sample(KEY, ts=[0.3]), ValueError, "sample.ts.*steps"),
+    ("sample-outside", lambda: dense().sample(KEY, ts=[0.3, 1.2]), ValueError, "sample.ts.*interval"),
+    ("sample-at-a-scalar", lambda: dense().sample(KEY, ts=0.3), ValueError, r"sample.ts.*shape \(times,\)"),
+    (
+        "dense-fixed-points",
+        lambda: solve(save_at=po.SaveAt(dense=True), strategy=po.FixedPointSmoother()),
+        ValueError,
+        r"dense=True.*FixedIntervalSmoother\(\)",
+    ),
+    ("report-of-a-number", lambda: po.calibration_report(3, exact), TypeError, "Solver or a Solution, got int"),
+    ("report-without-u0", lambda: po.calibration_report(solver(), exact), ValueError, "needs u0, t0 and t1"),
     # stopped on the way
     (
         "blow-up",
