@@ -206,7 +206,8 @@ def solve_serving(
             return _Serving(new, past, carry.left, carry.served, carry.rows)
         serving = pending(carry)
         *new, row = lax.cond(serving, serve, step, carry.solve, carry.past, carry.left, next_ts(carry))
-        rows = carry.rows.at[carry.served].set(row, pred=serving)
+        # A step writes zeros where the next row will be.
+        rows = carry.rows.at[carry.served].set(row)
         return _Serving(*new, carry.served + serving.astype(jnp.int32), rows)
 
     start = remember(solve.current)

@@ -41,7 +41,7 @@ def test_every_module_is_abstract_or_final(cls):
     if abstract(cls):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert "__init__" not in [node.name for node in definition.body if isinstance(node, ast.FunctionDef)]
-        own_fields = set(vars(cls).get("__annotations__", {})) - set(cls.__abstractvars__)
+        own_fields = set(vars(cls).get("__annotations__", {})) - set(cls.__abstractvars__ | cls.__abstractclassvars__)
         assert not own_fields, "an abstract class declares variables, it has no fields"
     else:
         children = [c for c in CLASSES if cls in c.__mro__[1:]]

@@ -324,3 +324,197 @@ def test_predicting_keeps_the_joint_distribution(case, data):
 @pytest.mark.parametrize("case", CASES)
 def test_conditioning_conditions_the_joint_distribution(case, data):
     check_conditioning(case, data.draw(problems(case)), data.draw(units(case)), 1e-12)
+
+
+def well_conditioned(rng, rows, dim):
+    """Orthogonal rows (or columns) of lengths between one half and two."""
+    q, _ = np.linalg.qr(rng.standard_normal((max(rows, dim), min(rows, dim))))
+    return (q if rows >= dim else q.T) * rng.uniform(0.5, 2, (rows, 1))
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.data())
+@pytest.mark.parametrize("case", [DENSE, SQUARE, SECOND_ORDER, SCANNED])
+def test_conditioning_without_noise(case, seed, data):
+    # All that can be learnt is what the state itself leaves open, in fewer directions than it has entries.
+    rng = np.random.default_rng(seed)
+    x = random_problem(case, seed)
+    x = x._replace(factor=well_conditioned(rng, case.rows, case.dim), coupling=x.coupling / np.sqrt(case.m))
+    x = x._replace(noise=0 * x.noise) if rng.random() < 0.5 else x._replace(scale=0 * x.scale)
+    hypothesis.assume(np.linalg.cond(x.factor @ observation(case, x)[:, : case.dim].T) < 30)
+    check_conditioning(case, x, data.draw(units(case)), 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_to_learn(case):
+    # A constant vector field from an exact value: neither uncertainty nor noise, and no residual.
+    x = random_problem(case, 1)
+    x = x._replace(factor=0 * x.factor, scale=0 * x.scale, residual=0 * x.residual)
+    changed = conditioning(case, on_device(x))
+    np.testing.assert_array_equal(changed.state.mean, x.mean)
+    np.testing.assert_array_equal(changed.state.factor, 0)
+    np.testing.assert_array_equal(changed.influence.gain, 0)
+    np.testing.assert_array_equal(changed.past.shift, x.shift)
+    for one, past in each(case, x, changed.past):
+        expected = one.cross.T @ one.cross + one.own.T @ one.own
+        close(past.cross.T @ past.cross + past.own.T @ past.own, expected, spread(expected), 1e-14)
+
+
+def test_one_lane_has_nothing_to_learn():
+    x = random_problem(MATRICES, 2)
+    x.factor[0], x.scale[0], x.residual[0] = 0, 0, 0
+    changed = conditioning(MATRICES, on_device(x))
+    np.testing.assert_array_equal(changed.state.mean[0], x.mean[0])
+    expected_mean, expected = forty_digits(ft.partial(conditioned, MATRICES), Problem(*(f[1] for f in x)))
+    mean, covariance = together(*(jax.tree.map(lambda a: np.asarray(a[1]), y) for y in (changed.state, changed.past)))
+    np.testing.assert_allclose(mean, expected_mean, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(covariance, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_influence_tells_how_the_state_has_moved(case):
+    x = random_problem(case, 3)
+    x = x._replace(scale=np.exp(0 * x.scale))
+    changed = conditioning(case, on_device(x))
+    for one, state, influence in each(case, x, changed.state, changed.influence):
+        _, prior = plain(one)
+        prior, h = prior[: case.dim, : case.dim], observation(case, one)[:, : case.dim]
+        s = h @ prior @ h.T
+        np.testing.assert_allclose(state.mean, one.mean - influence.gain.T @ influence.whitened, rtol=0, atol=1e-10)
+        drop = prior - state.factor.T @ state.factor
+        close(influence.gain.T @ influence.gain, drop, spread(prior), 1e-12)
+        np.testing.assert_allclose(
+            influence.matrix.T @ influence.matrix, h.T @ np.linalg.solve(s, h), rtol=1e-9, atol=1e-9
+        )
+        # The same root of S whitens all of them.
+        np.testing.assert_allclose(influence.matrix @ prior, influence.gain, rtol=0, atol=1e-11 * np.max(np.abs(prior)))
+        assert influence.weight == 1
+
+
+# --- Looking back ---
+
+
+def random_normal(rng, batch, rows, dim, cols, dtype=float):
+    mean, factor = rng.standard_normal((*batch, dim, cols)), rng.standard_normal((*batch, rows, dim))
+    return Normal(jnp.asarray(mean, dtype), jnp.asarray(factor, dtype))
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 3, 11]), st.data())
+@pytest.mark.parametrize("case", [DENSE, CERTAIN, FEW_ROWS, MATRICES, SCANNED])
+def test_looking_back_is_marginalisation(case, seed, later_rows, data):
+    rng = np.random.default_rng(seed)
+    x = data.draw(problems(case))
+    unit = data.draw(units(case))
+    earlier = random_normal(rng, case.batch, case.p, case.dim, case.cols)
+    earlier = Normal(earlier.mean * unit[:, None], earlier.factor * unit)
+    later = random_normal(rng, case.batch, later_rows, case.rows, case.cols)
+    back = looking_back(later, past_of(x))
+    out = realising(back, earlier)
+    assert back.factor.shape == (*case.batch, case.p, case.p)
+    for one, w, v, x0, result in each(case, x, back, later, earlier, out):
+        mean = one.shift + one.cross.T @ v.mean
+        covariance = one.cross.T @ (v.factor.T @ v.factor) @ one.cross + one.own.T @ one.own
+        size = np.abs(one.shift) + np.abs(one.cross.T) @ np.abs(v.mean)
+        close(w.mean, mean, size, 1e-14)
+        close(w.factor.T @ w.factor, covariance, spread(covariance), 1e-14)
+        a = x0.factor.T
+        close(result.mean, x0.mean + a @ mean, np.abs(x0.mean) + np.abs(a) @ size, 1e-14)
+        expected = a @ covariance @ a.T
+        close(
+            result.factor.T @ result.factor,
+            expected,
+            np.outer(*2 * [np.abs(a) @ np.sqrt(np.diagonal(covariance))]),
+            1e-14,
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_coordinates_of_a_state_and_the_state_of_its_coordinates(case):
+    x = random_problem(case, 4)
+    start, own = standard(state_of(x)), identity(state_of(x))
+    assert start.factor.shape == own.cross.shape == (*case.batch, case.rows, case.rows)
+    same = realising(start, state_of(x))
+    np.testing.assert_array_equal(same.mean, x.mean)
+    np.testing.assert_array_equal(same.factor, x.factor)
+    back = looking_back(start, own)
+    np.testing.assert_array_equal(back.mean, start.mean)
+    np.testing.assert_array_equal(back.factor, start.factor)
+
+
+class Chain(NamedTuple):
+    """Three steps from an earlier state: between two of them everything moves by a matrix."""
+
+    earlier: Normal
+    steps: list[tuple[np.ndarray, Problem]]
+
+
+def chain(case, seed, earlier_rows):
+    rng = np.random.default_rng(seed)
+    mean = rng.standard_normal((*case.batch, case.dim, case.cols))
+    steps = []
+    for i in range(3):
+        matrix = np.eye(case.dim) + np.triu(rng.uniform(-1, 1, (*case.batch, case.dim, case.dim)), 1)
+        step = random_problem(case, [seed, i])
+        step = step._replace(noise=step.noise / np.sqrt(case.dim), coupling=step.coupling / np.sqrt(case.m))
+        steps.append((matrix, step))
+    factor = rng.standard_normal((*case.batch, earlier_rows, case.dim))
+    return Chain(Normal(jnp.asarray(mean), jnp.asarray(factor)), steps)
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def advance(case, x, past, matrix, step):
+    return condition(push(x, matrix), step.noise, step.scale, equation_of(case, step), past)
+
+
+def run(case, chain, past_of_each=False):
+    """The last state, and the first one in its coordinates; or every state's predecessor in its own."""
+    x, past, pasts = chain.earlier, identity(chain.earlier), []
+    for matrix, step in chain.steps:
+        changed = advance(case, x, identity(x) if past_of_each else past, jnp.asarray(matrix), on_device(step))
+        x, past = changed.state, changed.past
+        pasts.append((x, past))
+    return pasts if past_of_each else (x, past)
+
+
+def dense_chain(case, mean, factor, steps):
+    """Mean and covariance of the last state and the first, given all equations."""
+    dim = case.dim
+    covariance = np.block([[factor.T @ factor] * 2] * 2)
+    mean = np.concatenate([mean, mean])
+    for matrix, step in steps:
+        a = np.block([[matrix, np.zeros((dim, dim))], [np.zeros((dim, dim)), np.eye(dim)]])
+        mean, covariance = a @ mean, a @ covariance @ a.T
+        covariance[:dim, :dim] = covariance[:dim, :dim] + step.scale**2 * (step.noise.T @ step.noise)
+        h = observation(case._replace(p=dim), step)
+        mean, covariance = update(mean, covariance, h, step.residual)
+    return mean, covariance
+
+
+def forty_digits_chain(case, chain):
+    def precise(a):
+        return np.vectorize(mpmath.mpf, otypes=[object])(np.asarray(a))
+
+    for index in np.ndindex(case.batch):
+        steps = [(precise(a[index]), Problem(*(precise(f[index]) for f in step))) for a, step in chain.steps]
+        with mpmath.workdps(40):
+            earlier = chain.earlier
+            out = dense_chain(case, precise(earlier.mean[index]), precise(earlier.factor[index]), steps)
+        yield tuple(np.asarray(a, float) for a in out)
+
+
+CHAINS = [(DENSE, 6), (DENSE, 4), (DENSE, 2), (DENSE, 0), (SQUARE, 8), (SECOND_ORDER, 4), (MATRICES, 3), (SCANNED, 8)]
+
+
+@pytest.mark.parametrize(("case", "earlier_rows"), CHAINS)
+def test_three_steps_and_back(case, earlier_rows):
+    for seed in range(5):
+        problem = chain(case, seed, earlier_rows)
+        x, past = run(case, problem)
+        back = realising(looking_back(standard(x), past), problem.earlier)
+        dim = case.dim
+        for (mean, covariance), last, before, first, smoothed in (
+            zip(forty_digits_chain(case, problem), *zip(*each(case, x, past, problem.earlier, back)), strict=False)
+            if False
+            else _paired(case, problem, x, past, back)
+        ):
+            size = np.sqrt(np.diagonal(np.abs(covariance)))
+            del size, last, before, first, smoothed, dim
