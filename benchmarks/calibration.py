@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import pathlib
 
 import jax
@@ -49,7 +50,7 @@ def reference(field, u0, longest=0.05):
 
     def at(times):
         u, out = np.array(u0, np.longdouble), [np.array(u0)]
-        for a, b in zip(times[:-1], times[1:], strict=True):
+        for a, b in itertools.pairwise(times):
             parts = max(1, int(np.ceil((b - a) / longest)))
             for _ in range(parts):
                 u = _extrapolated(field, u, (np.longdouble(b) - np.longdouble(a)) / parts)

@@ -148,8 +148,8 @@ def solve_serving(
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
     """Solve to ``t1``; the rows at the start, at the times ``ts`` and at the end, and which of them are real.
 
-    One flat loop: an iteration attempts a step, or serves the next of the ``ts`` if it has been passed. Rows have square
-    factors; inside a step they are predicted from what is on their left.
+    One flat loop: an iteration attempts a step, or serves the next of the ``ts`` if it has been passed. Rows have
+    square factors; inside a step they are predicted from what is on their left.
     """
     direction, layout = _direction(solve, t1), solve.current.layout
     dim = solve.current.distribution.mean.shape[-2]

@@ -53,8 +53,8 @@ class AbstractCalibration(eqx.Module):
     """Where the output scale comes from; its shape is the layout's batch shape.
 
     Scales are in the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale. ``relinearise``:
-    whether the equation is linearised once more when the scale is known, for linearisations that look at the covariance.
-    ``leaves_one_out``: whether it has a method ``leave_one_out`` for solves that keep their steps.
+    whether the equation is linearised once more when the scale is known, for linearisations that look at the
+    covariance. ``leaves_one_out``: whether it has a method ``leave_one_out`` for solves that keep their steps.
     """
 
     relinearise = False
@@ -147,9 +147,9 @@ class LeaveOneOutCalibration(AbstractCalibration):
     scale ignores what was uncertain before the step; the second that the errors of a smooth solution do not add up like
     independent increments. The posterior mean is that of ``DynamicCalibration``.
 
-    Solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``) use both,
-    others the first alone. One factor per component under ``BlockDiagonal``. Meant for ``TS1``: no statistic of the
-    residuals can see the error that ``TS0`` accumulates. ``stop_gradient``: treat all scales as constants.
+    Solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``) use
+    both, others the first alone. One factor per component under ``BlockDiagonal``. Meant for ``TS1``: no statistic of
+    the residuals can see the error that ``TS0`` accumulates. ``stop_gradient``: treat all scales as constants.
     """
 
     stop_gradient: bool = eqx.field(static=True, default=False)

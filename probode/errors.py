@@ -61,8 +61,8 @@ class ResidualError(AbstractErrorEstimate):
 
 
 class StateError(AbstractErrorEstimate):
-    """``s * sqrt(diag(Cov(u | z)))``: the standard deviation of ``u`` after the step under its noise alone and the local
-    scale ``s``, that is, what the step adds to the error once the equation has been used.
+    """``s * sqrt(diag(Cov(u | z)))``: the standard deviation of ``u`` after the step under its noise alone and the
+    local scale ``s``, that is, what the step adds to the error once the equation has been used.
 
     Lands closer to the tolerance than ``ResidualError``, with fewer steps. ``norm`` as there.
     """

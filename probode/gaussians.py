@@ -1,8 +1,8 @@
 """Square-root Gaussians and the one algebra on them: predict, condition on an equation, look back.
 
 A Gaussian is a mean ``(dim, cols)`` and a right square root ``(rows, dim)`` of a covariance shared by the columns,
-which are independent: ``x = mean + factor^T w`` with standard normal coordinates ``w``, ``(rows, cols)``. Every function
-treats one element of a batch; ``batched`` maps it over the leading axes.
+which are independent: ``x = mean + factor^T w`` with standard normal coordinates ``w``, ``(rows, cols)``. Every
+function treats one element of a batch; ``batched`` maps it over the leading axes.
 """
 
 import functools as ft
@@ -30,12 +30,12 @@ class Normal(eqx.Module):
 
 
 class Conditional(eqx.Module):
-    """The coordinates ``w`` of an earlier state given those of a later one: ``w | v ~ N(shift + cross^T v, own^T own)``.
+    """The coordinates ``w`` of an earlier state given those of a later one, ``v``.
 
-    Coordinates are those of ``Normal``, standard normal given the data so far, so ``cross`` and ``own`` are blocks of an
-    orthogonal matrix: nothing is ever inverted, however small a covariance. (Smoothing by orthogonal transformations:
-    Paige & Saunders, 1977.) ``shift``: ``(*batch, p, cols)``; ``cross``: ``(*batch, rows, p)``; ``own``:
-    ``(*batch, p, p)``, upper triangular.
+    ``w | v ~ N(shift + cross^T v, own^T own)``. Coordinates are those of ``Normal``, standard normal given the data so
+    far, so ``cross`` and ``own`` are blocks of an orthogonal matrix: nothing is ever inverted, however small a
+    covariance. (Smoothing by orthogonal transformations: Paige & Saunders, 1977.) ``shift``: ``(*batch, p, cols)``;
+    ``cross``: ``(*batch, rows, p)``; ``own``: ``(*batch, p, p)``, upper triangular.
     """
 
     shift: Float[Array, "*batch p cols"]
@@ -275,7 +275,7 @@ def realise(coordinates: Normal, x: Normal) -> Normal:
 @batched
 def coordinates_of(state: Normal, x: Normal) -> Normal:
     """The coordinates in which ``x``, whose factor is square and upper triangular, has the distribution ``state``."""
-    dim, cols = x.mean.shape
+    cols = x.mean.shape[1]
     right = jnp.concatenate([state.mean - x.mean, state.factor.T], axis=1)
     w, _ = substitute(x.factor, right)
     return Normal(w[:, :cols], w[:, cols:].T)

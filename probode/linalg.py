@@ -77,10 +77,10 @@ def eliminate(
 ) -> tuple[Float[Array, "n width"], Float[Array, "rows_left extra"]]:
     """The first ``n`` columns of the stack ``[upper; dense]`` made upper triangular by an orthogonal map of its rows.
 
-    ``upper`` is upper triangular (its rows may vanish), ``dense`` anything. Returns the triangle's rows and what is left
-    of ``dense`` in the ``extra = width - n`` columns behind them. Columns are eliminated one by one with a reflection
-    that maps ``(s, b)`` to ``(r, 0)``, ``s = |upper_jj|``, ``r = sqrt(s^2 + b.b)``; it needs no choice of sign, hence no
-    branch. Where ``r = 0`` the column is zero and is passed over with zero derivative.
+    ``upper`` is upper triangular (its rows may vanish), ``dense`` anything. Returns the triangle's rows and what is
+    left of ``dense`` in the ``extra = width - n`` columns behind them. Columns are eliminated one by one with a
+    reflection that maps ``(s, b)`` to ``(r, 0)``, ``s = |upper_jj|``, ``r = sqrt(s^2 + b.b)``; it needs no choice of
+    sign, hence no branch. Where ``r = 0`` the column is zero and is passed over with zero derivative.
     """
     sign = jnp.where(jnp.diagonal(upper) < 0, -1, 1).astype(upper.dtype)
     upper = upper * sign[:, None]

@@ -27,7 +27,10 @@ class AbstractPrior(eqx.Module):
 
     @abstractmethod
     def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:
-        """``x(t + dt) | x(t)``; ``dt`` may be negative. At zero the matrix is the identity, the noise is not looked at."""
+        """``x(t + dt) | x(t)``; ``dt`` may be negative.
+
+        At zero the matrix is the identity, and nobody looks at the noise.
+        """
 
 
 class IWP(AbstractPrior):

@@ -26,14 +26,14 @@ from .solver import Solver
 class CalibrationReport:
     """One entry per solve, as arrays of shape ``(solves,)``; ``str`` of it is a table.
 
-    ``rtol``: NaN for a given solution. ``steps``: accepted. ``error``: root mean square at the last time over that of the
-    reference. ``terminal``: ``chi^2 / d`` at the last time. ``trajectory``: its geometric mean over the times after the
-    first tenth of the interval, of what the solver knew at each time (the filter's marginals); ``smoothed``: of the
+    ``rtol``: NaN for a given solution. ``steps``: accepted. ``error``: root mean square at the last time over that of
+    the reference. ``terminal``: ``chi^2 / d`` at the last time. ``trajectory``: its geometric mean over the times after
+    the first tenth of the interval, of what the solver knew at each time (the filter's marginals); ``smoothed``: of the
     smoothed marginals, NaN where there are none. The following look at the posterior, smoothed if the strategy is:
     ``anees``: the arithmetic mean of ``chi^2 / d``; ``coverage``: ``(solves, 3)``, the share of components and times
     within one, two and three standard deviations (0.683, 0.954, 0.997 for a Gaussian); ``non_credibility`` and
-    ``inclination``: mean size and mean of ``10 log10(chi^2 / d)``, in decibels; a positive inclination is overconfident.
-    ``successful``: whether the solve reached its end; if not, its entries are NaN.
+    ``inclination``: mean size and mean of ``10 log10(chi^2 / d)``, in decibels; a positive inclination is
+    overconfident. ``successful``: whether the solve reached its end; if not, its entries are NaN.
     """
 
     rtol: np.ndarray
@@ -75,10 +75,10 @@ def calibration_report(
 ) -> CalibrationReport:
     """Compare the uncertainty of a solution, or of a solver over a sweep of tolerances, with the true error.
 
-    ``reference(times)`` returns the solution at an array of times, a PyTree like ``u`` with a leading time axis, good to
-    far better than the tolerances. For a ``Solver`` pass ``u0``, ``t0``, ``t1`` (and ``args``) as to ``solve``; it is run
-    for every ``rtol`` of ``tolerances`` with ``atol = atol_over_rtol * rtol``. Prints a table unless ``show=False``.
-    Raises ``ValueError`` if a solver comes without ``u0, t0, t1``, ``TypeError`` for another subject.
+    ``reference(times)`` returns the solution at an array of times, a PyTree like ``u`` with a leading time axis, good
+    to far better than the tolerances. For a ``Solver`` pass ``u0``, ``t0``, ``t1`` (and ``args``) as to ``solve``; it
+    is run for every ``rtol`` of ``tolerances`` with ``atol = atol_over_rtol * rtol``. Prints a table unless
+    ``show=False``. Raises ``ValueError`` if a solver comes without ``u0, t0, t1``, ``TypeError`` for another subject.
     """
     if isinstance(subject, Solution):
         entries = [_measure(subject, reference, np.nan)]

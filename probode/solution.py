@@ -147,7 +147,7 @@ class Solution(eqx.Module):
         return moments(self.layout, self.marginals, k)
 
     def evaluate(self, t: Any) -> Posterior:
-        """The posterior at any times of the interval, ``t`` of shape ``()`` or ``(time,)``, smoothed if the strategy is.
+        """The posterior at any ``t`` of the interval, of shape ``()`` or ``(time,)``; smoothed if the strategy is.
 
         Differentiable in ``t``. Raises ``ValueError`` if the solve has not kept its steps (``SaveAt(dense=True)``, a
         ``FixedIntervalSmoother`` or ``solve_grid`` do), or if a time lies outside what was solved.

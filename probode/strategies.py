@@ -15,7 +15,7 @@ from .gaussians import Conditional, Normal, identity
 class AbstractStrategy(eqx.Module):
     """Which states are kept, and what of them is carried along.
 
-    ``keeps_steps``: whether every accepted step is kept (and can be evaluated in between), or the times asked for alone.
+    ``keeps_steps``: whether every accepted step is kept, and can be evaluated in between, or just the times asked for.
     """
 
     keeps_steps: eqx.AbstractClassVar[bool]
@@ -37,8 +37,8 @@ class Filter(AbstractStrategy):
 class FixedPointSmoother(AbstractStrategy):
     """Each time asked for is estimated from the whole solve, with memory for these times alone.
 
-    The choice for a known, moderate number of ``save_at`` times, also inside reverse mode. Every accepted step costs two
-    to three times that of a filter.
+    The choice for a known, moderate number of ``save_at`` times, also inside reverse mode. Every accepted step costs
+    two to three times that of a filter.
     """
 
     keeps_steps = False

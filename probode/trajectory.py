@@ -39,8 +39,8 @@ class Row(eqx.Module):
     """What is kept of one time: or, stacked, of many.
 
     ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
-    kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that step,
-    where it is needed.
+    kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that
+    step, where it is needed.
     """
 
     t: Float[Array, "..."]
@@ -194,7 +194,7 @@ def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows col
 
 
 def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " rows"]) -> PyTree:
-    """What holds at every row, stacked: ``last`` at the last one reached, before it ``fn(x, what holds at the row)``."""
+    """What holds at every row, stacked: ``last`` at the last one reached, and ``fn(x, what holds)`` before a row."""
     rows = reached.shape[0]
     number = -(-rows // _BLOCK)
     block = rows if number == 1 else _BLOCK
