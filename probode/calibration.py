@@ -17,36 +17,32 @@ from .linalg import safe_sqrt
 
 
 class Evidence(eqx.Module):
-    """What the log marginal likelihood of the equation is made of, summed over the steps, one entry per batch element.
+    """What the log marginal likelihood of the equation is made of, one row per batch element.
 
-    ``square``: whitened residuals squared; ``log_det``: of the square roots of their covariances; ``number``: of them.
+    ``sums`` over the steps: of the whitened residuals squared, of ``log det`` of the square roots of their covariances,
+    and of their number. (One array: the loop pays for each.)
     """
 
-    square: Float[Array, "*batch"]
-    log_det: Float[Array, "*batch"]
-    number: Float[Array, "*batch"]
+    sums: Float[Array, "*batch 3"]
 
     @staticmethod
     def none(shape: tuple[int, ...], dtype) -> "Evidence":
         """Before any data."""
-        zero = jnp.zeros(shape, dtype)
-        return Evidence(zero, zero, zero)
+        return Evidence(jnp.zeros((*shape, 3), dtype))
 
     def update(self, whitened: Float[Array, "*batch m cols"], pivots: Float[Array, "*batch m"]) -> "Evidence":
         """After a residual with the whitened form ``S^(-1/2) z`` and the diagonal of ``S^(1/2)``."""
         # A direction without any noise has no density; it is left out.
         positive, cols = pivots != 0, whitened.shape[-1]
-        log_det = jnp.sum(jnp.log(jnp.where(positive, jnp.abs(pivots), 1)), axis=-1)
-        return Evidence(
-            self.square + jnp.sum(whitened**2, axis=(-2, -1)),
-            self.log_det + cols * log_det,
-            self.number + cols * jnp.sum(positive, axis=-1),
-        )
+        log_det = jnp.log(jnp.where(positive, jnp.abs(pivots), 1))
+        terms = jnp.stack([jnp.sum(whitened**2, axis=-1), cols * log_det, cols * positive], axis=-1)
+        return Evidence(self.sums + jnp.sum(terms, axis=-2))
 
     def log_likelihood(self, factor: Float[Array, "*batch"]) -> Float[Array, ""]:
         """The log density of all residuals when every standard deviation is ``factor`` times as large."""
         variance = jnp.where(factor > 0, factor, 1) ** 2
-        return -jnp.sum(self.log_det + (self.square / variance + self.number * jnp.log(2 * jnp.pi * variance)) / 2)
+        square, log_det, number = jnp.moveaxis(self.sums, -1, 0)
+        return -jnp.sum(log_det + (square / variance + number * jnp.log(2 * jnp.pi * variance)) / 2)
 
 
 class AbstractCalibration(eqx.Module):

@@ -427,7 +427,7 @@ def test_looking_back_is_marginalisation(case, seed, later_rows, data):
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [DENSE, SQUARE, SECOND_ORDER, MATRICES])
 def test_coordinates_of_a_state_and_the_state_of_its_coordinates(case):
     x = random_problem(case, 4)
     start, own = standard(state_of(x)), identity(state_of(x))
@@ -465,6 +465,12 @@ def advance(case, x, past, matrix, step):
     return condition(push(x, matrix), step.noise, step.scale, equation_of(case, step), past)
 
 
+@jax.jit
+def predicting_from(x, matrix, step):
+    """The prediction of ``matrix x`` with noise, and ``x`` in its coordinates."""
+    return predict(push(x, matrix), step.noise, step.scale, identity(x))
+
+
 def run(case, chain, past_of_each=False):
     """The last state, and the first one in its coordinates; or every state's predecessor in its own."""
     x, past, pasts = chain.earlier, identity(chain.earlier), []
@@ -476,45 +482,420 @@ def run(case, chain, past_of_each=False):
 
 
 def dense_chain(case, mean, factor, steps):
-    """Mean and covariance of the last state and the first, given all equations."""
+    """Mean and covariance of the last state and, behind it, the first: given all equations, and given none."""
     dim = case.dim
-    covariance = np.block([[factor.T @ factor] * 2] * 2)
-    mean = np.concatenate([mean, mean])
+    mean, prior = np.concatenate([mean, mean]), np.block([[factor.T @ factor] * 2] * 2)
+    covariance = prior
     for matrix, step in steps:
         a = np.block([[matrix, np.zeros((dim, dim))], [np.zeros((dim, dim)), np.eye(dim)]])
-        mean, covariance = a @ mean, a @ covariance @ a.T
-        covariance[:dim, :dim] = covariance[:dim, :dim] + step.scale**2 * (step.noise.T @ step.noise)
-        h = observation(case._replace(p=dim), step)
-        mean, covariance = update(mean, covariance, h, step.residual)
-    return mean, covariance
+        mean, covariance, prior = a @ mean, a @ covariance @ a.T, a @ prior @ a.T
+        for c in (covariance, prior):
+            c[:dim, :dim] = c[:dim, :dim] + step.scale**2 * (step.noise.T @ step.noise)
+        mean, covariance = update(mean, covariance, observation(case._replace(p=dim), step), step.residual)
+    return mean, covariance, prior
+
+
+def precise(a):
+    return np.vectorize(mpmath.mpf, otypes=[object])(np.asarray(a))
 
 
 def forty_digits_chain(case, chain):
-    def precise(a):
-        return np.vectorize(mpmath.mpf, otypes=[object])(np.asarray(a))
-
+    mean, factor = chain.earlier.mean, chain.earlier.factor
     for index in np.ndindex(case.batch):
         steps = [(precise(a[index]), Problem(*(precise(f[index]) for f in step))) for a, step in chain.steps]
         with mpmath.workdps(40):
-            earlier = chain.earlier
-            out = dense_chain(case, precise(earlier.mean[index]), precise(earlier.factor[index]), steps)
+            out = dense_chain(case, precise(mean[index]), precise(factor[index]), steps)
         yield tuple(np.asarray(a, float) for a in out)
 
 
-CHAINS = [(DENSE, 6), (DENSE, 4), (DENSE, 2), (DENSE, 0), (SQUARE, 8), (SECOND_ORDER, 4), (MATRICES, 3), (SCANNED, 8)]
+CHAINS = [(DENSE, 6), (DENSE, 4), (DENSE, 1), (SQUARE, 8), (SECOND_ORDER, 4), (MATRICES, 3), (SCANNED, 8)]
 
 
 @pytest.mark.parametrize(("case", "earlier_rows"), CHAINS)
 def test_three_steps_and_back(case, earlier_rows):
-    for seed in range(5):
+    dim = case.dim
+    for seed, size in enumerate((1, 1, 0)):
         problem = chain(case, seed, earlier_rows)
+        # The last of them starts from a state that is certain.
+        problem = problem._replace(earlier=Normal(problem.earlier.mean, size * problem.earlier.factor))
         x, past = run(case, problem)
-        back = realising(looking_back(standard(x), past), problem.earlier)
-        dim = case.dim
-        for (mean, covariance), last, before, first, smoothed in (
-            zip(forty_digits_chain(case, problem), *zip(*each(case, x, past, problem.earlier, back)), strict=False)
-            if False
-            else _paired(case, problem, x, past, back)
-        ):
-            size = np.sqrt(np.diagonal(np.abs(covariance)))
-            del size, last, before, first, smoothed, dim
+        smoothed = realising(looking_back(standard(x), past), problem.earlier)
+        elements = each(case, problem.earlier, x, past, smoothed)
+        for dense, (first, last, past_of_one, back) in zip(forty_digits_chain(case, problem), elements, strict=True):
+            expected_mean, expected, prior = dense
+            mean, covariance = together(last, past_of_one)
+            zeros = np.zeros((dim, dim))
+            a = np.block([[np.eye(dim), np.zeros((dim, earlier_rows))], [zeros, first.factor.T]])
+            mean, covariance = a @ mean, a @ covariance @ a.T
+            mean[dim:] += first.mean
+            size, length = spread(prior), np.max(np.abs(expected_mean)) + 1
+            close(covariance, expected, size, 1e-12)
+            close(mean, expected_mean, length, 1e-12)
+            # One marginal of the joint distribution.
+            close(back.factor.T @ back.factor, expected[dim:, dim:], size[dim:, dim:], 1e-12)
+            close(back.mean, expected_mean[dim:], length, 1e-12)
+
+
+@pytest.mark.parametrize(("case", "earlier_rows"), CHAINS)
+def test_pasts_of_single_steps_compose_to_that_of_all(case, earlier_rows):
+    problem = chain(case, 5, earlier_rows)
+    x, past = run(case, problem)
+    states, pasts = zip(*run(case, problem, past_of_each=True), strict=True)
+    # What is remembered of the past does not touch the present.
+    np.testing.assert_allclose(states[-1].factor, x.factor, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(states[-1].mean, x.mean, rtol=1e-13)
+    for whole, *parts in each(case, past, *pasts):
+        shift, cross, own = parts[0].shift, parts[0].cross, parts[0].own.T @ parts[0].own
+        for later in parts[1:]:
+            shift = shift + cross.T @ later.shift
+            own = own + cross.T @ (later.own.T @ later.own) @ cross
+            cross = later.cross @ cross
+        np.testing.assert_allclose(whole.shift, shift, rtol=0, atol=1e-12 * (1 + np.max(np.abs(shift), initial=0)))
+        np.testing.assert_allclose(whole.cross, cross, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(whole.own.T @ whole.own, own, rtol=0, atol=1e-13)
+    # The same, one marginal after the other.
+    later = random_normal(np.random.default_rng(6), case.batch, 3, x.factor.shape[-2], case.cols)
+    at_once, one_by_one = looking_back(later, past), later
+    for part in reversed(pasts):
+        one_by_one = looking_back(one_by_one, part)
+    size = 1 + np.max(np.abs(at_once.mean), initial=0)
+    np.testing.assert_allclose(one_by_one.mean, at_once.mean, rtol=0, atol=1e-12 * size)
+    for a, b in each(case, one_by_one.factor, at_once.factor):
+        np.testing.assert_allclose(a.T @ a, b.T @ b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [DENSE, SQUARE, SECOND_ORDER, MATRICES])
+def test_looking_back_is_rauch_tung_striebel(case):
+    # G = C P^-1, m0 + G (m_s - m), P0 + G (P_s - P) G^T.
+    rng = np.random.default_rng(7)
+    problem = chain(case, 8, case.rows)
+    matrix, step = problem.steps[0]
+    predicted, past = predicting_from(problem.earlier, jnp.asarray(matrix), on_device(step))
+    later = random_normal(rng, case.batch, case.dim, case.dim, case.cols)
+    smoothed = realising(looking_back(finding(later, predicted), past), problem.earlier)
+    elements = each(case, problem.earlier, predicted, later, smoothed, matrix, step)
+    for x0, x, given, result, a, one in elements:
+        p0 = x0.factor.T @ x0.factor
+        p = a @ p0 @ a.T + one.scale**2 * one.noise.T @ one.noise
+        gain = np.linalg.solve(p, a @ p0).T
+        mean = x0.mean + gain @ (given.mean - x.mean)
+        covariance = p0 + gain @ (given.factor.T @ given.factor - p) @ gain.T
+        np.testing.assert_allclose(result.mean, mean, rtol=0, atol=1e-11 * (1 + np.max(np.abs(mean))))
+        size = 1 + np.max(np.abs(covariance))
+        np.testing.assert_allclose(result.factor.T @ result.factor, covariance, rtol=0, atol=1e-11 * size)
+
+
+# --- Coordinates ---
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 4, 9]), st.data())
+@pytest.mark.parametrize("case", [DENSE, SECOND_ORDER, MATRICES, SCANNED])
+def test_coordinates_and_states_are_inverse_to_one_another(case, seed, rows, data):
+    rng = np.random.default_rng(seed)
+    unit = data.draw(units(case))
+    batch, dim = case.batch, case.dim
+    mean = rng.standard_normal((*batch, dim, case.cols))
+    triangle = np.triu(rng.uniform(-1, 1, (*batch, dim, dim)), 1) / dim + diagonal(rng.uniform(0.5, 2, (*batch, dim)))
+    x = Normal(jnp.asarray(mean * unit[:, None]), jnp.asarray(triangle * unit))
+    w = random_normal(rng, batch, rows, dim, case.cols)
+    again = finding(realising(w, x), x)
+    np.testing.assert_allclose(again.factor, w.factor, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(again.mean, w.mean, rtol=0, atol=1e-13)
+    # The other way round, from any triangle: to the last digits of the terms of each entry.
+    hard = np.triu(rng.choice([-1.0, 0.0, 1.0], (*batch, dim, dim)), 1) + diagonal(rng.uniform(0.05, 1, (*batch, dim)))
+    x = Normal(x.mean, jnp.asarray(hard * unit))
+    state = random_normal(rng, batch, rows, dim, case.cols)
+    state = Normal(state.mean * unit[:, None], state.factor * unit)
+    coordinates = finding(state, x)
+    for one, v, result, s in each(case, x, coordinates, realising(coordinates, x), state):
+        terms = np.abs(one.factor.T) @ np.abs(v.mean)
+        close(result.mean, s.mean, terms + np.abs(one.mean) + np.abs(s.mean), 1e-14)
+        close(result.factor, s.factor, np.abs(v.factor) @ np.abs(one.factor) + np.abs(s.factor), 1e-14)
+
+
+@pytest.mark.parametrize("lost", [(0,), (2,), (5,), (0, 1, 2), (0, 1, 2, 3, 4, 5)])
+def test_what_is_certain_has_no_coordinates(lost):
+    rng = np.random.default_rng(9)
+    triangle, lost = np.triu(rng.uniform(0.5, 1, (6, 6))), np.array(lost)
+    triangle[lost] = 0
+    x = Normal(jnp.asarray(rng.standard_normal((6, 2))), jnp.asarray(triangle))
+    state = realising(random_normal(rng, (), 3, 6, 2), x)
+    coordinates = finding(state, x)
+    np.testing.assert_array_equal(coordinates.mean[lost], 0)
+    np.testing.assert_array_equal(coordinates.factor[:, lost], 0)
+    again = realising(coordinates, x)
+    np.testing.assert_allclose(again.mean, state.mean, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(again.factor, state.factor, rtol=0, atol=1e-13)
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 5]))
+@pytest.mark.parametrize("case", [DENSE, CERTAIN, FEW_ROWS, MATRICES])
+def test_in_other_terms_the_past_is_the_same(case, seed, rows):
+    # The present coordinates made of new ones, and these of still others: all at once or one after the other.
+    rng = np.random.default_rng(seed)
+    x = random_problem(case, seed)
+    present = random_normal(rng, case.batch, rows, case.rows, case.cols)
+    newest = random_normal(rng, case.batch, 2, rows, case.cols)
+    terms = expressing(past_of(x), present)
+    assert terms.cross.shape == (*case.batch, rows, case.p)
+    np.testing.assert_array_equal(terms.own, x.own)
+    pairs = [(looking_back(standard(present), terms), looking_back(present, past_of(x)))]
+    pairs += [(looking_back(newest, terms), looking_back(realising(newest, present), past_of(x)))]
+    for ours, theirs in pairs:
+        size = 1 + np.max(np.abs(theirs.mean))
+        np.testing.assert_allclose(ours.mean, theirs.mean, rtol=0, atol=1e-13 * size)
+        for a, b in each(case, ours.factor, theirs.factor):
+            np.testing.assert_allclose(a.T @ a, b.T @ b, rtol=0, atol=1e-13 * (1 + np.max(np.abs(b)) ** 2))
+
+
+# --- Orthogonality ---
+
+
+@pytest.mark.parametrize(("case", "earlier_rows"), CHAINS)
+def test_a_step_is_an_orthogonal_map(case, earlier_rows):
+    # cross^T cross + own^T own + what the equation has said = I: the columns of an orthogonal matrix.
+    problem = chain(case, 10, earlier_rows)
+    x, (matrix, step) = problem.earlier, problem.steps[0]
+    changed = advance(case, x, identity(x), jnp.asarray(matrix), on_device(step))
+    predicted, before = predicting_from(x, jnp.asarray(matrix), on_device(step))
+    for first, state, earlier, past, a, one in each(case, x, predicted, before, changed.past, matrix, step):
+        h = observation(case, one)[:, : case.dim]
+        cross = h @ a @ first.factor.T
+        said = cross.T @ np.linalg.solve(h @ state.factor.T @ state.factor @ h.T, cross)
+        eye = np.eye(earlier_rows)
+        np.testing.assert_allclose(
+            earlier.cross.T @ earlier.cross + earlier.own.T @ earlier.own, eye, rtol=0, atol=1e-14
+        )
+        np.testing.assert_allclose(past.cross.T @ past.cross + past.own.T @ past.own + said, eye, rtol=0, atol=1e-12)
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.data())
+@pytest.mark.parametrize(("case", "earlier_rows"), [(DENSE, 6), (SECOND_ORDER, 2), (MATRICES, 3)])
+def test_no_column_is_longer_than_one_whatever_the_sizes(case, earlier_rows, seed, data):
+    rng = np.random.default_rng(seed)
+    problem = chain(case, seed, earlier_rows)
+    x = problem.earlier
+    past = identity(x)
+    for matrix, step in problem.steps:
+        step = in_units(case, step, data.draw(units(case, largest=100)))
+        step = step._replace(scale=step.scale * 10.0 ** rng.uniform(-30, 30) * rng.choice([0.0, 1.0], p=[0.2, 0.8]))
+        if rng.random() < 0.2:
+            x = Normal(x.mean, 0 * x.factor)
+        changed = advance(case, x, past, jnp.asarray(matrix), on_device(step))
+        x, past = changed.state, changed.past
+        assert all(np.all(np.isfinite(leaf)) for leaf in (x.factor, past.cross, past.own))
+        for (one,) in each(case, past):
+            assert np.max(np.sum(one.cross**2, axis=0) + np.sum(one.own**2, axis=0)) < 1 + 1e-14
+
+
+# --- Single precision ---
+
+
+def widened(*trees):
+    return jax.tree.map(lambda a: np.asarray(a, float), trees)
+
+
+@hypothesis.given(st.data())
+@pytest.mark.parametrize("case", [DENSE, SECOND_ORDER, MATRICES, SCANNED])
+def test_single_precision(case, data):
+    x = data.draw(problems(case))
+    x = x._replace(noise=x.noise / np.sqrt(case.dim) + np.eye(case.dim), scale=np.clip(x.scale, 0.5, 2))
+    x = Problem(*(np.asarray(field, np.float32) for field in x))
+    unit = np.asarray(data.draw(units(case, largest=12)), np.float32)
+    measured = on_device(in_units(case, x, unit))
+    assert all(field.dtype == jnp.float32 for field in measured)
+    predicted, changed = predicting(measured), conditioning(case, measured)
+    u = factors(case, np.asarray(unit, float))
+    for one, *parts in each(case, x, *predicted, changed.state, changed.past):
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(parts))
+        (exact,), parts = widened(one), widened(*parts)
+        _, prior = plain(exact)
+        _, covariance = together(*parts[:2])
+        close(covariance / np.outer(u, u), prior, spread(prior), 1e-5)
+        expected_mean, expected = conditioned(case, exact)
+        mean, covariance = together(*parts[2:])
+        close(covariance / np.outer(u, u), expected, spread(prior), 1e-5)
+        close(mean / u[:, None], expected_mean, np.max(np.abs(expected_mean)) + 1, 1e-5)
+
+
+def test_single_precision_of_states_whose_squares_underflow():
+    # Short steps of a high order: columns of 1e-24 beside the coordinates of the past, which are about one.
+    x = random_problem(DENSE, 11)
+    x = x._replace(noise=x.noise / np.sqrt(DENSE.dim) + np.eye(DENSE.dim), scale=np.ones(()))
+    x = Problem(*(np.asarray(field, np.float32) for field in x))
+    unit = np.asarray(2.0 ** np.array([-80, -80, -80, -40, 0, 0]), np.float32)
+    changed = conditioning(DENSE, on_device(in_units(DENSE, x, unit)))
+    (exact, *parts), u = widened(x, changed.state, changed.past), factors(DENSE, np.asarray(unit, float))
+    mean, covariance = together(*parts)
+    expected_mean, expected = conditioned(DENSE, exact)
+    close(covariance / np.outer(u, u), expected, spread(plain(exact)[1]), 1e-5)
+    np.testing.assert_allclose(mean / u[:, None], expected_mean, rtol=0, atol=1e-5 * np.max(np.abs(expected_mean)))
+
+
+# --- Derivatives ---
+
+
+class Everything(NamedTuple):
+    """What derivatives are taken with respect to."""
+
+    problem: Problem
+    earlier_mean: np.ndarray
+    earlier_factor: np.ndarray
+    later_mean: np.ndarray
+    later_factor: np.ndarray
+
+
+def random_everything(case, seed):
+    rng = np.random.default_rng(seed)
+    x = random_problem(case, seed)
+    x = x._replace(scale=np.ones(case.batch), noise=x.noise / np.sqrt(case.dim) + np.eye(case.dim))
+    sizes = [(case.dim, case.cols), (case.p, case.dim), (case.dim, case.cols), (case.dim, case.dim)]
+    return Everything(x, *(rng.uniform(-1, 1, size) for size in sizes))
+
+
+def flat(x):
+    return np.concatenate([np.ravel(leaf) for leaf in (*x.problem, *x[1:])])
+
+
+def unflatten(vector, like):
+    fields = (*like.problem, *like[1:])
+    ends = np.cumsum([np.size(field) for field in fields])
+    parts = [vector[end - np.size(f) : end].reshape(np.shape(f)) for end, f in zip(ends, fields, strict=True)]
+    return Everything(Problem(*parts[: len(like.problem)]), *parts[len(like.problem) :])
+
+
+def raveled(fn, case, like):
+    def outputs(vector):
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(fn(case, unflatten(vector, like)))])
+
+    return outputs
+
+
+def joint_on_device(state, past):
+    beside = state.factor.T @ past.cross
+    return (
+        state.mean,
+        past.shift,
+        state.factor.T @ state.factor,
+        beside,
+        past.cross.T @ past.cross + past.own.T @ past.own,
+    )
+
+
+def invariants(case, x):
+    """The joint distribution with the noise, and given the equation; the smoothed marginal, from a later state."""
+    p = x.problem
+    past = Conditional(p.shift, p.cross, p.own)
+    changed = condition(Normal(p.mean, p.factor), p.noise, p.scale, equation_of(case, p), past)
+    predicted, past = predict(Normal(p.mean, p.factor), p.noise, p.scale, past)
+    later = coordinates_of(Normal(x.later_mean, x.later_factor), predicted)
+    smoothed = realise(look_back(later, past), Normal(x.earlier_mean, x.earlier_factor))
+    ends = smoothed.mean, smoothed.factor.T @ smoothed.factor
+    return joint_on_device(predicted, past), joint_on_device(changed.state, changed.past), ends
+
+
+def textbook(case, x):
+    """The same, from full covariances."""
+    dim = case.dim
+
+    def parts(mean, covariance):
+        return mean[:dim], mean[dim:], covariance[:dim, :dim], covariance[:dim, dim:], covariance[dim:, dim:]
+
+    mean, covariance = plain(x.problem)
+    gain = solve(covariance[:dim, :dim], covariance[:dim, dim:]).T
+    surplus = x.later_factor.T @ x.later_factor - covariance[:dim, :dim]
+    w, of_w = mean[dim:] + gain @ (x.later_mean - mean[:dim]), covariance[dim:, dim:] + gain @ surplus @ gain.T
+    a = x.earlier_factor.T
+    return parts(mean, covariance), parts(*conditioned(case, x.problem)), (x.earlier_mean + a @ w, a @ of_w @ a.T)
+
+
+@ft.cache
+def jacobians(case):
+    outputs = raveled(invariants, case, random_everything(case, 0))
+    return jax.jit(lambda x: (outputs(x), jax.jacfwd(outputs)(x), jax.jacrev(outputs)(x)))
+
+
+def complex_steps(case, x):
+    vector, columns = flat(x), []
+    for i in range(vector.size):
+        step = vector.astype(complex)
+        step[i] += 1e-30j
+        out = textbook(case, unflatten(step, x))
+        columns.append(np.concatenate([np.ravel(leaf).imag for leaf in jax.tree.leaves(out)]) / 1e-30)
+    return np.stack(columns, axis=-1)
+
+
+def is_read(case, x):
+    """Below their diagonals, the noise and what is the past's own are taken to be zero."""
+    everything = jax.tree.map(np.ones_like, x)
+    triangles = {name: np.triu(getattr(everything.problem, name)) for name in ("noise", "own")}
+    return flat(everything._replace(problem=everything.problem._replace(**triangles))) == 1
+
+
+def special(case, x, state):
+    p = x.problem
+    if state == "certain":
+        p = p._replace(factor=0 * p.factor)
+    if state == "one direction":
+        p = p._replace(factor=p.factor * (np.arange(case.rows) < 1)[:, None])
+    if state == "no residual":
+        p = p._replace(factor=0 * p.factor, residual=0 * p.residual)
+    if state == "just kept":
+        p = p._replace(shift=0 * p.shift, cross=np.eye(case.rows, case.p), own=0 * p.own)
+    if state == "no past":
+        p = p._replace(cross=0 * p.cross, own=0 * p.own)
+    return x._replace(problem=p)
+
+
+STATES = ("uncertain", "certain", "one direction", "no residual", "just kept", "no past")
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("case", [SMALL, SMALL_SECOND_ORDER])
+def test_derivatives_with_respect_to_everything(case, state):
+    x = special(case, random_everything(case, 12), state)
+    values, forward, reverse = jacobians(case)(jnp.asarray(flat(x)))
+    reference = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(textbook(case, x))])
+    np.testing.assert_allclose(values, reference, rtol=0, atol=1e-12 * (1 + np.max(np.abs(reference))))
+    read, exact = is_read(case, x), complex_steps(case, x)
+    tolerance = 1e-12 * (1 + np.max(np.abs(exact)))
+    np.testing.assert_allclose(forward[:, read], exact[:, read], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(reverse[:, read], exact[:, read], rtol=0, atol=tolerance)
+    # What an absolute tolerance could hide: every block of the answer moves with something.
+    assert np.max(np.abs(exact)) > 0.1
+
+
+@pytest.mark.parametrize("nothing", ["noise", "noise and residual", "anything"])
+@pytest.mark.parametrize("case", [SMALL, SMALL_SECOND_ORDER])
+def test_derivatives_are_finite_where_nothing_is_left(case, nothing):
+    x = random_everything(case, 13)
+    p = x.problem
+    p = p._replace(factor=0 * p.factor, cross=np.eye(case.rows, case.p), own=0 * p.own, scale=0 * p.scale)
+    if nothing != "noise":
+        p = p._replace(residual=0 * p.residual)
+    if nothing == "anything":
+        p = p._replace(noise=0 * p.noise)
+        x = jax.tree.map(np.zeros_like, x)
+    values, forward, reverse = jacobians(case)(jnp.asarray(flat(x._replace(problem=p))))
+    assert all(bool(jnp.all(jnp.isfinite(a))) for a in (values, forward, reverse))
+    np.testing.assert_allclose(forward, reverse, rtol=0, atol=1e-12 * (1 + np.max(np.abs(forward))))
+
+
+def blocks(case, x):
+    """The blocks themselves, of which the invariants are made."""
+    p = x.problem
+    past = Conditional(p.shift, p.cross, p.own)
+    changed = condition(Normal(p.mean, p.factor), p.noise, p.scale, equation_of(case, p), past)
+    later = coordinates_of(Normal(x.later_mean, x.later_factor), Normal(p.mean, p.noise))
+    terms = in_terms_of(past, Normal(p.factor[:, : case.cols], p.factor.T))
+    back = look_back(standard(Normal(p.mean, p.factor)), past)
+    return changed.past, changed.state.factor, changed.influence.gain, later, terms, back
+
+
+def test_derivatives_of_the_blocks_against_finite_differences():
+    x = random_everything(SMALL, 14)
+    outputs = jax.jit(raveled(blocks, SMALL, x))
+    expected = central_differences(outputs, flat(x), 1e-3)
+    read = is_read(SMALL, x)
+    for mode in (jax.jacfwd, jax.jacrev):
+        assert relative(jax.jit(mode(outputs))(flat(x))[:, read], expected[:, read]) < 1e-8
