@@ -144,8 +144,9 @@ class LeaveOneOutCalibration(AbstractCalibration):
     independent increments. The posterior mean is that of ``DynamicCalibration``.
 
     Solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``) use
-    both, others the first alone. One factor per component under ``BlockDiagonal``. Meant for ``TS1``: no statistic of
-    the residuals can see the error that ``TS0`` accumulates. ``stop_gradient``: treat all scales as constants.
+    both, others the first alone. One factor per component under ``BlockDiagonal``. Meant for ``TS1``
+    with ``Dense``: no statistic of the residuals can see the errors that ``TS0``, or a Jacobian without its coupling of
+    components, accumulates. ``stop_gradient``: treat all scales as constants.
     """
 
     stop_gradient: bool = eqx.field(static=True, default=False)
