@@ -1,6 +1,5 @@
 """Calibrations: against theory, dense formulas, and each other."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
