@@ -103,7 +103,7 @@ def unstacked(case, x):
 def compiled(case):
     def run(x):
         update = condition(Normal(x.mean, x.factor), x.noise, x.scale, linearisation(case, x))
-        posterior, whitened = update.state, update.whitened
+        posterior, whitened = update.state, update.influence.whitened
         innovation = innovate(linearisation(case, x), x.noise, jnp.ones(case.batch))
         predicted, _ = predict(Normal(x.mean, x.factor), x.noise, x.scale)
         return posterior, whitened, innovation, predicted
@@ -315,7 +315,7 @@ def jacobians(case):
     def outputs(vector):
         x = unflatten(case, vector, like)
         update = condition(Normal(x.mean, x.factor), x.noise, x.scale, linearisation(case, x))
-        posterior, whitened = update.state, update.whitened
+        posterior, whitened = update.state, update.influence.whitened
         innovation = innovate(linearisation(case, x), x.noise, jnp.ones(case.batch))
         covariance, s = posterior.factor.T @ posterior.factor, innovation.factor.T @ innovation.factor
         parts = (posterior.mean, covariance, jnp.sum(whitened**2, axis=0), s, innovation.scale**2)
