@@ -15,11 +15,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few configurations, tolerances and repeats")
     parser.add_argument("--output", default=pathlib.Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--target", type=float, default=1e-7, help="the error at which families are compared")
-    parser.add_argument("--small-loops", action="store_true", help="let XLA compile larger loops into one function")
+    parser.add_argument("--plain", action="store_true", help="without probode's default for XLA's small loops")
     options = parser.parse_args()
-    if options.small_loops:
-        flag = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    os.environ["PROBODE_SMALL_LOOPS"] = "0" if options.plain else "1"
 
     from . import work_precision
     from .problems import PROBLEMS

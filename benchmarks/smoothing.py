@@ -1,4 +1,4 @@
-"""What smoothing costs: `python -m benchmarks.smoothing [--small-loops]`.
+"""What smoothing costs: `python -m benchmarks.smoothing [--plain]`.
 
 Lotka-Volterra on [0, 50] with 100 save times at a tolerance of 1e-6: our filter, our two smoothers, and probdiffeq's
 fixed-point smoother (its fixed-interval one needs a grid), in one process, repeats interleaved.
@@ -21,12 +21,12 @@ END = np.array([6.479896814873224, 2.883884183537968])
 def main() -> None:
     """Read the options, set the flags of XLA, run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoothing", description="The cost of smoothing.")
-    parser.add_argument("--small-loops", action="store_true", help="let XLA compile larger loops into one function")
-    if parser.parse_args().small_loops:
-        flag = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    parser.add_argument("--plain", action="store_true", help="without probode's default for XLA's small loops")
+    os.environ["PROBODE_SMALL_LOOPS"] = "0" if parser.parse_args().plain else "1"
 
     import jax
+
+    import probode as probode  # before JAX starts
 
     jax.config.update("jax_enable_x64", True)
     programs, compile_seconds, outcomes = {}, {}, {}

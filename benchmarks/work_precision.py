@@ -15,13 +15,14 @@ from collections.abc import Sequence
 
 import jax
 
+from probode.small_loops import OPTION
+
 from . import peers
 from .problems import PROBLEMS, Problem
 
 
 TOLERANCES = tuple(10.0 ** (-k / 2) for k in range(6, 21))
 QUICK_TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-SMALL_LOOPS_FLAG = "xla_cpu_small_while_loop_byte_threshold"
 COLUMNS = ["problem", "family", "configuration", "rtol", "atol", "error", "compile_seconds", "run_seconds_min"]
 COLUMNS += ["run_seconds_median", "repeats", "steps", "accepted_steps", "jax", "probode", "probdiffeq", "diffrax"]
 COLUMNS += ["scipy", "small_loops", "device"]
@@ -53,7 +54,7 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     for name in names:
         rows = measure(PROBLEMS[name], chosen, tolerances, repeats=repeats, seconds=seconds, patience=patience)
-        file = output / f"work_precision_{name}{'_small_loops' if small_loops() else ''}.csv"
+        file = output / f"work_precision_{name}{'' if small_loops() else '_plain'}.csv"
         with file.open("w", newline="") as handle:
             writer = csv.DictWriter(handle, COLUMNS)
             writer.writeheader()
@@ -142,7 +143,7 @@ def ratios(rows: Sequence[dict], target: float) -> str:
 
 def small_loops() -> bool:
     """Whether XLA was told to compile larger loops into one native function."""
-    return SMALL_LOOPS_FLAG in os.environ.get("XLA_FLAGS", "")
+    return OPTION in os.environ.get("XLA_FLAGS", "")
 
 
 def _timed(solve):

@@ -15,6 +15,7 @@ from .constraints import AbstractConstraint as AbstractConstraint
 from .controllers import AbstractController as AbstractController
 from .controllers import IntegralController as IntegralController
 from .controllers import PIController as PIController
+from .ensembles import solve_ensemble as solve_ensemble
 from .errors import AbstractErrorEstimate as AbstractErrorEstimate
 from .errors import ResidualError as ResidualError
 from .errors import StateError as StateError
@@ -36,6 +37,8 @@ from .priors import AbstractPrior as AbstractPrior
 from .problems import ODE as ODE
 from .report import CalibrationReport as CalibrationReport
 from .report import calibration_report as calibration_report
+from .small_loops import by_default as _compile_small_loops_by_default
+from .small_loops import compile_small_loops as compile_small_loops
 from .solution import Posterior as Posterior
 from .solution import Result as Result
 from .solution import SaveAt as SaveAt
@@ -51,3 +54,5 @@ try:
     __version__ = _version("probode")
 except _NotInstalled:  # imported from a plain checkout
     __version__ = "0.0.0+checkout"
+
+_compile_small_loops_by_default()

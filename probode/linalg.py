@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 # Above this many columns LAPACK's blocked QR wins over the column-by-column elimination (measured, see benchmarks).
 _LAPACK_COLUMNS = 90
 # Up to this many columns the elimination is written out: faster, and the code stays small.
-_UNROLLED_COLUMNS = 8
+_UNROLLED_COLUMNS = 14
 # Products of at most this many multiplications are written as a fused sum instead of a call into a matrix library.
 _SMALL_PRODUCT = 2**14
 

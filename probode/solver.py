@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from . import inputs
 from .adaptive import (
@@ -30,7 +30,7 @@ from .checks import require
 from .constraints import AbstractConstraint
 from .controllers import AbstractController, IntegralController
 from .errors import AbstractErrorEstimate, ResidualError
-from .factorisations import AbstractFactorisation, Dense
+from .factorisations import AbstractFactorisation, Dense, Layout
 from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .leave_one_out import left_out_squares
@@ -112,22 +112,10 @@ class Solver(eqx.Module):
         """
         if progress is not None:
             raise ValueError("progress: no progress meter is available in this version; pass progress=None.")
-        save_at = SaveAt(t1=True) if save_at is None else save_at
-        save_at = save_at if isinstance(save_at, SaveAt) else SaveAt(ts=save_at)
         solver, args = inputs.floats_to_arrays((self, args))
-        u0, layout = self._bind(u0)
-        t0, t1 = inputs.interval(t0, t1, layout)
-        t1 = inputs.resolvable(self.controller, layout, t1)
-        if isinstance(u0, AdaptiveState):
-            message = "A solve goes on from the time of its state, which is not t0"
-            t1 = require(t1, u0.t == t0, message, t0=t0, state=u0.t)
-        inputs.check_dense(save_at, self.strategy)
-        ts = None if save_at.ts is None else inputs.save_times(save_at.ts, t0, t1, layout)
-        dt0 = None if dt0 is None else inputs.first_length(dt0, t0, t1, layout)
-        t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
-        keep = _Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
+        request = check_request(self, u0, t0, t1, save_at, dt0)
         try:
-            solution = _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep)
+            solution = solve_adaptive(solver, request, args)
         except TypeError as error:
             if "custom_vjp" not in str(error):
                 raise
@@ -145,7 +133,7 @@ class Solver(eqx.Module):
         ``Solution.result`` is ``nonfinite`` if the solution left the real numbers. ``u0`` and ``args`` as in ``solve``.
         """
         solver, args = inputs.floats_to_arrays((self, args))
-        u0, layout = self._bind(u0)
+        u0, layout = bind(self, u0)
         if isinstance(u0, AdaptiveState):
             raise ValueError("solve_grid starts from u0 or an InitialState, not from the state of an adaptive solve.")
         return _solve_grid(solver, u0, jnp.asarray(inputs.grid_times(grid, layout)), args, layout)
@@ -154,7 +142,7 @@ class Solver(eqx.Module):
         """The state at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))`` whose mean and factor can be changed,
         differentiated and passed to ``solve``, ``solve_grid`` or ``init`` in place of ``u0``."""
         solver, args = inputs.floats_to_arrays((self, args))
-        u0, layout = self._bind(u0)
+        u0, layout = bind(self, u0)
         state = _init(solver, u0, jnp.asarray(inputs.time(t0, "t0", layout)), args, layout).distribution
         state = pad(state, state.mean.shape[-2])
         return InitialState(tuple(layout.unravel(u) for u in layout.unpack(state.mean)), state.factor)
@@ -162,7 +150,7 @@ class Solver(eqx.Module):
     def init(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> State:
         """The solver's state at ``t0``, for ``step``. ``u0`` and ``args`` as in ``solve``."""
         solver, args = inputs.floats_to_arrays((self, args))
-        u0, layout = self._bind(u0)
+        u0, layout = bind(self, u0)
         if isinstance(u0, AdaptiveState):
             return u0.current
         return _init(solver, u0, jnp.asarray(inputs.time(t0, "t0", layout)), args, layout)
@@ -174,9 +162,11 @@ class Solver(eqx.Module):
         solver, args = inputs.floats_to_arrays((self, args))
         return _step(solver, state, jnp.asarray(inputs.time(dt, "dt", state.layout)), args)
 
-    def _bind(self, u0):
-        ode, nu = self.constraint.ode, self.prior.num_derivatives
-        return inputs.initial_value(u0, ode, nu, self.factorisation, self.controller)
+
+def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
+    """``u0`` as a tuple of derivatives (or the state that it is), and the layout of its state."""
+    ode, nu = solver.constraint.ode, solver.prior.num_derivatives
+    return inputs.initial_value(u0, ode, nu, solver.factorisation, solver.controller)
 
 
 def _steps(solver: Solver) -> Step:
@@ -209,15 +199,57 @@ def _step(solver, state, dt, args):
     return state
 
 
+class _Keep(eqx.Module):
+    """What to keep of a solve, known at compile time."""
+
+    t0: bool = eqx.field(static=True)
+    ts: bool = eqx.field(static=True)
+    steps: bool = eqx.field(static=True)
+    t1: bool = eqx.field(static=True)
+    dense: bool = eqx.field(static=True)
+
+
+class Request(eqx.Module):
+    """What ``solve`` is asked for, checked and in the solver's own terms."""
+
+    u0: Any
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    ts: Float[Array, " times"] | None
+    dt0: Float[Array, ""] | None
+    layout: Layout
+    keep: _Keep
+
+
+def check_request(solver: Solver, u0: PyTree, t0: Any, t1: Any, save_at: Any, dt0: Any) -> Request:
+    """The request of a call of ``solve``; raises what that raises for wrong input."""
+    save_at = SaveAt(t1=True) if save_at is None else save_at
+    save_at = save_at if isinstance(save_at, SaveAt) else SaveAt(ts=save_at)
+    u0, layout = bind(solver, u0)
+    t0, t1 = inputs.interval(t0, t1, layout)
+    t1 = inputs.resolvable(solver.controller, layout, t1)
+    if isinstance(u0, AdaptiveState):
+        message = "A solve goes on from the time of its state, which is not t0"
+        t1 = require(t1, u0.t == t0, message, t0=t0, state=u0.t)
+    inputs.check_dense(save_at, solver.strategy)
+    ts = None if save_at.ts is None else inputs.save_times(save_at.ts, t0, t1, layout)
+    dt0 = None if dt0 is None else inputs.first_length(dt0, t0, t1, layout)
+    t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
+    keep = _Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
+    return Request(u0, t0, t1, ts, dt0, layout, keep)
+
+
 @eqx.filter_jit
-def _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep):
+def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
+    """Answer a request."""
+    u0, t0, t1, ts, layout, keep = request.u0, request.t0, request.t1, request.ts, request.layout, request.keep
     control = Control(solver.error, solver.controller, solver.loop)
     resumed = isinstance(u0, AdaptiveState)
     state = u0.current if resumed else _state(solver, u0, t0, args, layout)
-    if dt0 is None:
+    if request.dt0 is None:
         dt = u0.dt if resumed else first_step(control, state, t1 - t0)
     else:
-        dt = jnp.abs(dt0)
+        dt = jnp.abs(request.dt0)
     if solver.controller.dt_min is not None:
         dt = jnp.maximum(dt, solver.controller.dt_min.astype(dt.dtype))
     if solver.controller.dt_max is not None:
@@ -236,16 +268,6 @@ def _solve_adaptive(solver, u0, t0, t1, ts, dt0, args, layout, keep):
         times = jnp.zeros(0, layout.dtype) if ts is None else ts
         ended, rows, reached = solve_serving(_steps(solver), control, strategy, begun, t1, args, times)
     return _solution(solver, keep, ts, rows, reached, ended, layout, keep_steps)
-
-
-class _Keep(eqx.Module):
-    """What to keep of a solve, known at compile time."""
-
-    t0: bool = eqx.field(static=True)
-    ts: bool = eqx.field(static=True)
-    steps: bool = eqx.field(static=True)
-    t1: bool = eqx.field(static=True)
-    dense: bool = eqx.field(static=True)
 
 
 @eqx.filter_jit

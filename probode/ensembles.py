@@ -1,0 +1,184 @@
+"""Many solves at once: lanes that differ in initial value, interval or parameters, over cores and devices.
+
+On a CPU every lane is a loop of its own, which XLA compiles into native code, so that no lane waits for another; on
+accelerators lanes run in lockstep. Devices share the lanes without talking to each other.
+"""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from . import inputs
+from .adaptive import AdaptiveState
+from .checks import as_float, as_integer, is_traced, require
+from .solution import Solution
+from .solver import Request, Solver, bind, check_request, solve_adaptive
+
+
+def solve_ensemble(
+    solver: Solver,
+    u0s: PyTree,
+    t0: Any,
+    t1: Any,
+    *,
+    args: PyTree = None,
+    in_axes: Any = (0, None, None, None),
+    save_at: Any = None,
+    dt0: Any = None,
+    lanes_per_block: Any = None,
+    cost: Any = None,
+    mesh: Mesh | None = None,
+) -> Solution:
+    """Solve the same equation for many initial values, intervals or parameters: a ``Solution`` with a leading axis.
+
+    ``in_axes`` says, as in ``jax.vmap``, along which axes of ``(u0s, t0, t1, args)`` the lanes are; the default is the
+    first axis of ``u0s`` alone. ``save_at`` and ``dt0`` are shared and mean what they do in ``Solver.solve``. A lane
+    that fails raises nothing: ``solutions.result == Result.successful`` tells which lanes are fine, and these are what
+    they would be without the others.
+
+    ``lanes_per_block``: how many lanes step together, as under ``jax.vmap``; by default one on CPUs, all of a device's
+    on accelerators. ``cost``: ``(lanes,)``, any guess of how much work each lane is; lanes of similar cost then share
+    blocks and devices get equal shares. ``mesh``: devices that share the lanes, along all of its axes; answers do not
+    depend on it (in blocks of several lanes, up to round-off). Differentiable like ``Solver.solve``. Raises
+    ``ValueError`` if nothing is mapped or sizes disagree.
+
+    >>> solver = probode.Solver(probode.IWP(3), probode.TS0(probode.ODE(lambda t, u, args: -args * u)))
+    >>> rates = jnp.array([0.5, 1.0, 2.0])
+    >>> solutions = probode.solve_ensemble(solver, jnp.ones(2), 0.0, 1.0, args=rates, in_axes=(None, None, None, 0))
+    >>> solutions.mean.shape  # lanes, times, components
+    (3, 1, 2)
+    """
+    solver, args = inputs.floats_to_arrays((solver, args))
+    operands = jax.tree.map(_automatic_sharding, (u0s, t0, t1, args))
+    axes = _axes(in_axes, operands)
+    lanes = _number_of_lanes(operands, axes)
+    mapped = jax.tree.map(
+        lambda axis, x: None if axis is None else jnp.moveaxis(x, axis, 0), axes, operands, is_leaf=_none
+    )
+    shared = jax.tree.map(lambda axis, x: x if axis is None else None, axes, operands, is_leaf=_none)
+    first = eqx.combine(jax.tree.map(lambda x: x[0], mapped), shared)
+    request = check_request(solver, *first[:3], save_at, dt0)
+    _check_times(*eqx.combine(mapped, shared)[:3], request)
+
+    devices = 1 if mesh is None else mesh.size
+    mesh = None if mesh is None else _automatic_mesh(mesh)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if lanes_per_block is None:
+        lanes_per_block = 1 if platform == "cpu" else math.ceil(lanes / devices)
+    block = min(as_integer(lanes_per_block, "lanes_per_block", 1), lanes)
+    if cost is not None:
+        cost = as_float(cost, "cost")
+        if cost.shape != (lanes,):
+            raise ValueError(f"cost must be one number for each of {lanes} lanes, got shape {cost.shape}.")
+    return _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh)
+
+
+@eqx.filter_jit
+def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
+    devices = 1 if mesh is None else mesh.size
+    dtype = request.layout.dtype
+
+    def solve(lane, shared):
+        u0, t0, t1, args = eqx.combine(lane, shared)
+        t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+        u0, layout = bind(solver, u0)
+        return solve_adaptive(solver, Request(u0, t0, t1, request.ts, request.dt0, layout, request.keep), args)
+
+    def solve_share(mapped, shared):
+        together = jax.vmap(solve, in_axes=(0, None))
+        blocks = jax.tree.map(lambda x: jnp.reshape(x, (-1, block, *x.shape[1:])), mapped)
+        solutions = lax.map(lambda lanes: together(lanes, shared), blocks)
+        return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), solutions)
+
+    # Blocks are dealt to the devices in turn; the last lane fills up the last ones.
+    order = jnp.arange(lanes) if cost is None else jnp.argsort(cost)
+    order = jnp.pad(order, (0, -lanes % (devices * block)), mode="edge")
+    order = jnp.reshape(jnp.swapaxes(jnp.reshape(order, (-1, devices, block)), 0, 1), -1)
+    place = jnp.zeros(lanes, int).at[order].set(jnp.arange(order.size))
+    mapped = jax.tree.map(lambda x: x[order], mapped)
+    arrays, rest = eqx.partition(shared, eqx.is_array)
+    if mesh is None:
+        solutions = solve_share(mapped, shared)
+    else:
+        along, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
+        solutions = jax.shard_map(
+            lambda mapped, arrays: solve_share(mapped, eqx.combine(arrays, rest)),
+            mesh=mesh,
+            in_specs=(along, everywhere),
+            out_specs=along,
+            check_vma=False,
+        )(mapped, arrays)
+    return jax.tree.map(lambda x: x[place], solutions)
+
+
+def _per_leaf(fn, axes, operands):
+    return jax.tree.map(fn, axes, operands, is_leaf=_none)
+
+
+def _none(x):
+    return x is None
+
+
+def _automatic_mesh(mesh):
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _automatic_sharding(x):
+    """An array whose sharding JAX does not check in types: lanes may be picked from it in any order."""
+    sharding = None if is_traced(x) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    return jax.device_put(x, NamedSharding(_automatic_mesh(sharding.mesh), sharding.spec))
+
+
+def _axes(in_axes, operands):
+    """An axis, or ``None``, for every leaf of the operands."""
+    try:
+        return jax.tree.broadcast(in_axes, operands, is_leaf=_none)
+    except ValueError as error:
+        raise ValueError(
+            "in_axes must be a tuple for (u0s, t0, t1, args) of axes, None, or trees of them that the operands extend, "
+            f"as for jax.vmap; got {in_axes!r}: {error}"
+        ) from None
+
+
+def _number_of_lanes(operands, axes):
+    sizes = set()
+
+    def look(axis, x):
+        if axis is None:
+            return
+        if not -jnp.ndim(x) <= axis < jnp.ndim(x):
+            raise ValueError(f"in_axes asks for axis {axis} of an array of shape {jnp.shape(x)}.")
+        sizes.add(jnp.shape(x)[axis])
+
+    _per_leaf(look, axes, operands)
+    if not sizes:
+        raise ValueError("in_axes maps nothing: at least one of u0s, t0, t1, args must have an axis of lanes.")
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(f"The mapped axes must all have the same number of lanes, at least one; got {sorted(sizes)}.")
+    return sizes.pop()
+
+
+def _check_times(u0s, t0s, t1s, request):
+    """What ``check_request`` has seen of the first lane, for all of them."""
+    dtype, ts = request.layout.dtype, request.ts
+    t0s, t1s = (as_float(t, "t0 and t1").astype(dtype) for t in (t0s, t1s))
+    require(t1s, (abs(t0s) < np.inf) & (abs(t1s) < np.inf), "t0 and t1 must be finite in every lane")
+    require(t1s, t0s != t1s, "A lane has t0 equal to t1: nothing to solve")
+    if isinstance(u0s, AdaptiveState):
+        require(t1s, u0s.current.t == t0s, "A solve goes on from the time of its state, which is not t0 in every lane")
+    if ts is None or (t0s.ndim == 0 and t1s.ndim == 0):
+        return
+    forward = t1s > t0s
+    require(ts, forward.all() | ~forward.any(), "Lanes that share save_at must run in the same direction of time")
+    backward = ~forward.all()
+    first, last = np.where(backward, t0s.min(), t0s.max()), np.where(backward, t1s.max(), t1s.min())
+    require(ts, ((ts - first) * (ts - last) <= 0), "save_at must lie in the interval of every lane")

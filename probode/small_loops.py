@@ -1,0 +1,57 @@
+"""Compilation of small loops into native functions: an option of XLA on CPU, worth a factor of three to ten here.
+
+XLA runs a loop operation by operation, at some 20 to 50 ns for each, unless one iteration is small; then the whole loop
+becomes one native function. Small means that the bytes read and written by all operations of body and condition, once,
+stay below a threshold: 1024 by default, where a step of a solver needs 20,000 upwards. Loops with sorts, scatters or
+calls into libraries (large matrix products, factorisations) are left alone whatever their size.
+"""
+
+import os
+
+from jax._src import xla_bridge
+
+from .checks import as_integer
+
+
+OPTION = "xla_cpu_small_while_loop_byte_threshold"
+VARIABLE = "PROBODE_SMALL_LOOPS"
+_EXTRA = "--xla_backend_extra_options="
+
+
+def compile_small_loops(max_bytes: int = 1_000_000) -> None:
+    """Let XLA compile loops of at most ``max_bytes`` per iteration into native functions, in the whole process.
+
+    Importing ``probode`` does so unless JAX has already started its backend or the environment variable
+    ``PROBODE_SMALL_LOOPS`` is 0; call this to be told when it is too late. A threshold that is already in ``XLA_FLAGS``
+    is left as it is. ``python -m benchmarks.small_loops`` shows what the option does to results (round-off) and to
+    other libraries' loops (nothing, or faster).
+
+    Raises ``RuntimeError`` if JAX has started its backend without the option: it is read once, so import ``probode``
+    or call this before the first array is made, or set ``XLA_FLAGS`` yourself. ``ValueError`` for a threshold that is
+    not a positive integer.
+
+    >>> import probode
+    >>> probode.compile_small_loops()
+    """
+    max_bytes = as_integer(max_bytes, "compile_small_loops(max_bytes)", 1)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if OPTION in flags:
+        return
+    if _too_late():
+        raise RuntimeError(
+            "compile_small_loops() comes too late: JAX has started its backend, which reads XLA_FLAGS once. "
+            "Import probode or call it before the first JAX array is made, or start Python with "
+            f"XLA_FLAGS={_EXTRA}{OPTION}={max_bytes}."
+        )
+    os.environ["XLA_FLAGS"] = f"{flags} {_EXTRA}{OPTION}={max_bytes}".strip()
+
+
+def by_default() -> None:
+    """What importing the package does."""
+    if os.environ.get(VARIABLE, "1") not in ("0", "false", "off", "no") and not _too_late():
+        compile_small_loops()
+
+
+def _too_late():
+    # JAX has no public question for this; without an answer the flags may be read or not, which does no harm.
+    return getattr(xla_bridge, "backends_are_initialized", lambda: False)()
