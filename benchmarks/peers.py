@@ -45,7 +45,7 @@ def probode(
 ) -> Callable[[], Outcome]:
     """EK0 (isotropic) or EK1 (dense) on an integrated Wiener process, as a filter for the terminal value.
 
-    The loop is the plain one, as that of the peers.
+    "EK0 twice" evaluates the vector field twice in each accepted step. The loop is the plain one, as that of the peers.
     """
     solve = _probode_program(problem, method, num_derivatives, error, control, safety, loop)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
@@ -56,8 +56,11 @@ def _probode_program(problem, method, num_derivatives, error, control, safety, l
     import probode
 
     ode = probode.ODE(problem.vector_field)
-    constraint = {"EK0": probode.TS0, "EK1": probode.TS1}[method](ode)
-    factorisation = {"EK0": probode.Isotropic, "EK1": probode.Dense}[method]()
+    constraint, factorisation = {
+        "EK0": (probode.TS0(ode), probode.Isotropic()),
+        "EK0 twice": (probode.TS0(ode, evaluations=2), probode.Isotropic()),
+        "EK1": (probode.TS1(ode), probode.Dense()),
+    }[method]
     errors = {"residual": probode.ResidualError, "state": probode.StateError}
     controllers = {
         "integral": probode.IntegralController,
@@ -227,6 +230,14 @@ def _probode_configurations():
         ("EK0", 5, "residual", "integral", 0.8, False),
         ("EK0", 5, "residual", "pi", 0.9, False),
         ("EK0", 5, "residual", "brisk pi", 0.9, True),
+        ("EK0 twice", 5, "state", "integral", 0.95, True),
+        ("EK0 twice", 5, "residual", "brisk pi", 0.9, False),
+        ("EK0 twice", 5, "state", "pi", 0.9, False),
+        ("EK0 twice", 6, "residual", "integral", 0.95, False),
+        ("EK0 twice", 7, "residual", "integral", 0.95, True),
+        ("EK0 twice", 7, "residual", "brisk pi", 0.9, False),
+        ("EK0 twice", 7, "state", "pi", 0.9, False),
+        ("EK0 twice", 8, "residual", "pi", 0.9, False),
         ("EK1", 5, "residual", "integral", 0.95, True),
         ("EK1", 5, "residual", "pi", 0.9, True),
         ("EK1", 5, "state", "pi", 0.9, False),
@@ -277,7 +288,7 @@ def _others():
 
 
 def _purpose(method):
-    return (False, False) if method in ("EK0", "TS0") else (None, True)
+    return (None, True) if method in ("EK1", "TS1") else (False, False)
 
 
 def available(family: str) -> bool:

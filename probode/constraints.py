@@ -11,15 +11,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from .checks import as_integer
 from .factorisations import Layout
 from .gaussians import Linearisation, Normal
 from .problems import ODE, flat_field
 
 
+def _evaluations(value):
+    return as_integer(value, "evaluations", 1)
+
+
 class AbstractConstraint(eqx.Module):
-    """An equation that the solution satisfies at every time, and how it is linearised."""
+    """An equation that the solution satisfies at every time, and how it is linearised.
+
+    ``evaluations``: how often it is evaluated in an accepted step, at the prediction and then at what the update before
+    has made of it.
+    """
 
     ode: eqx.AbstractVar[ODE]
+    evaluations = 1
 
     @abstractmethod
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
@@ -32,10 +42,14 @@ class AbstractConstraint(eqx.Module):
 class TS0(AbstractConstraint):
     """``z`` with the vector field frozen at the prediction: ``H = E_k``. No Jacobian; for problems that are not stiff.
 
-    Raises ``TypeError`` for anything but an ``ODE``.
+    ``evaluations=2`` evaluates the vector field once more in every accepted step, at the corrected mean, and corrects
+    again: the mode P(EC)^2 of multistep methods (Hairer, Norsett, Wanner 1993, III.1), an iterated filter update. It
+    makes stable steps two to ten times as long from order five on. 1 is EK0. Raises ``TypeError`` for anything but an
+    ``ODE``, ``ValueError`` for a number of evaluations below 1.
     """
 
     ode: ODE
+    evaluations: int = eqx.field(static=True, default=1, converter=_evaluations)
 
     def __check_init__(self):
         _require_ode(self)
@@ -52,10 +66,12 @@ class TS1(AbstractConstraint):
     """``z`` with its exact Jacobian at the prediction: ``H = E_k - sum_j J_j E_j``. Stable on stiff problems.
 
     The Jacobian is taken in full under ``Dense``, its diagonal under ``BlockDiagonal``, its mean diagonal under
-    ``Isotropic``. Raises ``TypeError`` for anything but an ``ODE``.
+    ``Isotropic``. ``evaluations`` as for ``TS0``; the Jacobian stays that of the prediction. Raises ``TypeError`` for
+    anything but an ``ODE``, ``ValueError`` for a number of evaluations below 1.
     """
 
     ode: ODE
+    evaluations: int = eqx.field(static=True, default=1, converter=_evaluations)
 
     def __check_init__(self):
         _require_ode(self)

@@ -171,41 +171,62 @@ class Update(eqx.Module):
     pivots: Float[Array, "*batch m"]
 
 
+class Joint(eqx.Module):
+    """Square root of the joint covariance of an innovation, the state that is predicted, and an earlier state.
+
+    ``triangle``: upper triangular, with the columns of ``z``, of all derivatives but the one that ``z`` replaces, and
+    of the earlier state's coordinates, if any. ``left``: the rows that only they still have.
+    """
+
+    triangle: Float[Array, "*batch dim width"]
+    left: Float[Array, "*batch rows extra"]
+
+
 @batched
-def condition(
+def join(
     x: Normal,
     noise: Float[Array, "dim dim"],
     scale: Float[Array, ""],
     equation: Linearisation,
     past: Conditional | None = None,
-) -> Update:
-    """Add the noise ``scale * noise`` to ``x`` and condition on the equation: one elimination for both.
+) -> Joint:
+    """The joint distribution after adding the noise ``scale * noise`` to ``x``: the one elimination of a step.
 
     The columns of the stacked square root ``[x.factor; scale noise]`` are changed to ``(z, all other derivatives)``.
     It then has full column rank as soon as the noise has, and its triangle holds the innovation's factor, the
-    cross-covariance and, in the trailing block, the posterior's factor: as many rows as derivatives are left. (Where
-    ``x.factor`` has more rows, zeros keep the shape.) Columns of ``past`` beside it tell what the equation says of an
-    earlier state.
+    cross-covariance and, in the trailing block, the posterior's factor. Columns of ``past`` beside it tell what the
+    equation says of an earlier state. The residual does not enter.
     """
-    mean, noise, (dim, _) = x.mean, scale * noise, x.mean.shape
-    h, z = equation.matrix, equation.residual
-    m = z.shape[0]
+    h, noise, dim = equation.matrix, scale * noise, x.mean.shape[0]
+    m = equation.residual.shape[0]
     k = equation.block * m
-    own = slice(k, k + m)
 
     def change_columns(factor):
         return jnp.concatenate([product(factor[:, : k + m], h.T), factor[:, :k], factor[:, k + m :]], axis=1)
 
     changed = change_columns(noise)
     # Rows of the noise below the block are untouched by H; those above it meet z densely and join the dense part.
-    upper = jnp.concatenate([changed[own], jnp.zeros((k, dim), noise.dtype), changed[k + m :]])
+    upper = jnp.concatenate([changed[k : k + m], jnp.zeros((k, dim), noise.dtype), changed[k + m :]])
     upper, dense = _beside(upper, change_columns(x.factor), past, changed[:k])
-    triangle, left = eliminate(upper, dense)
+    return Joint(*eliminate(upper, dense))
+
+
+@batched
+def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditional | None = None) -> Update:
+    """Condition on the equation, linearised about the mean of ``x``: by substitution, since ``joint`` is triangular.
+
+    The posterior's factor has as many rows as derivatives are left. (Where ``x.factor`` has more rows, zeros keep the
+    shape.)
+    """
+    mean, triangle, (dim, _) = x.mean, joint.triangle, x.mean.shape
+    h, z = equation.matrix, equation.residual
+    m = z.shape[0]
+    k = equation.block * m
 
     whitened, correction = substitute(triangle[:m], z)
     others = jnp.concatenate([mean[:k], mean[k + m :]]) - correction[: dim - m]
     # z = 0 determines the block: E_k x = (E_k m - z) - H_other (x_other - m_other).
-    block = mean[own] - z - product(h[:, :k], others[:k] - mean[:k])
+    block = mean[k : k + m] - z - product(h[:, :k], others[:k] - mean[:k])
     posterior_mean = jnp.concatenate([others[:k], block, others[k:]])
 
     rest = triangle[m:, m:dim]
@@ -213,7 +234,7 @@ def condition(
     state = pad(Normal(posterior_mean, jnp.concatenate(columns, axis=1)), x.factor.shape[0])
     if past is not None:
         cross = pad_rows(triangle[m:, dim:], x.factor.shape[0])
-        past = Conditional(past.shift - correction[dim - m :], cross, triangularise(past.own, left))
+        past = Conditional(past.shift - correction[dim - m :], cross, triangularise(past.own, joint.left))
 
     cross = triangle[:m, m:dim]
     columns = [cross[:, :k], triangle[:m, :m] - product(cross[:, :k], h[:, :k].T), cross[:, k:]]
@@ -221,6 +242,14 @@ def condition(
     observed = jnp.pad(observed, ((0, 0), (0, dim - observed.shape[1])))
     influence = Influence(whitened, jnp.concatenate(columns, axis=1), observed, jnp.ones((), mean.dtype))
     return Update(state, past, influence, jnp.diagonal(triangle)[:m])
+
+
+@batched
+def seen_from(
+    mean: Float[Array, "dim cols"], point: Float[Array, "dim cols"], equation: Linearisation
+) -> Float[Array, "m cols"]:
+    """What the equation, linearised about ``point``, says of the residual at ``mean``."""
+    return equation.residual + product(equation.matrix, (mean - point)[: equation.matrix.shape[1]])
 
 
 def _beside(upper, dense, past, more=None):

@@ -26,8 +26,10 @@ from .gaussians import (
     Update,
     condition,
     innovate,
+    join,
     pad,
     push,
+    seen_from,
 )
 from .priors import AbstractPrior
 from .solution import Moments, moments
@@ -108,12 +110,24 @@ def accept(
         noise = transition.noise * scale[..., None, None]
         whole = Normal(predicted.mean, jnp.concatenate([predicted.factor, noise], axis=-2))
         equation = _without_round_off(parts.constraint.linearise(t, whole, state.layout, args), predicted.mean)
-    update = condition(predicted, transition.noise, scale, equation, past)
+    joint = join(predicted, transition.noise, scale, equation, past)
+    update = condition(joint, predicted, equation, past)
+    for _ in range(parts.constraint.evaluations - 1):
+        equation = _evaluated_at(parts.constraint, t, update.state, predicted, equation, state.layout, args)
+        update = condition(joint, predicted, equation, past)
     whitened, counts = update.influence.whitened, _informative(equation, attempted.mean)
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
     update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
     return State(t, update.state, scale / unit, statistics, evidence, state.layout), update
+
+
+def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
+    # The residual of the prediction as the equation about another point tells it; the matrix stays (a chord iteration).
+    new = constraint.linearise(t, Normal(point.mean, predicted.factor), layout, args)
+    new = eqx.tree_at(lambda e: e.matrix, new, equation.matrix)
+    residual = seen_from(predicted.mean, point.mean, new)
+    return _without_round_off(eqx.tree_at(lambda e: e.residual, new, residual), predicted.mean)
 
 
 def _without_round_off(equation, mean):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import probode as po
+from probode import gaussians
 
 
 FACTORISATIONS = (po.Dense(), po.BlockDiagonal(), po.Isotropic())
@@ -47,3 +48,8 @@ def central_differences(fn, x, step=1e-5):
 def covariance(factor):
     """``factor^T factor`` over any leading axes."""
     return jnp.swapaxes(factor, -1, -2) @ factor
+
+
+def condition(x, noise, scale, equation, past=None):
+    """Predict and condition in one go."""
+    return gaussians.condition(gaussians.join(x, noise, scale, equation, past), x, equation, past)

@@ -20,7 +20,6 @@ from probode.gaussians import (
     Conditional,
     Linearisation,
     Normal,
-    condition,
     coordinates_of,
     identity,
     in_terms_of,
@@ -31,7 +30,7 @@ from probode.gaussians import (
     standard,
 )
 
-from .helpers import central_differences, relative
+from .helpers import central_differences, condition, relative
 
 
 class Case(NamedTuple):

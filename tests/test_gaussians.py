@@ -12,7 +12,9 @@ import mpmath
 import numpy as np
 import pytest
 
-from probode.gaussians import Linearisation, Normal, condition, innovate, predict, push
+from probode.gaussians import Linearisation, Normal, innovate, predict, push
+
+from .helpers import condition
 
 
 class Case(NamedTuple):
