@@ -1,33 +1,46 @@
-"""Command line of the benchmarks: `python -m benchmarks --help`.
+"""All benchmarks, one after the other: `python -m benchmarks`; the quick ones: `python -m benchmarks --quick`.
 
-Nothing of JAX is imported before the options are read, since flags of XLA are fixed when its backend starts.
+Every part is a process of its own, once with probode's default for XLA's small loops and, where that matters, once
+without. Each writes a CSV file to `benchmarks/results/`; at the end come the summary and the plots made from them.
 """
 
 import argparse
-import os
-import pathlib
+import subprocess
+import sys
+
+
+NON_STIFF = ("lotka_volterra", "fitzhugh_nagumo", "rigid_body", "pleiades", "arenstorf_three_body")
+STIFF = ("van_der_pol_1e3", "van_der_pol_1e5", "hires", "robertson", "brusselator_1d_32")
+PARTS = [
+    *(["work_precision", "--problem", name] for name in NON_STIFF + STIFF),
+    *(["work_precision", "--plain", "--problem", name] for name in ("lotka_volterra", "van_der_pol_1e3", "hires")),
+    ["gradients"],
+    ["gradients", "--plain"],
+    ["smoothing"],
+    ["smoothing", "--plain"],
+    ["lanes"],
+    ["dimension"],
+    ["calibration"],
+]
+QUICK = [
+    ["work_precision", "--quick"],
+    ["work_precision", "--quick", "--problem", "van_der_pol_1e3"],
+    ["smoothing"],
+    ["dimension", "--largest", "10000"],
+]
 
 
 def main() -> None:
-    """Read the options, set the flags of XLA, run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time probode and its peers.")
-    parser.add_argument("--problem", action="append", metavar="NAME", help="default: lotka_volterra; repeatable")
-    parser.add_argument("--quick", action="store_true", help="few configurations, tolerances and repeats")
-    parser.add_argument("--output", default=pathlib.Path(__file__).parent / "results", metavar="DIR")
-    parser.add_argument("--target", type=float, default=1e-7, help="the error at which families are compared")
-    parser.add_argument("--plain", action="store_true", help="without probode's default for XLA's small loops")
+    """Run the parts, then the summary."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two problems, few configurations: a few minutes")
+    parser.add_argument("--output", metavar="DIR", help="instead of benchmarks/results")
     options = parser.parse_args()
-    os.environ["PROBODE_SMALL_LOOPS"] = "0" if options.plain else "1"
-
-    from . import work_precision
-    from .problems import PROBLEMS
-
-    names = options.problem or ["lotka_volterra"]
-    for name in names:
-        if name not in PROBLEMS:
-            parser.error(f"unknown problem {name!r}; choose from {', '.join(PROBLEMS)}")
-    budget = {"repeats": 5, "seconds": 0.3} if options.quick else {}
-    work_precision.run(names, options.output, quick=options.quick, target=options.target, **budget)
+    output = ["--output", options.output] if options.output else []
+    for part, *arguments in QUICK if options.quick else PARTS:
+        print(f"== {' '.join([part, *arguments])}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{part}", *arguments, *output], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.summary", *output], check=True)
 
 
 if __name__ == "__main__":

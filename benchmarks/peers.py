@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .problems import Problem
@@ -45,22 +44,24 @@ def probode(
 ) -> Callable[[], Outcome]:
     """EK0 (isotropic) or EK1 (dense) on an integrated Wiener process, as a filter for the terminal value.
 
-    "EK0 twice" evaluates the vector field twice in each accepted step. The loop is the plain one, as that of the peers.
+    "EK0 twice" evaluates the vector field twice in each accepted step; "2nd EK0" solves the problem as an equation of
+    second order, where it is one. The loop is the plain one, as that of the peers.
     """
-    solve = _probode_program(problem, method, num_derivatives, error, control, safety, loop)
+    solve = probode_function(problem, method, num_derivatives, error, control, safety, loop)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
 
 @functools.cache
-def _probode_program(problem, method, num_derivatives, error, control, safety, loop):
+def probode_function(problem, method, num_derivatives, error, control, safety, loop):
     import probode
 
-    ode = probode.ODE(problem.vector_field)
+    second = method.startswith("2nd ")
+    ode = probode.ODE(problem.acceleration, order=2) if second else probode.ODE(problem.vector_field)
     constraint, factorisation = {
         "EK0": (probode.TS0(ode), probode.Isotropic()),
         "EK0 twice": (probode.TS0(ode, evaluations=2), probode.Isotropic()),
         "EK1": (probode.TS1(ode), probode.Dense()),
-    }[method]
+    }[method.removeprefix("2nd ")]
     errors = {"residual": probode.ResidualError, "state": probode.StateError}
     controllers = {
         "integral": probode.IntegralController,
@@ -79,8 +80,11 @@ def _probode_program(problem, method, num_derivatives, error, control, safety, l
             controller=controllers[control](rtol=rtol, atol=atol, safety=safety),
             loop=loops[loop](max_steps=MAX_STEPS),
         )
-        solution = solver.solve(u0, problem.t0, problem.t1, args=args, throw=False)
-        return Outcome(solution.mean[-1], solution.stats["num_steps"], solution.stats["num_accepted_steps"])
+        start = tuple(jnp.split(u0, 2)) if second else u0
+        solution = solver.solve(start, problem.t0, problem.t1, args=args, throw=False)
+        u = solution.mean[-1]
+        u = jnp.concatenate([u, solution.derivative(1).mean[-1]]) if second else u
+        return Outcome(u, solution.stats["num_steps"], solution.stats["num_accepted_steps"])
 
     return solve
 
@@ -97,12 +101,12 @@ def probdiffeq(
     control: str = "integral",
 ) -> Callable[[], Outcome]:
     """TS0 (isotropic) or TS1 (dense, exact Jacobian) as a filter for terminal values."""
-    solve = _probdiffeq_program(problem, method, num_derivatives, calibration, error, control)
+    solve = probdiffeq_function(problem, method, num_derivatives, calibration, error, control)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
 
 @functools.cache
-def _probdiffeq_program(problem, method, num_derivatives, calibration, error, control):
+def probdiffeq_function(problem, method, num_derivatives, calibration, error, control):
     from probdiffeq import ivpsolve
     from probdiffeq import probdiffeq as parts
 
@@ -114,9 +118,16 @@ def _probdiffeq_program(problem, method, num_derivatives, calibration, error, co
     def solve(u0, args, rtol, atol):
         # the default Jacobian is a Monte Carlo estimate; this one is exact
         exact = parts.jacobian_materialize()
-        ode = parts.ode(lambda u, *, t: problem.vector_field(t, u, args), jacobian=exact)
-        coefficients, _ = parts.jetexpand_ode_padded_scan(num=num_derivatives)(ode, (u0,), t=problem.t0)
-        if method == "TS0":
+        if method.startswith("2nd "):
+            ode = parts.ode_order_two(lambda u, du, *, t: problem.acceleration(t, u, du, args), jacobian=exact)
+            start = tuple(jnp.split(u0, 2))
+        else:
+            ode = parts.ode(lambda u, *, t: problem.vector_field(t, u, args), jacobian=exact)
+            start = (u0,)
+        coefficients, _ = parts.jetexpand_ode_padded_scan(num=num_derivatives + 1 - len(start))(
+            ode, start, t=problem.t0
+        )
+        if method.endswith("TS0"):
             model = parts.state_space_model_isotropic()
             constraint = model.constraint_ode_ts0(ode)
         else:
@@ -128,10 +139,13 @@ def _probdiffeq_program(problem, method, num_derivatives, calibration, error, co
             control=controls[control](),
         )
         rate = num_derivatives + 1
-        dt0 = ivpsolve.dt0_adaptive(ode, (u0,), problem.t0, error_contraction_rate=rate, rtol=rtol, atol=atol)
+        dt0 = 0.01
+        if len(start) == 1:
+            dt0 = ivpsolve.dt0_adaptive(ode, start, problem.t0, error_contraction_rate=rate, rtol=rtol, atol=atol)
         prior = model.prior_wiener_integrated(coefficients)
         solution = run(prior, t0=problem.t0, t1=problem.t1, rtol=rtol, atol=atol, dt0=dt0)
-        return Outcome(solution.u.mean[0], None, solution.num_steps)
+        u = jnp.concatenate(solution.u.mean[:2]) if len(start) == 2 else solution.u.mean[0]
+        return Outcome(u, None, solution.num_steps)
 
     return solve
 
@@ -140,12 +154,12 @@ def diffrax(
     problem: Problem, rtol: float, atol: float, *, method: str = "Tsit5", pi: bool = False
 ) -> Callable[[], Outcome]:
     """A Runge-Kutta method by its class name; `pi` turns on proportional-integral control."""
-    solve = _diffrax_program(problem, method, pi)
+    solve = diffrax_function(problem, method, pi)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
 
 @functools.cache
-def _diffrax_program(problem, method, pi):
+def diffrax_function(problem, method, pi):
     import diffrax
 
     gains = {"pcoeff": 0.3, "icoeff": 0.4} if pi else {}
@@ -198,7 +212,8 @@ class Configuration:
     """One way to use a package.
 
     `stiff`: for stiff problems only (`True`), for the others only (`False`), for both (`None`). `dense`: the cost grows
-    with the cube of the dimension, which is worth it for small or stiff problems.
+    with the cube of the dimension, which is worth it for small or stiff problems. `second`: for equations of
+    second order.
     """
 
     family: str
@@ -206,10 +221,12 @@ class Configuration:
     build: Callable[[Problem, float, float], Callable[[], Outcome]]
     stiff: bool | None = None
     dense: bool = False
+    second: bool = False
 
     def suits(self, problem: Problem) -> bool:
         """Whether the method is meant for problems like this one."""
         affordable = not self.dense or problem.stiff or problem.dim <= 8
+        affordable = affordable and (problem.acceleration is not None or not self.second)
         return affordable and (self.stiff is None or self.stiff == problem.stiff)
 
 
@@ -238,6 +255,13 @@ def _probode_configurations():
         ("EK0 twice", 7, "residual", "brisk pi", 0.9, False),
         ("EK0 twice", 7, "state", "pi", 0.9, False),
         ("EK0 twice", 8, "residual", "pi", 0.9, False),
+        ("2nd EK0", 5, "residual", "integral", 0.95, False),
+        ("2nd EK0", 6, "residual", "pi", 0.9, False),
+        ("2nd EK0 twice", 6, "residual", "integral", 0.95, True),
+        ("2nd EK0 twice", 7, "residual", "integral", 0.95, False),
+        ("2nd EK0 twice", 8, "residual", "integral", 0.95, True),
+        ("2nd EK0 twice", 8, "residual", "pi", 0.9, False),
+        ("2nd EK0 twice", 9, "residual", "integral", 0.95, False),
         ("EK1", 5, "residual", "integral", 0.95, True),
         ("EK1", 5, "residual", "pi", 0.9, True),
         ("EK1", 5, "state", "pi", 0.9, False),
@@ -259,6 +283,10 @@ def _probdiffeq_configurations():
         ("TS0", 5, "mle", "residual", "integral", False),
         ("TS0", 5, "mle", "residual", "pi", True),
         ("TS0", 5, "dynamic", "residual", "integral", False),
+        ("2nd TS0", 5, "mle", "residual", "pi", False),
+        ("2nd TS0", 6, "dynamic", "residual", "integral", True),
+        ("2nd TS0", 6, "mle", "residual", "pi", False),
+        ("2nd TS0", 7, "mle", "residual", "pi", False),
         ("TS1", 5, "dynamic", "residual", "integral", False),
         ("TS1", 5, "dynamic", "residual", "pi", True),
         ("TS1", 5, "dynamic", "state", "pi", False),
@@ -288,17 +316,10 @@ def _others():
 
 
 def _purpose(method):
-    return (None, True) if method in ("EK1", "TS1") else (False, False)
+    dense = method in ("EK1", "TS1")
+    return None if dense else False, dense, method.startswith("2nd ")
 
 
 def available(family: str) -> bool:
     """Whether a package can be imported."""
     return importlib.util.find_spec(family) is not None
-
-
-def version(package: str) -> str:
-    """The installed version of a package; empty where there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return getattr(importlib.import_module(package), "__version__", "") if available(package) else ""

@@ -1,4 +1,4 @@
-"""Eleven standard initial value problems with reference end points.
+"""Twelve standard initial value problems with reference end points.
 
 A problem is data plus one vector field `f(t, u, args)` on flat float64 arrays; `args` holds its parameters.
 Every `u1` was computed by two independent high-order integrators; each problem names where its equations are from.
@@ -17,7 +17,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """An initial value problem `u' = f(t, u, args)` on `[t0, t1]` and its solution `u1` at `t1`."""
+    """An initial value problem `u' = f(t, u, args)` on `[t0, t1]` and its solution `u1` at `t1`.
+
+    `acceleration`, where there is one: the field `(t, x, x', args)` of the same problem as an equation of second order,
+    `u` being `x` followed by `x'`.
+    """
 
     name: str
     vector_field: Callable
@@ -28,11 +32,16 @@ class Problem:
     stiff: bool
     source: str
     args: Any = None
+    acceleration: Callable | None = None
 
     @property
     def dim(self) -> int:
         """Number of components of `u`."""
         return self.u0.size
+
+    def until(self, t1: float) -> Problem:
+        """The same on a shorter interval, whose end point is not known."""
+        return dataclasses.replace(self, t1=t1, u1=np.full_like(self.u1, np.nan))
 
     def error(self, u: Any) -> float:
         """Largest deviation from `u1`, relative to the largest component of `u1`."""
@@ -90,11 +99,16 @@ def robertson(t, u, args):
 
 def pleiades(t, u, args):
     """Seven stars of masses 1 to 7 in a plane; `u` stacks positions x, y and velocities x', y'."""
-    x, y, velocity = u[:7], u[7:14], u[14:]
+    return jnp.concatenate([u[14:], pleiades_acceleration(t, u[:14], u[14:], args)])
+
+
+def pleiades_acceleration(t, positions, velocities, args):
+    """The same as an equation of second order."""
+    x, y = positions[:7], positions[7:]
     dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
     # the ones on the diagonal keep a star from dividing by its distance to itself
     pull = (dx * dx + dy * dy + jnp.eye(7)) ** -1.5 * jnp.arange(1.0, 8.0)
-    return jnp.concatenate([velocity, jnp.sum(pull * dx, axis=1), jnp.sum(pull * dy, axis=1)])
+    return jnp.concatenate([jnp.sum(pull * dx, axis=1), jnp.sum(pull * dy, axis=1)])
 
 
 def rigid_body(t, u, args):
@@ -197,6 +211,17 @@ _PROBLEMS = [
         source="Hairer, Wanner: Solving ODEs II (1996), IV.1, with 1 / epsilon = mu",
     ),
     Problem(
+        name="van_der_pol_1e5",
+        vector_field=van_der_pol,
+        args=1e5,
+        u0=np.array([2.0, 0.0]),
+        t0=0.0,
+        t1=2.1,
+        u1=np.array([1.6139849844938, -1.0056222280815]),
+        stiff=True,
+        source="as above; SciPy's Radau and EK1 of order 8 at 1e-12 agree to thirteen digits",
+    ),
+    Problem(
         name="hires",
         vector_field=hires,
         args=None,
@@ -224,6 +249,7 @@ _PROBLEMS = [
     Problem(
         name="pleiades",
         vector_field=pleiades,
+        acceleration=pleiades_acceleration,
         args=None,
         u0=np.array([
             3.0, 3.0, -1.0, -3.0,

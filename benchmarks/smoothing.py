@@ -7,10 +7,12 @@ fixed-point smoother (its fixed-interval one needs a grid), in one process, repe
 from __future__ import annotations
 
 import argparse
-import os
-import time
 
+import jax
 import numpy as np
+
+from .problems import PROBLEMS
+from .timing import Table, compare, parse
 
 
 TOLERANCE = 1e-6
@@ -19,38 +21,21 @@ END = np.array([6.479896814873224, 2.883884183537968])
 
 
 def main() -> None:
-    """Read the options, set the flags of XLA, run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoothing", description="The cost of smoothing.")
-    parser.add_argument("--plain", action="store_true", help="without probode's default for XLA's small loops")
-    os.environ["PROBODE_SMALL_LOOPS"] = "0" if parser.parse_args().plain else "1"
+    """Print the table, write it."""
+    options = parse(argparse.ArgumentParser(prog="python -m benchmarks.smoothing", description=__doc__.splitlines()[0]))
 
-    import jax
-
-    import probode as probode  # before JAX starts
+    import probode as probode  # sets the option, before JAX starts its backend
 
     jax.config.update("jax_enable_x64", True)
-    programs, compile_seconds, outcomes = {}, {}, {}
-    for label, fn in [*_ours(), *_theirs()]:
-        start = time.perf_counter()
-        programs[label] = jax.jit(fn).lower().compile()
-        compile_seconds[label] = time.perf_counter() - start
-        outcomes[label] = jax.block_until_ready(programs[label]())
-    best = dict.fromkeys(programs, np.inf)
-    for _ in range(20):
-        for label, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            best[label] = min(best[label], time.perf_counter() - start)
-    print(f"{'':34} {'ms':>7} {'error at the end':>17} {'compile s':>10}")
-    for label in programs:
-        error = np.max(abs(np.asarray(outcomes[label][0])[-1] - END))
-        print(f"{label:34} {1e3 * best[label]:7.3f} {error:17.1e} {compile_seconds[label]:10.1f}")
+    table = Table("smoothing", options.output)
+    for name, timing in compare({name: (fn, ()) for name, fn in [*_ours(), *_theirs()]}).items():
+        error = float(np.max(abs(np.asarray(timing.value[0])[-1] - END)))
+        table.add("Lotka-Volterra, 100 times", name, timing, error=error)
+    table.write()
 
 
 def _ours():
     import probode
-
-    from .problems import PROBLEMS
 
     problem = PROBLEMS["lotka_volterra"]
     kinds = {"EK0": (probode.TS0, probode.Isotropic()), "EK1": (probode.TS1, probode.Dense())}
@@ -77,8 +62,6 @@ def _ours():
 def _theirs():
     from probdiffeq import ivpsolve
     from probdiffeq import probdiffeq as parts
-
-    from .problems import PROBLEMS
 
     problem = PROBLEMS["lotka_volterra"]
     for method, nu, error in (

@@ -6,19 +6,17 @@ The result is a CSV file per problem, a table, and the fastest configuration of 
 
 from __future__ import annotations
 
+import argparse
 import csv
-import os
-import pathlib
 import statistics
 import time
 from collections.abc import Sequence
 
 import jax
 
-from probode.small_loops import OPTION
-
 from . import peers
 from .problems import PROBLEMS, Problem
+from .timing import parse, small_loops, versions
 
 
 TOLERANCES = tuple(10.0 ** (-k / 2) for k in range(6, 21))
@@ -28,39 +26,36 @@ COLUMNS += ["run_seconds_median", "repeats", "steps", "accepted_steps", "jax", "
 COLUMNS += ["scipy", "small_loops", "device"]
 
 
-def run(
-    names: Sequence[str],
-    output: str | pathlib.Path,
-    *,
-    quick: bool = False,
-    target: float = 1e-7,
-    repeats: int = 20,
-    seconds: float = 0.5,
-    patience: float = 2.0,
-) -> None:
-    """Measure the named problems, write `output/work_precision_NAME.csv`, print the tables.
+def main() -> None:
+    """Measure the named problems, write `work_precision_NAME.csv`, print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.work_precision", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--problem", action="append", choices=list(PROBLEMS), help="default: lotka_volterra; repeatable"
+    )
+    parser.add_argument("--quick", action="store_true", help="few configurations, tolerances and repeats")
+    parser.add_argument("--target", type=float, default=1e-7, help="the error at which families are compared")
+    options = parse(parser)
 
-    `target`: the error at which families are compared. A row takes at most `repeats` runs, or three where they last
-    more than `seconds`; a configuration stops at the first tolerance that takes longer than `patience` seconds.
-    """
+    import probode as probode  # sets the option, before JAX starts its backend
+
     jax.config.update("jax_enable_x64", True)
     present = [family for family in peers.FAMILIES if peers.available(family)]
     for family in peers.FAMILIES:
         if family not in present:
             print(f"{family} is not installed: skipped.")
-    chosen = [c for c in peers.configurations(quick) if c.family in present]
-    tolerances = QUICK_TOLERANCES if quick else TOLERANCES
-    output = pathlib.Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        rows = measure(PROBLEMS[name], chosen, tolerances, repeats=repeats, seconds=seconds, patience=patience)
-        file = output / f"work_precision_{name}{'' if small_loops() else '_plain'}.csv"
+    chosen = [c for c in peers.configurations(options.quick) if c.family in present]
+    tolerances = QUICK_TOLERANCES if options.quick else TOLERANCES
+    budget = {"repeats": 5, "seconds": 0.3} if options.quick else {}
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in options.problem or ["lotka_volterra"]:
+        rows = measure(PROBLEMS[name], chosen, tolerances, **budget)
+        file = options.output / f"work_precision_{name}{'' if small_loops() else '_plain'}.csv"
         with file.open("w", newline="") as handle:
             writer = csv.DictWriter(handle, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
         print(table(rows))
-        print(ratios(rows, target))
+        print(ratios(rows, options.target))
         print(f"written: {file}\n", flush=True)
 
 
@@ -77,8 +72,7 @@ def measure(
 
     `atol` is a thousandth of `rtol`; `repeats`, `seconds` and `patience` are explained at `run`.
     """
-    versions = {package: peers.version(package) for package in ("jax", *peers.FAMILIES)}
-    shared = {**versions, "small_loops": small_loops(), "device": jax.devices()[0].device_kind}
+    shared = {**versions(), "small_loops": small_loops(), "device": jax.devices()[0].device_kind}
     rows, solves = [], []
     for configuration in chosen:
         if not configuration.suits(problem):
@@ -141,11 +135,6 @@ def ratios(rows: Sequence[dict], target: float) -> str:
     return "\n".join(lines)
 
 
-def small_loops() -> bool:
-    """Whether XLA was told to compile larger loops into one native function."""
-    return OPTION in os.environ.get("XLA_FLAGS", "")
-
-
 def _timed(solve):
     start = time.perf_counter()
     outcome = solve()
@@ -159,3 +148,7 @@ def _count(steps):
 def _environment(row):
     versions = [f"{package} {row[package]}" for package in ("jax", *peers.FAMILIES) if row[package]]
     return ", ".join([*versions, f"small loops {'on' if row['small_loops'] else 'off'}", row["device"]])
+
+
+if __name__ == "__main__":
+    main()

@@ -414,14 +414,15 @@ def test_looking_back_is_marginalisation(case, seed, later_rows, data):
         covariance = one.cross.T @ (v.factor.T @ v.factor) @ one.cross + one.own.T @ one.own
         size = np.abs(one.shift) + np.abs(one.cross.T) @ np.abs(v.mean)
         close(w.mean, mean, size, 1e-14)
-        close(w.factor.T @ w.factor, covariance, spread(covariance), 1e-14)
+        terms = np.sum(np.abs(v.factor) @ np.abs(one.cross), axis=0) + np.sum(np.abs(one.own), axis=0)
+        close(w.factor.T @ w.factor, covariance, np.outer(terms, terms), 1e-14)
         a = x0.factor.T
         close(result.mean, x0.mean + a @ mean, np.abs(x0.mean) + np.abs(a) @ size, 1e-14)
         expected = a @ covariance @ a.T
         close(
             result.factor.T @ result.factor,
             expected,
-            np.outer(*2 * [np.abs(a) @ np.sqrt(np.diagonal(covariance))]),
+            np.outer(*2 * [np.abs(a) @ terms]),
             1e-14,
         )
 

@@ -48,5 +48,5 @@ def test_a_hundred_thousand_components(factorisation):
         probode.IWP(3), decay, factorisation=factorisation, controller=probode.IntegralController(1e-4, 1e-6)
     )
     solution = own.solve(jnp.ones(100_000), 0.0, 1.0, args=rates)
-    np.testing.assert_allclose(solution.mean[0], jnp.exp(-rates), rtol=1e-5)
+    np.testing.assert_allclose(solution.mean[0], jnp.exp(-rates), rtol=1e-4)
     assert solution.std.shape == (1, 100_000) and (solution.std > 1e-12).all()

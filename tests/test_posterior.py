@@ -122,16 +122,22 @@ TS = np.array([0.0, 0.11, 0.5, 0.51, 0.515, 1.3, 2.0])
 
 
 def lotka(nu, constraint, factorisation, strategy, rtol, save_at=TS):
-    parts = {"factorisation": factorisation, "strategy": strategy, "loop": po.ForwardLoop(512)}
+    # At high order the first residuals are round-off, and a scale made of them is a matter of how programs round.
+    calibration = po.DynamicCalibration() if nu < 8 else po.NoCalibration()
+    parts = {"factorisation": factorisation, "strategy": strategy, "calibration": calibration}
+    parts["loop"] = po.ForwardLoop(512)
     controller = po.IntegralController(rtol, rtol)
     made = po.Solver(po.IWP(nu), constraint(po.ODE(lotka_volterra)), controller=controller, **parts)
     return made.solve(jnp.array([20.0, 20.0]), 0.0, 2.0, save_at=save_at)
 
 
 def same(one, other, nu, at=slice(None), tolerance=1e-9):
+    # Derivatives in units of the step: round-off of u moves the k-th one by that times k! / dt^k.
+    dt = 2.0 / int(one.stats["num_accepted_steps"])
     for k in range(nu + 1):
         a, b = one.derivative(k), other.derivative(k)
-        size = max(np.max(np.abs(b.mean)), np.max(b.std))
+        unit = math.factorial(k) / dt**k
+        size = max(np.max(np.abs(b.mean)), np.max(b.std), 1e-3 * unit * np.max(np.abs(other.mean)))
         np.testing.assert_allclose(a.mean[at], b.mean[at], rtol=0, atol=tolerance * size)
         np.testing.assert_allclose(a.std[at], b.std[at], rtol=0, atol=tolerance * size)
 
@@ -148,7 +154,7 @@ def test_strategies_agree(nu, constraint, factorisation):
     assert len({int(s.stats["num_steps"]) for s in solutions}) == 1
     same(points, interval, nu)
     same(points, filtered, nu, at=-1)
-    same(interval.evaluate(TS), interval, nu)
+    same(interval, interval.evaluate(TS), nu)
     assert np.mean(interval.std[1:-1]) < 0.99 * np.mean(filtered.std[1:-1])  # there is something to smooth
 
 
@@ -161,7 +167,7 @@ def test_high_order_and_tight_tolerance():
         lotka(11, po.TS1, po.Dense(), strategy, 1e-12)
         for strategy in (po.FixedPointSmoother(), po.FixedIntervalSmoother())
     )
-    same(points, interval, 3)  # the higher ones have fewer digits: the scale of such steps is that of round-off
+    same(points, interval, 11)
     np.testing.assert_allclose(energy(interval.mean), energy(jnp.array([20.0, 20.0])), rtol=1e-11)
     assert np.all(np.isfinite(interval.marginals.factor))
 
@@ -170,7 +176,7 @@ def test_a_filter_is_dense_too():
     kept = lotka(3, po.TS1, po.Dense(), po.Filter(), 1e-6, po.SaveAt(ts=TS, dense=True))
     plain = lotka(3, po.TS1, po.Dense(), po.Filter(), 1e-6)
     same(kept, plain, 3)
-    same(kept.evaluate(TS), plain, 3)
+    same(plain, kept.evaluate(TS), 3)
 
 
 def test_trees_scalars_and_time_running_backwards():

@@ -1,0 +1,113 @@
+"""A thousand solves at once: `python -m benchmarks.lanes [--plain] [--lanes 1000]`.
+
+Lotka-Volterra on [0, 10] at rtol 1e-5 from a line of initial values, end points, forward loops: `solve_ensemble` in
+blocks of several sizes, plain `jax.vmap` of all three JAX packages; and lanes of very different cost (Van der Pol with
+mu from 1 to 100), dealt with and without their expected cost. On an accelerator with 100,000 lanes as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import peers
+from .problems import PROBLEMS, van_der_pol
+from .timing import Table, compare, parse
+
+
+def uniform(lanes: int, dtype) -> dict:
+    """Programs by name, for lanes of the same cost."""
+    import probode
+
+    problem = PROBLEMS["lotka_volterra"]
+    args = jax.tree.map(lambda x: jnp.asarray(x, dtype), problem.args)
+    u0s = jnp.asarray(20.0 + np.linspace(0.0, 1.0, lanes)[:, None] * np.ones(2), dtype)
+    programs = {}
+    for label, evaluations, nu in (("EK0(3)", 1, 3), ("EK0 twice(3)", 2, 3), ("EK0 twice(4)", 2, 4)):
+        constraint = probode.TS0(probode.ODE(problem.vector_field), evaluations=evaluations)
+        solver = probode.Solver(
+            probode.IWP(nu),
+            constraint,
+            factorisation=probode.Isotropic(),
+            controller=probode.IntegralController(1e-5, 1e-7),
+            loop=probode.ForwardLoop(2000),
+        )
+        for block in (1, 16, 64, lanes):
+
+            def solve(u0s, solver=solver, block=block):
+                return probode.solve_ensemble(solver, u0s, 0.0, 10.0, args=args, lanes_per_block=block).mean[:, -1]
+
+            programs[f"probode {label} blocks of {block}"] = solve, (u0s,)
+
+        def one(u0, solver=solver):
+            return solver.solve(u0, 0.0, 10.0, args=args, throw=False).mean[-1]
+
+        programs[f"probode {label} vmap"] = jax.vmap(one), (u0s,)
+    shorter = problem.until(10.0)
+    if peers.available("probdiffeq"):
+        for nu in (3, 4):
+            solve = peers.probdiffeq_function(shorter, "TS0", nu, "dynamic", "residual", "integral")
+            one = lambda u0, solve=solve: solve(u0, args, 1e-5, 1e-7).u  # noqa: E731
+            programs[f"probdiffeq TS0({nu}) vmap"] = jax.vmap(one), (u0s,)
+    if peers.available("diffrax"):
+        solve = peers.diffrax_function(shorter, "Tsit5", False)
+        programs["diffrax Tsit5 vmap"] = jax.vmap(lambda u0: solve(u0, args, 1e-5, 1e-7).u), (u0s,)
+    return programs
+
+
+def uneven(lanes: int) -> dict:
+    """Programs by name, for lanes whose cost varies by a factor of ten, shuffled."""
+    import probode
+
+    mu = jnp.asarray(np.random.default_rng(0).permutation(np.geomspace(1.0, 100.0, lanes)))
+    solver = probode.Solver(
+        probode.IWP(4),
+        probode.TS1(probode.ODE(van_der_pol)),
+        controller=probode.IntegralController(1e-4, 1e-6),
+        loop=probode.ForwardLoop(2000),
+    )
+    programs = {}
+    for block in (1, 16, 64):
+        for name, cost in (("in any order", None), ("sorted by cost", mu)):
+
+            def solve(mu, block=block, cost=cost):
+                return probode.solve_ensemble(
+                    solver,
+                    jnp.array([2.0, 0.0]),
+                    0.0,
+                    3.0,
+                    args=mu,
+                    in_axes=(None, None, None, 0),
+                    lanes_per_block=block,
+                    cost=cost,
+                ).mean[:, -1]
+
+            programs[f"probode EK1(4) blocks of {block}, {name}"] = solve, (mu,)
+    return programs
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lanes", description=__doc__.splitlines()[0])
+    parser.add_argument("--lanes", type=int, default=1000)
+    options = parse(parser)
+
+    import probode as probode  # sets the option, before JAX starts its backend
+
+    jax.config.update("jax_enable_x64", True)
+    table = Table("lanes", options.output)
+    accelerator = jax.default_backend() != "cpu"
+    for dtype in (jnp.float64, jnp.float32):
+        for lanes in (options.lanes, 100_000) if accelerator else (options.lanes,):
+            for name, timing in compare(uniform(lanes, dtype), repeats=10).items():
+                table.add(f"{lanes} lanes {dtype.__name__}", name, timing)
+    for name, timing in compare(uneven(options.lanes), repeats=5).items():
+        table.add(f"{options.lanes} uneven lanes", name, timing)
+    table.write()
+
+
+if __name__ == "__main__":
+    main()
