@@ -111,7 +111,7 @@ def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Floa
     k = equation.block * m
     observed = product(noise[: k + m, : k + m], equation.matrix.T)
     factor = triangularise(observed[k:], observed[:k])
-    whitened, _ = substitute(factor, equation.residual)
+    whitened = substitute(factor, equation.residual)
     scale = safe_norm(whitened) / math.sqrt(whitened.size)
     unexplained = jnp.any((jnp.diagonal(factor)[:, None] == 0) & (equation.residual != 0))
     return Innovation(factor, whitened, jnp.where(unexplained, jnp.inf, scale), unit)
@@ -218,30 +218,23 @@ def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditiona
     The posterior's factor has as many rows as derivatives are left. (Where ``x.factor`` has more rows, zeros keep the
     shape.)
     """
-    mean, triangle, (dim, _) = x.mean, joint.triangle, x.mean.shape
-    h, z = equation.matrix, equation.residual
-    m = z.shape[0]
+    triangle, dim, h = joint.triangle, x.mean.shape[0], equation.matrix
+    m = equation.residual.shape[0]
     k = equation.block * m
 
-    whitened, correction = substitute(triangle[:m], z)
-    others = jnp.concatenate([mean[:k], mean[k + m :]]) - correction[: dim - m]
-    # z = 0 determines the block: E_k x = (E_k m - z) - H_other (x_other - m_other).
-    block = mean[k : k + m] - z - product(h[:, :k], others[:k] - mean[:k])
-    posterior_mean = jnp.concatenate([others[:k], block, others[k:]])
-
-    rest = triangle[m:, m:dim]
-    columns = [rest[:, :k], -product(rest[:, :k], h[:, :k].T), rest[:, k:]]
-    state = pad(Normal(posterior_mean, jnp.concatenate(columns, axis=1)), x.factor.shape[0])
-    if past is not None:
-        cross = pad_rows(triangle[m:, dim:], x.factor.shape[0])
-        past = Conditional(past.shift - correction[dim - m :], cross, triangularise(past.own, joint.left))
-
-    cross = triangle[:m, m:dim]
+    whitened = substitute(triangle[:m, :m], equation.residual)
+    cross, rest = triangle[:m, m:dim], triangle[m:, m:dim]
+    # E_k x = z - H_other x_other + constant: its columns follow from those of z and of the other derivatives.
     columns = [cross[:, :k], triangle[:m, :m] - product(cross[:, :k], h[:, :k].T), cross[:, k:]]
-    observed, _ = substitute(triangle[:m, :m], h)
-    observed = jnp.pad(observed, ((0, 0), (0, dim - observed.shape[1])))
-    influence = Influence(whitened, jnp.concatenate(columns, axis=1), observed, jnp.ones((), mean.dtype))
-    return Update(state, past, influence, jnp.diagonal(triangle)[:m])
+    gain = jnp.concatenate(columns, axis=1)
+    columns = [rest[:, :k], -product(rest[:, :k], h[:, :k].T), rest[:, k:]]
+    state = Normal(x.mean - product(gain.T, whitened), jnp.concatenate(columns, axis=1))
+    if past is not None:
+        shift = past.shift - product(triangle[:m, dim:].T, whitened)
+        past = Conditional(shift, pad_rows(triangle[m:, dim:], x.factor.shape[0]), triangularise(past.own, joint.left))
+    observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - h.shape[1])))
+    influence = Influence(whitened, gain, observed, jnp.ones((), gain.dtype))
+    return Update(pad(state, x.factor.shape[0]), past, influence, jnp.diagonal(triangle)[:m])
 
 
 @batched
@@ -306,7 +299,7 @@ def coordinates_of(state: Normal, x: Normal) -> Normal:
     """The coordinates in which ``x``, whose factor is square and upper triangular, has the distribution ``state``."""
     cols = x.mean.shape[1]
     right = jnp.concatenate([state.mean - x.mean, state.factor.T], axis=1)
-    w, _ = substitute(x.factor, right)
+    w = substitute(x.factor, right)
     return Normal(w[:, :cols], w[:, cols:].T)
 
 

@@ -53,5 +53,5 @@ def _before(influence: Influence, matrix: Float[Array, "p p"], later: _Later) ->
 def _square(influence: Influence, later: _Later) -> Float[Array, ""]:
     root = product(later.root, influence.gain.T)
     spread = triangularise(jnp.eye(root.shape[1], dtype=root.dtype), root)
-    residual, _ = substitute(spread, _pull(influence, later))
+    residual = substitute(spread, _pull(influence, later))
     return jnp.mean(residual**2)

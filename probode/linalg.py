@@ -16,6 +16,8 @@ _LAPACK_COLUMNS = 90
 _UNROLLED_COLUMNS = 14
 # Products of at most this many multiplications are written as a fused sum instead of a call into a matrix library.
 _SMALL_PRODUCT = 2**14
+# Products with at most so many rows, of at least this length, are written out row by row.
+_FEW_ROWS, _LONG_ROW = 12, 128
 
 
 def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -43,9 +45,12 @@ def safe_divide(x: Array, y: Array) -> Array:
 
 def product(a: Float[Array, "i j"], x: Float[Array, "j *rest"]) -> Float[Array, "i *rest"]:
     """``a @ x`` over the leading axis of ``x``."""
+    wide = jnp.reshape(a, a.shape + (1,) * (x.ndim - 1))
+    if 0 < x.shape[0] <= _FEW_ROWS and x.size >= _LONG_ROW * x.shape[0]:
+        # A few long rows: one pass over memory, which melts into what comes before and after it.
+        return sum(wide[:, j] * x[j] for j in range(x.shape[0]))
     if a.shape[0] * x.size <= _SMALL_PRODUCT:
-        a = jnp.reshape(a, a.shape + (1,) * (x.ndim - 1))
-        return jnp.sum(a * x, axis=1)
+        return jnp.sum(wide * x, axis=1)
     return jnp.tensordot(a, x, axes=1)
 
 
@@ -163,26 +168,23 @@ def _lapack(upper, dense):
     return jnp.concatenate([jnp.where(jnp.diag(empty), 0, r), jnp.where(empty[:, None], 0, rows)], axis=1), left
 
 
-def substitute(
-    upper: Float[Array, "m dim"], z: Float[Array, "m cols"]
-) -> tuple[Float[Array, "m cols"], Float[Array, "dim_minus_m cols"]]:
-    """Whiten ``z`` with the leading triangle of ``upper = [U | V]``: returns ``w = U^-T z`` and ``V^T w``.
+def substitute(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[Array, "m cols"]:
+    """``upper^-T z``: with ``upper^T upper`` the covariance of ``z``, its standard normal coordinates.
 
-    With ``U^T U`` the covariance of an innovation and ``U^T V`` its cross-covariance with a state, ``V^T w`` is gain
-    times innovation: the gain itself is never formed. Directions with a zero pivot contribute nothing.
+    Directions with a zero pivot contribute nothing.
     """
-    m, dim = upper.shape
+    m = upper.shape[0]
     if m > _LAPACK_COLUMNS:
         singular = jnp.diagonal(upper)[:, None] == 0
-        triangle = jnp.where(singular, jnp.eye(m, dtype=upper.dtype), upper[:, :m])
-        w = jnp.where(singular, 0, jax.scipy.linalg.solve_triangular(triangle, z, trans="T"))
-        return w, upper[:, m:].T @ w
+        triangle = jnp.where(singular, jnp.eye(m, dtype=upper.dtype), upper)
+        return jnp.where(singular, 0, jax.scipy.linalg.solve_triangular(triangle, z, trans="T"))
+    if m == 1:
+        return safe_divide(z, upper)
 
     def step(x, j_row):
         j, row = j_row
         w = safe_divide(x[j], row[j])
         return x - row[:, None] * w, w
 
-    x = jnp.concatenate([z, jnp.zeros((dim - m, z.shape[1]), z.dtype)])
-    x, w = lax.scan(step, x, (jnp.arange(m), upper), unroll=m <= _UNROLLED_COLUMNS)
-    return w, -x[m:]
+    _, w = lax.scan(step, z, (jnp.arange(m), upper), unroll=m <= _UNROLLED_COLUMNS)
+    return w

@@ -153,7 +153,7 @@ def _whitened(marginals, truth, layout):
 def _whiten(state, error):
     m = error.shape[0]
     root = triangularise(jnp.zeros((m, m), error.dtype), state.factor[:, :m])
-    whitened, _ = substitute(root, error)
+    whitened = substitute(root, error)
     return jnp.where((jnp.diagonal(root)[:, None] == 0) & (error != 0), jnp.inf, whitened)
 
 

@@ -281,46 +281,44 @@ def test_derivative_is_finite_at_rank_deficiency(shape):
     np.testing.assert_allclose(bar_dense, 2 * low_rank.sum(1, keepdims=True) * np.ones(dim), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("m", "rest", "cols"), [(1, 2, 3), (3, 0, 1), (8, 4, 2), (9, 3, 1), (92, 4, 2)])
-def test_substitution_solves_the_transposed_triangle(m, rest, cols):
+@pytest.mark.parametrize(("m", "cols"), [(1, 3), (3, 1), (8, 2), (15, 1), (92, 2)])
+def test_substitution_solves_the_transposed_triangle(m, cols):
     rng = np.random.default_rng(11)
     u, _ = random_stack(rng, (m, 0))
-    v, z = rng.standard_normal((m, rest)), rng.standard_normal((m, cols))
-    whitened, correction = substitute(*on_device(np.concatenate([u, v], axis=1), z))
-    expected = np.linalg.solve(u.T, z)
-    np.testing.assert_allclose(whitened, expected, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(correction, v.T @ expected, rtol=1e-12, atol=1e-12)
+    z = rng.standard_normal((m, cols))
+    np.testing.assert_allclose(substitute(*on_device(u, z)), np.linalg.solve(u.T, z), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("m", [3, 9, 92])
+@pytest.mark.parametrize("m", [3, 15, 92])
 def test_substitution_passes_over_zero_pivots(m):
     # A direction with zero variance: the remaining equations are solved as if it were not there.
     rng = np.random.default_rng(12)
     u, _ = random_stack(rng, (m, 0))
-    v, z = rng.standard_normal((m, 2)), rng.standard_normal((m, 1))
+    z = rng.standard_normal((m, 1))
     there = np.arange(m) != 1
-    u[1], u[:, 1], v[1] = 0, 0, 0
+    u[1], u[:, 1] = 0, 0
 
     @jax.jit
     def run(upper, z):
-        value, pullback = jax.vjp(lambda *x: jnp.concatenate(substitute(*x)), upper, z)
+        value, pullback = jax.vjp(substitute, upper, z)
         return value, pullback(jnp.ones_like(value))
 
-    value, cotangents = run(*on_device(np.concatenate([u, v], axis=1), z))
+    value, cotangents = run(*on_device(u, z))
     expected = np.linalg.solve(u[there][:, there].T, z[there])
-    np.testing.assert_allclose(value[:m][there], expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(value[there], expected, rtol=1e-12, atol=1e-12)
     assert value[1] == 0
-    np.testing.assert_allclose(value[m:], v[there].T @ expected, rtol=1e-12, atol=1e-12)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in cotangents)
 
-    nothing, cotangents = run(jnp.zeros((m, m + 2)), jnp.zeros((m, 1)))
+    nothing, cotangents = run(jnp.zeros((m, m)), jnp.zeros((m, 1)))
     assert bool(jnp.all(nothing == 0)) and all(bool(jnp.all(jnp.isfinite(x))) for x in cotangents)
 
 
-# The second size of each pair is past the bound up to which a product is a fused sum.
+# Sizes on both sides of the bounds between a fused sum, a sum over long rows, and a call into a matrix library.
 
 
-@pytest.mark.parametrize(("i", "j", "rest"), [(2, 3, ()), (3, 2, (4,)), (2, 2, (3, 4)), (30, 30, (30,))])
+@pytest.mark.parametrize(
+    ("i", "j", "rest"), [(2, 3, ()), (3, 2, (4,)), (2, 2, (3, 4)), (3, 4, (200,)), (2, 3, (20, 30)), (30, 30, (30,))]
+)
 def test_product_is_matmul_over_the_leading_axis(i, j, rest):
     rng = np.random.default_rng(13)
     a, x = rng.standard_normal((i, j)), rng.standard_normal((j, *rest))
