@@ -103,6 +103,7 @@ def solvers(nu):
         "EK1 mle": ek(probode.TS1, probode.Dense(), probode.MLECalibration()),
         "EK0 dynamic, per component": ek(probode.TS0, probode.BlockDiagonal(), probode.DynamicCalibration()),
         "EK0 twice dynamic, per component": ek(twice, probode.BlockDiagonal(), probode.DynamicCalibration()),
+        "EK0 twice leave one out": ek(twice, probode.BlockDiagonal(), probode.LeaveOneOutCalibration()),
     }
 
 
