@@ -145,8 +145,9 @@ class LeaveOneOutCalibration(AbstractCalibration):
 
     Solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``) use
     both, others the first alone. One factor per component under ``BlockDiagonal``. Meant for ``TS1``
-    with ``Dense``: no statistic of the residuals can see the errors that ``TS0``, or a Jacobian without its coupling of
-    components, accumulates. ``stop_gradient``: treat all scales as constants.
+    with ``Dense``, or ``TS0(ode, evaluations=2)`` with ``BlockDiagonal``: no statistic of the residuals can see the
+    errors that ``TS0`` evaluated once, or a Jacobian without its coupling of components, accumulates.
+    ``stop_gradient``: treat all scales as constants.
     """
 
     stop_gradient: bool = eqx.field(static=True, default=False)

@@ -46,7 +46,7 @@ def solve_ensemble(
     ``lanes_per_block``: how many lanes step together, as under ``jax.vmap``; by default one on CPUs, all of a device's
     on accelerators. ``cost``: ``(lanes,)``, any guess of how much work each lane is; lanes of similar cost then share
     blocks and devices get equal shares. ``mesh``: devices that share the lanes, along all of its axes; answers do not
-    depend on it (in blocks of several lanes, up to round-off). Differentiable like ``Solver.solve``. Raises
+    depend on it, but for round-off. Differentiable like ``Solver.solve``. Raises
     ``ValueError`` if nothing is mapped or sizes disagree.
 
     >>> solver = probode.Solver(probode.IWP(3), probode.TS0(probode.ODE(lambda t, u, args: -args * u)))
@@ -59,13 +59,16 @@ def solve_ensemble(
     operands = jax.tree.map(_automatic_sharding, (u0s, t0, t1, args))
     axes = _axes(in_axes, operands)
     lanes = _number_of_lanes(operands, axes)
-    mapped = jax.tree.map(
-        lambda axis, x: None if axis is None else jnp.moveaxis(x, axis, 0), axes, operands, is_leaf=_none
-    )
-    shared = jax.tree.map(lambda axis, x: x if axis is None else None, axes, operands, is_leaf=_none)
+    mapped = _per_leaf(lambda axis, x: None if axis is None else jnp.moveaxis(x, axis, 0), axes, operands)
+    shared = _per_leaf(lambda axis, x: x if axis is None else None, axes, operands)
     first = eqx.combine(jax.tree.map(lambda x: x[0], mapped), shared)
     request = check_request(solver, *first[:3], save_at, dt0)
-    _check_times(*eqx.combine(mapped, shared)[:3], request)
+    times = _check_times(*eqx.combine(mapped, shared)[:3], request)
+    for i, t in enumerate(times, start=1):
+        if axes[i] is None:
+            shared = (*shared[:i], t, *shared[i + 1 :])
+        else:
+            mapped = (*mapped[:i], t, *mapped[i + 1 :])
 
     devices = 1 if mesh is None else mesh.size
     mesh = None if mesh is None else _automatic_mesh(mesh)
@@ -92,6 +95,8 @@ def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
         return solve_adaptive(solver, Request(u0, t0, t1, request.ts, request.dt0, layout, request.keep), args)
 
     def solve_share(mapped, shared):
+        if block == 1:
+            return lax.map(lambda lane: solve(lane, shared), mapped)
         together = jax.vmap(solve, in_axes=(0, None))
         blocks = jax.tree.map(lambda x: jnp.reshape(x, (-1, block, *x.shape[1:])), mapped)
         solutions = lax.map(lambda lanes: together(lanes, shared), blocks)
@@ -168,17 +173,20 @@ def _number_of_lanes(operands, axes):
 
 
 def _check_times(u0s, t0s, t1s, request):
-    """What ``check_request`` has seen of the first lane, for all of them."""
+    """The times, if what ``check_request`` has seen of the first lane holds for all of them."""
     dtype, ts = request.layout.dtype, request.ts
+    xp = jnp if is_traced(t0s, t1s, ts) else np
     t0s, t1s = (as_float(t, "t0 and t1").astype(dtype) for t in (t0s, t1s))
-    require(t1s, (abs(t0s) < np.inf) & (abs(t1s) < np.inf), "t0 and t1 must be finite in every lane")
-    require(t1s, t0s != t1s, "A lane has t0 equal to t1: nothing to solve")
+    t1s = require(t1s, (abs(t0s) < np.inf) & (abs(t1s) < np.inf), "t0 and t1 must be finite in every lane")
+    t1s = require(t1s, t0s != t1s, "A lane has t0 equal to t1: nothing to solve")
     if isinstance(u0s, AdaptiveState):
-        require(t1s, u0s.current.t == t0s, "A solve goes on from the time of its state, which is not t0 in every lane")
-    if ts is None or (t0s.ndim == 0 and t1s.ndim == 0):
-        return
-    forward = t1s > t0s
-    require(ts, forward.all() | ~forward.any(), "Lanes that share save_at must run in the same direction of time")
-    backward = ~forward.all()
-    first, last = np.where(backward, t0s.min(), t0s.max()), np.where(backward, t1s.max(), t1s.min())
-    require(ts, ((ts - first) * (ts - last) <= 0), "save_at must lie in the interval of every lane")
+        same = u0s.current.t == t0s
+        t1s = require(t1s, same, "A solve goes on from the time of its state, which is not t0 in every lane")
+    if ts is not None:
+        forward = t1s > t0s
+        same = forward.all() | ~forward.any()
+        t1s = require(t1s, same, "Lanes that share save_at must run in the same direction of time")
+        first = xp.where(forward.all(), t0s.max(), t0s.min())
+        last = xp.where(forward.all(), t1s.min(), t1s.max())
+        t1s = require(t1s, (ts - first) * (ts - last) <= 0, "save_at must lie in the interval of every lane")
+    return jnp.asarray(t0s), jnp.asarray(t1s)
