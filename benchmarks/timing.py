@@ -61,9 +61,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def small_loops() -> bool:
     """Whether XLA was told to compile larger loops into native functions."""
-    from probode.small_loops import OPTION
+    from probode.small_loops import compiles_small_loops  # not before `parse` has set the variable
 
-    return OPTION in os.environ.get("XLA_FLAGS", "")
+    return compiles_small_loops()
 
 
 def versions() -> dict[str, str]:

@@ -34,8 +34,7 @@ def compile_small_loops(max_bytes: int = 1_000_000) -> None:
     >>> probode.compile_small_loops()
     """
     max_bytes = as_integer(max_bytes, "compile_small_loops(max_bytes)", 1)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if OPTION in flags:
+    if compiles_small_loops():
         return
     if _too_late():
         raise RuntimeError(
@@ -43,7 +42,12 @@ def compile_small_loops(max_bytes: int = 1_000_000) -> None:
             "Import probode or call it before the first JAX array is made, or start Python with "
             f"XLA_FLAGS={_EXTRA}{OPTION}={max_bytes}."
         )
-    os.environ["XLA_FLAGS"] = f"{flags} {_EXTRA}{OPTION}={max_bytes}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EXTRA}{OPTION}={max_bytes}".strip()
+
+
+def compiles_small_loops() -> bool:
+    """Whether the option is set, with whatever threshold."""
+    return OPTION in os.environ.get("XLA_FLAGS", "")
 
 
 def by_default() -> None:
