@@ -14,6 +14,8 @@ from .small_loops import compiles_small_loops
 
 # Above this many columns LAPACK's blocked QR wins over the column-by-column elimination (measured, see benchmarks).
 _LAPACK_COLUMNS = 90
+# Beyond that a loop over the columns, in panels of at most so many.
+_PANEL = 24
 # From this length on rows are combined as vectors.
 _LONG = 8
 # Up to this many columns the elimination is written out: faster, and the code stays small.
@@ -103,17 +105,27 @@ def eliminate(
 
 
 def _eliminate(upper, dense):
-    n, width = upper.shape
+    n = upper.shape[0]
     if n > _LAPACK_COLUMNS:
         return _lapack(upper, dense)
     if n <= _UNROLLED_COLUMNS:
         return _written_out(upper, dense)
+    # Columns that are done need no more work: panels of columns, each narrower than the one before.
+    panels = []
+    for start in range(0, n, _PANEL):
+        panel, dense = _eliminate_panel(upper[start : start + _PANEL, start:], dense)
+        panels.append(jnp.pad(panel, ((0, 0), (start, 0))))
+    return jnp.triu(jnp.concatenate(panels)), dense
+
+
+def _eliminate_panel(upper, dense):
+    n, width = upper.shape
     if n % 2:
         step, xs = _eliminate_one, (jnp.arange(n), upper)
     else:
         step, xs = _eliminate_two, (jnp.arange(0, n, 2), jnp.reshape(upper, (n // 2, 2, width)))
     left, rows = lax.scan(step, dense, xs)
-    return jnp.triu(jnp.reshape(rows, (n, width))), left[:, n:]
+    return jnp.reshape(rows, (n, width)), left[:, n:]
 
 
 def _written_out(upper, dense):
