@@ -265,6 +265,8 @@ def _probode_configurations():
         ("EK1", 5, "residual", "integral", 0.95, True),
         ("EK1", 5, "residual", "pi", 0.9, True),
         ("EK1", 5, "residual", "brisk pi", 0.9, False),
+        ("EK1", 5, "residual", "pi", 0.7, False),
+        ("EK1", 4, "residual", "pi", 0.9, False),
         ("EK1", 5, "state", "integral", 0.95, False),
         ("EK1", 5, "state", "brisk pi", 0.9, False),
         ("EK1", 5, "state", "pi", 0.9, False),

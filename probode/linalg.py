@@ -9,15 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .small_loops import compiles_small_loops
-
 
 # Above this many columns LAPACK's blocked QR wins over the column-by-column elimination (measured, see benchmarks).
 _LAPACK_COLUMNS = 90
 # Beyond that a loop over the columns, in panels of at most so many.
 _PANEL = 24
-# From this length on rows are combined as vectors.
-_LONG = 8
 # Up to this many columns the elimination is written out: faster, and the code stays small.
 _UNROLLED_COLUMNS = 14
 # Products of at most this many multiplications are written as a fused sum instead of a call into a matrix library.
@@ -132,19 +128,13 @@ def _written_out(upper, dense):
     rows, n = [], upper.shape[0]
     for j, t in enumerate(upper):
         b = dense[:, j]
-        u = _combine_rows(b, dense)
+        # A sum, not a product of matrices, which would not melt into its neighbours. (The terms one by one would be
+        # faster in native loops, and slower everywhere else, derivatives included.)
+        u = jnp.sum(b[:, None] * dense, axis=0)
         row, g = _reflect(t, t[j], u, u[j])
         rows.append(row)
         dense = dense - b[:, None] * g
     return jnp.triu(jnp.stack(rows)), dense[:, n:]
-
-
-def _combine_rows(b, dense):
-    # Sums, not a product of matrices, which would not melt into its neighbours. In native loops the terms one by one,
-    # which add rows as vectors, beat a reduction, which adds numbers; elsewhere they are only more operations.
-    if compiles_small_loops() and 0 < dense.shape[0] and dense.shape[1] >= _LONG:
-        return sum(b[i] * dense[i] for i in range(dense.shape[0]))
-    return jnp.sum(b[:, None] * dense, axis=0)
 
 
 def _reflect(t, s, u, bb):
