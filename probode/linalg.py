@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .small_loops import compiles_small_loops
+
 
 # Above this many columns LAPACK's blocked QR wins over the column-by-column elimination (measured, see benchmarks).
 _LAPACK_COLUMNS = 90
+# From this length on rows are combined as vectors.
+_LONG = 8
 # Beyond that a loop over the columns, in panels of at most so many.
 _PANEL = 24
 # Up to this many columns the elimination is written out: faster, and the code stays small.
@@ -128,13 +132,28 @@ def _written_out(upper, dense):
     rows, n = [], upper.shape[0]
     for j, t in enumerate(upper):
         b = dense[:, j]
-        # A sum, not a product of matrices, which would not melt into its neighbours. (The terms one by one would be
-        # faster in native loops, and slower everywhere else, derivatives included.)
-        u = jnp.sum(b[:, None] * dense, axis=0)
+        u = _combine_rows(b, dense)
         row, g = _reflect(t, t[j], u, u[j])
         rows.append(row)
         dense = dense - b[:, None] * g
     return jnp.triu(jnp.stack(rows)), dense[:, n:]
+
+
+@jax.custom_jvp
+def _combine_rows(b, dense):
+    # Sums, not a product of matrices, which would not melt into its neighbours. In native loops the terms one by one,
+    # which add rows as vectors, beat a reduction, which adds numbers; elsewhere they are only more operations.
+    if compiles_small_loops() and 0 < dense.shape[0] and dense.shape[1] >= _LONG:
+        return sum(b[i] * dense[i] for i in range(dense.shape[0]))
+    return jnp.sum(b[:, None] * dense, axis=0)
+
+
+@_combine_rows.defjvp
+def _(primals, tangents):
+    # The transpose of a reduction is one operation, that of the terms one by one is many.
+    (b, dense), (t_b, t_dense) = primals, tangents
+    tangent = jnp.sum(t_b[:, None] * dense + b[:, None] * t_dense, axis=0)
+    return _combine_rows(b, dense), tangent
 
 
 def _reflect(t, s, u, bb):
