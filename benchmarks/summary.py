@@ -29,8 +29,10 @@ def read(name: str, results: pathlib.Path = RESULTS) -> list[dict]:
 
 
 def fastest(rows: list[dict], belongs: Callable[[dict], bool], target: float, column: str = "run_seconds_min") -> float:
-    """Seconds of the fastest row with an error of at most `target`."""
-    return min((float(row[column]) for row in rows if belongs(row) and float(row["error"]) <= target), default=MISSING)
+    """Seconds of the fastest row with an error of at most `target`; infinity if none gets there."""
+    own = [row for row in rows if belongs(row)]
+    good = [float(row[column]) for row in own if float(row["error"]) <= target]
+    return min(good, default=math.inf if own else MISSING)
 
 
 def at_error(problem: str, target: float, against: Callable[[dict], bool], results: pathlib.Path) -> float:

@@ -11,7 +11,7 @@ def test_every_target_has_been_measured():
     table = summary.targets()
     assert len(table) >= 20
     for work, peer, _, ratio, _ in table:
-        assert math.isfinite(ratio) and ratio > 0, (work, peer)
+        assert ratio > 0, (work, peer)  # infinite where a peer never gets to the error
 
 
 def test_the_fastest_row_that_is_good_enough():
@@ -20,6 +20,7 @@ def test_the_fastest_row_that_is_good_enough():
     ]
     assert summary.fastest(rows, lambda row: True, 1e-7) == 2
     assert math.isnan(summary.fastest(rows, lambda row: False, 1))
+    assert summary.fastest(rows, lambda row: True, 1e-9) == math.inf
 
 
 def test_growth_is_the_exponent():
