@@ -38,14 +38,19 @@ def _ours():
     import probode
 
     problem = PROBLEMS["lotka_volterra"]
-    kinds = {"EK0": (probode.TS0, probode.Isotropic()), "EK1": (probode.TS1, probode.Dense())}
+    ode = probode.ODE(problem.vector_field)
+    kinds = {
+        "EK0": (probode.TS0(ode), probode.Isotropic()),
+        "EK0 twice": (probode.TS0(ode, evaluations=2), probode.Isotropic()),
+        "EK1": (probode.TS1(ode), probode.Dense()),
+    }
     strategies = (probode.Filter(), probode.FixedPointSmoother(), probode.FixedIntervalSmoother())
-    for method, nu in (("EK0", 3), ("EK0", 5), ("EK1", 4)):
+    for method, nu in (("EK0", 3), ("EK0", 5), ("EK0 twice", 4), ("EK0 twice", 5), ("EK1", 4)):
         constraint, factorisation = kinds[method]
         for strategy in strategies:
             solver = probode.Solver(
                 probode.IWP(nu),
-                constraint(probode.ODE(problem.vector_field)),
+                constraint,
                 factorisation=factorisation,
                 strategy=strategy,
                 controller=probode.IntegralController(TOLERANCE, TOLERANCE),
