@@ -13,6 +13,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 
+from . import peers
 from .problems import PROBLEMS
 from .timing import Table, compare, parse
 
@@ -70,11 +71,7 @@ def _probode(problem, t1, rtol, method, nu, error, max_steps, loop=None):
     import probode
 
     ode = probode.ODE(problem.vector_field)
-    constraint, factorisation = {
-        "EK0": (probode.TS0(ode), probode.Isotropic()),
-        "EK0 twice": (probode.TS0(ode, evaluations=2), probode.Isotropic()),
-        "EK1": (probode.TS1(ode), probode.Dense()),
-    }[method]
+    constraint, factorisation = peers.probode_method(method, ode)
     solver = probode.Solver(
         probode.IWP(nu),
         constraint,
@@ -98,12 +95,7 @@ def _probdiffeq(problem, t1, rtol, method, nu):
         exact = parts.jacobian_materialize()
         ode = parts.ode(lambda u, *, t: problem.vector_field(t, u, args), jacobian=exact)
         coefficients, _ = parts.jetexpand_ode_padded_scan(num=nu)(ode, (u0,), t=0.0)
-        if method == "TS0":
-            model = parts.state_space_model_isotropic()
-            constraint = model.constraint_ode_ts0(ode)
-        else:
-            model = parts.state_space_model_dense()
-            constraint = model.constraint_ode_ts1(ode)
+        model, constraint = peers.probdiffeq_method(method, ode)
         run = ivpsolve.solve_adaptive_terminal_values(
             solver=parts.solver_dynamic(strategy=parts.strategy_filter(), constraint=constraint),
             error=parts.error_residual_std(constraint=constraint),

@@ -51,17 +51,24 @@ def probode(
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
 
+def probode_method(name: str, ode: Any) -> tuple[Any, Any]:
+    """The constraint and the factorisation of "EK0", "EK0 twice" or "EK1"."""
+    import probode
+
+    return {
+        "EK0": (probode.TS0(ode), probode.Isotropic()),
+        "EK0 twice": (probode.TS0(ode, evaluations=2), probode.Isotropic()),
+        "EK1": (probode.TS1(ode), probode.Dense()),
+    }[name]
+
+
 @functools.cache
 def probode_function(problem, method, num_derivatives, error, control, safety, loop):
     import probode
 
     second = method.startswith("2nd ")
     ode = probode.ODE(problem.acceleration, order=2) if second else probode.ODE(problem.vector_field)
-    constraint, factorisation = {
-        "EK0": (probode.TS0(ode), probode.Isotropic()),
-        "EK0 twice": (probode.TS0(ode, evaluations=2), probode.Isotropic()),
-        "EK1": (probode.TS1(ode), probode.Dense()),
-    }[method.removeprefix("2nd ")]
+    constraint, factorisation = probode_method(method.removeprefix("2nd "), ode)
     errors = {"residual": probode.ResidualError, "state": probode.StateError}
     controllers = {
         "integral": probode.IntegralController,
@@ -105,6 +112,17 @@ def probdiffeq(
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
 
+def probdiffeq_method(name: str, ode: Any) -> tuple[Any, Any]:
+    """The model and the constraint of "TS0" (isotropic) or "TS1" (dense)."""
+    from probdiffeq import probdiffeq as parts
+
+    if name == "TS0":
+        model = parts.state_space_model_isotropic()
+        return model, model.constraint_ode_ts0(ode)
+    model = parts.state_space_model_dense()
+    return model, model.constraint_ode_ts1(ode)
+
+
 @functools.cache
 def probdiffeq_function(problem, method, num_derivatives, calibration, error, control):
     from probdiffeq import ivpsolve
@@ -127,12 +145,7 @@ def probdiffeq_function(problem, method, num_derivatives, calibration, error, co
         coefficients, _ = parts.jetexpand_ode_padded_scan(num=num_derivatives + 1 - len(start))(
             ode, start, t=problem.t0
         )
-        if method.endswith("TS0"):
-            model = parts.state_space_model_isotropic()
-            constraint = model.constraint_ode_ts0(ode)
-        else:
-            model = parts.state_space_model_dense()
-            constraint = model.constraint_ode_ts1(ode)
+        model, constraint = probdiffeq_method(method.removeprefix("2nd "), ode)
         run = ivpsolve.solve_adaptive_terminal_values(
             solver=calibrations[calibration](strategy=parts.strategy_filter(), constraint=constraint),
             error=errors[error](constraint=constraint),

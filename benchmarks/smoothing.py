@@ -11,6 +11,7 @@ import argparse
 import jax
 import numpy as np
 
+from . import peers
 from .problems import PROBLEMS
 from .timing import Table, compare, parse
 
@@ -39,14 +40,9 @@ def _ours():
 
     problem = PROBLEMS["lotka_volterra"]
     ode = probode.ODE(problem.vector_field)
-    kinds = {
-        "EK0": (probode.TS0(ode), probode.Isotropic()),
-        "EK0 twice": (probode.TS0(ode, evaluations=2), probode.Isotropic()),
-        "EK1": (probode.TS1(ode), probode.Dense()),
-    }
     strategies = (probode.Filter(), probode.FixedPointSmoother(), probode.FixedIntervalSmoother())
     for method, nu in (("EK0", 3), ("EK0", 5), ("EK0 twice", 4), ("EK0 twice", 5), ("EK1", 4)):
-        constraint, factorisation = kinds[method]
+        constraint, factorisation = peers.probode_method(method, ode)
         for strategy in strategies:
             solver = probode.Solver(
                 probode.IWP(nu),
@@ -82,12 +78,7 @@ def _theirs():
 
             ode = parts.ode(field, jacobian=parts.jacobian_materialize())
             coefficients, _ = parts.jetexpand_ode_padded_scan(num=nu)(ode, (problem.u0,), t=0.0)
-            if method == "TS0":
-                model = parts.state_space_model_isotropic()
-                constraint = model.constraint_ode_ts0(ode)
-            else:
-                model = parts.state_space_model_dense()
-                constraint = model.constraint_ode_ts1(ode)
+            model, constraint = peers.probdiffeq_method(method, ode)
             estimate = {"residual": parts.error_residual_std, "state": parts.error_state_std}[error]
             run = ivpsolve.solve_adaptive_save_at(
                 solver=parts.solver_dynamic(strategy=parts.strategy_smoother_fixedpoint(), constraint=constraint),

@@ -9,7 +9,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,20 +30,31 @@ def compare(
     """Time jittable functions at their arguments; each runs at most `repeats` times, or three if that takes long."""
     compiled, compiling, values = {}, {}, {}
     for name, (fn, args) in programs.items():
-        start = time.perf_counter()
-        compiled[name] = jax.jit(fn).lower(*args).compile()
-        compiling[name] = time.perf_counter() - start
+        compiling[name], compiled[name] = timed(lambda fn=fn, args=args: jax.jit(fn).lower(*args).compile())
         values[name] = jax.block_until_ready(compiled[name](*args))
-    taken = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, (_, args) in programs.items():
-            if len(taken[name]) < 3 or sum(taken[name]) < seconds:
-                start = time.perf_counter()
-                jax.block_until_ready(compiled[name](*args))
-                taken[name].append(time.perf_counter() - start)
+    runs = [lambda name=name, args=args: compiled[name](*args) for name, (_, args) in programs.items()]
+    taken = in_turns(runs, repeats=repeats, seconds=seconds)
     return {
-        name: Timing(compiling[name], min(runs), statistics.median(runs), values[name]) for name, runs in taken.items()
+        name: Timing(compiling[name], min(times), statistics.median(times), values[name])
+        for name, times in zip(programs, taken, strict=True)
     }
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until the result is there, and the result."""
+    start = time.perf_counter()
+    value = jax.block_until_ready(run())
+    return time.perf_counter() - start, value
+
+
+def in_turns(runs: Sequence[Callable[[], Any]], *, repeats: int, seconds: float) -> list[list[float]]:
+    """The times of each, run one after the other, `repeats` times or three where that takes more than `seconds`."""
+    taken = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, times in zip(runs, taken, strict=True):
+            if len(times) < 3 or sum(times) < seconds:
+                times.append(timed(run)[0])
+    return taken
 
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -81,7 +92,7 @@ class Table:
     """Rows that are printed as they come, and written at the end with what they depend on."""
 
     def __init__(self, name: str, output: pathlib.Path):
-        self.file, self.rows = output / f"{name}{'' if small_loops() else '_plain'}.csv", []
+        self.file, self.rows = result_file(name, output), []
         device = jax.devices()[0].device_kind
         self.shared = {**versions(), "small_loops": small_loops(), "device": device}
         print(f"{name}: small loops {'on' if small_loops() else 'off'}, {device}")
@@ -97,9 +108,19 @@ class Table:
 
     def write(self) -> None:
         """The CSV file."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        print(f"written: {self.file}\n", flush=True)
+        write_rows(self.file, self.rows)
+
+
+def write_rows(file: pathlib.Path, rows: Sequence[dict]) -> None:
+    """A CSV file with the columns of the first row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written: {file}\n", flush=True)
+
+
+def result_file(name: str, output: pathlib.Path) -> pathlib.Path:
+    """Where the rows of a benchmark go: without the option to a file of their own."""
+    return output / f"{name}{'' if small_loops() else '_plain'}.csv"

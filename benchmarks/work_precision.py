@@ -7,16 +7,14 @@ The result is a CSV file per problem, a table, and the fastest configuration of 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import time
 from collections.abc import Sequence
 
 import jax
 
 from . import peers
 from .problems import PROBLEMS, Problem
-from .timing import parse, small_loops, versions
+from .timing import in_turns, parse, result_file, small_loops, timed, versions, write_rows
 
 
 TOLERANCES = tuple(10.0 ** (-k / 2) for k in range(6, 21))
@@ -46,17 +44,12 @@ def main() -> None:
     chosen = [c for c in peers.configurations(options.quick) if c.family in present]
     tolerances = QUICK_TOLERANCES if options.quick else TOLERANCES
     budget = {"repeats": 5, "seconds": 0.3} if options.quick else {}
-    options.output.mkdir(parents=True, exist_ok=True)
     for name in options.problem or ["lotka_volterra"]:
         rows = measure(PROBLEMS[name], chosen, tolerances, **budget)
-        file = options.output / f"work_precision_{name}{'' if small_loops() else '_plain'}.csv"
-        with file.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
         print(table(rows))
         print(ratios(rows, options.target))
-        print(f"written: {file}\n", flush=True)
+        ordered = [{column: row[column] for column in COLUMNS} for row in rows]
+        write_rows(result_file(f"work_precision_{name}", options.output), ordered)
 
 
 def measure(
@@ -70,7 +63,8 @@ def measure(
 ) -> list[dict]:
     """One row of `COLUMNS` for every suitable configuration and relative tolerance, loose ones first.
 
-    `atol` is a thousandth of `rtol`; `repeats`, `seconds` and `patience` are explained at `run`.
+    `atol` is a thousandth of `rtol`. A row takes at most `repeats` runs, or three where they last more than `seconds`;
+    a configuration stops at the first tolerance that takes longer than `patience` seconds.
     """
     shared = {**versions(), "small_loops": small_loops(), "device": jax.devices()[0].device_kind}
     rows, solves = [], []
@@ -81,10 +75,10 @@ def measure(
         for rtol in tolerances:
             atol = 1e-3 * rtol
             solve = configuration.build(problem, rtol, atol)
-            elapsed, outcome = _timed(solve)
+            elapsed, outcome = timed(solve)
             if first is None:
                 # one program serves all tolerances: what the first call took beyond a run was compilation
-                again, outcome = _timed(solve)
+                again, outcome = timed(solve)
                 first, elapsed = max(elapsed - again, 0.0), again
             row = {"problem": problem.name, "family": configuration.family, "configuration": configuration.label}
             row |= {"rtol": rtol, "atol": atol, "error": problem.error(outcome.u), "compile_seconds": first}
@@ -93,11 +87,7 @@ def measure(
             solves.append(solve)
             if elapsed > patience:
                 break
-    times = [[] for _ in solves]
-    for _ in range(repeats):
-        for solve, taken in zip(solves, times, strict=True):
-            if len(taken) < 3 or sum(taken) < seconds:
-                taken.append(_timed(solve)[0])
+    times = in_turns(solves, repeats=repeats, seconds=seconds)
     for row, taken in zip(rows, times, strict=True):
         row |= {"run_seconds_min": min(taken), "run_seconds_median": statistics.median(taken), "repeats": len(taken)}
     return rows
@@ -133,12 +123,6 @@ def ratios(rows: Sequence[dict], target: float) -> str:
             line += f"  {row['run_seconds_min'] / best['probode']['run_seconds_min']:8.2f} x probode"
         lines.append(line)
     return "\n".join(lines)
-
-
-def _timed(solve):
-    start = time.perf_counter()
-    outcome = solve()
-    return time.perf_counter() - start, outcome
 
 
 def _count(steps):

@@ -262,8 +262,8 @@ def _stepping(parts, control, solve, t1, args):
             # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
             inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, direction * floor))
             values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
-            mean = jnp.where(good, attempted.mean, now.distribution.mean)
-            values = eqx.tree_at(lambda a: a.mean, values, lax.stop_gradient(mean))
+            mean = jnp.where(good, attempted.mean, _detach(now.distribution.mean))
+            values = eqx.tree_at(lambda a: a.mean, values, mean)
             at = _with_derivative(values, attempting, inputs)
             state, update = accept(parts, now, inputs[1], at, past, args)
             return state, update.past, None if influence is None else update.influence

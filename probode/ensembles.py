@@ -46,8 +46,8 @@ def solve_ensemble(
     ``lanes_per_block``: how many lanes step together, as under ``jax.vmap``; by default one on CPUs, all of a device's
     on accelerators. ``cost``: ``(lanes,)``, any guess of how much work each lane is; lanes of similar cost then share
     blocks and devices get equal shares. ``mesh``: devices that share the lanes, along all of its axes; answers do not
-    depend on it, but for round-off. Differentiable like ``Solver.solve``. Raises
-    ``ValueError`` if nothing is mapped or sizes disagree.
+    depend on it, but for round-off. Differentiable like ``Solver.solve``. Raises ``ValueError`` if nothing is mapped or
+    sizes disagree.
 
     >>> solver = probode.Solver(probode.IWP(3), probode.TS0(probode.ODE(lambda t, u, args: -args * u)))
     >>> rates = jnp.array([0.5, 1.0, 2.0])
@@ -86,11 +86,9 @@ def solve_ensemble(
 @eqx.filter_jit
 def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
     devices = 1 if mesh is None else mesh.size
-    dtype = request.layout.dtype
 
     def solve(lane, shared):
         u0, t0, t1, args = eqx.combine(lane, shared)
-        t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
         u0, layout = bind(solver, u0)
         return solve_adaptive(solver, Request(u0, t0, t1, request.ts, request.dt0, layout, request.keep), args)
 

@@ -14,12 +14,12 @@ from .small_loops import compiles_small_loops
 
 # Above this many columns LAPACK's blocked QR wins over the column-by-column elimination (measured, see benchmarks).
 _LAPACK_COLUMNS = 90
-# From this length on rows are combined as vectors.
-_LONG = 8
-# Beyond that a loop over the columns, in panels of at most so many.
-_PANEL = 24
 # Up to this many columns the elimination is written out: faster, and the code stays small.
 _UNROLLED_COLUMNS = 14
+# Beyond that a loop over the columns, in panels of at most so many.
+_PANEL = 24
+# From this length on rows are combined as vectors.
+_LONG = 8
 # Products of at most this many multiplications are written as a fused sum instead of a call into a matrix library.
 _SMALL_PRODUCT = 2**14
 # Products with at most so many rows, of at least this length, are written out row by row.
