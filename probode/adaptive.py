@@ -1,4 +1,4 @@
-"""The adaptive loop: one flat loop whose iterations attempt a step or serve a save time.
+"""The adaptive loop: every iteration attempts a step; what it has to keep of it depends on the times asked for.
 
 The controller decides on values without derivatives; an accepted attempt gets its derivative back. So gradients are
 those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
-from .gaussians import Conditional, Influence, Normal, coordinates_of, in_terms_of, pad, pad_rows, predict, push
+from .gaussians import Conditional, Influence, Normal
 from .linalg import safe_divide
 from .loops import AbstractLoop
 from .solution import Result
 from .steps import State, Step, accept, attempt, round_off
 from .strategies import AbstractStrategy
-from .trajectory import Row, column
+from .trajectory import Row
 
 
 class Control(eqx.Module):
@@ -57,9 +57,9 @@ class AdaptiveState(eqx.Module):
         return self.current.t
 
 
-def row_of(state: State, past: Conditional | None, rows: int = 0, influence: Influence | None = None) -> Row:
-    """What is kept of a state, its factor with at least so many rows."""
-    return Row(state.t, pad(state.distribution, rows), state.output_scale, past, influence)
+def row_of(state: State, past: Conditional | None, influence: Influence | None = None) -> Row:
+    """What is kept of a state."""
+    return Row(state.t, state.distribution, state.output_scale, past, influence)
 
 
 def is_finite(distribution: Normal) -> Bool[Array, ""]:
@@ -107,37 +107,32 @@ def solve_keeping_steps(
 
     There are ``max_steps + 1`` rows; those not reached repeat the last one. With ``influence`` the rows have theirs.
     """
-    max_steps = control.loop.max_steps
     running, try_step = _stepping(parts, control, solve, t1, args)
     none = no_influence(solve.current.distribution, solve.current.layout) if influence else None
-    first = row_of(solve.current, strategy.remember(solve.current.distribution), influence=none)
-    # One flat buffer: the price of an iteration is that of its instructions.
-    flat, unravel = ravel_pytree(first)
+    first, unpack = ravel_pytree(row_of(solve.current, strategy.remember(solve.current.distribution), none))
 
     def body(carry):
         solve, rows = carry
-        new, past, effect, moved = try_step(solve, strategy.remember(solve.current.distribution), none)
-        row = ravel_pytree(row_of(new.current, past, influence=effect))[0]
+        left = strategy.remember(solve.current.distribution)
+        new, past, effect, moved = try_step(solve, left, none)
+        row, _ = ravel_pytree(row_of(new.current, past, effect))
         return new, rows.at[solve.num_accepted_steps].set(row, pred=moved)
 
-    carry = solve, jnp.zeros((max_steps, flat.size), flat.dtype)
-    carry = control.loop.run(lambda carry: running(carry[0]), body, carry, buffers=lambda carry: carry[1], extra=0)
-    solve, rows = _ended(carry[0], t1), carry[1]
-    reached = jnp.arange(max_steps + 1) <= solve.num_accepted_steps
-    last = ravel_pytree(row_of(solve.current, first.past, influence=none))[0]
-    rows = jnp.where(column(reached, rows), jnp.concatenate([flat[None], rows]), last)
-    return solve, jax.vmap(unravel)(rows), reached
+    carry = solve, jnp.zeros((control.loop.max_steps, first.size), first.dtype)
+    solve, rows = control.loop.run(lambda carry: running(carry[0]), body, carry, buffers=lambda carry: carry[1])
+    rows, reached = _repeat_last(jnp.concatenate([first[None], rows]), solve.num_accepted_steps)
+    return _ended(solve, t1), jax.vmap(unpack)(rows), reached
 
 
-class _Serving(eqx.Module):
+class _Passing(eqx.Module):
     solve: AdaptiveState
-    past: Conditional | None  # of the last row, in the coordinates of the current state
-    left: Row | None  # the row where the current step starts, or the last one inside it
-    served: Int[Array, ""]
-    rows: Any  # (times, flat), which the loop wraps in a buffer
+    past: Conditional | None  # of the last state kept, in the coordinates of the current one
+    passed: Int[Array, ""]  # how many of the times lie behind
+    kept: Int[Array, ""]  # in how many steps
+    rows: Any  # (times, 2, flat), which the loop wraps in a buffer
 
 
-def solve_serving(
+def solve_keeping_times(
     parts: Step,
     control: Control,
     strategy: AbstractStrategy,
@@ -146,90 +141,61 @@ def solve_serving(
     args: PyTree,
     ts: Float[Array, " times"],
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
-    """Solve to ``t1``; the rows at the start, at the times ``ts`` and at the end, and which of them are real.
+    """Solve to ``t1``; the rows at the start, at both ends of the steps that hold one of ``ts``, and at the end.
 
-    One flat loop: an iteration attempts a step, or serves the next of the ``ts`` if it has been passed. Rows have
-    square factors; inside a step they are predicted from what is on their left.
+    The prior tells what happens inside a step; what lies between the steps kept is marginalised as it is passed. There
+    are ``2 times + 2`` rows; those not reached, as the flags say, repeat the last one.
     """
-    direction, layout = _direction(solve, t1), solve.current.layout
-    dim = solve.current.distribution.mean.shape[-2]
+    direction = _direction(solve, t1)
     running, try_step = _stepping(parts, control, solve, t1, args)
+    start = strategy.remember(solve.current.distribution)
+    first, unpack = ravel_pytree(row_of(solve.current, start))
+    ahead = jnp.append(lax.stop_gradient(ts) * direction, jnp.inf)
 
-    def remember(state):
-        rows, past = state.distribution.factor.shape[-2], strategy.remember(pad(state.distribution, dim))
-        return None if past is None else eqx.tree_at(lambda p: p.cross, past, past.cross[..., :rows, :])
-
-    def pack(row):
-        return ravel_pytree(row)[0]
-
-    def next_ts(carry):
-        return ts[jnp.minimum(carry.served, ts.size - 1)]
-
-    def pending(carry):
-        return (carry.served < ts.size) & (next_ts(carry) * direction <= carry.solve.t * direction)
-
-    def step(solve, past, left, t):
-        # After a rejected attempt nothing can be pending, whatever is on the left.
-        left = row_of(solve.current, _square(past, dim), dim)
-        new, past, _, _ = try_step(solve, past)
-        return new, past, left, jnp.zeros_like(first)
-
-    def serve(solve, past, left, t):
-        current = solve.current
-        at_left, at_right = t == left.t, t == current.t
-
-        def predicted(x, dt, past):
-            transition = parts.prior.transition(jnp.where(dt == 0, direction, dt), layout)
-            scale = current.output_scale * transition.magnitude
-            return predict(push(x, transition.matrix), transition.noise, scale, past)
-
-        def ends(row):
-            # A step of no length, which still has a derivative.
-            return push(row.distribution, parts.prior.transition(t - row.t, layout).matrix), row.past
-
-        row = predicted(left.distribution, t - left.t, left.past)
-        row = _choose(at_left, ends(left), row)
-        row = _choose(at_right, ends(row_of(current, _square(past, dim), dim)), row)
-        row = Row(t, row[0], current.output_scale, row[1], None)
-        # From now on this row is what is remembered, inside the step and after it.
-        remembered = strategy.remember(row.distribution)
-        if remembered is not None:
-            end, past = predicted(row.distribution, current.t - t, remembered)
-            past = in_terms_of(past, coordinates_of(current.distribution, end))
-            past = _choose(at_right, remember(current), past)
-        left = Row(t, row.distribution, row.output_scale, remembered, None)
-        return solve, past, left, pack(row)
+    def passed(t):
+        t = lax.stop_gradient(t) * direction
+        return jnp.searchsorted(ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
 
     def body(carry):
+        solve = carry.solve
         if ts.size == 0:
-            new, past, _, _ = try_step(carry.solve, carry.past)
-            return _Serving(new, past, carry.left, carry.served, carry.rows)
-        serving = pending(carry)
-        *new, row = lax.cond(serving, serve, step, carry.solve, carry.past, carry.left, next_ts(carry))
-        # A step writes zeros where the next row will be.
-        rows = carry.rows.at[carry.served].set(row)
-        return _Serving(*new, carry.served + serving.astype(jnp.int32), rows)
+            new, past, _, _ = try_step(solve, carry.past)
+            return _Passing(new, past, carry.passed, carry.kept, carry.rows)
 
-    start = remember(solve.current)
-    first_row = row_of(solve.current, _square(start, dim), dim)
-    first, unpack = ravel_pytree(first_row)
-    rows = jnp.zeros((ts.size, first.size), first.dtype)
-    carry = control.loop.run(
-        lambda carry: running(carry.solve) if ts.size == 0 else pending(carry) | running(carry.solve),
-        body,
-        _Serving(solve, start, first_row if ts.size else None, jnp.zeros((), jnp.int32), rows),
-        buffers=lambda carry: carry.rows,
-        extra=ts.size,
-    )
+        def leaving(past, t):
+            holds = ahead[carry.passed] <= lax.stop_gradient(t) * direction
+            return _choose(holds, strategy.remember(solve.current.distribution), past)
+
+        new, past, _, _ = try_step(solve, carry.past, leaving=leaving)
+        behind = passed(new.t)
+        keep = behind > carry.passed
+        # One flat row: the price of an iteration is that of its instructions.
+        row, _ = ravel_pytree((row_of(solve.current, carry.past), row_of(new.current, past)))
+        rows = carry.rows.at[carry.kept].set(row.reshape(2, -1), pred=keep)
+        past = _choose(keep, strategy.remember(new.current.distribution), past)
+        return _Passing(new, past, behind, carry.kept + keep.astype(jnp.int32), rows)
+
+    zero, rows = jnp.zeros((), jnp.int32), jnp.zeros((ts.size, 2, first.size), first.dtype)
+    init = _Passing(solve, start, passed(solve.t), zero, rows)
+    carry = control.loop.run(lambda carry: running(carry.solve), body, init, buffers=lambda carry: carry.rows)
     solve = _ended(carry.solve, t1)
-    last = pack(row_of(solve.current, _square(carry.past, dim), dim))
-    rows = jax.vmap(unpack)(jnp.concatenate([first[None], carry.rows, last[None]]))
-    reached = jnp.arange(ts.size + 2) <= carry.served
-    return solve, rows, reached.at[-1].set(True)
+    last, _ = ravel_pytree(row_of(solve.current, carry.past))
+    rows = jnp.concatenate([first[None], carry.rows.reshape(-1, first.size), last[None]])
+    rows, reached = _repeat_last(rows.at[2 * carry.kept + 1].set(last), 2 * carry.kept + 1)
+    return solve, jax.vmap(unpack)(rows), reached
+
+
+def _repeat_last(rows, last):
+    """The rows, those behind the last real one replaced by it, and which are real."""
+    reached = jnp.arange(rows.shape[0]) <= last
+    return jnp.where(reached[:, None], rows, rows[last]), reached
 
 
 def _stepping(parts, control, solve, t1, args):
-    """Whether a solve goes on, and its next attempt: the solve after it, its past, its influence, whether it moved."""
+    """Whether a solve goes on, and its next attempt: the solve after it, its past, its influence, whether it moved.
+
+    ``leaving(past, t)``: what to take along from the current state on a step to ``t``.
+    """
     t0, direction, layout = solve.t, _direction(solve, t1), solve.current.layout
     max_steps = control.loop.max_steps
 
@@ -245,7 +211,7 @@ def _stepping(parts, control, solve, t1, args):
         unfinished = (t1 - solve.t) * direction > 0
         return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
 
-    def try_step(solve, past, influence=None):
+    def try_step(solve, past, influence=None, leaving=lambda past, t: past):
         active = running(solve)
         now = solve.current
         t, dt, clipped, floor = next_time(control.controller, now.t, solve.dt, t1, direction, t0)
@@ -265,7 +231,7 @@ def _stepping(parts, control, solve, t1, args):
             mean = jnp.where(good, attempted.mean, _detach(now.distribution.mean))
             values = eqx.tree_at(lambda a: a.mean, values, mean)
             at = _with_derivative(values, attempting, inputs)
-            state, update = accept(parts, now, inputs[1], at, past, args)
+            state, update = accept(parts, now, inputs[1], at, leaving(past, inputs[1]), args)
             return state, update.past, None if influence is None else update.influence
 
         current, past, influence = lax.cond(good, accepted, lambda *old: old, now, past, influence)
@@ -355,11 +321,6 @@ def _detach(tree):
 
 def _choose(flag, these, those):
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)
-
-
-def _square(past, dim):
-    """The past in the coordinates of a factor padded to ``dim`` rows."""
-    return None if past is None else eqx.tree_at(lambda p: p.cross, past, pad_rows(past.cross, dim))
 
 
 def _direction(solve, t1):

@@ -301,10 +301,3 @@ def coordinates_of(state: Normal, x: Normal) -> Normal:
     right = jnp.concatenate([state.mean - x.mean, state.factor.T], axis=1)
     w = substitute(x.factor, right)
     return Normal(w[:, :cols], w[:, cols:].T)
-
-
-@batched
-def in_terms_of(past: Conditional, later: Normal) -> Conditional:
-    """An earlier state's coordinates given those that ``later``, the distribution of the present ones, is made of."""
-    cross = product(later.factor, past.cross)
-    return Conditional(past.shift + product(past.cross.T, later.mean), cross, past.own)

@@ -27,9 +27,9 @@ class AbstractLoop(eqx.Module):
     max_steps: eqx.AbstractVar[int]
 
     @abstractmethod
-    def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable, extra: int) -> Any:
-        """The final carry after at most ``max_steps + extra`` iterations; ``buffers(carry)`` names the arrays that
-        are written once per entry."""
+    def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
+        """The final carry after at most ``max_steps`` iterations; ``buffers(carry)`` names the arrays that are written
+        once per entry."""
 
 
 class BoundedLoop(AbstractLoop):
@@ -40,8 +40,8 @@ class BoundedLoop(AbstractLoop):
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("BoundedLoop"))
 
-    def run(self, cond, body, init, *, buffers, extra):
-        return eqxi.while_loop(cond, body, init, max_steps=self.max_steps + extra, buffers=buffers, kind="bounded")
+    def run(self, cond, body, init, *, buffers):
+        return eqxi.while_loop(cond, body, init, max_steps=self.max_steps, buffers=buffers, kind="bounded")
 
 
 class CheckpointedLoop(AbstractLoop):
@@ -52,12 +52,12 @@ class CheckpointedLoop(AbstractLoop):
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("CheckpointedLoop"))
     checkpoints: int | None = eqx.field(static=True, default=None, converter=_checkpoints)
 
-    def run(self, cond, body, init, *, buffers, extra):
+    def run(self, cond, body, init, *, buffers):
         return eqxi.while_loop(
             cond,
             body,
             init,
-            max_steps=self.max_steps + extra,
+            max_steps=self.max_steps,
             buffers=buffers,
             kind="checkpointed",
             checkpoints=self.checkpoints,
@@ -70,8 +70,8 @@ class ForwardLoop(AbstractLoop):
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("ForwardLoop"))
 
-    def run(self, cond, body, init, *, buffers, extra):
-        final = eqxi.while_loop(cond, body, init, max_steps=self.max_steps + extra, buffers=buffers, kind="lax")
+    def run(self, cond, body, init, *, buffers):
+        final = eqxi.while_loop(cond, body, init, max_steps=self.max_steps, buffers=buffers, kind="lax")
         message = (
             "ForwardLoop() cannot be differentiated in reverse mode (jax.grad, jax.vjp). "
             "Use Solver(..., loop=BoundedLoop()) or CheckpointedLoop()."

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .checks import as_float, as_integer, is_traced, require
 from .factorisations import Layout
 from .gaussians import Normal
-from .trajectory import Trajectory, evaluate, sample_at, sample_rows, spread
+from .trajectory import Trajectory, evaluate, sample_at, spread
 
 
 class Result(eqx.Enumeration):
@@ -129,7 +129,6 @@ class Solution(eqx.Module):
     state: Any
     layout: Layout
     trajectory: Trajectory | None
-    rows: tuple[int, int] = eqx.field(static=True)  # of a trajectory that is not dense, those at `t`
 
     @property
     def mean(self) -> PyTree[Float[Array, "..."]]:
@@ -189,7 +188,7 @@ class Solution(eqx.Module):
             return _sample(marginals, self.layout, key, tuple(shape))
         missing = jnp.isnan(self.marginals.mean).any(axis=tuple(range(1, self.marginals.mean.ndim)))
         missing = missing if ts is self.t else None
-        return _sample_path(path, self.layout, key, tuple(shape), ts, missing, self.rows)
+        return _sample_path(path, self.layout, key, tuple(shape), ts, missing)
 
     def _single(self, method):
         if self.t.ndim != 1:
@@ -218,7 +217,7 @@ class Solution(eqx.Module):
 
 @eqx.filter_jit
 def _evaluate(path, t):
-    states = jax.vmap(lambda t: evaluate(path, t)[0])(jnp.atleast_1d(t))
+    states, _ = evaluate(path, jnp.atleast_1d(t))
     return states if t.ndim else jax.tree.map(lambda x: x[0], states)
 
 
@@ -234,9 +233,9 @@ def _sample(marginals, layout, key, shape):
 
 
 @eqx.filter_jit
-def _sample_path(path, layout, key, shape, ts, missing, rows):
+def _sample_path(path, layout, key, shape, ts, missing):
     def one(key):
-        states = sample_at(path, key, ts) if path.dense else sample_rows(path, key)[slice(*rows)]
+        states = sample_at(path, key, ts)
         if missing is not None:
             states = jnp.where(missing.reshape(-1, *[1] * (states.ndim - 1)), jnp.nan, states)
         return _trajectory_of_u(states, layout)

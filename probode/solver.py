@@ -4,7 +4,6 @@
 (``steps.py``), on a grid or in the adaptive loop (``adaptive.py``).
 """
 
-import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -23,7 +22,7 @@ from .adaptive import (
     no_influence,
     row_of,
     solve_keeping_steps,
-    solve_serving,
+    solve_keeping_times,
 )
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
@@ -257,17 +256,18 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     begun = begin(control, state, dt)
     if resumed:
         begun = eqx.tree_at(lambda s: s.controller, begun, u0.controller, is_leaf=lambda x: x is None)
-    keep_steps = keep.steps or keep.dense or solver.strategy.keeps_steps
-    if keep_steps:
+    parts, dense = _steps(solver), keep.steps or keep.dense or solver.strategy.keeps_steps
+    if dense:
+        influence = solver.calibration.leaves_one_out
         ended, rows, reached = solve_keeping_steps(
-            _steps(solver), control, solver.strategy, begun, t1, args, influence=solver.calibration.leaves_one_out
+            parts, control, solver.strategy, begun, t1, args, influence=influence
         )
     else:
         # Nobody asks what the start looks like from the end.
         strategy = solver.strategy if keep.ts or keep.t0 else Filter()
         times = jnp.zeros(0, layout.dtype) if ts is None else ts
-        ended, rows, reached = solve_serving(_steps(solver), control, strategy, begun, t1, args, times)
-    return _solution(solver, keep, ts, rows, reached, ended, layout, keep_steps)
+        ended, rows, reached = solve_keeping_times(parts, control, strategy, begun, t1, args, times)
+    return _solution(solver, keep, ts, rows, reached, ended, layout, dense)
 
 
 @eqx.filter_jit
@@ -308,18 +308,16 @@ def _solution(solver, keep, ts, rows, reached, ended, layout, dense) -> Solution
     def row(i):
         return path.rows.t[i], path.marginal(i), path.rows.output_scale[i]
 
-    first, middle, last = 0, jnp.arange(1, reached.size if keep.steps else reached.size - 1), path.last
-    kept = [jax.tree.map(lambda x: x[None], row(first))] if keep.t0 else []
-    if keep.ts and dense:
-        kept.append((ts, *jax.vmap(ft.partial(evaluate, path))(ts)))
-    elif keep.ts or keep.steps:
-        kept.append(jax.vmap(row)(middle))
+    kept = [jax.tree.map(lambda x: x[None], row(0))] if keep.t0 else []
+    if keep.ts:
+        kept.append((ts, *evaluate(path, ts)))
+    elif keep.steps:
+        kept.append(jax.vmap(row)(jnp.arange(1, reached.size)))
     if keep.t1 and not keep.steps:
-        kept.append(jax.tree.map(lambda x: x[None], row(last)))
+        kept.append(jax.tree.map(lambda x: x[None], row(path.last)))
     t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
     if keep.ts:
         start = int(keep.t0)
-        t = t.at[start : start + ts.size].set(ts)
         # Times that were not reached have no answer.
         direction = jnp.where(ended.t >= path.rows.t[0], 1, -1)
         missing = jnp.zeros(t.size, bool).at[start : start + ts.size].set((ts - ended.t) * direction > 0)
@@ -335,8 +333,7 @@ def _solution(solver, keep, ts, rows, reached, ended, layout, dense) -> Solution
     ones = jnp.ones(layout.batch_shape, layout.dtype)
     log_likelihood = ended.current.evidence.log_likelihood(ones if factor is None else factor)
     kept_path = path if dense or path.smoothed is not None else None
-    rows = (0 if keep.t0 else 1, reached.size - (0 if keep.t1 else 1))
-    return Solution(t, marginals, output_scale, log_likelihood, ended.result, stats, ended, layout, kept_path, rows)
+    return Solution(t, marginals, output_scale, log_likelihood, ended.result, stats, ended, layout, kept_path)
 
 
 def _part(name, value, kind):

@@ -37,8 +37,9 @@ class Filter(AbstractStrategy):
 class FixedPointSmoother(AbstractStrategy):
     """Each time asked for is estimated from the whole solve, with memory for these times alone.
 
-    The choice for a known, moderate number of ``save_at`` times, also inside reverse mode. Every accepted step costs
-    two to three times that of a filter.
+    The choice for a known, moderate number of ``save_at`` times, also inside reverse mode. Both ends of the steps that
+    hold one of these times are kept, and what lies between is marginalised on the way; an accepted step costs about
+    twice that of a filter.
     """
 
     keeps_steps = False

@@ -29,10 +29,13 @@ from .gaussians import (
 )
 from .linalg import product
 from .priors import AbstractPrior
+from .small_loops import compiles_small_loops
 
 
 # Rows in which nothing is kept are passed over in blocks of this many.
 _BLOCK = 64
+# So many times are evaluated together where loops are not native.
+_GROUP = 4
 
 
 class Row(eqx.Module):
@@ -54,7 +57,7 @@ class Trajectory(eqx.Module):
     """Kept states in the order of time, from ``t0`` to the last time reached.
 
     ``reached``: which rows are real. ``smoothed``: the states given all data, in the coordinates of ``rows``; ``None``
-    for a filter. ``dense``: whether the rows are consecutive steps, between which nothing else was learnt.
+    for a filter. ``dense``: whether the rows are all steps, or the ends of those that hold the times asked for.
     """
 
     rows: Row
@@ -73,7 +76,7 @@ class Trajectory(eqx.Module):
     @property
     def last(self) -> Array:
         """The number of the last row that is real."""
-        return jnp.sum(self.reached) - 1 if self.dense else jnp.asarray(self.reached.size - 1)
+        return jnp.sum(self.reached) - 1
 
 
 def trajectory(
@@ -98,21 +101,24 @@ def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
     return Row(rows.t, distribution, rows.output_scale * factor, past, rows.influence)
 
 
-def evaluate(path: Trajectory, t: Float[Array, ""]) -> tuple[Normal, Float[Array, "*batch"]]:
-    """The posterior at any one time of a dense trajectory, with a square factor, and the output scale there."""
+def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"]]:
+    """The posterior at any times inside the steps that were kept, with square factors, and the output scales there."""
+    if jax.default_backend() != "cpu":
+        return jax.vmap(lambda t: _evaluate(path, t))(ts)
+    # One by one in a native loop; otherwise in groups that stay in the cache.
+    return lax.map(lambda t: _evaluate(path, t), ts, batch_size=None if compiles_small_loops() else _GROUP)
+
+
+def _evaluate(path, t):
     i, at_left, at_right = _locate(path, t)
-    left, right = path.marginal(i), path.marginal(i + 1)
     here, predicted, past = _between(path, _row(path.rows.distribution, i), i, t, path.rows.t[i + 1])
     if path.smoothed is not None:
-        here = realise(look_back(coordinates_of(right, predicted), past), here)
-
-    def end(x, i):
-        # A step of no length, which still has a derivative.
-        return push(x, path.prior.transition(t - path.rows.t[i], path.layout).matrix)
-
-    here = jax.tree.map(lambda a, b: jnp.where(at_right, a, b), end(right, i + 1), here)
-    left, scale = end(left, i), path.rows.output_scale
-    return jax.tree.map(lambda a, b: jnp.where(at_left, a, b), (left, scale[i]), (here, scale[i + 1]))
+        here = realise(look_back(coordinates_of(path.marginal(i + 1), predicted), past), here)
+    # At an end: a step of no length, which still has a derivative.
+    end = jnp.where(at_left, i, i + 1)
+    there = push(path.marginal(end), path.prior.transition(t - path.rows.t[end], path.layout).matrix)
+    at_end = at_left | at_right
+    return jax.tree.map(lambda a, b: jnp.where(at_end, a, b), there, here), path.rows.output_scale[end]
 
 
 def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batch dim cols"]:
@@ -130,7 +136,7 @@ def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batc
 
 
 def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -> Float[Array, "times *batch dim cols"]:
-    """One joint sample of the states at any times of a dense, smoothed trajectory."""
+    """One joint sample of the states at any times inside the steps kept of a smoothed trajectory."""
     rows_key, key = jax.random.split(key)
     rows = sample_rows(path, rows_key)
     direction = _direction(path)

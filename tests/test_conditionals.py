@@ -22,7 +22,6 @@ from probode.gaussians import (
     Normal,
     coordinates_of,
     identity,
-    in_terms_of,
     look_back,
     predict,
     push,
@@ -173,7 +172,7 @@ predicting = jax.jit(lambda x: predict(state_of(x), x.noise, x.scale, past_of(x)
 conditioning = jax.jit(
     lambda case, x: condition(state_of(x), x.noise, x.scale, equation_of(case, x), past_of(x)), static_argnums=0
 )
-looking_back, realising, expressing, finding = (jax.jit(f) for f in (look_back, realise, in_terms_of, coordinates_of))
+looking_back, realising, finding = (jax.jit(f) for f in (look_back, realise, coordinates_of))
 
 
 def as_numpy(tree):
@@ -628,26 +627,6 @@ def test_what_is_certain_has_no_coordinates(lost):
     np.testing.assert_allclose(again.factor, state.factor, rtol=0, atol=1e-13)
 
 
-@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 5]))
-@pytest.mark.parametrize("case", [DENSE, CERTAIN, FEW_ROWS, MATRICES])
-def test_in_other_terms_the_past_is_the_same(case, seed, rows):
-    # The present coordinates made of new ones, and these of still others: all at once or one after the other.
-    rng = np.random.default_rng(seed)
-    x = random_problem(case, seed)
-    present = random_normal(rng, case.batch, rows, case.rows, case.cols)
-    newest = random_normal(rng, case.batch, 2, rows, case.cols)
-    terms = expressing(past_of(x), present)
-    assert terms.cross.shape == (*case.batch, rows, case.p)
-    np.testing.assert_array_equal(terms.own, x.own)
-    pairs = [(looking_back(standard(present), terms), looking_back(present, past_of(x)))]
-    pairs += [(looking_back(newest, terms), looking_back(realising(newest, present), past_of(x)))]
-    for ours, theirs in pairs:
-        size = 1 + np.max(np.abs(theirs.mean))
-        np.testing.assert_allclose(ours.mean, theirs.mean, rtol=0, atol=1e-13 * size)
-        for a, b in each(case, ours.factor, theirs.factor):
-            np.testing.assert_allclose(a.T @ a, b.T @ b, rtol=0, atol=1e-13 * (1 + np.max(np.abs(b)) ** 2))
-
-
 # --- Orthogonality ---
 
 
@@ -887,9 +866,8 @@ def blocks(case, x):
     past = Conditional(p.shift, p.cross, p.own)
     changed = condition(Normal(p.mean, p.factor), p.noise, p.scale, equation_of(case, p), past)
     later = coordinates_of(Normal(x.later_mean, x.later_factor), Normal(p.mean, p.noise))
-    terms = in_terms_of(past, Normal(p.factor[:, : case.cols], p.factor.T))
     back = look_back(standard(Normal(p.mean, p.factor)), past)
-    return changed.past, changed.state.factor, changed.influence.gain, later, terms, back
+    return changed.past, changed.state.factor, changed.influence.gain, later, back
 
 
 def test_derivatives_of_the_blocks_against_finite_differences():
