@@ -21,7 +21,7 @@ from .gaussians import Conditional, Influence, Normal
 from .linalg import safe_divide
 from .loops import AbstractLoop
 from .solution import Result
-from .steps import State, Step, accept, attempt, round_off
+from .steps import State, Step, accept, attempt, no_influence, round_off
 from .strategies import AbstractStrategy
 from .trajectory import Row
 
@@ -32,13 +32,6 @@ class Control(eqx.Module):
     error: AbstractErrorEstimate
     controller: AbstractController
     loop: AbstractLoop
-
-
-def no_influence(x: Normal, layout: Layout) -> Influence:
-    """Of no equation at all."""
-    m, (*batch, dim, cols) = layout.identity().shape[-1], x.mean.shape
-    zeros = jnp.zeros((*batch, m, dim), x.mean.dtype)
-    return Influence(jnp.zeros((*batch, m, cols), x.mean.dtype), zeros, zeros, jnp.zeros(batch, x.mean.dtype))
 
 
 class AdaptiveState(eqx.Module):
@@ -108,7 +101,7 @@ def solve_keeping_steps(
     There are ``max_steps + 1`` rows; those not reached repeat the last one. With ``influence`` the rows have theirs.
     """
     running, try_step = _stepping(parts, control, solve, t1, args)
-    none = no_influence(solve.current.distribution, solve.current.layout) if influence else None
+    none = no_influence(parts, solve.current, args) if influence else None
     first, unpack = ravel_pytree(row_of(solve.current, strategy.remember(solve.current.distribution), none))
 
     def body(carry):

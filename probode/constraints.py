@@ -5,31 +5,57 @@ filter they make the methods known as EK0 and EK1 (Schober et al. 2019; Tronarp 
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+import jax.scipy.linalg
 from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer
 from .factorisations import Layout
 from .gaussians import Linearisation, Normal
-from .problems import ODE, flat_field
+from .problems import ODE, AbstractProblem, Residual
 
 
-def _evaluations(value):
-    return as_integer(value, "evaluations", 1)
+def evaluations_field() -> Any:
+    """How often the equation is evaluated in an accepted step."""
+    convert = lambda value: as_integer(value, "evaluations", 1)  # noqa: E731
+    return eqx.field(static=True, default=1, converter=convert, kw_only=True)
+
+
+def problem_field(name: str, kind: type, words: str) -> Any:
+    """The equation of a constraint of that name."""
+
+    def convert(value: Any):
+        if isinstance(value, kind):
+            return value
+        if isinstance(value, AbstractProblem):
+            raise TypeError(f"{name} linearises {words}, not a {type(value).__name__}: use TS1 or SLR1.")
+        raise TypeError(f"{name} linearises {words}: write {name}(probode.ODE(f)), not {name}({value!r}).")
+
+    return eqx.field(converter=convert)
 
 
 class AbstractConstraint(eqx.Module):
     """An equation that the solution satisfies at every time, and how it is linearised.
 
-    ``evaluations``: how often it is evaluated in an accepted step, at the prediction and then at what the update before
-    has made of it.
+    ``problem``: the equation that the solve starts from. ``evaluations``: how often it is evaluated in an accepted
+    step, at the prediction and then at what the update before has made of it.
     """
 
-    ode: eqx.AbstractVar[ODE]
+    problem: eqx.AbstractVar[AbstractProblem]
     evaluations = 1
+
+    @property
+    def order(self) -> int:
+        """The highest derivative that occurs."""
+        return self.problem.order
+
+    @property
+    def determines_derivative(self) -> bool:
+        """Whether it is one ODE, exactly, whose residual has the units of the highest derivative."""
+        return isinstance(self.problem, ODE)
 
     @abstractmethod
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
@@ -48,50 +74,91 @@ class TS0(AbstractConstraint):
     ``ODE``, ``ValueError`` for a number of evaluations below 1.
     """
 
-    ode: ODE
-    evaluations: int = eqx.field(static=True, default=1, converter=_evaluations)
-
-    def __check_init__(self):
-        _require_ode(self)
+    problem: ODE = problem_field("TS0", ODE, "an ODE")
+    evaluations: int = evaluations_field()
 
     def linearise(self, t, predicted, layout, args):
-        k = self.ode.order
-        us = layout.unpack(predicted.mean)[: k + 1]
-        field = flat_field(self.ode, layout, args)
-        blocks = [jnp.zeros_like(layout.identity())] * k + [layout.identity()]
-        return Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack((us[k] - field(t, us[:k]))[None]), block=k)
+        return self.problem.zeroth_order(t, layout.unpack(predicted.mean), layout, args)
 
 
 class TS1(AbstractConstraint):
-    """``z`` with its exact Jacobian at the prediction: ``H = E_k - sum_j J_j E_j``. Stable on stiff problems.
+    """``z`` with its exact Jacobian at the prediction, ``H = E_k - sum_j J_j E_j`` for an ODE. For stiff problems too.
 
     The Jacobian is taken in full under ``Dense``, its diagonal under ``BlockDiagonal``, its mean diagonal under
     ``Isotropic``. ``evaluations`` as for ``TS0``; the Jacobian stays that of the prediction. Raises ``TypeError`` for
-    anything but an ``ODE``, ``ValueError`` for a number of evaluations below 1.
+    anything but an ``ODE`` or a ``Residual``, ``ValueError`` for a number of evaluations below 1.
     """
 
-    ode: ODE
-    evaluations: int = eqx.field(static=True, default=1, converter=_evaluations)
-
-    def __check_init__(self):
-        _require_ode(self)
+    problem: AbstractProblem = problem_field("TS1", AbstractProblem, "an ODE or a Residual")
+    evaluations: int = evaluations_field()
 
     def linearise(self, t, predicted, layout, args):
-        k = self.ode.order
-        us = layout.unpack(predicted.mean)[: k + 1]
-        field = flat_field(self.ode, layout, args)
-
-        def field_twice(x):
-            f = field(t, x)
-            return f, f
-
-        # (d, k, d) and the value from one batched forward pass.
-        jacobian, f = jax.jacfwd(field_twice, has_aux=True)(us[:k])
-        blocks = [-layout.project(jacobian[:, j, :]) for j in range(k)] + [layout.identity()]
-        return Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack((us[k] - f)[None]), block=k)
+        return self.problem.first_order(t, layout.unpack(predicted.mean), layout, args)
 
 
-def _require_ode(constraint):
-    name = type(constraint).__name__
-    if not isinstance(constraint.ode, ODE):
-        raise TypeError(f"{name} linearises an ODE: write {name}(probode.ODE(f)), not {name}({constraint.ode!r}).")
+class Stack(AbstractConstraint):
+    """Several equations at once, each with its own linearisation: ``Stack(TS1(ode), TS1(Residual(energy, order=0)))``.
+
+    They must not follow from one another: for ``d`` components and a prior with ``nu`` derivatives there is room for
+    ``(nu + 1) d`` independent equations. The solve starts from the first member's ODE if there is one, otherwise from
+    all residuals together. ``evaluations`` as for ``TS0``, of all members; their own numbers do not count. Raises
+    ``TypeError`` for a member that is not a constraint, ``ValueError`` without any.
+    """
+
+    constraints: tuple[AbstractConstraint, ...]
+    evaluations: int = evaluations_field()
+
+    def __init__(self, *constraints: Any, evaluations: Any = 1):
+        if not constraints:
+            raise ValueError("Stack() needs at least one constraint.")
+        for constraint in constraints:
+            if not isinstance(constraint, AbstractConstraint):
+                raise TypeError(f"Stack({constraint!r}): members are constraints, like TS1(probode.Residual(r)).")
+        self.constraints, self.evaluations = constraints, evaluations
+
+    @property
+    def problem(self):
+        problems = [constraint.problem for constraint in self.constraints]
+        odes = [problem for problem in problems if isinstance(problem, ODE)]
+        return odes[0] if odes else Residual(_Together(tuple(problems)), order=self.order)
+
+    @property
+    def determines_derivative(self):
+        return False
+
+    @property
+    def order(self):
+        return max(constraint.order for constraint in self.constraints)
+
+    def linearise(self, t, predicted, layout, args):
+        equations = [constraint.linearise(t, predicted, layout, args) for constraint in self.constraints]
+        width = max(equation.matrix.shape[-1] for equation in equations)
+
+        def widen(matrix):
+            return jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, width - matrix.shape[-1])])
+
+        matrix = jnp.concatenate([widen(equation.matrix) for equation in equations], axis=-2)
+        residual = jnp.concatenate([equation.residual for equation in equations], axis=-2)
+        if all(equation.noise is None for equation in equations):
+            return Linearisation(matrix, residual)
+        noises = [_noise_of(equation) for equation in equations]
+        for _ in layout.batch_shape:
+            return Linearisation(matrix, residual, noise=jax.vmap(jax.scipy.linalg.block_diag)(*noises))
+        return Linearisation(matrix, residual, noise=jax.scipy.linalg.block_diag(*noises))
+
+
+class _Together(eqx.Module):
+    """The residuals of several problems as one."""
+
+    problems: tuple[Residual, ...]
+
+    def __call__(self, t, *us_and_args):
+        *us, args = us_and_args
+        return [problem.residual(t, *us[: problem.order + 1], args) for problem in self.problems]
+
+
+def _noise_of(equation):
+    if equation.noise is not None:
+        return equation.noise
+    *batch, m, _ = equation.matrix.shape
+    return jnp.zeros((*batch, 0, m), equation.matrix.dtype)

@@ -48,14 +48,19 @@ class ResidualError(AbstractErrorEstimate):
     """``|dt|^k / k! * s * sqrt(diag(H Q H^T))``: the residual's standard deviation under the local scale ``s``,
     integrated ``k`` times (the order of the equation). Schober et al. (2019); Bosch et al. (2021).
 
-    Careful: solutions come out two to three digits better than asked for. ``norm`` is a function of the error over the
-    tolerance, ``rms_norm`` by default; ``max_norm`` bounds every component.
+    For ODEs. Careful: solutions come out two to three digits better than asked for. ``norm`` is a function of the error
+    over the tolerance, ``rms_norm`` by default; ``max_norm`` bounds every component.
     """
 
     norm: Callable = eqx.field(static=True, default=rms_norm)
 
     def estimate(self, dt, transition, equation, innovation, layout):
         k = equation.block
+        if k is None:
+            raise ValueError(
+                "ResidualError() is about an equation for one derivative of u, like an ODE; a Residual, a Stack or an "
+                "equation with noise may have other units and shapes. Use error=StateError()."
+            )
         std = layout.std(innovation.factor)[0]
         return jnp.abs(dt) ** k / math.factorial(k) * innovation.scale * std
 
@@ -70,4 +75,5 @@ class StateError(AbstractErrorEstimate):
     norm: Callable = eqx.field(static=True, default=rms_norm)
 
     def estimate(self, dt, transition, equation, innovation, layout):
-        return innovation.scale * layout.std(posterior_noise(equation, transition.noise))[0]
+        components = layout.identity().shape[-1]
+        return innovation.scale * layout.std(posterior_noise(equation, transition.noise, components))[0]

@@ -42,8 +42,8 @@ class AbstractFactorisation(eqx.Module):
         """Right square root over the derivatives, times an output scale (scalar or ``(d,)``), for all components."""
 
     @abstractmethod
-    def project(self, jacobian: Float[Array, "d d"]) -> Float[Array, "*batch m m"]:
-        """What the structure keeps of a Jacobian between two derivatives."""
+    def project(self, jacobian: Float[Array, "m d"]) -> Float[Array, "*batch rows columns"]:
+        """What the structure keeps of the Jacobian of ``m`` equations with respect to one derivative."""
 
 
 class Dense(AbstractFactorisation):
@@ -87,6 +87,7 @@ class BlockDiagonal(AbstractFactorisation):
         return jnp.broadcast_to(scale, (d,))[:, None, None] * matrix
 
     def project(self, jacobian):
+        _require_square(jacobian, self)
         return jnp.diagonal(jacobian)[:, None, None]
 
 
@@ -114,7 +115,17 @@ class Isotropic(AbstractFactorisation):
         return scale * matrix
 
     def project(self, jacobian):
+        _require_square(jacobian, self)
         return jnp.mean(jnp.diagonal(jacobian))[None, None]
+
+
+def _require_square(jacobian, factorisation):
+    m, d = jacobian.shape
+    if m != d:
+        raise ValueError(
+            f"{type(factorisation).__name__}() gives every component an equation of its own, but there are "
+            f"{m} equations for {d} components. Use Dense()."
+        )
 
 
 class Layout(eqx.Module):
@@ -147,7 +158,7 @@ class Layout(eqx.Module):
         """Standard deviations of the columns of a factor, stacked like the mean."""
         return self.factorisation.unpack_std(safe_norm(factor, axis=-2), self.size)
 
-    def project(self, jacobian: Float[Array, "d d"]) -> Float[Array, "*batch m m"]:
+    def project(self, jacobian: Float[Array, "m d"]) -> Float[Array, "*batch rows columns"]:
         """See ``AbstractFactorisation.project``."""
         return self.factorisation.project(jacobian)
 

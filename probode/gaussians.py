@@ -12,6 +12,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .linalg import eliminate, kron_apply, kron_apply_right, product, safe_norm, substitute, triangularise
@@ -60,12 +61,15 @@ class Linearisation(eqx.Module):
 
     ``matrix`` is ``H`` on the leading rows of the state, ``(*batch, m, p)`` with ``p <= dim``; ``residual`` is ``z`` at
     the point, ``(*batch, m, cols)``. ``block = k`` says that ``H`` is the identity on the ``k``-th derivative and ends
-    with it: ``z`` can replace that derivative as a coordinate of the state.
+    with it: ``z`` can replace that derivative as a coordinate of the state, which is fast. ``None`` promises nothing.
+    ``noise``: right square root of the covariance of what ``z`` is off by, ``(*batch, rows, m)``, where the equation is
+    not exact; then ``block`` is ``None``.
     """
 
     matrix: Float[Array, "*batch m p"]
     residual: Float[Array, "*batch m cols"]
-    block: int = eqx.field(static=True)
+    block: int | None = eqx.field(static=True, default=None)
+    noise: Float[Array, "*batch rows m"] | None = None
 
 
 class Innovation(eqx.Module):
@@ -107,26 +111,35 @@ def push(x: Normal, matrix: Float[Array, "p p"]) -> Normal:
 @batched
 def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Float[Array, ""]) -> Innovation:
     """The residual under ``N(0, H Q H^T)``, ``Q = noise^T noise``; costs one triangularisation of ``m`` columns."""
-    m = equation.residual.shape[0]
-    k = equation.block * m
-    observed = product(noise[: k + m, : k + m], equation.matrix.T)
-    factor = triangularise(observed[k:], observed[:k])
+    factor = triangularise(*_observed(equation, noise))
     whitened = substitute(factor, equation.residual)
     scale = safe_norm(whitened) / math.sqrt(whitened.size)
     unexplained = jnp.any((jnp.diagonal(factor)[:, None] == 0) & (equation.residual != 0))
     return Innovation(factor, whitened, jnp.where(unexplained, jnp.inf, scale), unit)
 
 
-@batched
-def posterior_noise(equation: Linearisation, noise: Float[Array, "dim dim"]) -> Float[Array, "rows m"]:
-    """Square root of the covariance of ``E_0 x`` under ``x ~ N(0, noise^T noise)`` given the equation."""
-    m = equation.residual.shape[0]
-    k = equation.block * m
-    leading = noise[: k + m, : k + m]
-    columns = jnp.concatenate([product(leading, equation.matrix.T), leading[:, :m]], axis=1)
-    # Only the rows of the block itself are triangular in the columns of z.
-    _, left = eliminate(columns[k:], columns[:k])
-    return left
+def _observed(equation, noise, columns=0):
+    """Square root of the covariance of ``z`` beside the leading columns of ``noise``: its triangular rows, the rest."""
+    m, p = equation.matrix.shape
+    leading = noise[:p, :p]
+    observed = jnp.concatenate([product(leading, equation.matrix.T), leading[:, :columns]], axis=1)
+    if equation.block is not None:
+        # Only the rows of the block itself are triangular in the columns of z.
+        return observed[p - m :], observed[: p - m]
+    return jnp.zeros((m, m + columns), noise.dtype), observed
+
+
+def posterior_noise(
+    equation: Linearisation, noise: Float[Array, "*batch dim dim"], size: int
+) -> Float[Array, "*batch rows {size}"]:
+    """Square root of the covariance of the first ``size`` rows of ``x ~ N(0, noise^T noise)`` given the equation."""
+
+    @batched
+    def given(equation, noise):
+        _, left = eliminate(*_observed(equation, noise, columns=size))
+        return left
+
+    return given(equation, noise)
 
 
 @batched
@@ -174,12 +187,14 @@ class Update(eqx.Module):
 class Joint(eqx.Module):
     """Square root of the joint covariance of an innovation, the state that is predicted, and an earlier state.
 
-    ``triangle``: upper triangular, with the columns of ``z``, of all derivatives but the one that ``z`` replaces, and
-    of the earlier state's coordinates, if any. ``left``: the rows that only they still have.
+    ``triangle``: upper triangular, with the columns of ``z``, of the coordinates of the state that ``z`` does not
+    replace, and of the earlier state's coordinates, if any. ``left``: the rows that only they still have. ``inverse``:
+    the coordinates that are replaced, in terms of ``z``, where these are not a whole derivative.
     """
 
-    triangle: Float[Array, "*batch dim width"]
+    triangle: Float[Array, "*batch n width"]
     left: Float[Array, "*batch rows extra"]
+    inverse: Float[Array, "*batch dim m"] | None
 
 
 @batched
@@ -198,43 +213,83 @@ def join(
     equation says of an earlier state. The residual does not enter.
     """
     h, noise, dim = equation.matrix, scale * noise, x.mean.shape[0]
-    m = equation.residual.shape[0]
-    k = equation.block * m
+    m, p = h.shape
+    if equation.block is None:
+        inverse, kept = _replacement(equation, noise)
+
+        def beside(factor):
+            return jnp.concatenate([product(factor[:, :p], h.T), factor * kept], axis=1)
+
+        upper, dense = _beside(jnp.zeros((m + dim, m + dim), noise.dtype), beside(x.factor), past, beside(noise))
+        if equation.noise is not None:
+            upper, dense = _beside(upper, dense, None, equation.noise)
+        return Joint(*eliminate(upper, dense), inverse)
+
+    k = p - m
 
     def change_columns(factor):
-        return jnp.concatenate([product(factor[:, : k + m], h.T), factor[:, :k], factor[:, k + m :]], axis=1)
+        return jnp.concatenate([product(factor[:, :p], h.T), factor[:, :k], factor[:, p:]], axis=1)
 
     changed = change_columns(noise)
     # Rows of the noise below the block are untouched by H; those above it meet z densely and join the dense part.
-    upper = jnp.concatenate([changed[k : k + m], jnp.zeros((k, dim), noise.dtype), changed[k + m :]])
+    upper = jnp.concatenate([changed[k:p], jnp.zeros((k, dim), noise.dtype), changed[p:]])
     upper, dense = _beside(upper, change_columns(x.factor), past, changed[:k])
-    return Joint(*eliminate(upper, dense))
+    return Joint(*eliminate(upper, dense), None)
 
 
 @batched
 def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditional | None = None) -> Update:
     """Condition on the equation, linearised about the mean of ``x``: by substitution, since ``joint`` is triangular.
 
-    The posterior's factor has as many rows as derivatives are left. (Where ``x.factor`` has more rows, zeros keep the
-    shape.)
+    The posterior's factor has as many rows as derivatives are left, or as the state if ``block`` is ``None``. (Where
+    ``x.factor`` has more rows, zeros keep the shape.)
     """
     triangle, dim, h = joint.triangle, x.mean.shape[0], equation.matrix
-    m = equation.residual.shape[0]
-    k = equation.block * m
+    m, p = h.shape
+    n = triangle.shape[0]
+
+    def all_columns(rows, own):
+        # What is replaced follows from z = H x: `own` are the columns of z in the same rows.
+        if joint.inverse is not None:
+            missing = own - product(rows[:, :p], h.T)
+            return rows + product(missing, joint.inverse.T)
+        k = p - m
+        return jnp.concatenate([rows[:, :k], own - product(rows[:, :k], h[:, :k].T), rows[:, k:]], axis=1)
 
     whitened = substitute(triangle[:m, :m], equation.residual)
-    cross, rest = triangle[:m, m:dim], triangle[m:, m:dim]
-    # E_k x = z - H_other x_other + constant: its columns follow from those of z and of the other derivatives.
-    columns = [cross[:, :k], triangle[:m, :m] - product(cross[:, :k], h[:, :k].T), cross[:, k:]]
-    gain = jnp.concatenate(columns, axis=1)
-    columns = [rest[:, :k], -product(rest[:, :k], h[:, :k].T), rest[:, k:]]
-    state = Normal(x.mean - product(gain.T, whitened), jnp.concatenate(columns, axis=1))
+    gain = all_columns(triangle[:m, m:n], triangle[:m, :m])
+    factor = all_columns(triangle[m:, m:n], jnp.zeros((n - m, m), gain.dtype))
+    state = Normal(x.mean - product(gain.T, whitened), factor)
     if past is not None:
-        shift = past.shift - product(triangle[:m, dim:].T, whitened)
-        past = Conditional(shift, pad_rows(triangle[m:, dim:], x.factor.shape[0]), triangularise(past.own, joint.left))
-    observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - h.shape[1])))
+        shift = past.shift - product(triangle[:m, n:].T, whitened)
+        past = Conditional(shift, pad_rows(triangle[m:, n:], x.factor.shape[0]), triangularise(past.own, joint.left))
+    observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - p)))
     influence = Influence(whitened, gain, observed, jnp.ones((), gain.dtype))
     return Update(pad(state, x.factor.shape[0]), past, influence, jnp.diagonal(triangle)[:m])
+
+
+def _replacement(equation, noise):
+    """Coordinates of the state that ``z`` can replace: their inverse, ``H inverse = 1``, and the flags of the others.
+
+    Gauss-Jordan elimination with the pivots that have most noise. An exact equation leaves the covariance singular;
+    without as many coordinates as it has rows nothing singular is ever triangularised.
+    """
+    (m, p), dim = equation.matrix.shape, noise.shape[1]
+    if equation.noise is not None:
+        return jnp.zeros((dim, m), noise.dtype), jnp.ones(dim, noise.dtype)
+    size = lax.stop_gradient(safe_norm(noise, axis=0))[:p]
+
+    def step(carry, i):
+        h, solved, chosen = carry
+        j = jnp.argmax(jnp.abs(h[i]) * size)
+        row, row_solved, column = h[i] / h[i, j], solved[i] / h[i, j], h[:, j].at[i].set(0)
+        h = (h - column[:, None] * row).at[i].set(row)
+        solved = (solved - column[:, None] * row_solved).at[i].set(row_solved)
+        return (h, solved, chosen.at[i].set(j)), None
+
+    init = equation.matrix, jnp.eye(m, dtype=noise.dtype), jnp.zeros(m, int)
+    (_, solved, chosen), _ = lax.scan(step, init, jnp.arange(m))
+    return jnp.zeros((dim, m), noise.dtype).at[chosen].set(solved), jnp.ones(dim, noise.dtype).at[chosen].set(0)
 
 
 @batched
@@ -246,7 +301,7 @@ def seen_from(
 
 
 def _beside(upper, dense, past, more=None):
-    """The stack with the columns of ``past`` at its side, and the rows ``more`` below it."""
+    """The stack with the columns of ``past`` at its side, and the rows ``more`` below it, zero where they end."""
     if past is not None:
         upper = jnp.pad(upper, ((0, 0), (0, past.cross.shape[1])))
         dense = jnp.concatenate([dense, past.cross], axis=1)

@@ -1,18 +1,21 @@
 """The state at ``t0``: derivatives of the solution, and how sure we are of them.
 
-``TaylorMode`` differentiates the equation itself (jets), so that the initial state is exact.
+``TaylorMode`` differentiates the equation itself (jets), so that the initial state is exact; ``Diffuse`` does so with
+the first derivatives only.
 """
 
 from abc import abstractmethod
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from .checks import as_integer, as_scalar, require
 from .factorisations import Layout
 from .gaussians import Normal
-from .jets import taylor_derivatives
-from .problems import ODE, flat_field
+from .jets import consistent_derivatives, taylor_derivatives
+from .problems import ODE, AbstractProblem, flat_field, flat_residual
 
 
 class InitialState(eqx.Module):
@@ -31,7 +34,7 @@ class AbstractInitialisation(eqx.Module):
 
     @abstractmethod
     def initialise(
-        self, ode: ODE, t0: Float[Array, ""], u0: Float[Array, "order d"], layout: Layout, args: PyTree
+        self, problem: AbstractProblem, t0: Float[Array, ""], u0: Float[Array, "known d"], layout: Layout, args: PyTree
     ) -> Normal:
         """The state at ``t0`` in the layout, from the stack ``u0`` of known derivatives ``(u, ..., u^(k-1))``.
 
@@ -44,9 +47,56 @@ class TaylorMode(AbstractInitialisation):
 
     Kraemer & Hennig (2020), "Stable implementation of probabilistic ODE solvers". Fields with operations that have no
     jet rule are differentiated by nested forward mode, up to order 8; beyond that a ``ValueError`` says which.
+
+    For a ``Residual`` the derivatives solve the equation and its time derivatives, by Newton's method and with the
+    smallest norm where they do not determine all of them (consistent initialisation; Pantelides 1988). An initial
+    value that satisfies no such equations ends the solve with the result ``initial_state_nonfinite``.
     """
 
-    def initialise(self, ode, t0, u0, layout, args):
-        derivatives = taylor_derivatives(flat_field(ode, layout, args), t0, u0, layout.num_derivatives)
-        mean = layout.pack(derivatives)
-        return Normal(mean, jnp.zeros((*layout.batch_shape, 0, mean.shape[-2]), layout.dtype))
+    def initialise(self, problem, t0, u0, layout, args):
+        return _certain(_derivatives(problem, t0, u0, layout, args, layout.num_derivatives), layout)
+
+
+class Diffuse(AbstractInitialisation):
+    """The first ``num_derivatives_known`` derivatives beyond ``u0`` exactly, as in ``TaylorMode``; the rest unknown,
+    ``N(0, scale^2)``.
+
+    For vector fields that cannot be differentiated often, or not at all (``num_derivatives_known`` 0 or 1); the steps
+    find the derivatives. ``scale``, in units of ``u`` over powers of time, should not be smaller than they are. Raises
+    ``ValueError`` for a negative number, one above the prior's, or a scale that is not positive.
+    """
+
+    num_derivatives_known: int = eqx.field(
+        static=True, default=1, converter=lambda n: as_integer(n, "Diffuse(num_derivatives_known)", 0)
+    )
+    scale: Float[Array, ""] = eqx.field(default=1.0, converter=lambda x: _as_scale(x))
+
+    def initialise(self, problem, t0, u0, layout, args):
+        n, num = layout.num_derivatives + 1, u0.shape[0] - 1 + self.num_derivatives_known
+        if num >= n:
+            raise ValueError(
+                f"Diffuse(num_derivatives_known={self.num_derivatives_known}) asks for derivatives up to order {num}, "
+                f"but the prior has num_derivatives={n - 1}."
+            )
+        known = _derivatives(problem, t0, u0, layout, args, num)
+        mean = layout.pack(jnp.concatenate([known, jnp.zeros((n - 1 - num, layout.size), layout.dtype)]))
+        unknown = jnp.diag(jnp.where(jnp.arange(n) > num, self.scale.astype(layout.dtype), 0))
+        return Normal(mean, layout.lift(unknown, 1.0))
+
+
+def _derivatives(problem, t0, u0, layout, args, num):
+    if num < u0.shape[0]:
+        return u0
+    if isinstance(problem, ODE):
+        return taylor_derivatives(flat_field(problem, layout, args), t0, u0, num)
+    return consistent_derivatives(flat_residual(problem, layout, args), t0, u0, num, problem.order)
+
+
+def _certain(derivatives, layout):
+    mean = layout.pack(derivatives)
+    return Normal(mean, jnp.zeros((*layout.batch_shape, 0, mean.shape[-2]), layout.dtype))
+
+
+def _as_scale(x):
+    x = as_scalar(x, "Diffuse(scale)")
+    return jnp.asarray(require(x, (x > 0) & (x < np.inf), "Diffuse(scale) must be finite and positive", scale=x))

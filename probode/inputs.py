@@ -18,7 +18,7 @@ from .controllers import AbstractController
 from .factorisations import AbstractFactorisation, Layout
 from .gaussians import Normal
 from .initialisation import InitialState
-from .problems import ODE
+from .problems import AbstractProblem
 from .solution import SaveAt, Solution
 from .steps import State
 from .strategies import AbstractStrategy, FixedPointSmoother
@@ -30,7 +30,11 @@ def floats_to_arrays(tree: PyTree) -> PyTree:
 
 
 def initial_value(
-    u0: Any, ode: ODE, num_derivatives: int, factorisation: AbstractFactorisation, controller: AbstractController
+    u0: Any,
+    problem: AbstractProblem,
+    num_derivatives: int,
+    factorisation: AbstractFactorisation,
+    controller: AbstractController,
 ) -> tuple[Any, Layout]:
     """``u0`` as a tuple ``(u, ..., u^(k-1))``, an ``InitialState`` or an ``AdaptiveState``, and its layout."""
     if isinstance(u0, AdaptiveState):
@@ -49,7 +53,7 @@ def initial_value(
         layout = _layout(u0.mean[0], num_derivatives, factorisation)
         _check_initial_state(u0, layout)
         return u0, layout
-    u0 = ode.split(u0)
+    u0 = problem.split(u0)
     return u0, _layout(u0[0], num_derivatives, factorisation)
 
 

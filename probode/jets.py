@@ -20,6 +20,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 from jaxtyping import Array, Float
 
 
+_MORE_DERIVATIVES = 2  # of the unknown ones in a residual
+_NEWTON_STEPS = 20
 MAX_NESTED = 8  # nested forward mode can double the work with every derivative
 
 # Rules of jax.experimental.jet that are not used, found by comparison with nested forward mode.
@@ -52,26 +54,66 @@ def taylor_derivatives(
     if depth < 0:
         return u0[: num + 1]
     t0 = jnp.asarray(t0, u0.dtype)
-    # Differentiate the jaxpr, not f: it is what was searched for missing rules, and f is traced only once.
-    field = jax.make_jaxpr(f)(t0, u0)
-    missing = _missing_jet_rule(field.jaxpr)
-    if missing is not None and num > MAX_NESTED:
-        raise ValueError(
-            f"{num} exact derivatives of the solution are needed at t0, but the vector field uses `{missing}`, which "
-            f"jax.experimental.jet cannot differentiate; without it every derivative may double the cost, and at most "
-            f"{MAX_NESTED} are computed. Use a smaller num_derivatives (at most {MAX_NESTED}), or the initialisation "
-            f"`Diffuse`, which leaves high derivatives unknown, or write the vector field without `{missing}`."
-        )
-    along = _along_by_jvp(field, t0, u0, depth) if missing is not None or depth == 0 else _along_by_jet(field)
-    times = [t0, jnp.ones_like(t0), *[jnp.zeros_like(t0)] * depth][: depth + 1]
+    along = _along(f, t0, u0, depth, num, "vector field")
 
     # What is not known yet is zero. Every pass is then the same program, and compile time does not multiply with num.
     def one_more(derivatives, j):
         curve = [derivatives[i : i + k] for i in range(depth + 1)]
-        return derivatives.at[k + j].set(along(times, curve)[j]), None
+        return derivatives.at[k + j].set(along(curve)[j]), None
 
     known = jnp.zeros((num + 1, d), u0.dtype).at[:k].set(u0)
     return jax.lax.scan(one_more, known, jnp.arange(depth + 1))[0]
+
+
+def consistent_derivatives(
+    r: Callable[[Float[Array, ""], Float[Array, "k+1 d"]], Float[Array, " m"]],
+    t0: Float[Array, ""],
+    u0: Float[Array, "known d"],
+    num: int,
+    order: int,
+) -> Float[Array, "{num}+1 d"]:
+    """``u, u', ..., u^(num)`` at ``t0`` for a solution of ``r(t, (u, ..., u^(order))) = 0``, given the first ones.
+
+    The equation and its time derivatives are solved for all unknown derivatives at once. Algebraic equations tell about
+    a derivative only when they have been differentiated as often, so more are carried along (for an index up to three)
+    than are returned. NaN if the equation cannot be solved with the ``u`` given.
+    """
+    known, d = u0.shape
+    top = num + _MORE_DERIVATIVES
+    levels = top - order
+    factorials = jnp.asarray([factorial(j) for j in range(top + 1)], u0.dtype)[:, None]
+    if levels < 0:
+        return jnp.concatenate([u0, jnp.zeros((max(0, num + 1 - known), d), u0.dtype)])[: num + 1]
+    t0 = jnp.asarray(t0, u0.dtype)
+
+    along = _along(r, t0, jnp.zeros((order + 1, d), u0.dtype), levels, top, "residual")
+
+    def residuals(unknown):
+        # Taylor coefficients are unknowns of like size where derivatives are not.
+        us = jnp.concatenate([u0, unknown.reshape(-1, d) * factorials[known:]])
+        derivatives = along([us[i : i + order + 1] for i in range(levels + 1)])
+        return (derivatives / factorials[: levels + 1]).ravel()
+
+    def step(unknown):
+        # In a unit of time in which the coefficients found so far are of the size of u; with equations of like size.
+        exponents = jnp.repeat(jnp.arange(known, top + 1), d)
+        size = jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
+        units = jnp.where(unknown == 0, jnp.inf, (size / jnp.abs(unknown)) ** (1 / exponents))
+        unit = jnp.clip(jnp.min(units), jnp.finfo(u0.dtype).tiny ** (1 / (top + 1)), 1)
+        jacobian = jax.jacfwd(residuals)(unknown) / unit**exponents
+        rows = jnp.linalg.norm(jacobian, axis=1)
+        rows = jnp.where(rows > 0, rows, 1)
+        inverse = jnp.linalg.pinv(jacobian / rows[:, None]) / rows / unit ** exponents[:, None]
+        return unknown - jax.lax.stop_gradient(inverse) @ residuals(unknown)
+
+    start = jnp.zeros((top + 1 - known) * d, u0.dtype)
+    found, _ = jax.lax.scan(lambda unknown, _: (step(unknown), None), start, None, length=_NEWTON_STEPS)
+    # One more step, which has the derivative of the solution (implicit function theorem).
+    found = step(jax.lax.stop_gradient(found))
+    size = jax.lax.stop_gradient(jnp.abs(jax.jacfwd(residuals)(found)) @ jnp.abs(found))
+    size = size + jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
+    solved = jnp.all(jnp.abs(residuals(found)) <= jnp.sqrt(jnp.finfo(u0.dtype).eps) * size)
+    return jnp.where(solved, jnp.concatenate([u0, found.reshape(-1, d) * factorials[known:]])[: num + 1], jnp.nan)
 
 
 def missing_jet_rule(f: Callable, *args) -> str | None:
@@ -79,7 +121,23 @@ def missing_jet_rule(f: Callable, *args) -> str | None:
     return _missing_jet_rule(jax.make_jaxpr(f)(*args).jaxpr)
 
 
-# --- `along(times, curve)`: f and its derivatives, (depth+1, d), along `times = [t, 1, 0, ...]`, `curve = [x, x', ...]`
+# --- `along(curve)`: f and its derivatives in time, (depth+1, m), where its argument runs along `curve = [x, x', ...]`
+
+
+def _along(f, t0, x, depth, num, name) -> Callable[..., Float[Array, "depth+1 m"]]:
+    # Differentiate the jaxpr, not f: it is what is searched for missing rules, and f is traced only once.
+    field = jax.make_jaxpr(f)(t0, x)
+    missing = _missing_jet_rule(field.jaxpr)
+    if missing is not None and num > MAX_NESTED:
+        raise ValueError(
+            f"{num} exact derivatives of the solution are needed at t0, but the {name} uses `{missing}`, which "
+            f"jax.experimental.jet cannot differentiate; without it every derivative may double the cost, and at most "
+            f"{MAX_NESTED} are computed. Use a smaller num_derivatives (at most {MAX_NESTED}), or the initialisation "
+            f"`Diffuse`, which leaves high derivatives unknown, or write the {name} without `{missing}`."
+        )
+    by = _along_by_jvp(field, t0, x, depth) if missing is not None or depth == 0 else _along_by_jet(field)
+    times = [t0, jnp.ones_like(t0), *[jnp.zeros_like(t0)] * depth][: depth + 1]
+    return lambda curve: by(times, curve)
 
 
 def _along_by_jet(field: ClosedJaxpr) -> Callable[..., Float[Array, "depth+1 d"]]:

@@ -1,9 +1,11 @@
-"""What is solved: ordinary differential equations of any order on PyTree states.
+"""What is solved: differential equations of any order on PyTree states, explicit or implicit.
 
-Users write fields on their own PyTrees; the solvers see them through ``flat_field``, on one stack of real vectors.
+Users write functions on their own PyTrees; the solvers see them on one stack of real vectors, ``us`` of shape
+``(derivatives, d)``, as an equation ``z(t, us) = 0`` with ``m`` rows.
 """
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable
 
 import equinox as eqx
@@ -13,9 +15,44 @@ from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer
 from .factorisations import Layout
+from .gaussians import Linearisation
 
 
-class ODE(eqx.Module):
+class AbstractProblem(eqx.Module):
+    """An equation about ``u`` and its derivatives up to ``order``."""
+
+    order: eqx.AbstractVar[int]
+
+    @abstractmethod
+    def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree):
+        """Raises unless the equation can be evaluated at the initial value, without running it."""
+
+    @abstractmethod
+    def first_order(
+        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
+    ) -> Linearisation:
+        """The equation with its derivative at a point."""
+
+    def split(self, u0: PyTree) -> tuple[PyTree, ...]:
+        """The initial value as the tuple ``(u, u', ..., u^(k-1))``; checks structure, shapes and dtypes."""
+        if self.order <= 1:
+            values = (u0,)
+        elif isinstance(u0, tuple) and len(u0) == self.order:
+            values = u0
+        else:
+            raise ValueError(
+                f"An equation of order {self.order} needs u0 = (u, u', ...), a tuple of {self.order} states, "
+                f"got {type(u0).__name__}{f' of length {len(u0)}' if isinstance(u0, tuple) else ''}."
+            )
+        values = jax.tree.map(_as_state, values)
+        if sum(leaf.size for leaf in jax.tree.leaves(values[0])) == 0:
+            raise ValueError("u0 has no numbers in it: there is nothing to solve for.")
+        for i, value in enumerate(values[1:], start=1):
+            _require_like(value, values[0], f"entry {i} of u0", "entry 0 of u0")
+        return values
+
+
+class ODE(AbstractProblem):
     """``u^(k) = f(t, u, u', ..., u^(k-1), args)`` with ``k = order``.
 
     ``vector_field`` is a function or an ``eqx.Module`` called as ``f(t, u, args)`` for ``order=1``, as
@@ -31,38 +68,63 @@ class ODE(eqx.Module):
         if not callable(self.vector_field):
             raise TypeError(f"ODE(vector_field) must be callable as f(t, u, args), got {self.vector_field!r}.")
 
-    def split(self, u0: PyTree) -> tuple[PyTree, ...]:
-        """The initial value as the tuple ``(u, u', ..., u^(k-1))``; checks structure, shapes and dtypes."""
-        if self.order == 1:
-            values = (u0,)
-        elif isinstance(u0, tuple) and len(u0) == self.order:
-            values = u0
-        else:
-            raise ValueError(
-                f"An ODE of order {self.order} needs u0 = (u, u', ...), a tuple of {self.order} states, "
-                f"got {type(u0).__name__}{f' of length {len(u0)}' if isinstance(u0, tuple) else ''}."
-            )
-        values = jax.tree.map(_as_state, values)
-        if sum(leaf.size for leaf in jax.tree.leaves(values[0])) == 0:
-            raise ValueError("u0 has no numbers in it: there is nothing to solve for.")
-        for i, value in enumerate(values[1:], start=1):
-            _require_like(value, values[0], f"entry {i} of u0", "entry 0 of u0")
-        return values
-
-    def check_field(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree):
-        """Raises unless the field returns a PyTree like ``u``: structure, shapes and dtypes, without running it."""
-        arguments = ", ".join(["t", "u", "du", "ddu"][: self.order + 1] if self.order <= 3 else ["t", "u", "..."])
-        try:
-            inspect.signature(self.vector_field).bind(t0, *values, args)
-        except TypeError as error:
-            message = (
-                f"The vector field of an ODE of order {self.order} is called as f({arguments}, args), but: {error}."
-            )
-            raise TypeError(message) from None
-        except ValueError:  # a builtin without a signature
-            pass
+    def check(self, t0, values, args):
+        name = f"The vector field of an ODE of order {self.order}"
+        _require_signature(self.vector_field, name, "f", t0, values, args)
         out = eqx.filter_eval_shape(self.vector_field, t0, *values, args)
         _require_like(out, values[0], "the vector field's output", "u0")
+
+    def zeroth_order(
+        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
+    ) -> Linearisation:
+        """The equation with the vector field frozen at a point."""
+        k = self.order
+        blocks = [jnp.zeros_like(layout.identity())] * k + [layout.identity()]
+        return _linearisation(blocks, us[k] - flat_field(self, layout, args)(t, us[:k]), layout, block=k)
+
+    def first_order(self, t, us, layout, args):
+        k = self.order
+        f, jacobian = _value_and_jacobian(flat_field(self, layout, args), t, us[:k])
+        blocks = [-layout.project(jacobian[:, j, :]) for j in range(k)] + [layout.identity()]
+        return _linearisation(blocks, us[k] - f, layout, block=k)
+
+
+class Residual(AbstractProblem):
+    """``r(t, u, u', ..., u^(k), args) = 0`` with ``k = order``: implicit and differential-algebraic equations,
+    invariants, or whatever else is known to hold.
+
+    ``residual`` is a function or an ``eqx.Module`` called as ``r(t, u, du, args)`` for ``order=1``, as
+    ``r(t, u, args)`` for ``order=0``; it returns a PyTree of real arrays, as many equations as there are numbers in it.
+    The initial value is ``u``, or the tuple ``(u, ..., u^(k-1))`` from ``order=2`` on, and should satisfy the equation
+    together with some next derivative. Where the output has not as many numbers as ``u``, solve with ``Dense()``; under
+    ``BlockDiagonal()`` the i-th equation is taken to be about the i-th component. Raises ``TypeError`` if the residual
+    cannot be called, ``ValueError`` for a negative ``order``.
+    """
+
+    residual: Callable
+    order: int = eqx.field(
+        static=True, default=1, kw_only=True, converter=lambda k: as_integer(k, "Residual(order)", 0)
+    )
+
+    def __check_init__(self):
+        if not callable(self.residual):
+            raise TypeError(f"Residual(residual) must be callable as r(t, u, du, args), got {self.residual!r}.")
+
+    def check(self, t0, values, args):
+        values = (*values, *values[:1])[: self.order + 1]
+        _require_signature(self.residual, f"A residual of order {self.order}", "r", t0, values, args)
+        leaves = jax.tree.leaves(eqx.filter_eval_shape(self.residual, t0, *values, args))
+        if not all(hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
+            raise TypeError("The residual must return a PyTree of real, floating-point arrays.")
+        if sum(x.size for x in leaves) == 0:
+            raise ValueError("The residual returns no numbers: there is nothing to solve.")
+
+    def first_order(self, t, us, layout, args):
+        us = us[: self.order + 1]
+        value, jacobian = _value_and_jacobian(flat_residual(self, layout, args), t, us)
+        return _linearisation(
+            [layout.project(jacobian[:, j, :]) for j in range(us.shape[0])], value, layout, block=None
+        )
 
 
 def flat_field(ode: ODE, layout: Layout, args: PyTree) -> Callable:
@@ -72,6 +134,40 @@ def flat_field(ode: ODE, layout: Layout, args: PyTree) -> Callable:
         return layout.ravel(ode.vector_field(t, *(layout.unravel(u) for u in us), args))
 
     return field
+
+
+def flat_residual(problem: Residual, layout: Layout, args: PyTree) -> Callable:
+    """The residual as ``r(t, us)`` on a stack ``us`` of shape ``(order+1, d)``, returning ``(m,)``."""
+
+    def residual(t: Float[Array, ""], us: Float[Array, "derivatives d"]) -> Float[Array, " m"]:
+        return layout.ravel(problem.residual(t, *(layout.unravel(u) for u in us), args))
+
+    return residual
+
+
+def _value_and_jacobian(fn, t, us):
+    """``(m,)`` and ``(m, derivatives, d)`` from one batched forward pass."""
+
+    def twice(us):
+        value = fn(t, us)
+        return value, value
+
+    jacobian, value = jax.jacfwd(twice, has_aux=True)(us)
+    return value, jacobian
+
+
+def _linearisation(blocks, value, layout, block):
+    return Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack(value[None]), block=block)
+
+
+def _require_signature(fn, name, letter, t0, values, args):
+    names = ["t", "u", "du", "ddu"][: len(values) + 1] if len(values) <= 3 else ["t", "u", "..."]
+    try:
+        inspect.signature(fn).bind(t0, *values, args)
+    except TypeError as error:
+        raise TypeError(f"{name} is called as {letter}({', '.join(names)}, args), but: {error}.") from None
+    except ValueError:  # a builtin without a signature
+        pass
 
 
 def _as_state(x) -> Array:

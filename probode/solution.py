@@ -25,7 +25,8 @@ class Result(eqx.Enumeration):
     )
     initial_state_nonfinite = (
         "The solve did not start because the state at t0 is infinite or NaN: u0, or a derivative of the vector field "
-        "there. Move t0 away from the singularity, or start from an InitialState."
+        "there; or because no derivatives satisfy a Residual together with u0. Move t0 away from the singularity, pass "
+        "a consistent u0, or start from an InitialState."
     )
     nonfinite = (
         "The solve stopped because the vector field, its derivative or the state became infinite or NaN however short "

@@ -19,7 +19,6 @@ from .adaptive import (
     begin,
     first_step,
     is_finite,
-    no_influence,
     row_of,
     solve_keeping_steps,
     solve_keeping_times,
@@ -28,7 +27,7 @@ from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
 from .constraints import AbstractConstraint
 from .controllers import AbstractController, IntegralController
-from .errors import AbstractErrorEstimate, ResidualError
+from .errors import AbstractErrorEstimate, ResidualError, StateError
 from .factorisations import AbstractFactorisation, Dense, Layout
 from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
@@ -36,7 +35,7 @@ from .leave_one_out import left_out_squares
 from .loops import AbstractLoop, BoundedLoop
 from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
-from .steps import State, Step, start, unconditional
+from .steps import State, Step, no_influence, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .trajectory import column, evaluate, rescale, trajectory
 
@@ -45,9 +44,9 @@ class Solver(eqx.Module):
     """A probabilistic ODE solver, composed of parts; any part can be replaced by a subclass of its base.
 
     ``prior`` (what solutions look like) and ``constraint`` (the equation and its linearisation) are required. Defaults:
-    ``Dense()``, ``Filter()``, ``DynamicCalibration()``, ``ResidualError()``, ``IntegralController()``,
-    ``BoundedLoop()``, ``TaylorMode()``. Raises ``TypeError`` for a part of the wrong kind, ``ValueError`` where the
-    order of the ODE exceeds that of the prior.
+    ``Dense()``, ``Filter()``, ``DynamicCalibration()``, ``ResidualError()`` (or ``StateError()``, unless the constraint
+    is one ODE), ``IntegralController()``, ``BoundedLoop()``, ``TaylorMode()``. Raises ``TypeError`` for a part of the
+    wrong kind, ``ValueError`` where the order of the equation exceeds that of the prior.
     """
 
     prior: AbstractPrior
@@ -68,12 +67,14 @@ class Solver(eqx.Module):
         factorisation: Any = Dense(),
         strategy: Any = Filter(),
         calibration: Any = DynamicCalibration(),
-        error: Any = ResidualError(),
+        error: Any = None,
         controller: Any = None,
         loop: Any = BoundedLoop(),
         initialisation: Any = TaylorMode(),
     ):
         controller = IntegralController() if controller is None else controller
+        if error is None and isinstance(constraint, AbstractConstraint):
+            error = ResidualError() if constraint.determines_derivative else StateError()
         self.prior = _part("prior", prior, AbstractPrior)
         self.constraint = _part("constraint", constraint, AbstractConstraint)
         self.factorisation = _part("factorisation", factorisation, AbstractFactorisation)
@@ -83,9 +84,9 @@ class Solver(eqx.Module):
         self.controller = _part("controller", controller, AbstractController)
         self.loop = _part("loop", loop, AbstractLoop)
         self.initialisation = _part("initialisation", initialisation, AbstractInitialisation)
-        if constraint.ode.order > prior.num_derivatives:
+        if constraint.order > prior.num_derivatives:
             raise ValueError(
-                f"An ODE of order {constraint.ode.order} needs a prior with at least as many derivatives, "
+                f"An equation of order {constraint.order} needs a prior with at least as many derivatives, "
                 f"but {type(prior).__name__} has num_derivatives={prior.num_derivatives}."
             )
 
@@ -164,8 +165,8 @@ class Solver(eqx.Module):
 
 def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
     """``u0`` as a tuple of derivatives (or the state that it is), and the layout of its state."""
-    ode, nu = solver.constraint.ode, solver.prior.num_derivatives
-    return inputs.initial_value(u0, ode, nu, solver.factorisation, solver.controller)
+    problem, nu = solver.constraint.problem, solver.prior.num_derivatives
+    return inputs.initial_value(u0, problem, nu, solver.factorisation, solver.controller)
 
 
 def _steps(solver: Solver) -> Step:
@@ -174,17 +175,17 @@ def _steps(solver: Solver) -> Step:
 
 def _state(solver, u0, t0, args, layout) -> State:
     """The state at ``t0`` from any of the things that ``u0`` may be."""
-    ode = solver.constraint.ode
+    problem = solver.constraint.problem
     # Here the check runs once per compilation, not once per call.
     example = layout.unravel(jnp.zeros(layout.size, layout.dtype))
-    ode.check_field(t0, (example,) * ode.order, args)
+    problem.check(t0, (example,) * max(problem.order, 1), args)
     if isinstance(u0, InitialState):
         mean = layout.pack(jnp.stack([layout.ravel(u) for u in u0.mean]))
         distribution = Normal(mean, u0.factor.astype(layout.dtype))
     else:
         stack = jnp.stack([layout.ravel(u) for u in u0])
-        distribution = solver.initialisation.initialise(ode, t0, stack, layout, args)
-    return start(_steps(solver), t0, distribution, layout)
+        distribution = solver.initialisation.initialise(problem, t0, stack, layout, args)
+    return start(_steps(solver), t0, distribution, layout, args)
 
 
 @eqx.filter_jit
@@ -280,7 +281,7 @@ def _solve_grid(solver, u0, grid, args, layout):
         state, past, influence = unconditional(parts, state, t, args, remember(state.distribution))
         return state, row_of(state, past, influence=influence if influences else None)
 
-    none = no_influence(state.distribution, layout) if influences else None
+    none = no_influence(parts, state, args) if influences else None
     first = row_of(state, remember(state.distribution), influence=none)
     final, rows = lax.scan(body, state, grid[1:])
     rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)

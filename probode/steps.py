@@ -78,13 +78,22 @@ class Attempt(eqx.Module):
     innovation: Innovation
 
 
-def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout) -> State:
+def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree) -> State:
     """The state of a solver before its first step."""
     shape, dtype = layout.batch_shape, layout.dtype
-    # As many rows as a step leaves, which conditions on as many components as one derivative has.
-    dim, m = distribution.mean.shape[-2], layout.identity().shape[-1]
+    equation = eqx.filter_eval_shape(parts.constraint.linearise, t, distribution, layout, args)
+    # As many rows as a step leaves.
+    rows = distribution.mean.shape[-2] - (0 if equation.block is None else equation.residual.shape[-2])
     ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
-    return State(t, pad(distribution, dim - m), ones, statistics, Evidence.none(shape, dtype), layout)
+    return State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout)
+
+
+def no_influence(parts: Step, state: State, args: PyTree) -> Influence:
+    """Of no equation at all."""
+    equation = eqx.filter_eval_shape(parts.constraint.linearise, state.t, state.distribution, state.layout, args)
+    m, (*batch, dim, cols), dtype = equation.residual.shape[-2], state.distribution.mean.shape, state.layout.dtype
+    zeros = jnp.zeros((*batch, m, dim), dtype)
+    return Influence(jnp.zeros((*batch, m, cols), dtype), zeros, zeros, jnp.zeros(batch, dtype))
 
 
 def attempt(
@@ -134,20 +143,22 @@ def _without_round_off(equation, mean):
     # Residuals at round-off carry no information, but gain and scale of a short step grow like dt^-j for the j-th
     # derivative: they would ruin what is known of the high ones. Only the value is dropped, not its derivative.
     z = equation.residual
-    small = jnp.abs(z) <= 8 * jnp.finfo(z.dtype).eps * jnp.abs(_terms(equation, mean))
+    small = jnp.abs(z) <= 8 * jnp.finfo(z.dtype).eps * _terms(equation, mean)
     return eqx.tree_at(lambda e: e.residual, equation, z - lax.stop_gradient(jnp.where(small, z, 0)))
 
 
 def _informative(equation, mean):
     # A residual at the round-off of its own terms says nothing about the scale either.
-    floor = 100 * jnp.finfo(mean.dtype).eps * jnp.max(jnp.abs(_terms(equation, mean)))
+    floor = 100 * jnp.finfo(mean.dtype).eps * jnp.max(_terms(equation, mean))
     return jnp.max(jnp.abs(equation.residual)) > floor
 
 
 def _terms(equation, mean):
-    """The derivative that the equation is about, whose size is that of the residual's terms."""
-    m = equation.residual.shape[-2]
-    return mean[..., equation.block * m : (equation.block + 1) * m, :]
+    """The size of the residual's terms: the derivative that the equation is about, or all that it depends on."""
+    m, p = equation.matrix.shape[-2:]
+    if equation.block is None:
+        return jnp.abs(equation.matrix) @ jnp.abs(mean[..., :p, :])
+    return jnp.abs(mean[..., p - m : p, :])
 
 
 def round_off(t: Float[Array, ""]) -> Float[Array, ""]:

@@ -171,15 +171,15 @@ def test_relinearising_sees_the_whole_covariance():
     seen = []
 
     class Watched(po.AbstractConstraint):
-        ode: po.ODE
+        problem: po.ODE
 
         def linearise(self, t, predicted, layout, args):
             seen.append(predicted.factor.shape)
-            return po.TS1(self.ode).linearise(t, predicted, layout, args)
+            return po.TS1(self.problem).linearise(t, predicted, layout, args)
 
     solver = po.Solver(po.IWP(2), Watched(DECAY), calibration=po.DynamicCalibration(relinearise=True))
     solver.step(solver.init(jnp.ones(1), 0.0), 0.1)
-    assert seen == [(2, 3), (5, 3)]  # without the noise of the step, then with it
+    assert seen == [(0, 3), (2, 3), (5, 3)]  # for its shape alone; without the noise of the step; then with it
 
 
 @factorisations
