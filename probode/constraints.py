@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jaxtyping import Array, Float, PyTree
 
-from .checks import as_integer
+from .checks import as_integer, as_scalar, require
 from .factorisations import Layout
 from .gaussians import Linearisation, Normal
 from .problems import ODE, AbstractProblem, Residual
@@ -37,15 +37,22 @@ def problem_field(name: str, kind: type, words: str) -> Any:
     return eqx.field(converter=convert)
 
 
+def relinearise_field() -> Any:
+    """Whether every evaluation takes the Jacobian anew."""
+    return eqx.field(static=True, default=False, kw_only=True)
+
+
 class AbstractConstraint(eqx.Module):
     """An equation that the solution satisfies at every time, and how it is linearised.
 
     ``problem``: the equation that the solve starts from. ``evaluations``: how often it is evaluated in an accepted
-    step, at the prediction and then at what the update before has made of it.
+    step, at the prediction and then at what the update before has made of it. ``relinearise``: whether these
+    evaluations take their own Jacobians (Gauss-Newton) or keep that of the prediction (a chord iteration).
     """
 
     problem: eqx.AbstractVar[AbstractProblem]
     evaluations = 1
+    relinearise = False
 
     @property
     def order(self) -> int:
@@ -85,15 +92,56 @@ class TS1(AbstractConstraint):
     """``z`` with its exact Jacobian at the prediction, ``H = E_k - sum_j J_j E_j`` for an ODE. For stiff problems too.
 
     The Jacobian is taken in full under ``Dense``, its diagonal under ``BlockDiagonal``, its mean diagonal under
-    ``Isotropic``. ``evaluations`` as for ``TS0``; the Jacobian stays that of the prediction. Raises ``TypeError`` for
-    anything but an ``ODE`` or a ``Residual``, ``ValueError`` for a number of evaluations below 1.
+    ``Isotropic``. ``evaluations`` as for ``TS0``; the Jacobian stays that of the prediction, or with
+    ``relinearise=True`` is taken anew every time: the iterated extended Kalman filter, whose limit is the most probable
+    state given the past and the equation (Bell & Cathey 1993). Raises ``TypeError`` for anything but an ``ODE`` or a
+    ``Residual``, ``ValueError`` for a number of evaluations below 1.
     """
 
     problem: AbstractProblem = problem_field("TS1", AbstractProblem, "an ODE or a Residual")
     evaluations: int = evaluations_field()
+    relinearise: bool = relinearise_field()
 
     def linearise(self, t, predicted, layout, args):
         return self.problem.first_order(t, layout.unpack(predicted.mean), layout, args)
+
+
+class Noisy(AbstractConstraint):
+    """An equation that holds only up to noise: independent, with standard deviation ``std`` in units of its residual.
+
+    For equations that are themselves uncertain, and to damp what is ill-conditioned. Raises ``TypeError`` for anything
+    but a constraint, ``ValueError`` unless ``std`` is finite and positive.
+    """
+
+    constraint: AbstractConstraint
+    std: Float[Array, ""]
+
+    def __init__(self, constraint: Any, std: Any):
+        if not isinstance(constraint, AbstractConstraint):
+            raise TypeError(f"Noisy({constraint!r}): the first argument is a constraint, like TS1(probode.ODE(f)).")
+        std = as_scalar(std, "Noisy(std)")
+        self.constraint = constraint
+        self.std = jnp.asarray(
+            require(std, (std > 0) & (std < jnp.inf), "Noisy(std) must be finite and positive", std=std)
+        )
+
+    @property
+    def problem(self):
+        return self.constraint.problem
+
+    @property
+    def order(self):
+        return self.constraint.order
+
+    @property
+    def determines_derivative(self):
+        return False
+
+    def linearise(self, t, predicted, layout, args):
+        equation = self.constraint.linearise(t, predicted, layout, args)
+        own = layout.broadcast(self.std.astype(layout.dtype) * jnp.eye(equation.residual.shape[-2], dtype=layout.dtype))
+        noise = own if equation.noise is None else jnp.concatenate([equation.noise, own], axis=-2)
+        return Linearisation(equation.matrix, equation.residual, noise=noise)
 
 
 class Stack(AbstractConstraint):
@@ -107,14 +155,15 @@ class Stack(AbstractConstraint):
 
     constraints: tuple[AbstractConstraint, ...]
     evaluations: int = evaluations_field()
+    relinearise: bool = relinearise_field()
 
-    def __init__(self, *constraints: Any, evaluations: Any = 1):
+    def __init__(self, *constraints: Any, evaluations: Any = 1, relinearise: bool = False):
         if not constraints:
             raise ValueError("Stack() needs at least one constraint.")
         for constraint in constraints:
             if not isinstance(constraint, AbstractConstraint):
                 raise TypeError(f"Stack({constraint!r}): members are constraints, like TS1(probode.Residual(r)).")
-        self.constraints, self.evaluations = constraints, evaluations
+        self.constraints, self.evaluations, self.relinearise = constraints, evaluations, relinearise
 
     @property
     def problem(self):
@@ -154,7 +203,7 @@ class _Together(eqx.Module):
 
     def __call__(self, t, *us_and_args):
         *us, args = us_and_args
-        return [problem.residual(t, *us[: problem.order + 1], args) for problem in self.problems]
+        return [problem.residual_of(t, tuple(us), args) for problem in self.problems]
 
 
 def _noise_of(equation):

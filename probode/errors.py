@@ -61,8 +61,8 @@ class ResidualError(AbstractErrorEstimate):
                 "ResidualError() is about an equation for one derivative of u, like an ODE; a Residual, a Stack or an "
                 "equation with noise may have other units and shapes. Use error=StateError()."
             )
-        std = layout.std(innovation.factor)[0]
-        return jnp.abs(dt) ** k / math.factorial(k) * innovation.scale * std
+        std = layout.std(innovation.scale[..., None, None] * innovation.factor)[0]
+        return jnp.abs(dt) ** k / math.factorial(k) * std
 
 
 class StateError(AbstractErrorEstimate):
@@ -75,5 +75,5 @@ class StateError(AbstractErrorEstimate):
     norm: Callable = eqx.field(static=True, default=rms_norm)
 
     def estimate(self, dt, transition, equation, innovation, layout):
-        components = layout.identity().shape[-1]
-        return innovation.scale * layout.std(posterior_noise(equation, transition.noise, components))[0]
+        left = posterior_noise(equation, transition.noise, layout.identity().shape[-1])
+        return layout.std(innovation.scale[..., None, None] * left)[0]

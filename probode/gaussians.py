@@ -26,8 +26,8 @@ class Normal(eqx.Module):
     ``(*batch, dim, cols)`` and ``factor`` is ``(*batch, rows, dim)`` in the layout of the factorisation.
     """
 
-    mean: PyTree[Array]
-    factor: PyTree[Array]
+    mean: PyTree
+    factor: PyTree
 
 
 class Conditional(eqx.Module):
@@ -282,14 +282,18 @@ def _replacement(equation, noise):
     def step(carry, i):
         h, solved, chosen = carry
         j = jnp.argmax(jnp.abs(h[i]) * size)
-        row, row_solved, column = h[i] / h[i, j], solved[i] / h[i, j], h[:, j].at[i].set(0)
+        # Nothing is to be learnt from an equation about what is certain.
+        empty = h[i, j] * size[j] == 0
+        pivot = jnp.where(empty, jnp.inf, h[i, j])
+        row, row_solved, column = h[i] / pivot, solved[i] / pivot, h[:, j].at[i].set(0)
         h = (h - column[:, None] * row).at[i].set(row)
         solved = (solved - column[:, None] * row_solved).at[i].set(row_solved)
-        return (h, solved, chosen.at[i].set(j)), None
+        return (h, solved, chosen.at[i].set(jnp.where(empty, dim, j))), None
 
     init = equation.matrix, jnp.eye(m, dtype=noise.dtype), jnp.zeros(m, int)
     (_, solved, chosen), _ = lax.scan(step, init, jnp.arange(m))
-    return jnp.zeros((dim, m), noise.dtype).at[chosen].set(solved), jnp.ones(dim, noise.dtype).at[chosen].set(0)
+    inverse = jnp.zeros((dim, m), noise.dtype).at[chosen].set(solved, mode="drop")
+    return inverse, jnp.ones(dim, noise.dtype).at[chosen].set(0, mode="drop")
 
 
 @batched

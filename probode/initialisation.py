@@ -9,13 +9,17 @@ from abc import abstractmethod
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer, as_scalar, require
 from .factorisations import Layout
-from .gaussians import Normal
+from .gaussians import Normal, condition, join, seen_from
 from .jets import consistent_derivatives, taylor_derivatives
 from .problems import ODE, AbstractProblem, flat_field, flat_residual
+
+
+_GAUSS_NEWTON_STEPS = 10
 
 
 class InitialState(eqx.Module):
@@ -62,14 +66,17 @@ class Diffuse(AbstractInitialisation):
     ``N(0, scale^2)``.
 
     For vector fields that cannot be differentiated often, or not at all (``num_derivatives_known`` 0 or 1); the steps
-    find the derivatives. ``scale``, in units of ``u`` over powers of time, should not be smaller than they are. Raises
-    ``ValueError`` for a negative number, one above the prior's, or a scale that is not positive.
+    find the derivatives. ``scale``, in units of ``u`` over powers of time, should not be smaller than they are.
+    ``conditioned``: use the equation at ``t0`` too, by Gauss-Newton steps; with a ``Residual`` (``ODE.lifted``, a
+    differential-algebraic equation) that makes everything exact that it determines. Raises ``ValueError`` for a
+    negative number, one above the prior's, or a scale that is not positive.
     """
 
     num_derivatives_known: int = eqx.field(
         static=True, default=1, converter=lambda n: as_integer(n, "Diffuse(num_derivatives_known)", 0)
     )
     scale: Float[Array, ""] = eqx.field(default=1.0, converter=lambda x: _as_scale(x))
+    conditioned: bool = eqx.field(static=True, default=False, kw_only=True)
 
     def initialise(self, problem, t0, u0, layout, args):
         n, num = layout.num_derivatives + 1, u0.shape[0] - 1 + self.num_derivatives_known
@@ -81,7 +88,21 @@ class Diffuse(AbstractInitialisation):
         known = _derivatives(problem, t0, u0, layout, args, num)
         mean = layout.pack(jnp.concatenate([known, jnp.zeros((n - 1 - num, layout.size), layout.dtype)]))
         unknown = jnp.diag(jnp.where(jnp.arange(n) > num, self.scale.astype(layout.dtype), 0))
-        return Normal(mean, layout.lift(unknown, 1.0))
+        diffuse = Normal(mean, layout.lift(unknown, 1.0))
+        return _given_equation(problem, t0, diffuse, layout, args) if self.conditioned else diffuse
+
+
+def _given_equation(problem, t0, diffuse, layout, args):
+    """A state given the equation at ``t0``, linearised at the most probable one."""
+    certain, one = Normal(diffuse.mean, jnp.zeros_like(diffuse.factor)), jnp.ones(layout.batch_shape, layout.dtype)
+
+    def given(point):
+        equation = problem.first_order(t0, layout.unpack(point), layout, args)
+        equation = eqx.tree_at(lambda e: e.residual, equation, seen_from(diffuse.mean, point, equation))
+        return condition(join(certain, diffuse.factor, one, equation), certain, equation).state
+
+    point, _ = lax.scan(lambda point, _: (given(point).mean, None), diffuse.mean, None, length=_GAUSS_NEWTON_STEPS)
+    return given(point)
 
 
 def _derivatives(problem, t0, u0, layout, args, num):

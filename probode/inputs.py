@@ -22,6 +22,7 @@ from .problems import AbstractProblem
 from .solution import SaveAt, Solution
 from .steps import State
 from .strategies import AbstractStrategy, FixedPointSmoother
+from .uncertain import UncertainEnd
 
 
 def floats_to_arrays(tree: PyTree) -> PyTree:
@@ -44,10 +45,12 @@ def initial_value(
         raise TypeError("u0 is a Solution: pass its .state to go on from where it ended.")
     if isinstance(u0, State):
         raise TypeError("u0 is a state of init or step: a solve goes on from Solution.state, step goes on from this.")
+    if isinstance(u0, UncertainEnd):
+        raise TypeError("A solve from an uncertain u0 cannot be continued: solve the whole interval at once.")
     if isinstance(u0, Normal):
         raise TypeError(
-            "u0 is a Normal, but this version does not propagate uncertain initial values. Pass its mean, or an "
-            "InitialState from solver.initialise with a factor of your own."
+            "u0 is a Normal, an uncertain initial value: solve and solve_grid take it; elsewhere pass its mean, or an "
+            "InitialState from solver.initialise."
         )
     if isinstance(u0, InitialState):
         layout = _layout(u0.mean[0], num_derivatives, factorisation)

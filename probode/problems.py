@@ -7,6 +7,7 @@ Users write functions on their own PyTrees; the solvers see them on one stack of
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,6 +24,11 @@ class AbstractProblem(eqx.Module):
 
     order: eqx.AbstractVar[int]
 
+    @property
+    def num_initial_values(self) -> int:
+        """How many of ``u, u', ...`` the initial value holds."""
+        return max(self.order, 1)
+
     @abstractmethod
     def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree):
         """Raises unless the equation can be evaluated at the initial value, without running it."""
@@ -33,15 +39,29 @@ class AbstractProblem(eqx.Module):
     ) -> Linearisation:
         """The equation with its derivative at a point."""
 
+    @abstractmethod
+    def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
+        """What is zero where the equation holds, from ``us = (u, u', ..., u^(order))``."""
+
+    def lifted(self, levels: Any) -> "Residual":
+        """The equation and its first ``levels`` time derivatives, as one ``Residual`` of order ``order + levels``.
+
+        All of it is exact along a solution, so it tells a state of high order more than the equation alone: the steps
+        are more accurate, and a bit dearer. Raises ``ValueError`` for a negative number.
+        """
+        levels = as_integer(levels, "lifted(levels)", 0)
+        return Residual(_Lifted(self, levels), order=self.order + levels)
+
     def split(self, u0: PyTree) -> tuple[PyTree, ...]:
         """The initial value as the tuple ``(u, u', ..., u^(k-1))``; checks structure, shapes and dtypes."""
-        if self.order <= 1:
+        known = self.num_initial_values
+        if known == 1:
             values = (u0,)
-        elif isinstance(u0, tuple) and len(u0) == self.order:
+        elif isinstance(u0, tuple) and len(u0) == known:
             values = u0
         else:
             raise ValueError(
-                f"An equation of order {self.order} needs u0 = (u, u', ...), a tuple of {self.order} states, "
+                f"An equation of order {known} needs u0 = (u, u', ...), a tuple of {known} states, "
                 f"got {type(u0).__name__}{f' of length {len(u0)}' if isinstance(u0, tuple) else ''}."
             )
         values = jax.tree.map(_as_state, values)
@@ -73,6 +93,10 @@ class ODE(AbstractProblem):
         _require_signature(self.vector_field, name, "f", t0, values, args)
         out = eqx.filter_eval_shape(self.vector_field, t0, *values, args)
         _require_like(out, values[0], "the vector field's output", "u0")
+
+    def residual_of(self, t, us, args):
+        f = self.vector_field(t, *us[: self.order], args)
+        return jax.tree.map(jnp.subtract, us[self.order], f)
 
     def zeroth_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
@@ -110,8 +134,15 @@ class Residual(AbstractProblem):
         if not callable(self.residual):
             raise TypeError(f"Residual(residual) must be callable as r(t, u, du, args), got {self.residual!r}.")
 
+    @property
+    def num_initial_values(self):
+        return self.residual.num_initial_values if isinstance(self.residual, _Lifted) else max(self.order, 1)
+
+    def residual_of(self, t, us, args):
+        return self.residual(t, *us[: self.order + 1], args)
+
     def check(self, t0, values, args):
-        values = (*values, *values[:1])[: self.order + 1]
+        values = (values * (self.order + 1))[: self.order + 1]
         _require_signature(self.residual, f"A residual of order {self.order}", "r", t0, values, args)
         leaves = jax.tree.leaves(eqx.filter_eval_shape(self.residual, t0, *values, args))
         if not all(hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
@@ -125,6 +156,34 @@ class Residual(AbstractProblem):
         return _linearisation(
             [layout.project(jacobian[:, j, :]) for j in range(us.shape[0])], value, layout, block=None
         )
+
+
+class _Lifted(eqx.Module):
+    """A problem's residual and its time derivatives along a curve through ``(u, u', ...)``."""
+
+    problem: AbstractProblem
+    levels: int = eqx.field(static=True)
+
+    @property
+    def num_initial_values(self):
+        return self.problem.num_initial_values
+
+    def __call__(self, t, *us_and_args):
+        *us, args = us_and_args
+
+        def differentiate(fn):
+            def derivative(t, us):
+                # As time passes every derivative moves in the direction of the next.
+                velocity = (jnp.ones_like(t), tuple(us[1:]))
+                return jax.jvp(fn, (t, tuple(us[:-1])), velocity)[1]
+
+            return derivative
+
+        fn, values = lambda t, us: self.problem.residual_of(t, us, args), []
+        for level in range(self.levels + 1):
+            values.append(fn(t, tuple(us[: self.problem.order + level + 1])))
+            fn = differentiate(fn)
+        return values
 
 
 def flat_field(ode: ODE, layout: Layout, args: PyTree) -> Callable:

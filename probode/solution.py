@@ -110,6 +110,27 @@ class Posterior(eqx.Module):
         return moments(self.layout, self.marginals, k)
 
 
+class Spread(eqx.Module):
+    """How the posterior means move with an uncertain initial value, along the ``N`` rows of its factor.
+
+    ``means``: those in ``Solution.marginals``, ``(N, time, *batch, dim, cols)``; ``trajectory``: tangents of the kept
+    states behind ``evaluate``.
+    """
+
+    means: Float[Array, "N time *state"]
+    trajectory: Any
+
+    def at(self, path: Trajectory, t: Array) -> Array:
+        """Of the means at any times."""
+        move = lambda tangent: eqx.filter_jvp(lambda path: _evaluate(path, t).mean, (path,), (tangent,))[1]  # noqa: E731
+        return eqx.filter_vmap(move)(self.trajectory)
+
+
+def widen(states: Normal, moves: Float[Array, "N ..."]) -> Normal:
+    """The states with the directions in which an uncertain initial value moves them as further rows of the factors."""
+    return Normal(states.mean, jnp.concatenate([states.factor, jnp.moveaxis(moves[..., 0], 0, -2)], axis=-2))
+
+
 class Solution(eqx.Module):
     """The posterior over a solution.
 
@@ -118,7 +139,8 @@ class Solution(eqx.Module):
     calibration. ``log_likelihood``: the log marginal likelihood of the equation holding at every step, under the
     covariances reported. ``result``: a ``Result``. ``stats``: ``num_steps`` attempts, of which ``num_accepted_steps``
     and ``num_rejected_steps``, and ``max_steps``. ``state``: the running state at the end, to go on from.
-    ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if any.
+    ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if any. ``spread``: what an uncertain initial
+    value adds, which is already in ``marginals``.
     """
 
     t: Float[Array, " time"]
@@ -130,6 +152,7 @@ class Solution(eqx.Module):
     state: Any
     layout: Layout
     trajectory: Trajectory | None
+    spread: Spread | None = None
 
     @property
     def mean(self) -> PyTree[Float[Array, "..."]]:
@@ -158,7 +181,10 @@ class Solution(eqx.Module):
                 "FixedIntervalSmoother(), or with save_at=SaveAt(dense=True)."
             )
         t = self._times(t, "evaluate(t)")
-        return Posterior(t, _evaluate(self.trajectory, t), self.layout)
+        states = _evaluate(self.trajectory, t)
+        if self.spread is not None:
+            states = _widened(states, self.spread, self.trajectory, t)
+        return Posterior(t, states, self.layout)
 
     def sample(self, key: Any, shape: tuple[int, ...] = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
         """Joint samples of the trajectory of ``u``: leaves ``(*shape, time, *leaf.shape)``.
@@ -185,11 +211,16 @@ class Solution(eqx.Module):
                     "A filter cannot be sampled at more than one time: its marginals do not say how times belong "
                     "together. Solve with strategy=FixedPointSmoother() or FixedIntervalSmoother()."
                 )
-            marginals = self.marginals if ts is self.t else _evaluate(path, ts)
-            return _sample(marginals, self.layout, key, tuple(shape))
+            marginals = self.marginals if ts is self.t else self.evaluate(ts).marginals
+            return _sample(marginals, self.layout, key, tuple(shape), self._moves(ts))
         missing = jnp.isnan(self.marginals.mean).any(axis=tuple(range(1, self.marginals.mean.ndim)))
         missing = missing if ts is self.t else None
-        return _sample_path(path, self.layout, key, tuple(shape), ts, missing)
+        return _sample_path(path, self.layout, key, tuple(shape), ts, missing, self._moves(ts))
+
+    def _moves(self, ts):
+        if self.spread is None or ts is self.t:
+            return None if self.spread is None else self.spread.means
+        return _moves_at(self.spread, self.trajectory, ts)
 
     def _single(self, method):
         if self.t.ndim != 1:
@@ -223,25 +254,45 @@ def _evaluate(path, t):
 
 
 @eqx.filter_jit
-def _sample(marginals, layout, key, shape):
+def _moves_at(spread, path, t):
+    return spread.at(path, t)
+
+
+@eqx.filter_jit
+def _widened(states, spread, path, t):
+    return widen(states, spread.at(path, t))
+
+
+@eqx.filter_jit
+def _sample(marginals, layout, key, shape, moves):
     mean, factor = marginals.mean, marginals.factor
+    # The initial value moves all components together, whatever the factorisation keeps.
+    factor = factor if moves is None else factor[..., : factor.shape[-2] - moves.shape[0], :]
 
     def one(key):
         noise = jax.random.normal(key, (*factor.shape[:-1], mean.shape[-1]), mean.dtype)
-        return _trajectory_of_u(mean + jax.vmap(spread)(factor, noise), layout)
+        states = mean + jax.vmap(spread)(factor, noise)
+        return _trajectory_of_u(_moved(states, moves, key), layout)
 
     return _draws(one, key, shape)
 
 
 @eqx.filter_jit
-def _sample_path(path, layout, key, shape, ts, missing):
+def _sample_path(path, layout, key, shape, ts, missing, moves):
     def one(key):
-        states = sample_at(path, key, ts)
+        states = _moved(sample_at(path, key, ts), moves, key)
         if missing is not None:
             states = jnp.where(missing.reshape(-1, *[1] * (states.ndim - 1)), jnp.nan, states)
         return _trajectory_of_u(states, layout)
 
     return _draws(one, key, shape)
+
+
+def _moved(states, moves, key):
+    if moves is None:
+        return states
+    weights = jax.random.normal(jax.random.fold_in(key, 2), moves.shape[:1], states.dtype)
+    return states + jnp.tensordot(weights, moves, axes=1)
 
 
 def _trajectory_of_u(states, layout):

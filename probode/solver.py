@@ -38,6 +38,7 @@ from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .steps import State, Step, no_influence, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .trajectory import column, evaluate, rescale, trajectory
+from .uncertain import check_uncertain, directions_of, push_forward
 
 
 class Solver(eqx.Module):
@@ -104,7 +105,8 @@ class Solver(eqx.Module):
     ) -> Solution:
         """Solve from ``t0`` to ``t1`` (which may lie before ``t0``) with steps chosen by the error estimate.
 
-        ``u0``: a PyTree of real arrays; a tuple ``(u, u', ...)`` for an ODE of higher order; an ``InitialState``; or
+        ``u0``: a PyTree of real arrays; a tuple ``(u, u', ...)`` for an equation of higher order; a ``Normal`` over
+        either, an uncertain initial value, whose spread is pushed forward to first order; an ``InitialState``; or
         ``Solution.state``, to go on. ``save_at``: an array of times or a ``SaveAt``; ``None``
         keeps ``t1``. ``dt0``: length of the first attempt, chosen automatically by default. ``throw``: raise a
         ``RuntimeError`` if ``t1`` is not reached, otherwise ``Solution.result`` tells. Wrong input raises
@@ -113,15 +115,20 @@ class Solver(eqx.Module):
         if progress is not None:
             raise ValueError("progress: no progress meter is available in this version; pass progress=None.")
         solver, args = inputs.floats_to_arrays((self, args))
+        u0, directions = _certain_part(self, u0)
         request = check_request(self, u0, t0, t1, save_at, dt0)
         try:
-            solution = solve_adaptive(solver, request, args)
+            if directions is None:
+                solution = solve_adaptive(solver, request, args)
+            else:
+                solution = _solve_uncertain(solver, request, args, directions)
         except TypeError as error:
             if "custom_vjp" not in str(error):
                 raise
             # JAX's own words for forward mode through something that has a reverse mode only.
             raise TypeError(
-                f"{type(self.loop).__name__}() cannot be differentiated in forward mode (jax.jvp, jax.jacfwd). "
+                f"{type(self.loop).__name__}() cannot be differentiated in forward mode (jax.jvp, jax.jacfwd, an "
+                "uncertain u0). "
                 "Use Solver(..., loop=BoundedLoop()) or ForwardLoop()."
             ) from error
         return raise_unless_successful(solution) if throw else solution
@@ -133,10 +140,11 @@ class Solver(eqx.Module):
         ``Solution.result`` is ``nonfinite`` if the solution left the real numbers. ``u0`` and ``args`` as in ``solve``.
         """
         solver, args = inputs.floats_to_arrays((self, args))
+        u0, directions = _certain_part(self, u0)
         u0, layout = bind(self, u0)
         if isinstance(u0, AdaptiveState):
             raise ValueError("solve_grid starts from u0 or an InitialState, not from the state of an adaptive solve.")
-        return _solve_grid(solver, u0, jnp.asarray(inputs.grid_times(grid, layout)), args, layout)
+        return _solve_grid(solver, u0, directions, jnp.asarray(inputs.grid_times(grid, layout)), args, layout)
 
     def initialise(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> InitialState:
         """The state at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))`` whose mean and factor can be changed,
@@ -169,6 +177,16 @@ def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
     return inputs.initial_value(u0, problem, nu, solver.factorisation, solver.controller)
 
 
+def _certain_part(solver, u0):
+    """The mean of an uncertain ``u0`` and the directions in which it is uncertain, or ``u0`` and ``None``."""
+    if not isinstance(u0, Normal):
+        return u0, None
+    directions = directions_of(u0, solver.constraint.problem)
+    _, layout = bind(solver, u0.mean)
+    check_uncertain(solver.factorisation, solver.calibration, layout.size)
+    return u0.mean, directions
+
+
 def _steps(solver: Solver) -> Step:
     return Step(solver.prior, solver.constraint, solver.calibration)
 
@@ -178,7 +196,7 @@ def _state(solver, u0, t0, args, layout) -> State:
     problem = solver.constraint.problem
     # Here the check runs once per compilation, not once per call.
     example = layout.unravel(jnp.zeros(layout.size, layout.dtype))
-    problem.check(t0, (example,) * max(problem.order, 1), args)
+    problem.check(t0, (example,) * problem.num_initial_values, args)
     if isinstance(u0, InitialState):
         mean = layout.pack(jnp.stack([layout.ravel(u) for u in u0.mean]))
         distribution = Normal(mean, u0.factor.astype(layout.dtype))
@@ -272,7 +290,17 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
 
 
 @eqx.filter_jit
-def _solve_grid(solver, u0, grid, args, layout):
+def _solve_uncertain(solver, request, args, directions):
+    def solve(u0):
+        return solve_adaptive(solver, eqx.tree_at(lambda r: r.u0, request, u0), args)
+
+    return push_forward(solve, request.u0, directions)
+
+
+@eqx.filter_jit
+def _solve_grid(solver, u0, directions, grid, args, layout):
+    if directions is not None:
+        return push_forward(lambda u0: _solve_grid(solver, u0, None, grid, args, layout), u0, directions)
     parts = _steps(solver)
     state = _state(solver, u0, grid[0], args, layout)
     remember, influences = solver.strategy.remember, solver.calibration.leaves_one_out

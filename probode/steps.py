@@ -123,6 +123,8 @@ def accept(
     update = condition(joint, predicted, equation, past)
     for _ in range(parts.constraint.evaluations - 1):
         equation = _evaluated_at(parts.constraint, t, update.state, predicted, equation, state.layout, args)
+        if parts.constraint.relinearise:
+            joint = join(predicted, transition.noise, scale, equation, past)
         update = condition(joint, predicted, equation, past)
     whitened, counts = update.influence.whitened, _informative(equation, attempted.mean)
     statistics = parts.calibration.update(state.statistics, whitened, counts)
@@ -132,9 +134,10 @@ def accept(
 
 
 def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
-    # The residual of the prediction as the equation about another point tells it; the matrix stays (a chord iteration).
+    # The residual of the prediction as the equation about another point tells it.
     new = constraint.linearise(t, Normal(point.mean, predicted.factor), layout, args)
-    new = eqx.tree_at(lambda e: e.matrix, new, equation.matrix)
+    if not constraint.relinearise:
+        new = eqx.tree_at(lambda e: e.matrix, new, equation.matrix)
     residual = seen_from(predicted.mean, point.mean, new)
     return _without_round_off(eqx.tree_at(lambda e: e.residual, new, residual), predicted.mean)
 

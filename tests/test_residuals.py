@@ -337,3 +337,120 @@ def test_errors():
     equation = po.TS1(po.Residual(lambda t, u, du, args: du + u))
     with pytest.raises(ValueError, match="Use error=StateError"):
         po.Solver(po.IWP(2), equation, error=po.ResidualError()).solve(U0, 0.0, 1.0)
+
+
+# --- Time derivatives of the equation
+
+
+@pytest.mark.parametrize("problem", ["ode", "second order", "residual"])
+def test_lifted_equations_are_time_derivatives(problem):
+    def curve(t):
+        return jnp.stack([jnp.sin(2 * t), jnp.exp(-t)])
+
+    if problem == "ode":
+        own = po.ODE(lambda t, u, args: jnp.stack([u[0] * u[1] + t, jnp.sin(u[0])]))
+    elif problem == "second order":
+        own = po.ODE(lambda t, u, du, args: jnp.stack([u[0] * du[1] + t, jnp.sin(du[0])]), order=2)
+    else:
+        own = po.Residual(lambda t, u, du, args: u[0] * du[1] * t)
+
+    derivatives = [curve]
+    for _ in range(5):
+        derivatives.append(jax.jacfwd(derivatives[-1]))
+
+    def along(t):
+        return own.residual_of(t, tuple(d(t) for d in derivatives), None)
+
+    t, expected = jnp.array(0.7), []
+    for _ in range(3):
+        expected.append(along(t))
+        along = jax.jacfwd(along)
+    lifted = own.lifted(2)
+    assert lifted.order == own.order + 2 and lifted.num_initial_values == own.order
+    got = lifted.residual_of(t, tuple(d(t) for d in derivatives), None)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_lifting_makes_longer_steps():
+    ode, controller = po.ODE(lotka_volterra), po.IntegralController(1e-6, 1e-6)
+    steps = []
+    for problem in (ode, ode.lifted(0), ode.lifted(2)):
+        solver = po.Solver(po.IWP(5), po.TS1(problem), error=po.StateError(), controller=controller)
+        solution = solver.solve(U0, 0.0, 10.0)
+        assert relative(solution.mean[0], [11.86150846, 2.63118858]) < 1e-5  # SciPy's DOP853 at 1e-13
+        steps.append(int(solution.stats["num_accepted_steps"]))
+    assert steps[0] == steps[1] and steps[2] < steps[0] / 2
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3])
+def test_conditioning_a_diffuse_start_makes_exact_what_the_equation_determines(levels):
+    ode = po.ODE(lotka_volterra)
+    exact = po.Solver(po.IWP(4), po.TS1(ode)).initialise(U0, 0.0).mean
+    start = po.Diffuse(0, scale=10.0, conditioned=True)
+    state = po.Solver(po.IWP(4), po.TS1(ode.lifted(levels)), initialisation=start).init(U0, 0.0)
+    for k in range(5):
+        if k <= levels + 1:
+            np.testing.assert_allclose(state.derivative(k).mean, exact[k], rtol=1e-12, atol=1e-12)
+            np.testing.assert_array_less(state.derivative(k).std, 1e-12)
+        else:
+            assert jnp.all(state.derivative(k).std > 1)
+
+
+def test_a_diffuse_start_of_a_dae_is_conditioned_where_it_can_be():
+    # The algebraic equation is about what is certain: nothing to learn, and nothing to divide by.
+    start = po.Diffuse(0, scale=10.0, conditioned=True)
+    solver = po.Solver(po.IWP(3), po.TS1(swinging(1)), initialisation=start)
+    state = solver.init(jnp.array([1.0, 0.0, 0.0, 2.0, 4.0]), 0.0)
+    np.testing.assert_allclose(state.derivative(1).mean[:4], [0.0, 2.0, -4.0, -9.81], atol=1e-12)
+    assert jnp.all(state.derivative(1).std[:4] < 1e-12) and state.derivative(1).std[4] == 10
+
+
+# --- Iterated linearisation, noise
+
+
+def test_the_iterated_update_is_the_most_probable_state():
+    # One long step from a certain start; the minimum of |R^-T (x - m)|^2 where the equation holds, by Newton's method.
+    def field(t, u, args):
+        return jnp.stack([-(u[0] ** 3), u[0] * u[1]])
+
+    dt, u0 = 1.5, jnp.array([1.0, 0.5])
+    constraint = po.TS1(po.ODE(field), evaluations=30, relinearise=True)
+    solver = po.Solver(po.IWP(1), constraint, calibration=po.NoCalibration())
+    solution = solver.solve_grid(u0, jnp.array([0.0, dt]))
+    velocity = field(0.0, u0, None)
+    mean = jnp.concatenate([u0 + dt * velocity, velocity])
+    precision = jnp.linalg.inv(jnp.kron(jnp.array([[dt**3 / 3, dt**2 / 2], [dt**2 / 2, dt]]), jnp.eye(2)))
+
+    def lagrangian(y):
+        x, multiplier = y[:4], y[4:]
+        deviation = x - mean
+        return deviation @ precision @ deviation / 2 + multiplier @ (x[2:] - field(0.0, x[:2], None))
+
+    y = jnp.concatenate([solution.marginals.mean[-1, :, 0], jnp.zeros(2)])
+    for _ in range(20):
+        y = y - jnp.linalg.solve(jax.hessian(lagrangian)(y), jax.grad(lagrangian)(y))
+    np.testing.assert_allclose(solution.marginals.mean[-1, :, 0], y[:4], rtol=1e-9)
+    once = po.Solver(po.IWP(1), po.TS1(po.ODE(field)), calibration=po.NoCalibration()).solve_grid(u0, [0.0, dt])
+    assert relative(once.marginals.mean[-1, :, 0], y[:4]) > 1e-3
+
+
+@pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
+def test_noise_that_is_small_changes_little_and_is_seen(factorisation):
+    plain = po.TS1(po.ODE(lotka_volterra))
+    exact, quiet, loud = (
+        on_grid(constraint, factorisation=factorisation)
+        for constraint in (plain, po.Noisy(plain, 1e-9), po.Noisy(plain, 0.1))
+    )
+    assert relative(quiet.mean, exact.mean) < 1e-8
+    assert jnp.all(loud.std[1:] > exact.std[1:])
+
+
+def test_noise_twice_is_noise_of_both():
+    plain = po.TS1(po.ODE(lotka_volterra))
+    a, b = on_grid(po.Noisy(po.Noisy(plain, 0.3), 0.4)), on_grid(po.Noisy(plain, 0.5))
+    assert relative(a.mean, b.mean) < 1e-12 and relative(a.std, b.std) < 1e-11
+    with pytest.raises(ValueError, match="finite and positive"):
+        po.Noisy(plain, 0.0)
+    with pytest.raises(TypeError, match="first argument is a constraint"):
+        po.Noisy(po.ODE(lotka_volterra), 1.0)

@@ -107,7 +107,7 @@ CASES = [
         r"entry 1 of u0 .*shape of entry 0.*\(2,\).*\(1,\)",
     ),
     ("order2-dtypes", lambda: second_order((U, U.astype(jnp.float32))), ValueError, "entry 1 of u0 .*dtype of entry 0"),
-    ("u0-normal", lambda: solve(po.Normal(U, U)), TypeError, "u0 is a Normal.*InitialState"),
+    ("u0-normal-init", lambda: solver().init(po.Normal(U, U), 0.0), TypeError, "u0 is a Normal.*InitialState"),
     # times
     ("times-equal", lambda: solve(t0=1.0, t1=1.0), ValueError, "t0 and t1 are the same time.*t0=1.0"),
     ("times-equal-in-float32", lambda: solve(U.astype(jnp.float32), 1e9, 1e9 + 1), ValueError, "t0 and t1.*float32"),

@@ -1,0 +1,84 @@
+"""Uncertain initial values: how the posterior moves with them, to first order.
+
+A state that is uncertain at ``t0`` must not simply enter the filter: that would explain the residuals of its own
+truncation errors by moving the initial value. Instead the solve at the mean is differentiated along the rows of the
+factor, and what this adds to the covariance is kept apart: on a linear equation it is the exact push-forward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from .calibration import LeaveOneOutCalibration, MLECalibration
+from .checks import as_float
+from .factorisations import AbstractFactorisation
+from .gaussians import Normal
+from .problems import AbstractProblem
+from .solution import Solution, Spread, widen
+
+
+class UncertainEnd(eqx.Module):
+    """The state at the end of a solve from an uncertain initial value, of which a part is kept elsewhere: it tells the
+    time, and cannot be gone on from."""
+
+    state: Any
+
+    @property
+    def t(self) -> Float[Array, ""]:
+        """The time reached."""
+        return self.state.t
+
+
+def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
+    """The rows of the factor, each a tuple ``(u, u', ...)``, along a leading axis."""
+    mean = problem.split(u0.mean)
+    flat, unravel = ravel_pytree(mean)
+    if getattr(u0.factor, "shape", None) == (flat.size, flat.size):
+        factor = jnp.asarray(as_float(u0.factor, "u0.factor")).astype(flat.dtype)
+    elif jax.tree.map(jnp.shape, u0.factor) == jax.tree.map(jnp.shape, u0.mean):
+        stds = jax.tree.map(lambda x: jnp.asarray(as_float(x, "u0.factor")), u0.factor)
+        factor = jnp.diag(ravel_pytree(stds)[0].astype(flat.dtype))
+    else:
+        raise ValueError(
+            "The factor of an uncertain u0 must be a PyTree of standard deviations like its mean, or a "
+            f"{(flat.size, flat.size)} right square root of the covariance of all its numbers."
+        )
+    return jax.vmap(unravel)(factor)
+
+
+def check_uncertain(factorisation: AbstractFactorisation, calibration: Any, size: int) -> None:
+    """Raises where an uncertain initial value has no place."""
+    if isinstance(calibration, (MLECalibration, LeaveOneOutCalibration)):
+        raise ValueError(
+            f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also that of an "
+            "uncertain u0, which you know. Use DynamicCalibration() or NoCalibration()."
+        )
+    cols = factorisation.pack(np.zeros((1, size))).shape[-1]
+    if cols > 1:
+        raise ValueError(
+            f"{type(factorisation).__name__}() has one covariance for all components, but an uncertain u0 moves them "
+            "differently. Use Dense() or BlockDiagonal()."
+        )
+
+
+def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: PyTree) -> Solution:
+    """The solution at ``u0`` together with how it moves along the directions."""
+
+    # One and the same run gives values and tangents: what is at round-off differs between compiled programs.
+    def along(direction):
+        return eqx.filter_jvp(solve, (u0,), (direction,))
+
+    solution, tangent = eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
+    means = tangent.marginals.mean
+    return eqx.tree_at(
+        lambda s: (s.marginals, s.state, s.spread),
+        solution,
+        (widen(solution.marginals, means), UncertainEnd(solution.state), Spread(means, tangent.trajectory)),
+        is_leaf=lambda x: x is None,
+    )

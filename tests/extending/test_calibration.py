@@ -1,0 +1,43 @@
+"""A calibration written outside the package."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probode as po
+
+from ..helpers import FACTORISATIONS, name
+
+
+class MaximumLikelihood(po.AbstractCalibration):
+    """One scale for the whole solve: the mean of the whitened residuals squared (Tronarp et al. 2019)."""
+
+    def init(self, shape, dtype):
+        return jnp.zeros(shape, dtype), jnp.zeros((), dtype)
+
+    def scale(self, innovation):
+        return innovation.unit
+
+    def update(self, statistics, whitened, informative):
+        total, count = statistics
+        return total + jnp.where(informative, jnp.mean(whitened**2, axis=(-2, -1)), 0), count + informative
+
+    def finalise(self, statistics):
+        total, count = statistics
+        return jnp.sqrt(total / count)
+
+
+@pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
+def test_a_calibration_that_collects_statistics(factorisation):
+    def solve(calibration, scale=1.0):
+        prior = po.IWP(2, output_scale=scale)
+        constraint = po.TS1(po.ODE(lambda t, u, args: -u))
+        solver = po.Solver(prior, constraint, factorisation=factorisation, calibration=calibration)
+        return solver.solve_grid(jnp.array([1.0]), np.linspace(0, 1, 11))
+
+    calibrated, plain = solve(MaximumLikelihood()), solve(po.NoCalibration())
+    np.testing.assert_allclose(calibrated.output_scale**2, 0.0428314233992825, rtol=1e-12)
+    np.testing.assert_array_equal(calibrated.mean, plain.mean)
+    np.testing.assert_allclose(calibrated.std, plain.std * jnp.sqrt(0.0428314233992825), rtol=1e-12)
+    # whatever the prior's own scale, the calibrated uncertainty is the same
+    np.testing.assert_allclose(solve(MaximumLikelihood(), 7.0).std, calibrated.std, rtol=1e-11)
