@@ -29,6 +29,7 @@ from .errors import ResidualError as ResidualError
 from .errors import StateError as StateError
 from .exponential import IOUP as IOUP
 from .exponential import Matern as Matern
+from .exponential import RosenbrockIOUP as RosenbrockIOUP
 from .factorisations import AbstractFactorisation as AbstractFactorisation
 from .factorisations import BlockDiagonal as BlockDiagonal
 from .factorisations import Dense as Dense

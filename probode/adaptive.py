@@ -52,7 +52,7 @@ class AdaptiveState(eqx.Module):
 
 def row_of(state: State, past: Conditional | None, influence: Influence | None = None) -> Row:
     """What is kept of a state."""
-    return Row(state.t, state.distribution, state.output_scale, past, influence)
+    return Row(state.t, state.distribution, state.output_scale, past, influence, state.prior)
 
 
 def is_finite(distribution: Normal) -> Bool[Array, ""]:

@@ -25,6 +25,7 @@ from .factorisations import Layout
 from .gaussians import Normal, Transition
 from .linalg import kron_apply_right, product, triangularise
 from .priors import AbstractPrior, as_positive, exact_root, noise_units, powers, powers_of_step
+from .problems import ODE, AbstractProblem
 
 
 # A step is halved until the size of the drift over it is at most one. Then the coefficients y_m of the Taylor series
@@ -81,6 +82,45 @@ class IOUP(AbstractPrior):
                 f"{' or one number for each component' if layout.batch_shape == (d,) else ''}."
             )
         return matrix
+
+
+class RosenbrockIOUP(AbstractPrior):
+    """``IOUP`` whose rate is the Jacobian of the vector field where a step starts.
+
+    With ``TS1`` the exponential integrator of Rosenbrock type of Bosch, Hennig & Tronarp (2023): steps as long as the
+    nonlinear part allows. The Jacobian is kept as ``TS1`` keeps it: in full under ``Dense()``, its diagonal under
+    ``BlockDiagonal()``, its mean diagonal under ``Isotropic()``. ``output_scale`` as for ``IWP``. Raises ``TypeError``
+    in the first step for anything but an ``ODE`` of order one.
+    """
+
+    num_derivatives: int = eqx.field(static=True)
+    output_scale: PyTree[Float[Array, "..."]]
+    differs_by_step = True
+
+    def __init__(self, num_derivatives: Any, *, output_scale: PyTree = 1.0):
+        self.num_derivatives = as_integer(num_derivatives, "RosenbrockIOUP(num_derivatives)", 1)
+        self.output_scale = as_positive(output_scale, "RosenbrockIOUP(output_scale)")
+
+    def transition(self, dt, layout):
+        raise ValueError("RosenbrockIOUP takes its rate from an equation: without one use IOUP(num_derivatives, rate).")
+
+    def at(
+        self, t: Float[Array, ""], us: Float[Array, "n d"], problem: AbstractProblem, layout: Layout, args: PyTree
+    ) -> IOUP:
+        """The prior of a step that leaves the derivatives ``us`` at ``t``."""
+        if not isinstance(problem, ODE) or problem.order != 1:
+            raise TypeError(
+                "RosenbrockIOUP takes its rate from an ODE of order one: for other equations use IOUP or IWP."
+            )
+        # The equation u' - f = 0 has the derivative -J with respect to u.
+        rate = -problem.first_order(t, us, layout, args).matrix[..., : layout.identity().shape[-1]]
+        if layout.batch_shape:
+            rate = layout.unravel(jnp.reshape(rate, -1))
+        elif rate.shape != (layout.size, layout.size):
+            rate = rate[0, 0]
+        # The rate is a value of this step, not a user's, which would be checked.
+        plain = IOUP(self.num_derivatives, 0.0)
+        return eqx.tree_at(lambda prior: (prior.rate, prior.output_scale), plain, (rate, self.output_scale))
 
 
 class Matern(AbstractPrior):

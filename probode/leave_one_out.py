@@ -27,7 +27,11 @@ def left_out_squares(
     """The leave-one-out residual of the step that ends in each row, squared over its own variance (the mean over its
     components), and its weight: zero where there is none, or none above round-off."""
     dt = jnp.diff(rows.t, prepend=rows.t[:1])
-    matrices = jax.vmap(lambda dt: prior.transition(jnp.where(dt == 0, 1, dt), layout).matrix)(dt)
+
+    def matrix(dt, own):
+        return (prior if own is None else own).transition(jnp.where(dt == 0, 1, dt), layout).matrix
+
+    matrices = jax.vmap(matrix)(dt, rows.prior)
     mean, factor = rows.distribution.mean[0], rows.distribution.factor[0]
     nothing = _Later(jnp.zeros_like(mean), jnp.zeros((*factor.shape[:-2], mean.shape[-2], mean.shape[-2]), mean.dtype))
     later = backwards(lambda x, later: _before(*x, later), nothing, (rows.influence, matrices), reached)

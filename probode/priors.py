@@ -26,9 +26,14 @@ from .linalg import kron_apply, product
 
 
 class AbstractPrior(eqx.Module):
-    """A Gauss-Markov process on ``u`` and its first ``num_derivatives`` derivatives."""
+    """A Gauss-Markov process on ``u`` and its first ``num_derivatives`` derivatives.
+
+    ``differs_by_step``: whether it has a method ``at(t, us, problem, layout, args)`` for the prior of the step that
+    leaves the derivatives ``us``, ``(n, d)``, at ``t``.
+    """
 
     num_derivatives: eqx.AbstractVar[int]
+    differs_by_step = False
 
     @abstractmethod
     def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:

@@ -35,7 +35,7 @@ from .leave_one_out import left_out_squares
 from .loops import AbstractLoop, BoundedLoop
 from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
-from .steps import State, Step, no_influence, start, unconditional
+from .steps import State, Step, no_influence, own_prior, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .trajectory import column, evaluate, rescale, trajectory
 from .uncertain import check_uncertain, directions_of, push_forward
@@ -264,6 +264,10 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     control = Control(solver.error, solver.controller, solver.loop)
     resumed = isinstance(u0, AdaptiveState)
     state = u0.current if resumed else _state(solver, u0, t0, args, layout)
+    if resumed:
+        # The solver may have another prior than that which made the state.
+        prior = own_prior(_steps(solver), t0, state.distribution, layout, args)
+        state = eqx.tree_at(lambda s: s.prior, state, prior, is_leaf=lambda x: x is None)
     if request.dt0 is None:
         dt = u0.dt if resumed else first_step(control, state, t1 - t0)
     else:

@@ -36,7 +36,10 @@ from .solution import Moments, moments
 
 
 class State(eqx.Module):
-    """A solver between two steps: the time, the Gaussian over ``(u, ..., u^(nu))``, and what the parts remember."""
+    """A solver between two steps: the time, the Gaussian over ``(u, ..., u^(nu))``, and what the parts remember.
+
+    ``prior``: that of the step that ended here, if every step has its own.
+    """
 
     t: Float[Array, ""]
     distribution: Normal
@@ -44,6 +47,7 @@ class State(eqx.Module):
     statistics: Any
     evidence: Evidence
     layout: Layout
+    prior: AbstractPrior | None
 
     @property
     def mean(self) -> PyTree:
@@ -76,6 +80,7 @@ class Attempt(eqx.Module):
     mean: Float[Array, "*batch dim cols"]
     equation: Linearisation
     innovation: Innovation
+    prior: AbstractPrior | None  # if it is this step's own
 
 
 def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree) -> State:
@@ -85,7 +90,17 @@ def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout
     # As many rows as a step leaves.
     rows = distribution.mean.shape[-2] - (0 if equation.block is None else equation.residual.shape[-2])
     ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
-    return State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout)
+    prior = own_prior(parts, t, distribution, layout, args)
+    return State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout, prior)
+
+
+def own_prior(
+    parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree
+) -> AbstractPrior | None:
+    """The prior of a step that leaves a state, if every step has its own."""
+    if not parts.prior.differs_by_step:
+        return None
+    return parts.prior.at(t, layout.unpack(distribution.mean), parts.constraint.problem, layout, args)
 
 
 def no_influence(parts: Step, state: State, args: PyTree) -> Influence:
@@ -100,12 +115,13 @@ def attempt(
     parts: Step, distribution: Normal, t: Float[Array, ""], dt: Float[Array, ""], layout: Layout, args: PyTree
 ) -> Attempt:
     """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation."""
-    transition = parts.prior.transition(dt, layout)
+    prior = own_prior(parts, t - dt, distribution, layout, args)
+    transition = (parts.prior if prior is None else prior).transition(dt, layout)
     predicted = push(distribution, transition.matrix)
     equation = _without_round_off(parts.constraint.linearise(t, predicted, layout, args), predicted.mean)
     unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
     innovation = innovate(equation, transition.noise, unit)
-    return Attempt(transition, predicted.mean, equation, innovation)
+    return Attempt(transition, predicted.mean, equation, innovation, prior)
 
 
 def accept(
@@ -130,7 +146,7 @@ def accept(
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
     update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
-    return State(t, update.state, scale / unit, statistics, evidence, state.layout), update
+    return State(t, update.state, scale / unit, statistics, evidence, state.layout, attempted.prior), update
 
 
 def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
@@ -184,8 +200,9 @@ def unconditional(
         parts, state.distribution, t, jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt), state.layout, args
     )
     stepped, update = accept(parts, state, t, attempted, past, args)
-    drifted = push(state.distribution, parts.prior.transition(dt, state.layout).matrix)
-    waited = State(t, drifted, state.output_scale, state.statistics, state.evidence, state.layout)
+    prior = parts.prior if attempted.prior is None else attempted.prior
+    drifted = push(state.distribution, prior.transition(dt, state.layout).matrix)
+    waited = State(t, drifted, state.output_scale, state.statistics, state.evidence, state.layout, attempted.prior)
     no_influence = jax.tree.map(jnp.zeros_like, update.influence)
     return jax.tree.map(
         lambda a, b: jnp.where(short, a, b), (waited, past, no_influence), (stepped, update.past, update.influence)

@@ -43,7 +43,7 @@ class Row(eqx.Module):
 
     ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
     kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that
-    step, where it is needed.
+    step, where it is needed; ``prior``: that of the step, if every step has its own.
     """
 
     t: Float[Array, "..."]
@@ -51,6 +51,7 @@ class Row(eqx.Module):
     output_scale: Float[Array, "..."]
     past: Conditional | None
     influence: Influence | None
+    prior: AbstractPrior | None
 
 
 class Trajectory(eqx.Module):
@@ -72,6 +73,10 @@ class Trajectory(eqx.Module):
         row = _row(self.rows.distribution, i)
         state = row if self.smoothed is None else realise(_row(self.smoothed, i), row)
         return pad(state, state.mean.shape[-2])
+
+    def prior_of(self, i: int | Array) -> AbstractPrior:
+        """The prior of the step that ends at the ``i``-th row."""
+        return self.prior if self.rows.prior is None else _row(self.rows.prior, i)
 
     @property
     def last(self) -> Array:
@@ -98,7 +103,7 @@ def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
         # Coordinates are measured in standard deviations.
         past = eqx.tree_at(lambda p: p.shift, past, past.shift / jnp.where(column > 0, column, 1))
     distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)
-    return Row(rows.t, distribution, rows.output_scale * factor, past, rows.influence)
+    return Row(rows.t, distribution, rows.output_scale * factor, past, rows.influence, rows.prior)
 
 
 def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"]]:
@@ -116,7 +121,7 @@ def _evaluate(path, t):
         here = realise(look_back(coordinates_of(path.marginal(i + 1), predicted), past), here)
     # At an end: a step of no length, which still has a derivative.
     end = jnp.where(at_left, i, i + 1)
-    there = push(path.marginal(end), path.prior.transition(t - path.rows.t[end], path.layout).matrix)
+    there = push(path.marginal(end), path.prior_of(i + 1).transition(t - path.rows.t[end], path.layout).matrix)
     at_end = at_left | at_right
     return jax.tree.map(lambda a, b: jnp.where(at_end, a, b), there, here), path.rows.output_scale[end]
 
@@ -176,10 +181,10 @@ def _between(path, left, i, t, t_right):
 
     Meaningless, but finite, where one of the two steps has no length.
     """
-    scale = path.rows.output_scale[i + 1]
+    scale, prior = path.rows.output_scale[i + 1], path.prior_of(i + 1)
 
     def step(x, dt, past):
-        transition = path.prior.transition(jnp.where(dt == 0, 1, dt), path.layout)
+        transition = prior.transition(jnp.where(dt == 0, 1, dt), path.layout)
         return predict(push(x, transition.matrix), transition.noise, scale * transition.magnitude, past)
 
     here, _ = step(left, t - path.rows.t[i], None)

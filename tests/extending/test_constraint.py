@@ -3,13 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import probode as po
 from probode.gaussians import Linearisation
 from probode.problems import flat_field
 
-from ..helpers import lotka_volterra, name, relative
+from ..helpers import lotka_volterra, relative
 
 
 class CubatureFilter(po.AbstractConstraint):
@@ -32,11 +31,10 @@ class CubatureFilter(po.AbstractConstraint):
 U0, TIMES = jnp.array([20.0, 20.0]), np.linspace(0.0, 5.0, 6)
 
 
-@pytest.mark.parametrize("strategy", [po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother()], ids=name)
-def test_it_agrees_with_the_exact_jacobian(strategy):
+def test_it_agrees_with_the_exact_jacobian():
     def solve(constraint):
         controller, calibration = po.IntegralController(1e-5, 1e-6), po.DynamicCalibration(relinearise=True)
-        parts = {"controller": controller, "calibration": calibration, "strategy": strategy}
+        parts = {"controller": controller, "calibration": calibration, "strategy": po.FixedPointSmoother()}
         return po.Solver(po.IWP(3), constraint, **parts).solve(U0, 0.0, 5.0, save_at=TIMES)
 
     own, ours = solve(CubatureFilter(po.ODE(lotka_volterra))), solve(po.SLR1(po.ODE(lotka_volterra)))
