@@ -121,7 +121,8 @@ class Residual(AbstractProblem):
     ``r(t, u, args)`` for ``order=0``; it returns a PyTree of real arrays, as many equations as there are numbers in it.
     The initial value is ``u``, or the tuple ``(u, ..., u^(k-1))`` from ``order=2`` on, and should satisfy the equation
     together with some next derivative. Where the output has not as many numbers as ``u``, solve with ``Dense()``; under
-    ``BlockDiagonal()`` the i-th equation is taken to be about the i-th component. Raises ``TypeError`` if the residual
+    ``BlockDiagonal()`` the i-th equation is taken to be about the i-th component. The equation is used at the steps;
+    between them a filter predicts by the prior alone. Raises ``TypeError`` if the residual
     cannot be called, ``ValueError`` for a negative ``order``.
     """
 
