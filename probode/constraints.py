@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer, as_scalar, require
 from .factorisations import Layout
-from .gaussians import Linearisation, Normal
+from .gaussians import Linearisation, Normal, batched
 from .problems import ODE, AbstractProblem, Residual
 
 
@@ -191,9 +191,7 @@ class Stack(AbstractConstraint):
         if all(equation.noise is None for equation in equations):
             return Linearisation(matrix, residual)
         noises = [_noise_of(equation) for equation in equations]
-        for _ in layout.batch_shape:
-            return Linearisation(matrix, residual, noise=jax.vmap(jax.scipy.linalg.block_diag)(*noises))
-        return Linearisation(matrix, residual, noise=jax.scipy.linalg.block_diag(*noises))
+        return Linearisation(matrix, residual, noise=batched(jax.scipy.linalg.block_diag)(*noises))
 
 
 class _Together(eqx.Module):

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 from .checks import as_integer
 from .constraints import AbstractConstraint, evaluations_field, problem_field
 from .factorisations import Layout
-from .gaussians import Linearisation, Normal, batched
-from .linalg import product, triangularise
+from .gaussians import Linearisation, Normal, batched, spread
+from .linalg import triangularise
 from .problems import ODE, AbstractProblem
 
 
@@ -158,10 +158,6 @@ def _directions(factor: Float[Array, "*batch rows dim"], number: int, layout: La
     def square(factor):
         width = factor.shape[1]
         return triangularise(jnp.zeros((width, width), factor.dtype), factor)
-
-    @batched
-    def spread(factor, coordinates):
-        return product(factor.T, coordinates)
 
     cols = layout.pack(jnp.zeros((1, layout.size), layout.dtype)).shape[-1]
     shape = (*layout.batch_shape, number * size, cols)

@@ -181,3 +181,9 @@ class Layout(eqx.Module):
     def identity(self) -> Float[Array, "*batch m m"]:
         """The identity over the components of one derivative."""
         return self.lift(jnp.ones((1, 1), self.dtype), 1.0)
+
+
+def layout_of(example: PyTree, num_derivatives: int, factorisation: AbstractFactorisation) -> Layout:
+    """The layout of states like the example."""
+    flat, unravel = ravel_pytree(example)
+    return Layout(factorisation, num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))

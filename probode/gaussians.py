@@ -325,6 +325,17 @@ def pad(x: Normal, rows: int) -> Normal:
     return Normal(x.mean, pad_rows(x.factor, rows))
 
 
+def certain(mean: Float[Array, "*batch dim cols"]) -> Normal:
+    """A state that is known: its covariance has no square root with any rows."""
+    return Normal(mean, jnp.zeros((*mean.shape[:-2], 0, mean.shape[-2]), mean.dtype))
+
+
+@batched
+def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows cols"]) -> Float[Array, "dim cols"]:
+    """What coordinates add to the mean."""
+    return product(factor.T, coordinates)
+
+
 @batched
 def identity(x: Normal) -> Conditional:
     """The coordinates of ``x`` in its own terms."""

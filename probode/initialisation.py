@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer, as_scalar, require
 from .factorisations import Layout
-from .gaussians import Normal, condition, join, seen_from
+from .gaussians import Normal, certain, condition, join, seen_from
 from .jets import consistent_derivatives, taylor_derivatives
 from .problems import ODE, AbstractProblem, flat_field, flat_residual
 
@@ -58,7 +58,7 @@ class TaylorMode(AbstractInitialisation):
     """
 
     def initialise(self, problem, t0, u0, layout, args):
-        return _certain(_derivatives(problem, t0, u0, layout, args, layout.num_derivatives), layout)
+        return certain(layout.pack(_derivatives(problem, t0, u0, layout, args, layout.num_derivatives)))
 
 
 class Diffuse(AbstractInitialisation):
@@ -94,12 +94,13 @@ class Diffuse(AbstractInitialisation):
 
 def _given_equation(problem, t0, diffuse, layout, args):
     """A state given the equation at ``t0``, linearised at the most probable one."""
-    certain, one = Normal(diffuse.mean, jnp.zeros_like(diffuse.factor)), jnp.ones(layout.batch_shape, layout.dtype)
+    # What is uncertain enters as noise.
+    known, one = Normal(diffuse.mean, jnp.zeros_like(diffuse.factor)), jnp.ones(layout.batch_shape, layout.dtype)
 
     def given(point):
         equation = problem.first_order(t0, layout.unpack(point), layout, args)
         equation = eqx.tree_at(lambda e: e.residual, equation, seen_from(diffuse.mean, point, equation))
-        return condition(join(certain, diffuse.factor, one, equation), certain, equation).state
+        return condition(join(known, diffuse.factor, one, equation), known, equation).state
 
     point, _ = lax.scan(lambda point, _: (given(point).mean, None), diffuse.mean, None, length=_GAUSS_NEWTON_STEPS)
     return given(point)
@@ -111,11 +112,6 @@ def _derivatives(problem, t0, u0, layout, args, num):
     if isinstance(problem, ODE):
         return taylor_derivatives(flat_field(problem, layout, args), t0, u0, num)
     return consistent_derivatives(flat_residual(problem, layout, args), t0, u0, num, problem.order)
-
-
-def _certain(derivatives, layout):
-    mean = layout.pack(derivatives)
-    return Normal(mean, jnp.zeros((*layout.batch_shape, 0, mean.shape[-2]), layout.dtype))
 
 
 def _as_scale(x):

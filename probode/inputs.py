@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from .adaptive import AdaptiveState
 from .checks import as_float, as_scalar, is_traced, require
 from .controllers import AbstractController
-from .factorisations import AbstractFactorisation, Layout
+from .factorisations import AbstractFactorisation, Layout, layout_of
 from .gaussians import Normal
 from .initialisation import InitialState
 from .problems import AbstractProblem
@@ -53,11 +52,11 @@ def initial_value(
             "InitialState from solver.initialise."
         )
     if isinstance(u0, InitialState):
-        layout = _layout(u0.mean[0], num_derivatives, factorisation)
+        layout = layout_of(u0.mean[0], num_derivatives, factorisation)
         _check_initial_state(u0, layout)
         return u0, layout
     u0 = problem.split(u0)
-    return u0, _layout(u0[0], num_derivatives, factorisation)
+    return u0, layout_of(u0[0], num_derivatives, factorisation)
 
 
 def time(t: Any, name: str, layout: Layout):
@@ -128,11 +127,6 @@ def grid_times(grid: Any, layout: Layout):
     grid = require(grid, ordered, "grid must hold finite times in increasing or in decreasing order")
     kept = (steps != 0) | (wide[1:] == wide[:-1])
     return require(grid, kept, f"grid has different times that are the same in {layout.dtype}, the dtype of u0")
-
-
-def _layout(example, num_derivatives, factorisation):
-    flat, unravel = ravel_pytree(example)
-    return Layout(factorisation, num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))
 
 
 def _check_initial_state(u0, layout):

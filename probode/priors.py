@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Real
 
 from .checks import as_float, as_integer, require
-from .factorisations import AbstractFactorisation, Dense, Layout
-from .gaussians import Normal, Transition, batched
-from .linalg import kron_apply, product
+from .factorisations import AbstractFactorisation, Dense, Layout, layout_of
+from .gaussians import Normal, Transition, batched, certain, spread
+from .linalg import kron_apply
 
 
 class AbstractPrior(eqx.Module):
@@ -90,7 +89,7 @@ def sample_prior(
     """
     if not isinstance(prior, AbstractPrior):
         raise TypeError(f"sample_prior(prior) must be a prior such as IWP(2), got {prior!r}.")
-    layout = _layout_of(like, prior.num_derivatives, factorisation)
+    layout = _checked_layout(like, prior.num_derivatives, factorisation)
     ts = as_float(ts, "sample_prior(ts)").astype(layout.dtype)
     if ts.ndim != 1 or ts.size == 0:
         raise ValueError(f"sample_prior(ts) must be an array of times, got shape {ts.shape}.")
@@ -99,7 +98,7 @@ def sample_prior(
     ts = require(ts, ordered, "sample_prior(ts) must be finite times in increasing or in decreasing order")
     mean = layout.pack(jnp.zeros((prior.num_derivatives + 1, layout.size), layout.dtype))
     if initial is None:
-        initial = Normal(mean, jnp.zeros((*mean.shape[:-2], 0, mean.shape[-2]), layout.dtype))
+        initial = certain(mean)
     elif not isinstance(initial, Normal):
         initial = initial(layout)
     *batch, dim, _ = mean.shape
@@ -112,15 +111,15 @@ def sample_prior(
     return _sample(prior, key, jnp.asarray(ts), initial, layout, tuple(shape))
 
 
-def _layout_of(like, num_derivatives, factorisation):
+def _checked_layout(like, num_derivatives, factorisation):
     for leaf in jax.tree.leaves(like):
         as_float(leaf, "sample_prior(like)")
         if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"sample_prior(like) has dtype {dtype}, but must be floating point.")
-    flat, unravel = ravel_pytree(like)
-    if flat.size == 0:
+    layout = layout_of(like, num_derivatives, factorisation)
+    if layout.size == 0:
         raise ValueError("sample_prior(like) has no numbers: nothing to sample.")
-    return Layout(factorisation, num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))
+    return layout
 
 
 @eqx.filter_jit
@@ -131,7 +130,7 @@ def _sample(prior, key, ts, initial, layout, shape):
 
     def draw(key, factor):
         w = jax.random.normal(key, (number, *batch, factor.shape[-2], cols), dtype)
-        return jax.vmap(batched(lambda factor, w: product(factor.T, w)), in_axes=(None, 0))(factor, w)
+        return jax.vmap(spread, in_axes=(None, 0))(factor, w)
 
     def step(x, dt_key):
         dt, key = dt_key

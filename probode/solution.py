@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .checks import as_float, as_integer, is_traced, require
 from .factorisations import Layout
-from .gaussians import Normal
-from .trajectory import Trajectory, evaluate, sample_at, spread
+from .gaussians import Normal, spread
+from .trajectory import Trajectory, evaluate, sample_at
 
 
 class Result(eqx.Enumeration):
@@ -183,7 +183,7 @@ class Solution(eqx.Module):
         t = self._times(t, "evaluate(t)")
         states = _evaluate(self.trajectory, t)
         if self.spread is not None:
-            states = _widened(states, self.spread, self.trajectory, t)
+            states = widen(states, self._moves(t))
         return Posterior(t, states, self.layout)
 
     def sample(self, key: Any, shape: tuple[int, ...] = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
@@ -256,11 +256,6 @@ def _evaluate(path, t):
 @eqx.filter_jit
 def _moves_at(spread, path, t):
     return spread.at(path, t)
-
-
-@eqx.filter_jit
-def _widened(states, spread, path, t):
-    return widen(states, spread.at(path, t))
 
 
 @eqx.filter_jit

@@ -86,12 +86,16 @@ class Attempt(eqx.Module):
 def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree) -> State:
     """The state of a solver before its first step."""
     shape, dtype = layout.batch_shape, layout.dtype
-    equation = eqx.filter_eval_shape(parts.constraint.linearise, t, distribution, layout, args)
+    equation = _shape_of_equation(parts, t, distribution, layout, args)
     # As many rows as a step leaves.
     rows = distribution.mean.shape[-2] - (0 if equation.block is None else equation.residual.shape[-2])
     ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
     prior = own_prior(parts, t, distribution, layout, args)
     return State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout, prior)
+
+
+def _shape_of_equation(parts, t, distribution, layout, args):
+    return eqx.filter_eval_shape(parts.constraint.linearise, t, distribution, layout, args)
 
 
 def own_prior(
@@ -105,7 +109,7 @@ def own_prior(
 
 def no_influence(parts: Step, state: State, args: PyTree) -> Influence:
     """Of no equation at all."""
-    equation = eqx.filter_eval_shape(parts.constraint.linearise, state.t, state.distribution, state.layout, args)
+    equation = _shape_of_equation(parts, state.t, state.distribution, state.layout, args)
     m, (*batch, dim, cols), dtype = equation.residual.shape[-2], state.distribution.mean.shape, state.layout.dtype
     zeros = jnp.zeros((*batch, m, dim), dtype)
     return Influence(jnp.zeros((*batch, m, cols), dtype), zeros, zeros, jnp.zeros(batch, dtype))

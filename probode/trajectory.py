@@ -18,6 +18,7 @@ from .gaussians import (
     Influence,
     Normal,
     batched,
+    certain,
     coordinates_of,
     identity,
     look_back,
@@ -25,6 +26,7 @@ from .gaussians import (
     predict,
     push,
     realise,
+    spread,
     standard,
 )
 from .linalg import product
@@ -156,9 +158,9 @@ def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -
         t_right = jnp.where(same, t_later, path.rows.t[i + 1])
         x_right = jnp.where(same, x_later, rows[i + 1])
         again = t == t_right
-        here, predicted, past = _between(path, _certain(rows[i]), i, t, t_right)
+        here, predicted, past = _between(path, certain(rows[i]), i, t, t_right)
         noise = jax.random.normal(key, here.mean.shape, here.mean.dtype)
-        known = coordinates_of(_certain(x_right), predicted)
+        known = coordinates_of(certain(x_right), predicted)
         x = here.mean + spread(here.factor, draw(past, noise, known.mean))
         x = jnp.where(again, x_right, jnp.where(at_left, rows[i], jnp.where(at_right, rows[i + 1], x)))
         return (t, i, x), x
@@ -198,12 +200,6 @@ def draw(past: Conditional, noise: Float[Array, "p cols"], later: Float[Array, "
     return past.shift + product(past.cross.T, later) + product(past.own.T, noise)
 
 
-@batched
-def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows cols"]) -> Float[Array, "dim cols"]:
-    """What coordinates add to the mean."""
-    return product(factor.T, coordinates)
-
-
 def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " rows"]) -> PyTree:
     """What holds at every row, stacked: ``last`` at the last one reached, and ``fn(x, what holds)`` before a row."""
     rows = reached.shape[0]
@@ -227,11 +223,6 @@ def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " row
     blocks_of_xs = jax.tree.map(blocks, (xs, reached))
     _, outs = lax.scan(lambda c, x: lax.cond(jnp.any(x[1]), whole, nothing, c, x), last, blocks_of_xs, reverse=True)
     return jax.tree.map(lambda out: jnp.reshape(out, (number * block, *out.shape[2:]))[:rows], outs)
-
-
-def _certain(x):
-    """A state that is known: its covariance has no square root with any rows."""
-    return Normal(x, jnp.zeros((*x.shape[:-2], 0, x.shape[-2]), x.dtype))
 
 
 def column(flags: Bool[Array, " rows"], like: Array) -> Array:

@@ -1,5 +1,6 @@
 """Problems and finite differences that several tests share."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,6 +44,13 @@ def central_differences(fn, x, step=1e-5):
         values = [np.asarray(fn(x + k * e)) for k in (-2, -1, 1, 2)]
         columns.append((values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * e[i]))
     return np.stack(columns, axis=-1)
+
+
+def check_jacobians(fn, x, atol=1e-8):
+    """Forward and reverse mode of a vector function against central differences."""
+    expected = central_differences(jax.jit(fn), x, 1e-4)
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(jax.jit(jacobian(fn))(x), expected, rtol=1e-6, atol=atol)
 
 
 def covariance(factor):
