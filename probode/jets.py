@@ -96,7 +96,7 @@ def consistent_derivatives(
 
     def step(unknown):
         # In a unit of time in which the coefficients found so far are of the size of u; with equations of like size.
-        exponents = jnp.repeat(jnp.arange(known, top + 1), d)
+        exponents = jnp.repeat(jnp.arange(known, top + 1, dtype=u0.dtype), d)
         size = jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
         units = jnp.where(unknown == 0, jnp.inf, (size / jnp.abs(unknown)) ** (1 / exponents))
         unit = jnp.clip(jnp.min(units), jnp.finfo(u0.dtype).tiny ** (1 / (top + 1)), 1)

@@ -450,3 +450,11 @@ def test_noise_twice_is_noise_of_both():
         po.Noisy(plain, 0.0)
     with pytest.raises(TypeError, match="first argument is a constraint"):
         po.Noisy(po.ODE(lotka_volterra), 1.0)
+
+
+def test_single_precision_stays_so():
+    equation = po.Residual(lambda t, u, du, args: jnp.stack([du[0] + u[0], u[0] + u[1] - 2]))
+    solver = po.Solver(po.IWP(3), po.TS1(equation), controller=po.IntegralController(1e-4, 1e-4))
+    mean = solver.solve(jnp.ones(2, jnp.float32), 0.0, -1.0).mean
+    assert mean.dtype == jnp.float32
+    np.testing.assert_allclose(mean[0], [np.e, 2 - np.e], rtol=1e-3)
