@@ -15,11 +15,16 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from .linalg import safe_norm
+from .linalg import safe_norm, triangularise
 
 
 class AbstractFactorisation(eqx.Module):
-    """Which entries of the covariance of ``(u, u', ..., u^(nu))`` are kept; rows go derivative by derivative."""
+    """Which entries of the covariance of ``(u, u', ..., u^(nu))`` are kept; rows go derivative by derivative.
+
+    ``keeps_diagonal``: whether of a Jacobian nothing but its diagonal matters, so that nobody computes the rest.
+    """
+
+    keeps_diagonal = False
 
     @abstractmethod
     def batch_shape(self, d: int) -> tuple[int, ...]:
@@ -39,11 +44,15 @@ class AbstractFactorisation(eqx.Module):
 
     @abstractmethod
     def lift(self, matrix: Float[Array, "n n"], scale: Float[Array, "..."], d: int) -> Float[Array, "*batch dim dim"]:
-        """Right square root over the derivatives, times an output scale (scalar or ``(d,)``), for all components."""
+        """Right square root over the derivatives, times an output scale, for all components.
+
+        The scale is a scalar; ``(d,)``; or, if the identity over the components is ``(d, d)``, upper triangular.
+        """
 
     @abstractmethod
-    def project(self, jacobian: Float[Array, "m d"]) -> Float[Array, "*batch rows columns"]:
-        """What the structure keeps of the Jacobian of ``m`` equations with respect to one derivative."""
+    def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
+        """What the structure keeps of the Jacobian of ``m`` equations with respect to one derivative, ``(m, d)``; or,
+        if ``keeps_diagonal``, also of a diagonal ``(d,)``."""
 
 
 class Dense(AbstractFactorisation):
@@ -62,7 +71,7 @@ class Dense(AbstractFactorisation):
         return jnp.reshape(std, (-1, d))
 
     def lift(self, matrix, scale, d):
-        return jnp.kron(matrix, jnp.diag(jnp.broadcast_to(scale, (d,))))
+        return jnp.kron(matrix, scale if jnp.ndim(scale) == 2 else jnp.diag(jnp.broadcast_to(scale, (d,))))
 
     def project(self, jacobian):
         return jacobian
@@ -70,6 +79,8 @@ class Dense(AbstractFactorisation):
 
 class BlockDiagonal(AbstractFactorisation):
     """One ``(n, n)`` block for each component: linear in ``d``; components are independent, Jacobians diagonal."""
+
+    keeps_diagonal = True
 
     def batch_shape(self, d):
         return (d,)
@@ -87,12 +98,13 @@ class BlockDiagonal(AbstractFactorisation):
         return jnp.broadcast_to(scale, (d,))[:, None, None] * matrix
 
     def project(self, jacobian):
-        _require_square(jacobian, self)
-        return jnp.diagonal(jacobian)[:, None, None]
+        return _diagonal(jacobian, self)[:, None, None]
 
 
 class Isotropic(AbstractFactorisation):
     """One ``(n, n)`` block shared by all components: linear in ``d``; a Jacobian enters by its mean diagonal."""
+
+    keeps_diagonal = True
 
     def batch_shape(self, d):
         return ()
@@ -115,17 +127,19 @@ class Isotropic(AbstractFactorisation):
         return scale * matrix
 
     def project(self, jacobian):
-        _require_square(jacobian, self)
-        return jnp.mean(jnp.diagonal(jacobian))[None, None]
+        return jnp.mean(_diagonal(jacobian, self))[None, None]
 
 
-def _require_square(jacobian, factorisation):
+def _diagonal(jacobian, factorisation):
+    if jacobian.ndim == 1:
+        return jacobian
     m, d = jacobian.shape
     if m != d:
         raise ValueError(
             f"{type(factorisation).__name__}() gives every component an equation of its own, but there are "
             f"{m} equations for {d} components. Use Dense()."
         )
+    return jnp.diagonal(jacobian)
 
 
 class Layout(eqx.Module):
@@ -158,21 +172,33 @@ class Layout(eqx.Module):
         """Standard deviations of the columns of a factor, stacked like the mean."""
         return self.factorisation.unpack_std(safe_norm(factor, axis=-2), self.size)
 
-    def project(self, jacobian: Float[Array, "m d"]) -> Float[Array, "*batch rows columns"]:
+    def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
         """See ``AbstractFactorisation.project``."""
         return self.factorisation.project(jacobian)
 
     def lift(self, matrix: Float[Array, "n n"], scale: PyTree) -> Float[Array, "*batch dim dim"]:
-        """See ``AbstractFactorisation.lift``; ``scale`` is a scalar or a PyTree like ``u``."""
-        if jax.tree.structure(scale) == jax.tree.structure(0) and jnp.ndim(scale) == 0:
-            return self.factorisation.lift(matrix, jnp.asarray(scale, self.dtype), self.size)
-        example = jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
-        if jax.tree.map(jnp.shape, scale) != jax.tree.map(jnp.shape, example):
+        """See ``AbstractFactorisation.lift``; ``scale`` as for ``output_scale``."""
+        return self.factorisation.lift(matrix, self.output_scale(scale), self.size)
+
+    def output_scale(self, scale: PyTree) -> Float[Array, "*shape"]:
+        """A scale as the factorisation takes it: a scalar, ``(d,)``, or an upper triangular ``(d, d)`` root.
+
+        ``scale``: a number; a PyTree like ``u``, one number for each component; or a right square root ``F``, a
+        ``(d, d)`` array, for noise with the covariance ``F^T F``. Raises ``ValueError`` for anything else, or for a
+        matrix where the factorisation keeps no correlations.
+        """
+        d, shapes, expected = self.size, jax.tree.map(jnp.shape, scale), jax.tree.map(jnp.shape, self.example)
+        if eqx.is_array_like(scale) and (jnp.ndim(scale) == 0 or jnp.size(scale) == d == 1):
+            return jnp.reshape(jnp.asarray(scale, self.dtype), ())
+        if shapes == expected:
+            return self.ravel(scale)
+        if shapes != (d, d):
             raise ValueError(
-                "output_scale must be a scalar, or have the structure and shapes of u: "
-                f"expected {jax.tree.map(jnp.shape, example)}, got {jax.tree.map(jnp.shape, scale)}."
+                f"output_scale must be a scalar, have the structure and shapes of u, or be a ({d}, {d}) matrix: "
+                f"expected {expected}, got {shapes}."
             )
-        return self.factorisation.lift(matrix, self.ravel(scale), self.size)
+        self.require_coupling("output_scale is a matrix, which correlates the components")
+        return triangularise(jnp.zeros((d, d), self.dtype), jnp.asarray(scale, self.dtype))
 
     def broadcast(self, matrix: Float[Array, "p q"]) -> Float[Array, "*batch p q"]:
         """The same matrix for every batch element."""
@@ -181,6 +207,25 @@ class Layout(eqx.Module):
     def identity(self) -> Float[Array, "*batch m m"]:
         """The identity over the components of one derivative."""
         return self.lift(jnp.ones((1, 1), self.dtype), 1.0)
+
+    @property
+    def couples(self) -> bool:
+        """Whether the components may depend on each other, all in one block."""
+        return jax.eval_shape(self.identity).shape == (self.size, self.size)
+
+    def require_coupling(self, what: str) -> None:
+        """A ``ValueError`` about a parameter that couples the components where they are kept independent."""
+        if self.size > 1 and not self.couples:
+            each = " or one number for each component" if self.batch_shape == (self.size,) else ""
+            raise ValueError(
+                f"{what}, but {type(self.factorisation).__name__}() keeps no correlations between them. Use Dense(), "
+                f"or pass a number{each}."
+            )
+
+    @property
+    def example(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """A state without values."""
+        return jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
 
 
 def layout_of(example: PyTree, num_derivatives: int, factorisation: AbstractFactorisation) -> Layout:

@@ -17,6 +17,11 @@ from jaxtyping import Array, Float, PyTree
 from .checks import as_integer
 from .factorisations import Layout
 from .gaussians import Linearisation
+from .jacobians import AbstractJacobian, ExactJacobian, as_jacobian
+
+
+def _jacobian_field() -> Any:
+    return eqx.field(default=ExactJacobian(), kw_only=True, converter=as_jacobian)
 
 
 class AbstractProblem(eqx.Module):
@@ -77,12 +82,14 @@ class ODE(AbstractProblem):
 
     ``vector_field`` is a function or an ``eqx.Module`` called as ``f(t, u, args)`` for ``order=1``, as
     ``f(t, u, du, args)`` for ``order=2``, and so on; it returns a PyTree like ``u``. For ``order >= 2`` the initial
-    value is the tuple ``(u, u', ..., u^(k-1))``. Raises ``TypeError`` if the field cannot be called, ``ValueError``
-    unless ``order`` is a positive integer.
+    value is the tuple ``(u, u', ..., u^(k-1))``. ``jacobian``: how linearisations of first order find the derivative of
+    the field, exactly by default, or a function ``jacobian(t, u, args)``: see ``GivenJacobian``. Raises ``TypeError``
+    if one of them cannot be called, ``ValueError`` unless ``order`` is a positive integer.
     """
 
     vector_field: Callable
     order: int = eqx.field(static=True, default=1, kw_only=True, converter=lambda k: as_integer(k, "ODE(order)", 1))
+    jacobian: AbstractJacobian = _jacobian_field()
 
     def __check_init__(self):
         if not callable(self.vector_field):
@@ -108,8 +115,8 @@ class ODE(AbstractProblem):
 
     def first_order(self, t, us, layout, args):
         k = self.order
-        f, jacobian = _value_and_jacobian(flat_field(self, layout, args), t, us[:k])
-        blocks = [-layout.project(jacobian[:, j, :]) for j in range(k)] + [layout.identity()]
+        f, jacobian = self.jacobian.evaluate(flat_field(self, layout, args), t, us[:k], layout, args)
+        blocks = [-layout.project(block) for block in jacobian] + [layout.identity()]
         return _linearisation(blocks, us[k] - f, layout, block=k)
 
 
@@ -122,14 +129,15 @@ class Residual(AbstractProblem):
     The initial value is ``u``, or the tuple ``(u, ..., u^(k-1))`` from ``order=2`` on, and should satisfy the equation
     together with some next derivative. Where the output has not as many numbers as ``u``, solve with ``Dense()``; under
     ``BlockDiagonal()`` the i-th equation is taken to be about the i-th component. The equation is used at the steps;
-    between them a filter predicts by the prior alone. Raises ``TypeError`` if the residual
-    cannot be called, ``ValueError`` for a negative ``order``.
+    between them a filter predicts by the prior alone. ``jacobian`` as for ``ODE``: with respect to
+    ``(u, ..., u^(k))``. Raises ``TypeError`` if the residual cannot be called, ``ValueError`` for a negative ``order``.
     """
 
     residual: Callable
     order: int = eqx.field(
         static=True, default=1, kw_only=True, converter=lambda k: as_integer(k, "Residual(order)", 0)
     )
+    jacobian: AbstractJacobian = _jacobian_field()
 
     def __check_init__(self):
         if not callable(self.residual):
@@ -153,10 +161,8 @@ class Residual(AbstractProblem):
 
     def first_order(self, t, us, layout, args):
         us = us[: self.order + 1]
-        value, jacobian = _value_and_jacobian(flat_residual(self, layout, args), t, us)
-        return _linearisation(
-            [layout.project(jacobian[:, j, :]) for j in range(us.shape[0])], value, layout, block=None
-        )
+        value, jacobian = self.jacobian.evaluate(flat_residual(self, layout, args), t, us, layout, args)
+        return _linearisation([layout.project(block) for block in jacobian], value, layout, block=None)
 
 
 class _Lifted(eqx.Module):
@@ -203,17 +209,6 @@ def flat_residual(problem: Residual, layout: Layout, args: PyTree) -> Callable:
         return layout.ravel(problem.residual(t, *(layout.unravel(u) for u in us), args))
 
     return residual
-
-
-def _value_and_jacobian(fn, t, us):
-    """``(m,)`` and ``(m, derivatives, d)`` from one batched forward pass."""
-
-    def twice(us):
-        value = fn(t, us)
-        return value, value
-
-    jacobian, value = jax.jacfwd(twice, has_aux=True)(us)
-    return value, jacobian
 
 
 def _linearisation(blocks, value, layout, block):
