@@ -24,9 +24,10 @@ def tests(session):
 
 @nox.session
 def tests_nohook(session):
-    """The test suite as users run the package: without run-time type checks."""
+    """The test suite as users run the package: without run-time type checks, compiled with all optimisations."""
     session.install("-e", ".[test,examples]")
-    session.run("pytest", "-o", "addopts=-n 2 --dist worksteal", *session.posargs)
+    optimised = {"PROBODE_TEST_OPTIMISED": "1"}
+    session.run("pytest", "-o", "addopts=-n 2 --dist worksteal", *session.posargs, env=optimised)
 
 
 @nox.session

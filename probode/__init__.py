@@ -39,6 +39,7 @@ from .initialisation import AbstractInitialisation as AbstractInitialisation
 from .initialisation import Diffuse as Diffuse
 from .initialisation import InitialState as InitialState
 from .initialisation import TaylorMode as TaylorMode
+from .iterated import solve_grid_iterated as solve_grid_iterated
 from .ivp import solve_ivp as solve_ivp
 from .jacobians import AbstractJacobian as AbstractJacobian
 from .jacobians import BandedJacobian as BandedJacobian

@@ -94,7 +94,8 @@ class TS1(AbstractConstraint):
     The Jacobian is taken in full under ``Dense``, its diagonal under ``BlockDiagonal``, its mean diagonal under
     ``Isotropic``. ``evaluations`` as for ``TS0``; the Jacobian stays that of the prediction, or with
     ``relinearise=True`` is taken anew every time: the iterated extended Kalman filter, whose limit is the most probable
-    state given the past and the equation (Bell & Cathey 1993). Raises ``TypeError`` for anything but an ``ODE`` or a
+    state given the past and the equation (Bell & Cathey 1993); ``Solution.stats["last_move"]`` says whether the
+    iterations have converged. Raises ``TypeError`` for anything but an ``ODE`` or a
     ``Residual``, ``ValueError`` for a number of evaluations below 1.
     """
 

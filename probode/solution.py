@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Num, PyTree
 
 from .checks import as_float, as_integer, is_traced, require
 from .factorisations import Layout
@@ -138,9 +138,10 @@ class Solution(eqx.Module):
     axis. ``output_scale``: the calibrated factor on the prior's scale, ``(time,)`` or ``(time, d)``, 1 without
     calibration. ``log_likelihood``: the log marginal likelihood of the equation holding at every step, under the
     covariances reported. ``result``: a ``Result``. ``stats``: ``num_steps`` attempts, of which ``num_accepted_steps``
-    and ``num_rejected_steps``, and ``max_steps``. ``state``: the running state at the end, to go on from.
-    ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if any. ``spread``: what an uncertain initial
-    value adds, which is already in ``marginals``.
+    and ``num_rejected_steps``, and ``max_steps``; where linearisations are iterated also ``last_move``, how far the last
+    iteration moved an innovation, at most, in its standard deviations: small if all have converged. ``state``: the
+    running state at the end, to go on from. ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if any.
+    ``spread``: what an uncertain initial value adds, which is already in ``marginals``.
     """
 
     t: Float[Array, " time"]
@@ -148,7 +149,7 @@ class Solution(eqx.Module):
     output_scale: Float[Array, "time *batch"]
     log_likelihood: Float[Array, ""]
     result: Any
-    stats: dict[str, Int[Array, ""]]
+    stats: dict[str, Num[Array, ""]]
     state: Any
     layout: Layout
     trajectory: Trajectory | None

@@ -35,7 +35,7 @@ from .leave_one_out import left_out_squares
 from .loops import AbstractLoop, BoundedLoop
 from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
-from .steps import State, Step, no_influence, own_prior, start, unconditional
+from .steps import State, Step, adopt, no_influence, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .trajectory import column, evaluate, rescale, trajectory
 from .uncertain import check_uncertain, directions_of, push_forward
@@ -213,7 +213,8 @@ def _init(solver, u0, t0, args, layout):
 
 @eqx.filter_jit
 def _step(solver, state, dt, args):
-    state, *_ = unconditional(_steps(solver), state, state.t + dt, args)
+    parts = _steps(solver)
+    state, *_ = unconditional(parts, adopt(parts, state, args), state.t + dt, args)
     return state
 
 
@@ -263,11 +264,7 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     u0, t0, t1, ts, layout, keep = request.u0, request.t0, request.t1, request.ts, request.layout, request.keep
     control = Control(solver.error, solver.controller, solver.loop)
     resumed = isinstance(u0, AdaptiveState)
-    state = u0.current if resumed else _state(solver, u0, t0, args, layout)
-    if resumed:
-        # The solver may have another prior than that which made the state.
-        prior = own_prior(_steps(solver), t0, state.distribution, layout, args)
-        state = eqx.tree_at(lambda s: s.prior, state, prior, is_leaf=lambda x: x is None)
+    state = adopt(_steps(solver), u0.current, args) if resumed else _state(solver, u0, t0, args, layout)
     if request.dt0 is None:
         dt = u0.dt if resumed else first_step(control, state, t1 - t0)
     else:
@@ -363,6 +360,8 @@ def _solution(solver, keep, ts, rows, reached, ended, layout, dense) -> Solution
         "num_rejected_steps": ended.num_steps - ended.num_accepted_steps,
         "max_steps": jnp.asarray(solver.loop.max_steps, jnp.int32),
     }
+    if ended.current.last_move is not None:
+        stats["last_move"] = ended.current.last_move
     ones = jnp.ones(layout.batch_shape, layout.dtype)
     log_likelihood = ended.current.evidence.log_likelihood(ones if factor is None else factor)
     kept_path = path if dense or path.smoothed is not None else None

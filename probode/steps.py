@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from .calibration import AbstractCalibration, Evidence
 from .checks import as_integer
 from .constraints import AbstractConstraint
+from .errors import rms_norm
 from .factorisations import Layout
 from .gaussians import (
     Conditional,
@@ -38,7 +39,7 @@ from .solution import Moments, moments
 class State(eqx.Module):
     """A solver between two steps: the time, the Gaussian over ``(u, ..., u^(nu))``, and what the parts remember.
 
-    ``prior``: that of the step that ended here, if every step has its own.
+    ``prior``: that of the step that ended here, if every step has its own. ``last_move``: see ``iterates``.
     """
 
     t: Float[Array, ""]
@@ -48,6 +49,7 @@ class State(eqx.Module):
     evidence: Evidence
     layout: Layout
     prior: AbstractPrior | None
+    last_move: Float[Array, ""] | None
 
     @property
     def mean(self) -> PyTree:
@@ -90,8 +92,26 @@ def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout
     # As many rows as a step leaves.
     rows = distribution.mean.shape[-2] - (0 if equation.block is None else equation.residual.shape[-2])
     ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
-    prior = own_prior(parts, t, distribution, layout, args)
-    return State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout, prior)
+    state = State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout, None, None)
+    return adopt(parts, state, args)
+
+
+def adopt(parts: Step, state: State, args: PyTree) -> State:
+    """A state that other parts may have made, as these ones go on from it."""
+    prior = own_prior(parts, state.t, state.distribution, state.layout, args)
+    last_move = None
+    if iterates(parts.constraint):
+        last_move = jnp.zeros((), state.layout.dtype) if state.last_move is None else state.last_move
+    return eqx.tree_at(lambda s: (s.prior, s.last_move), state, (prior, last_move), is_leaf=lambda x: x is None)
+
+
+def iterates(constraint: AbstractConstraint) -> bool:
+    """Whether a step iterates its linearisation, so that a user wants to know whether it converged.
+
+    The state then has the largest ``last_move`` of all steps: how far the last iteration moved the innovation, in its
+    own standard deviations (root mean square).
+    """
+    return constraint.relinearise and constraint.evaluations > 1
 
 
 def _shape_of_equation(parts, t, distribution, layout, args):
@@ -142,6 +162,7 @@ def accept(
     joint = join(predicted, transition.noise, scale, equation, past)
     update = condition(joint, predicted, equation, past)
     for _ in range(parts.constraint.evaluations - 1):
+        before = update.influence.whitened
         equation = _evaluated_at(parts.constraint, t, update.state, predicted, equation, state.layout, args)
         if parts.constraint.relinearise:
             joint = join(predicted, transition.noise, scale, equation, past)
@@ -150,7 +171,11 @@ def accept(
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
     update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
-    return State(t, update.state, scale / unit, statistics, evidence, state.layout, attempted.prior), update
+    last_move = None
+    if iterates(parts.constraint):
+        last_move = jnp.maximum(state.last_move, rms_norm(update.influence.whitened - before))
+    new = State(t, update.state, scale / unit, statistics, evidence, state.layout, attempted.prior, last_move)
+    return new, update
 
 
 def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
@@ -206,7 +231,9 @@ def unconditional(
     stepped, update = accept(parts, state, t, attempted, past, args)
     prior = parts.prior if attempted.prior is None else attempted.prior
     drifted = push(state.distribution, prior.transition(dt, state.layout).matrix)
-    waited = State(t, drifted, state.output_scale, state.statistics, state.evidence, state.layout, attempted.prior)
+    waited = eqx.tree_at(
+        lambda s: (s.t, s.distribution, s.prior), state, (t, drifted, attempted.prior), is_leaf=lambda x: x is None
+    )
     no_influence = jax.tree.map(jnp.zeros_like, update.influence)
     return jax.tree.map(
         lambda a, b: jnp.where(short, a, b), (waited, past, no_influence), (stepped, update.past, update.influence)

@@ -1,4 +1,4 @@
-"""Settings shared by all tests: double precision (single in its own session) and hypothesis profiles, loaded once."""
+"""Settings shared by all tests: double precision (single in its own session), fast compilation, hypothesis profiles."""
 
 import os
 
@@ -6,6 +6,10 @@ import hypothesis
 import jax
 import pytest
 
+
+if os.environ.get("PROBODE_TEST_OPTIMISED", "0") != "1":
+    # Programs here are compiled once and run briefly. The nohook session tests what users run, fully optimised.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 jax.config.update("jax_enable_x64", os.environ.get("PROBODE_TEST_FLOAT32", "0") != "1")
 

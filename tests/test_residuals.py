@@ -429,6 +429,24 @@ def test_the_iterated_update_is_the_most_probable_state():
     np.testing.assert_allclose(solution.marginals.mean[-1, :, 0], y[:4], rtol=1e-9)
     once = po.Solver(po.IWP(1), po.TS1(po.ODE(field)), calibration=po.NoCalibration()).solve_grid(u0, [0.0, dt])
     assert relative(once.marginals.mean[-1, :, 0], y[:4]) > 1e-3
+    assert solution.stats["last_move"] < 1e-12 and "last_move" not in once.stats
+
+
+def test_a_solve_says_whether_its_iterations_have_converged():
+    def solver(number):
+        constraint = po.TS1(po.ODE(lotka_volterra), evaluations=number, relinearise=True)
+        return po.Solver(po.IWP(2), constraint, controller=po.IntegralController(1e-2, 1e-2))
+
+    u0 = jnp.array([20.0, 20.0])
+    two, six = (solver(number).solve(u0, 0.0, 5.0) for number in (2, 6))
+    # Gauss-Newton with the Jacobian of a quadratic field: the distance to the limit shrinks faster than geometrically.
+    assert 1e-5 < two.stats["last_move"] < 1e-2 and six.stats["last_move"] < 1e-9
+    halfway = solver(6).solve(u0, 0.0, 2.5)
+    resumed = solver(6).solve(halfway.state, 2.5, 5.0)
+    assert resumed.stats["last_move"] >= halfway.stats["last_move"] > 0
+    once = po.Solver(po.IWP(2), po.TS1(po.ODE(lotka_volterra)))
+    assert "last_move" not in once.solve(halfway.state, 2.5, 5.0).stats
+    assert solver(2).solve(once.solve(u0, 0.0, 2.5).state, 2.5, 5.0).stats["last_move"] > 0
 
 
 @pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
