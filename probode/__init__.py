@@ -54,6 +54,7 @@ from .loops import ForwardLoop as ForwardLoop
 from .matern import Matern as Matern
 from .prior_process import prior_marginals as prior_marginals
 from .prior_process import sample_prior as sample_prior
+from .observations import Observations as Observations
 from .priors import IWP as IWP
 from .priors import AbstractPrior as AbstractPrior
 from .problems import ODE as ODE

@@ -365,6 +365,13 @@ def realise(coordinates: Normal, x: Normal) -> Normal:
 
 
 @batched
+def in_coordinates(past: Conditional, coordinates: Normal) -> Conditional:
+    """``past`` in standard normal coordinates of what it was given in, which is now distributed like ``coordinates``."""
+    shift = past.shift + product(past.cross.T, coordinates.mean)
+    return Conditional(shift, product(coordinates.factor, past.cross), past.own)
+
+
+@batched
 def coordinates_of(state: Normal, x: Normal) -> Normal:
     """The coordinates in which ``x``, whose factor is square and upper triangular, has the distribution ``state``."""
     cols = x.mean.shape[1]

@@ -6,17 +6,20 @@ not a compilation.
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from .adaptive import AdaptiveState
+from .calibration import AbstractCalibration, LeaveOneOutCalibration, MLECalibration
 from .checks import as_float, as_scalar, is_traced, require
 from .controllers import AbstractController
 from .factorisations import AbstractFactorisation, Layout, layout_of
 from .gaussians import Normal
 from .initialisation import InitialState
+from .observations import Observations
 from .problems import AbstractProblem
 from .solution import SaveAt, Solution
 from .steps import State
@@ -82,7 +85,7 @@ def resolvable(controller: AbstractController, layout: Layout, t1):
     return require(t1, (rtol == 0) | (rtol >= smallest), message, rtol=rtol)
 
 
-def save_times(ts: Any, t0, t1, layout: Layout):
+def save_times(ts: Any, t0, t1, layout: Layout, name: str = "save_at"):
     """Sorted times of the interval; a few units of round-off outside count as its ends where they are known."""
     ts = ts.astype(layout.dtype)
     traced = is_traced(ts, t0, t1)
@@ -94,10 +97,54 @@ def save_times(ts: Any, t0, t1, layout: Layout):
         ts = np.where(abs(near - ts) <= 4 * np.finfo(layout.dtype).eps * abs(near), near, ts)
         outside = ts[~((ts >= first) & (ts <= last))]
         if outside.size:
-            raise ValueError(f"save_at must lie in [t0, t1] = [{t0}, {t1}], but has the entry {outside[0]}.")
-    ts = require(ts, (ts >= first) & (ts <= last), "save_at must lie between t0 and t1")
+            raise ValueError(f"{name} must lie in [t0, t1] = [{t0}, {t1}], but has the entry {outside[0]}.")
+    ts = require(ts, (ts >= first) & (ts <= last), f"{name} must lie between t0 and t1")
     steps = xp.where(forward, ts[1:] - ts[:-1], ts[:-1] - ts[1:])
-    return require(ts, steps >= 0, "save_at must be sorted from t0 to t1")
+    return require(ts, steps >= 0, f"{name} must be sorted from t0 to t1")
+
+
+def check_data(data: Any, calibration: AbstractCalibration, certain_start: bool) -> None:
+    """Raises where data have no place."""
+    if not isinstance(data, Observations):
+        raise TypeError(f"data must be Observations(ts, values, noise), got {data!r}.")
+    if isinstance(calibration, (MLECalibration, LeaveOneOutCalibration)):
+        raise ValueError(
+            f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also what was learnt "
+            "from data with a noise that you know. Use NoCalibration() or DynamicCalibration()."
+        )
+    if not certain_start:
+        raise ValueError(
+            "An uncertain u0 is pushed forward along the solution, and learns nothing from data. Pass an InitialState "
+            "(from solver.initialise) with a factor of its own."
+        )
+
+
+def data_between(data: Observations, t0, t1, layout: Layout) -> Observations:
+    """Data whose times lie in the interval, in its direction, further apart than round-off."""
+    ts = save_times(data.ts if is_traced(data.ts) else np.asarray(data.ts), t0, t1, layout, "the times of the data")
+    apart = abs(ts[1:] - ts[:-1]) > 1000 * np.finfo(layout.dtype).eps * abs(t1 - t0)
+    apart = apart & (abs(ts[1:] - ts[:-1]) > 1000 * np.finfo(layout.dtype).eps * abs(ts[1:]))
+    ts = require(ts, apart, "the times of the data must be further apart than round-off")
+    return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(ts))
+
+
+def data_on_grid(data: Observations, grid, layout: Layout) -> Observations:
+    """Data whose times are points of a grid."""
+    ts = data.ts.astype(layout.dtype)
+    xp = jnp if is_traced(ts, grid) else np
+    ts, grid = xp.asarray(ts), xp.asarray(grid)
+    nearest = grid[xp.argmin(abs(ts[:, None] - grid), axis=1)]
+    near = abs(ts - nearest) <= 4 * np.finfo(layout.dtype).eps * xp.maximum(abs(nearest), abs(grid[-1] - grid[0]))
+    nearest = require(nearest, near, "the times of the data must be points of the grid")
+    return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(nearest))
+
+
+def stopping_at(controller: AbstractController, ts, layout: Layout) -> AbstractController:
+    """The controller, hitting further times."""
+    ts = ts.astype(layout.dtype)
+    own = controller.stop_at
+    stops = ts if own is None else jnp.concatenate([own.astype(layout.dtype), ts])
+    return eqx.tree_at(lambda c: c.stop_at, controller, stops, is_leaf=lambda x: x is None)
 
 
 def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:

@@ -141,7 +141,8 @@ class Solution(eqx.Module):
     and ``num_rejected_steps``, and ``max_steps``; where linearisations are iterated also ``last_move``, how far the last
     iteration moved an innovation, at most, in its standard deviations: small if all have converged. ``state``: the
     running state at the end, to go on from. ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if any.
-    ``spread``: what an uncertain initial value adds, which is already in ``marginals``.
+    ``spread``: what an uncertain initial value adds, which is already in ``marginals``. ``data_log_likelihood``: the log
+    density of the data that the solve was given, each given the data before it and the equation up to its time.
     """
 
     t: Float[Array, " time"]
@@ -154,6 +155,7 @@ class Solution(eqx.Module):
     layout: Layout
     trajectory: Trajectory | None
     spread: Spread | None = None
+    data_log_likelihood: Float[Array, ""] | None = None
 
     @property
     def mean(self) -> PyTree[Float[Array, "..."]]:

@@ -33,6 +33,7 @@ from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .leave_one_out import left_out_squares
 from .loops import AbstractLoop, BoundedLoop
+from .observations import Observations
 from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .steps import State, Step, adopt, no_influence, start, unconditional
@@ -102,6 +103,7 @@ class Solver(eqx.Module):
         dt0: Any = None,
         throw: bool = True,
         progress: None = None,
+        data: Observations | None = None,
     ) -> Solution:
         """Solve from ``t0`` to ``t1`` (which may lie before ``t0``) with steps chosen by the error estimate.
 
@@ -109,14 +111,17 @@ class Solver(eqx.Module):
         either, an uncertain initial value, whose spread is pushed forward to first order; an ``InitialState``; or
         ``Solution.state``, to go on. ``save_at``: an array of times or a ``SaveAt``; ``None``
         keeps ``t1``. ``dt0``: length of the first attempt, chosen automatically by default. ``throw``: raise a
-        ``RuntimeError`` if ``t1`` is not reached, otherwise ``Solution.result`` tells. Wrong input raises
-        ``ValueError`` or ``TypeError``.
+        ``RuntimeError`` if ``t1`` is not reached, otherwise ``Solution.result`` tells. ``data``: observations that the
+        solution is conditioned on as it passes them, so that the posterior is the one given equation and data; steps end
+        at their times. Wrong input raises ``ValueError`` or ``TypeError``.
         """
         if progress is not None:
             raise ValueError("progress: no progress meter is available in this version; pass progress=None.")
         solver, args = inputs.floats_to_arrays((self, args))
         u0, directions = _certain_part(self, u0)
-        request = check_request(self, u0, t0, t1, save_at, dt0)
+        if data is not None:
+            inputs.check_data(data, self.calibration, directions is None)
+        request = check_request(self, u0, t0, t1, save_at, dt0, data)
         try:
             if directions is None:
                 solution = solve_adaptive(solver, request, args)
@@ -133,18 +138,23 @@ class Solver(eqx.Module):
             ) from error
         return raise_unless_successful(solution) if throw else solution
 
-    def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None) -> Solution:
+    def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None, data: Observations | None = None) -> Solution:
         """Solve with one step between any two neighbours of ``grid``, whose first entry is ``t0``; keeps every point.
 
         ``grid`` is ``(time,)``, increasing or decreasing; equal neighbours count as one time. No error control:
-        ``Solution.result`` is ``nonfinite`` if the solution left the real numbers. ``u0`` and ``args`` as in ``solve``.
+        ``Solution.result`` is ``nonfinite`` if the solution left the real numbers. ``u0``, ``args`` and ``data``, whose
+        times are points of the grid, as in ``solve``.
         """
         solver, args = inputs.floats_to_arrays((self, args))
         u0, directions = _certain_part(self, u0)
         u0, layout = bind(self, u0)
         if isinstance(u0, AdaptiveState):
             raise ValueError("solve_grid starts from u0 or an InitialState, not from the state of an adaptive solve.")
-        return _solve_grid(solver, u0, directions, jnp.asarray(inputs.grid_times(grid, layout)), args, layout)
+        grid = inputs.grid_times(grid, layout)
+        if data is not None:
+            inputs.check_data(data, self.calibration, directions is None)
+            data = inputs.data_on_grid(data, grid, layout)
+        return _solve_grid(solver, u0, directions, jnp.asarray(grid), args, layout, data)
 
     def initialise(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> InitialState:
         """The state at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))`` whose mean and factor can be changed,
@@ -187,11 +197,11 @@ def _certain_part(solver, u0):
     return u0.mean, directions
 
 
-def _steps(solver: Solver) -> Step:
-    return Step(solver.prior, solver.constraint, solver.calibration)
+def _steps(solver: Solver, data: Observations | None = None) -> Step:
+    return Step(solver.prior, solver.constraint, solver.calibration, data)
 
 
-def _state(solver, u0, t0, args, layout) -> State:
+def _state(solver, u0, t0, args, layout, data=None) -> State:
     """The state at ``t0`` from any of the things that ``u0`` may be."""
     problem = solver.constraint.problem
     # Here the check runs once per compilation, not once per call.
@@ -203,7 +213,7 @@ def _state(solver, u0, t0, args, layout) -> State:
     else:
         stack = jnp.stack([layout.ravel(u) for u in u0])
         distribution = solver.initialisation.initialise(problem, t0, stack, layout, args)
-    return start(_steps(solver), t0, distribution, layout, args)
+    return start(_steps(solver, data), t0, distribution, layout, args)
 
 
 @eqx.filter_jit
@@ -238,9 +248,12 @@ class Request(eqx.Module):
     dt0: Float[Array, ""] | None
     layout: Layout
     keep: _Keep
+    data: Observations | None
 
 
-def check_request(solver: Solver, u0: PyTree, t0: Any, t1: Any, save_at: Any, dt0: Any) -> Request:
+def check_request(
+    solver: Solver, u0: PyTree, t0: Any, t1: Any, save_at: Any, dt0: Any, data: Observations | None = None
+) -> Request:
     """The request of a call of ``solve``; raises what that raises for wrong input."""
     save_at = SaveAt(t1=True) if save_at is None else save_at
     save_at = save_at if isinstance(save_at, SaveAt) else SaveAt(ts=save_at)
@@ -253,18 +266,24 @@ def check_request(solver: Solver, u0: PyTree, t0: Any, t1: Any, save_at: Any, dt
     inputs.check_dense(save_at, solver.strategy)
     ts = None if save_at.ts is None else inputs.save_times(save_at.ts, t0, t1, layout)
     dt0 = None if dt0 is None else inputs.first_length(dt0, t0, t1, layout)
+    if data is not None:
+        data = inputs.data_between(data, t0, t1, layout)
     t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
     keep = _Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
-    return Request(u0, t0, t1, ts, dt0, layout, keep)
+    return Request(u0, t0, t1, ts, dt0, layout, keep, data)
 
 
 @eqx.filter_jit
 def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     """Answer a request."""
     u0, t0, t1, ts, layout, keep = request.u0, request.t0, request.t1, request.ts, request.layout, request.keep
-    control = Control(solver.error, solver.controller, solver.loop)
+    parts, control = _steps(solver, request.data), Control(solver.error, solver.controller, solver.loop)
+    if request.data is not None:
+        control = eqx.tree_at(
+            lambda c: c.controller, control, inputs.stopping_at(control.controller, request.data.ts, layout)
+        )
     resumed = isinstance(u0, AdaptiveState)
-    state = adopt(_steps(solver), u0.current, args) if resumed else _state(solver, u0, t0, args, layout)
+    state = adopt(parts, u0.current, args) if resumed else _state(solver, u0, t0, args, layout, request.data)
     if request.dt0 is None:
         dt = u0.dt if resumed else first_step(control, state, t1 - t0)
     else:
@@ -276,7 +295,7 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     begun = begin(control, state, dt)
     if resumed:
         begun = eqx.tree_at(lambda s: s.controller, begun, u0.controller, is_leaf=lambda x: x is None)
-    parts, dense = _steps(solver), keep.steps or keep.dense or solver.strategy.keeps_steps
+    dense = keep.steps or keep.dense or solver.strategy.keeps_steps
     if dense:
         influence = solver.calibration.leaves_one_out
         ended, rows, reached = solve_keeping_steps(
@@ -299,11 +318,11 @@ def _solve_uncertain(solver, request, args, directions):
 
 
 @eqx.filter_jit
-def _solve_grid(solver, u0, directions, grid, args, layout):
+def _solve_grid(solver, u0, directions, grid, args, layout, data):
     if directions is not None:
-        return push_forward(lambda u0: _solve_grid(solver, u0, None, grid, args, layout), u0, directions)
-    parts = _steps(solver)
-    state = _state(solver, u0, grid[0], args, layout)
+        return push_forward(lambda u0: _solve_grid(solver, u0, None, grid, args, layout, None), u0, directions)
+    parts = _steps(solver, data)
+    state = _state(solver, u0, grid[0], args, layout, data)
     remember, influences = solver.strategy.remember, solver.calibration.leaves_one_out
 
     def body(state, t):
@@ -365,7 +384,18 @@ def _solution(solver, keep, ts, rows, reached, ended, layout, dense) -> Solution
     ones = jnp.ones(layout.batch_shape, layout.dtype)
     log_likelihood = ended.current.evidence.log_likelihood(ones if factor is None else factor)
     kept_path = path if dense or path.smoothed is not None else None
-    return Solution(t, marginals, output_scale, log_likelihood, ended.result, stats, ended, layout, kept_path)
+    return Solution(
+        t,
+        marginals,
+        output_scale,
+        log_likelihood,
+        ended.result,
+        stats,
+        ended,
+        layout,
+        kept_path,
+        data_log_likelihood=ended.current.data_evidence,
+    )
 
 
 def _part(name, value, kind):

@@ -26,12 +26,15 @@ from .gaussians import (
     Transition,
     Update,
     condition,
+    in_coordinates,
     innovate,
     join,
     pad,
     push,
+    realise,
     seen_from,
 )
+from .observations import Observations
 from .priors import AbstractPrior
 from .solution import Moments, moments
 
@@ -40,6 +43,7 @@ class State(eqx.Module):
     """A solver between two steps: the time, the Gaussian over ``(u, ..., u^(nu))``, and what the parts remember.
 
     ``prior``: that of the step that ended here, if every step has its own. ``last_move``: see ``iterates``.
+    ``data_evidence``: the log density of the data so far, where there are any.
     """
 
     t: Float[Array, ""]
@@ -50,6 +54,7 @@ class State(eqx.Module):
     layout: Layout
     prior: AbstractPrior | None
     last_move: Float[Array, ""] | None
+    data_evidence: Float[Array, ""] | None
 
     @property
     def mean(self) -> PyTree:
@@ -73,6 +78,7 @@ class Step(eqx.Module):
     prior: AbstractPrior
     constraint: AbstractConstraint
     calibration: AbstractCalibration
+    data: Observations | None = None
 
 
 class Attempt(eqx.Module):
@@ -92,8 +98,27 @@ def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout
     # As many rows as a step leaves.
     rows = distribution.mean.shape[-2] - (0 if equation.block is None else equation.residual.shape[-2])
     ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
-    state = State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout, None, None)
+    state = State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout, None, None, None)
+    if parts.data is None:
+        return adopt(parts, state, args)
+    distribution, _, evidence = _learn(parts.data, t, state.distribution, None, jnp.zeros((), dtype), layout, args)
+    state = eqx.tree_at(
+        lambda s: (s.distribution, s.data_evidence), state, (distribution, evidence), is_leaf=lambda x: x is None
+    )
     return adopt(parts, state, args)
+
+
+def _learn(data, t, x, past, evidence, layout, args):
+    """A state, an earlier one in its coordinates, and the log density of all data, with those of this time, if any."""
+
+    def learn(x, past, evidence):
+        coordinates, log_density = data.learn(i, x, layout, args)
+        past = None if past is None else in_coordinates(past, coordinates)
+        return realise(coordinates, x), past, evidence + log_density
+
+    ts = lax.stop_gradient(data.ts).astype(layout.dtype)
+    i = jnp.argmin(jnp.abs(ts - lax.stop_gradient(t)))
+    return lax.cond(ts[i] == t, learn, lambda *same: same, x, past, evidence)
 
 
 def adopt(parts: Step, state: State, args: PyTree) -> State:
@@ -102,7 +127,15 @@ def adopt(parts: Step, state: State, args: PyTree) -> State:
     last_move = None
     if iterates(parts.constraint):
         last_move = jnp.zeros((), state.layout.dtype) if state.last_move is None else state.last_move
-    return eqx.tree_at(lambda s: (s.prior, s.last_move), state, (prior, last_move), is_leaf=lambda x: x is None)
+    evidence = None
+    if parts.data is not None:
+        evidence = jnp.zeros((), state.layout.dtype) if state.data_evidence is None else state.data_evidence
+    return eqx.tree_at(
+        lambda s: (s.prior, s.last_move, s.data_evidence),
+        state,
+        (prior, last_move, evidence),
+        is_leaf=lambda x: x is None,
+    )
 
 
 def iterates(constraint: AbstractConstraint) -> bool:
@@ -174,8 +207,20 @@ def accept(
     last_move = None
     if iterates(parts.constraint):
         last_move = jnp.maximum(state.last_move, rms_norm(update.influence.whitened - before))
-    new = State(t, update.state, scale / unit, statistics, evidence, state.layout, attempted.prior, last_move)
-    return new, update
+    if parts.data is not None:
+        told = _learn(parts.data, t, update.state, update.past, state.data_evidence, state.layout, args)
+        update = eqx.tree_at(lambda u: (u.state, u.past), update, told[:2], is_leaf=lambda x: x is None)
+    return State(
+        t,
+        update.state,
+        scale / unit,
+        statistics,
+        evidence,
+        state.layout,
+        attempted.prior,
+        last_move,
+        None if parts.data is None else told[2],
+    ), update
 
 
 def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
