@@ -47,6 +47,9 @@ from .jacobians import ExactJacobian as ExactJacobian
 from .jacobians import GivenJacobian as GivenJacobian
 from .jacobians import HutchinsonDiagonal as HutchinsonDiagonal
 from .jacobians import SparseJacobian as SparseJacobian
+from .likelihoods import dalton_log_likelihood as dalton_log_likelihood
+from .likelihoods import fenrir_log_likelihood as fenrir_log_likelihood
+from .likelihoods import filtering_log_likelihood as filtering_log_likelihood
 from .loops import AbstractLoop as AbstractLoop
 from .loops import BoundedLoop as BoundedLoop
 from .loops import CheckpointedLoop as CheckpointedLoop

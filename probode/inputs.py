@@ -103,10 +103,15 @@ def save_times(ts: Any, t0, t1, layout: Layout, name: str = "save_at"):
     return require(ts, steps >= 0, f"{name} must be sorted from t0 to t1")
 
 
-def check_data(data: Any, calibration: AbstractCalibration, certain_start: bool) -> None:
-    """Raises where data have no place."""
+def require_observations(data: Any) -> None:
+    """Raises for data of another kind."""
     if not isinstance(data, Observations):
         raise TypeError(f"data must be Observations(ts, values, noise), got {data!r}.")
+
+
+def check_data(data: Any, calibration: AbstractCalibration, certain_start: bool) -> None:
+    """Raises where data have no place in a solve."""
+    require_observations(data)
     if isinstance(calibration, (MLECalibration, LeaveOneOutCalibration)):
         raise ValueError(
             f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also what was learnt "
@@ -139,11 +144,9 @@ def data_on_grid(data: Observations, grid, layout: Layout) -> Observations:
     return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(nearest))
 
 
-def stopping_at(controller: AbstractController, ts, layout: Layout) -> AbstractController:
+def stopping_at(controller: AbstractController, ts) -> AbstractController:
     """The controller, hitting further times."""
-    ts = ts.astype(layout.dtype)
-    own = controller.stop_at
-    stops = ts if own is None else jnp.concatenate([own.astype(layout.dtype), ts])
+    stops = ts if controller.stop_at is None else jnp.concatenate([controller.stop_at, ts])
     return eqx.tree_at(lambda c: c.stop_at, controller, stops, is_leaf=lambda x: x is None)
 
 

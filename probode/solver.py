@@ -279,9 +279,7 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     u0, t0, t1, ts, layout, keep = request.u0, request.t0, request.t1, request.ts, request.layout, request.keep
     parts, control = _steps(solver, request.data), Control(solver.error, solver.controller, solver.loop)
     if request.data is not None:
-        control = eqx.tree_at(
-            lambda c: c.controller, control, inputs.stopping_at(control.controller, request.data.ts, layout)
-        )
+        control = eqx.tree_at(lambda c: c.controller, control, inputs.stopping_at(control.controller, request.data.ts))
     resumed = isinstance(u0, AdaptiveState)
     state = adopt(parts, u0.current, args) if resumed else _state(solver, u0, t0, args, layout, request.data)
     if request.dt0 is None:
