@@ -55,9 +55,9 @@ from .loops import BoundedLoop as BoundedLoop
 from .loops import CheckpointedLoop as CheckpointedLoop
 from .loops import ForwardLoop as ForwardLoop
 from .matern import Matern as Matern
+from .observations import Observations as Observations
 from .prior_process import prior_marginals as prior_marginals
 from .prior_process import sample_prior as sample_prior
-from .observations import Observations as Observations
 from .priors import IWP as IWP
 from .priors import AbstractPrior as AbstractPrior
 from .problems import ODE as ODE

@@ -7,21 +7,17 @@ Sullivan, Hennig (2020), appendix A; the constants are computed once in exact ar
 import functools as ft
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, PyTree, Real
 
-from .checks import as_float, as_integer, require
-from .factorisations import AbstractFactorisation, Dense, Layout, layout_of
-from .gaussians import Normal, Transition, batched, certain, spread
-from .linalg import kron_apply
+from .checks import as_float, as_integer, is_traced, require
+from .factorisations import Layout
+from .gaussians import Transition
 
 
 class AbstractPrior(eqx.Module):
@@ -45,8 +41,11 @@ class AbstractPrior(eqx.Module):
 class IWP(AbstractPrior):
     """The ``num_derivatives`` times integrated Wiener process: ``u^(nu)`` is a Wiener process times ``output_scale``.
 
-    ``output_scale`` is a scalar or, where the factorisation allows it, a PyTree like ``u``, in units of
-    ``u^(nu) / sqrt(time)``. Raises ``ValueError`` unless ``num_derivatives`` is a positive integer.
+    ``output_scale``, in units of ``u^(nu) / sqrt(time)``: a positive number; not under ``Isotropic()``, one for each
+    component, as a PyTree like ``u``; or, under ``Dense()``, a ``(d, d)`` array ``F`` of full rank over the ravelled
+    ``u``, for noise with the covariance ``F^T F`` (as in ``Normal.factor``). Raises ``ValueError`` unless
+    ``num_derivatives`` is a positive integer; in the first step for a scale that does not fit ``u`` or the
+    factorisation.
     """
 
     num_derivatives: int = eqx.field(static=True)
@@ -54,7 +53,7 @@ class IWP(AbstractPrior):
 
     def __init__(self, num_derivatives: int, *, output_scale: PyTree = 1.0):
         self.num_derivatives = as_integer(num_derivatives, "IWP(num_derivatives)", 1)
-        self.output_scale = as_positive(output_scale, "IWP(output_scale)")
+        self.output_scale = as_output_scale(output_scale, "IWP(output_scale)")
 
     def transition(self, dt, layout):
         pascal, root = _iwp_constants(self.num_derivatives)
@@ -68,87 +67,6 @@ class IWP(AbstractPrior):
         return Transition(layout.broadcast(matrix), layout.lift(noise, self.output_scale), magnitude)
 
 
-def sample_prior(
-    prior: Any,
-    key: PRNGKeyArray,
-    ts: Any,
-    like: PyTree,
-    *,
-    factorisation: AbstractFactorisation = Dense(),
-    initial: Normal | Callable[[Layout], Normal] | None = None,
-    shape: tuple[int, ...] = (),
-) -> PyTree[Float[Array, "..."]]:
-    """Joint samples of ``u`` at the times ``ts`` under the prior alone, without any equation.
-
-    ``ts``: sorted times, increasing or decreasing. ``like``: a PyTree like ``u``, whose values do not matter.
-    ``initial``: the state at ``ts[0]``, a ``Normal`` in the layout of the factorisation, or a function that makes one,
-    as ``Matern(...).stationary`` does; by default zero and certain. Leaves are ``(*shape, time, *leaf.shape)``.
-
-    Raises ``TypeError`` unless ``prior`` is one and ``like`` is real and floating point, ``ValueError`` for times that
-    are not sorted and finite, or an initial state of another shape.
-    """
-    if not isinstance(prior, AbstractPrior):
-        raise TypeError(f"sample_prior(prior) must be a prior such as IWP(2), got {prior!r}.")
-    layout = _checked_layout(like, prior.num_derivatives, factorisation)
-    ts = as_float(ts, "sample_prior(ts)").astype(layout.dtype)
-    if ts.ndim != 1 or ts.size == 0:
-        raise ValueError(f"sample_prior(ts) must be an array of times, got shape {ts.shape}.")
-    steps = ts[1:] - ts[:-1]
-    ordered = ((steps >= 0).all() | (steps <= 0).all()) & (abs(ts) < np.inf).all()
-    ts = require(ts, ordered, "sample_prior(ts) must be finite times in increasing or in decreasing order")
-    mean = layout.pack(jnp.zeros((prior.num_derivatives + 1, layout.size), layout.dtype))
-    if initial is None:
-        initial = certain(mean)
-    elif not isinstance(initial, Normal):
-        initial = initial(layout)
-    *batch, dim, _ = mean.shape
-    got = jnp.shape(initial.mean), jnp.shape(initial.factor)
-    if got[0] != mean.shape or len(got[1]) != mean.ndim or (*got[1][:-2], got[1][-1]) != (*batch, dim):
-        raise ValueError(
-            f"sample_prior(initial) must have the layout of {type(factorisation).__name__}(): expected a mean of shape "
-            f"{mean.shape} and a factor of shape {(*batch, 'rows', dim)}, got {got[0]} and {got[1]}."
-        )
-    return _sample(prior, key, jnp.asarray(ts), initial, layout, tuple(shape))
-
-
-def _checked_layout(like, num_derivatives, factorisation):
-    for leaf in jax.tree.leaves(like):
-        as_float(leaf, "sample_prior(like)")
-        if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.floating):
-            raise TypeError(f"sample_prior(like) has dtype {dtype}, but must be floating point.")
-    layout = layout_of(like, num_derivatives, factorisation)
-    if layout.size == 0:
-        raise ValueError("sample_prior(like) has no numbers: nothing to sample.")
-    return layout
-
-
-@eqx.filter_jit
-def _sample(prior, key, ts, initial, layout, shape):
-    number, dtype = math.prod(shape), layout.dtype
-    *batch, _, cols = initial.mean.shape
-    key, initial_key = jax.random.split(key)
-
-    def draw(key, factor):
-        w = jax.random.normal(key, (number, *batch, factor.shape[-2], cols), dtype)
-        return jax.vmap(spread, in_axes=(None, 0))(factor, w)
-
-    def step(x, dt_key):
-        dt, key = dt_key
-        # Twice the same time is the same state.
-        moved = prior.transition(jnp.where(dt == 0, 1, dt), layout)
-        there = jax.vmap(batched(kron_apply), in_axes=(None, 0))(moved.matrix, x)
-        x = jnp.where(dt == 0, x, there + moved.magnitude * draw(key, moved.noise))
-        return x, x
-
-    def components(x):
-        return layout.unravel(layout.unpack(x)[0])
-
-    first = initial.mean.astype(dtype) + draw(initial_key, initial.factor.astype(dtype))
-    _, rest = lax.scan(step, first, (ts[1:] - ts[:-1], jax.random.split(key, ts.size - 1)))
-    u = jax.vmap(jax.vmap(components), in_axes=1)(jnp.concatenate([first[None], rest]))
-    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (*shape, *leaf.shape[1:])), u)
-
-
 def as_positive(x: PyTree, name: str) -> PyTree:
     """A number, or a PyTree of them, as arrays: finite and positive, or a ``ValueError`` that names the part."""
     if not jax.tree.leaves(x):
@@ -160,6 +78,22 @@ def as_positive(x: PyTree, name: str) -> PyTree:
         return jnp.asarray(require(x, (x > 0) & (x < np.inf), f"{name} must be finite and positive", **{field: x}))
 
     return jax.tree.map(positive, x)
+
+
+def as_output_scale(x: PyTree, name: str) -> PyTree:
+    """As ``as_positive``; a square array may also be a matrix of any finite numbers that has full rank."""
+    square = jax.tree.structure(x) == jax.tree.structure(0) and len(shape := np.shape(x)) == 2 and shape[0] == shape[1]
+    if not square:
+        return as_positive(x, name)
+    x = as_float(x, name)
+    x = require(x, abs(x) < np.inf, f"{name} must be finite", output_scale=x)
+    # One number for each component of a square u must not be zero; nobody knows yet which of the two this is.
+    if not is_traced(x) and not (x > 0).all():
+        # The rank is that of the correlations: components may have different units.
+        size = np.linalg.norm(x, axis=0)
+        rank = np.linalg.matrix_rank(x / np.where(size > 0, size, 1))
+        require(x, rank == len(x), f"{name}, a matrix, must have full rank", rank=rank, output_scale=x)
+    return jnp.asarray(x)
 
 
 def powers_of_step(dt: Float[Array, ""], n: int) -> Float[Array, "{n} {n}"]:

@@ -1,4 +1,4 @@
-"""Ornstein-Uhlenbeck and Matern priors against matrix exponentials in 150 digits, their laws, and linear equations."""
+"""Priors with a linear drift against matrix exponentials in 150 digits, their laws, and linear equations."""
 
 import functools as ft
 import math
@@ -321,13 +321,19 @@ CASES = {
     ),
     "components": (lambda x: po.IOUP(2, x[:2], output_scale=x[2:]), po.BlockDiagonal(), 2, [[-9.0, 0.0, 1.0, 2.0]]),
     "matern": (lambda x: po.Matern(3, x[0], output_scale=x[1]), po.Isotropic(), 1, [[0.7, 2.0], [0.01, 2.0]]),
+    "linear": (
+        lambda x: po.LinearSDE(1, (x[:2], x[2]), output_scale=x[3:7].reshape(2, 2)),
+        po.Dense(),
+        2,
+        [[-9.0, -1.0, -30.0, 1.0, 2.0, -1.0, 1.0], [0.0, 0.0, 0.0, 1.0, 0.0, 0.5, 2.0]],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_derivatives(case):
     make, factorisation, d, points = CASES[case]
-    nu = make(jnp.ones(6)).num_derivatives
+    nu = make(jnp.ones(7)).num_derivatives
     layout = layout_of(factorisation, nu, d)
 
     def fn(x):
@@ -471,7 +477,130 @@ def test_adaptive_smoothing(prior):
     assert np.all(solution.std > 0)
 
 
-# Samples of the process itself.
+# Any last row.
+def row_drift(row):
+    """``F`` and ``e_nu e_nu^T`` for a last row of matrices, ``(n, d, d)``."""
+    drift, noise = ioup_drift(len(row) - 1, row[-1])
+    d = len(row[0])
+    for j, block in enumerate(row):
+        for a, b in np.ndindex(d, d):
+            drift[drift.rows - d + a, j * d + b] = mpmath.mpf(float(block[a, b]))
+    return drift, noise
+
+
+def doubled(drift, noise, dt):
+    """As ``exact_transition``, for steps of 1e5 time constants."""
+    doublings = max(0, math.ceil(math.log2(float(mpmath.mnorm(drift)) * abs(dt))))
+    a, q = exact_transition(drift, noise, dt / 2**doublings)
+    for _ in range(doublings):
+        a, q = a * a, a * q * a.T + q
+    return a, q
+
+
+# Fast and slow together, decaying and turning.
+ROWS = {
+    "stiff and slow": [-1.0, -1e3],
+    "stiff and very slow": [-1e-3, -1e3],
+    "turning": [-9.0, -1.0],
+    "fast pair and slow": [-1.0, -1e6, -1e3],
+    "fast and turning": [-1e3, -1.0, -1e3],
+    "five of them": [-1e-3, 0.0, -1.0, -1e2, -1e3],
+    "coupled": [[[-1.0, 1.0], [-1.0, -1e-2]], np.zeros((2, 2)), [[-1.0, 0.5], [0.0, -1e3]]],
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_any_row_is_the_matrix_exponential(case):
+    row = np.array([np.atleast_2d(x) for x in ROWS[case]], dtype=float)
+    nu, d = len(row) - 1, len(row[0])
+    size = max((math.factorial(nu + 1 - i) * np.max(np.sum(abs(x), axis=1))) ** (1 / (nu + 1 - i))
+               for i, x in enumerate(row))  # fmt: skip
+    moves = jax.jit(lambda dt: po.LinearSDE(nu, tuple(row)).transition(dt, layout_of(po.Dense(), nu, d)))
+    with mpmath.workdps(150):
+        for dt in (1e-8, 1e-2, 1.0, 100.0, -1e-3):
+            # In units of the step while it is short, and of the fastest time constant when it is long.
+            units = step_units(nu, min(abs(dt), 1 / size), d)
+            of_a, of_q, of_root = errors(moves(dt), *doubled(*row_drift(row), dt), units)
+            assert of_a < 1e-13 and of_q < 1e-13 and of_root < 1e-12, (dt, of_a, of_q, of_root)
+
+
+def test_a_fast_oscillator():
+    # 1e5 radians: round-off of the frequency alone is 1e-11.
+    frequency, dt = 1e3, 100.0
+    moved = jax.jit(
+        lambda: po.LinearSDE(1, (-(frequency**2), 0.0)).transition(jnp.asarray(dt), layout_of(po.Isotropic(), 1))
+    )()
+    cos, sin = (float(f(mpmath.mpf(frequency) * dt)) for f in (mpmath.cos, mpmath.sin))
+    units = frequency ** np.arange(2.0)
+    np.testing.assert_allclose(moved.matrix * units / units[:, None], [[cos, sin], [-sin, cos]], rtol=0, atol=1e-10)
+
+
+def test_it_contains_the_others():
+    nu, rates, scales = 2, jnp.asarray([-1.0, -30.0]), jnp.asarray([1.0, 2.0])
+    decay = math.sqrt(2 * nu + 1) / jnp.asarray([0.7, 3.0])
+    binomial = tuple(-math.comb(nu + 1, j) * decay ** (nu + 1 - j) for j in range(nu + 1))
+    matrix = jnp.asarray(RATE)
+    pairs = [
+        (po.LinearSDE(nu, (0, 0, 0.0)), po.IWP(nu), FACTORISATIONS),
+        (po.LinearSDE(nu, [0, 0, -2.0]), po.IOUP(nu, -2.0), FACTORISATIONS),
+        (po.LinearSDE(nu, (0, jnp.zeros(2), rates)), po.IOUP(nu, rates), (po.Dense(), po.BlockDiagonal())),
+        (po.LinearSDE(nu, binomial, output_scale=scales), po.Matern(nu, jnp.asarray([0.7, 3.0]), output_scale=scales),
+         (po.Dense(), po.BlockDiagonal())),
+        (po.LinearSDE(nu, (0, jnp.zeros(2), matrix)), po.IOUP(nu, matrix), (po.Dense(),)),
+        (po.LinearSDE(nu, lambda u, du, ddu: matrix @ ddu), po.IOUP(nu, matrix), (po.Dense(),)),
+    ]  # fmt: skip
+
+    @jax.jit
+    def both(dt):
+        layouts = [layout_of(f, nu, 2) for _, _, factorisations in pairs for f in factorisations]
+        priors = [(a, b) for a, b, factorisations in pairs for _ in factorisations]
+        return [[x.transition(dt, layout) for x in pair] for pair, layout in zip(priors, layouts, strict=True)]
+
+    for moved, expected in both(0.4):
+        np.testing.assert_array_equal(np.tril(moved.noise, -1), 0)
+        units = np.repeat(0.4 ** (nu - np.arange(nu + 1.0)), moved.matrix.shape[-1] // (nu + 1))
+        np.testing.assert_allclose(moved.matrix * units / units[:, None], expected.matrix * units / units[:, None],
+                                   rtol=0, atol=1e-13)  # fmt: skip
+        roots = [np.asarray(covariance(x.noise * x.magnitude)) for x in (moved, expected)]
+        std = np.sqrt(np.diagonal(roots[1], axis1=-2, axis2=-1))
+        scale = std[..., :, None] * std[..., None, :]
+        np.testing.assert_allclose(roots[0] / scale, roots[1] / scale, rtol=0, atol=1e-13)
+
+
+def test_parts_of_different_kinds():
+    flat, unravel = ravel_pytree({"x": jnp.zeros(2), "y": jnp.zeros(())})
+    layout = Layout(po.Dense(), 2, flat.size, unravel, flat.dtype)
+    tree = {"x": jnp.asarray([-1.0, -2.0]), "y": -3.0}
+    linear = Linear(jnp.asarray(1.5))
+    matrix = np.array([[-1.5, 0, 1], [0, -1.5, 1], [2, 0, -1]])
+
+    def drift(u, du, ddu):
+        return jax.tree.map(lambda x, a, v, f: -0.5 * x + a * v + f, u, tree, du, linear(ddu))
+
+    @jax.jit
+    def moves():
+        priors = po.LinearSDE(2, drift), po.LinearSDE(2, (-0.5, tree, matrix))
+        return [prior.transition(jnp.asarray(0.3), layout).matrix for prior in priors]
+
+    np.testing.assert_allclose(*moves(), rtol=1e-14)
+
+
+@pytest.mark.parametrize(("factorisation", "nu"), [(po.Dense(), 3), *((x, 2) for x in FACTORISATIONS)], ids=name)
+def test_oscillators_are_solved_exactly_whatever_the_step(factorisation, nu):
+    # u'' = -w^2 u - 2 g u' and its derivatives: u^(nu+1) = -w^2 u^(nu-1) - 2 g u^(nu).
+    frequency, damping = 3.0, 0.4
+    drift = (*[0.0] * (nu - 1), -(frequency**2), -2 * damping)
+    ode = po.ODE(lambda t, u, du, args: -(frequency**2) * u - 2 * damping * du, order=2)
+    solver = po.Solver(po.LinearSDE(nu, drift), po.TS1(ode), factorisation=factorisation)
+    u0, v0, omega = np.array([1.0, -2.0]), np.array([0.5, 0.0]), math.sqrt(frequency**2 - damping**2)
+    for times in ([0.0, 5.0], np.linspace(0, 5, 12)):
+        t = np.asarray(times)[:, None]
+        exact = np.exp(-damping * t) * (u0 * np.cos(omega * t) + (v0 + damping * u0) / omega * np.sin(omega * t))
+        solution = solver.solve_grid((jnp.asarray(u0), jnp.asarray(v0)), times)
+        np.testing.assert_allclose(solution.mean, exact, rtol=0, atol=1e-12)
+
+
+# The process itself: samples and marginals.
 def joint_covariance(prior, layout, times, initial):
     """Of ``u`` at all times, ``(time d, time d)``, written down with full matrices."""
     d, dim = layout.size, (layout.num_derivatives + 1) * layout.size
@@ -519,6 +648,37 @@ def test_samples_have_the_joint_covariance(case):
     assert np.all(np.abs(x.T @ x / number - expected) <= 4 * error)
     assert np.all(np.abs(np.mean(x, axis=0)) <= 4 * np.sqrt(var / number))
     assert np.max(np.abs(expected)) > 0
+
+
+@pytest.mark.parametrize("case", SAMPLED)
+def test_marginals_are_those_of_the_joint_covariance(case):
+    prior, factorisation = SAMPLED[case]
+    nu, d, times = prior.num_derivatives, 2, np.array([0.0, 0.3, 0.3, 0.4, 1.5])
+    layout, dim = layout_of(factorisation, nu, d), (nu + 1) * d
+    initial, p = None, np.zeros((dim, dim))
+    if isinstance(prior, po.Matern):
+        initial, p = prior.stationary, np.kron(covariance(prior.stationary(layout).factor), np.eye(d))
+    marginals = po.prior_marginals(prior, times, jnp.zeros(d), factorisation=factorisation, initial=initial)
+    std = np.sqrt(np.diagonal(joint_covariance(prior, layout, times, p))).reshape(-1, d)
+    np.testing.assert_array_equal(marginals.mean, np.zeros((5, d)))
+    np.testing.assert_allclose(marginals.std, std, rtol=1e-12, atol=1e-18)
+    np.testing.assert_array_equal(marginals.t, times)
+    # and of what is sampled
+    samples = po.sample_prior(
+        prior, jax.random.key(2), times, jnp.zeros(d), factorisation=factorisation, initial=initial, shape=(20_000,)
+    )
+    np.testing.assert_allclose(np.std(samples, axis=0), std, rtol=4 / math.sqrt(40_000), atol=1e-18)
+
+
+def test_what_is_stationary_stays():
+    for nu, factorisation in ((1, po.BlockDiagonal()), (4, po.Dense())):
+        prior = po.Matern(nu, {"a": jnp.asarray([0.1, 2.0]), "b": 30.0})
+        like = {"a": np.zeros(2), "b": 0.0}
+        times = [3.0, 3.1, 3.1, 5.0, 90.0]
+        marginals = po.prior_marginals(prior, times, like, factorisation=factorisation, initial=prior.stationary)
+        for k in range(nu + 1):
+            for std in jax.tree.leaves(marginals.derivative(k).std):
+                np.testing.assert_allclose(std, np.broadcast_to(std[:1], std.shape), rtol=1e-12)
 
 
 def test_samples_of_trees_repeated_times_and_single_precision():
@@ -573,13 +733,46 @@ WRONG = [
     ),
     (lambda: move(po.Matern(2, jnp.ones((2, 2)))), ValueError, "Matern.length_scale. must be a number"),
     (lambda: move(po.IOUP(2, jnp.eye(2), output_scale=jnp.ones(3))), ValueError, "output_scale must be a scalar"),
+    (lambda: po.LinearSDE(0, (0.0,)), ValueError, "LinearSDE.num_derivatives"),
+    (lambda: po.LinearSDE(1, (0, 1, 2)), ValueError, r"LinearSDE.drift. must be .*tuple of 2 parts.*got 3 of them"),
+    (lambda: po.LinearSDE(1, -1.0), ValueError, r"LinearSDE.drift. must be .*tuple of 2 parts.*got -1\.0"),
+    (lambda: po.LinearSDE(1, (0, np.inf)), ValueError, r"LinearSDE.drift\[1\]. must be finite"),
+    (lambda: po.LinearSDE(1, (0, None)), ValueError, r"LinearSDE.drift\[1\]. must be numbers.*got nothing"),
+    (lambda: move(po.LinearSDE(1, (jnp.ones(3), 0))), ValueError, r"LinearSDE.drift\[0\].*matrix: got \(3,\)"),
+    (
+        lambda: move(po.LinearSDE(1, lambda u, du: u[0])),
+        ValueError,
+        "LinearSDE.drift. must map 2 PyTrees like u to one like u",
+    ),
+    (
+        lambda: move(po.LinearSDE(1, (0, jnp.eye(2))), po.BlockDiagonal()),
+        ValueError,
+        r"LinearSDE.drift\[1\].*couples.*BlockDiagonal\(\).*or one number for each component",
+    ),
+    (
+        lambda: move(po.LinearSDE(1, lambda u, du: -u), po.Isotropic()),
+        ValueError,
+        r"LinearSDE.drift..*function.*Isotropic\(\).*pass a number\.",
+    ),
+    (
+        lambda: move(po.LinearSDE(1, (jnp.ones(2), 0)), po.Isotropic()),
+        ValueError,
+        r"LinearSDE.drift\[0\].*each component.*BlockDiagonal\(\)",
+    ),
+    (lambda: po.prior_marginals(po.IWP, [0.0], 1.0), TypeError, r"prior_marginals.prior. must be a prior"),
+    (lambda: po.prior_marginals(po.IWP(1), [0.0, np.nan], 1.0), ValueError, r"prior_marginals.ts. must be finite"),
+    (
+        lambda: po.prior_marginals(po.IWP(1), [0.0], 1.0).derivative(2),
+        ValueError,
+        r"derivative.k.*<= 1",
+    ),
     (lambda: po.sample_prior(None, KEY, [0.0], 1.0), TypeError, "must be a prior"),
     (lambda: po.sample_prior(po.IWP(1), KEY, [0.0, 1.0, 0.5], 1.0), ValueError, "increasing or in decreasing"),
     (lambda: po.sample_prior(po.IWP(1), KEY, 0.0, 1.0), ValueError, "array of times"),
     (lambda: po.sample_prior(po.IWP(1), KEY, [0.0], 1), TypeError, "floating point"),
     (lambda: po.sample_prior(po.IWP(1), KEY, [0.0], (1.0, 1)), TypeError, "floating point"),
     (lambda: po.sample_prior(po.IWP(1), KEY, [0.0], 1j), TypeError, "must be real"),
-    (lambda: po.sample_prior(po.IWP(1), KEY, [0.0], ()), ValueError, "nothing to sample"),
+    (lambda: po.sample_prior(po.IWP(1), KEY, [0.0], ()), ValueError, "has no numbers"),
     (
         lambda: po.sample_prior(
             po.Matern(1, 1.0), KEY, [0.0], 1.0, initial=po.Matern(2, 1.0).stationary(layout_of(po.Dense(), 2))

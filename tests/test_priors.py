@@ -233,6 +233,25 @@ def test_output_scale_may_be_a_tree_and_isotropic_refuses_one_per_component():
         prior.transition(jnp.asarray(1.0), Layout(po.Isotropic(), 1, flat.size, unravel, flat.dtype))
 
 
+@pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
+def test_marginals_of_the_process(factorisation):
+    nu, times, scale = 3, np.array([1.0, 1.25, 1.25, 0.5 + 1, 9.0]), 2.0
+    # from zero, and from a state that is known
+    start = np.array([[1.0, -1.0], [2.0, 0.0], [0.0, 3.0], [6.0, 1.0]])
+    prior, like = po.IWP(nu, output_scale=scale), np.zeros(2)
+    mean = layout_of(factorisation, nu, 2).pack(jnp.asarray(start))
+    initial = po.Normal(mean, jnp.zeros((*mean.shape[:-2], 0, mean.shape[-2])))
+    for state, from_zero in ((None, 0), (initial, 1)):
+        marginals = po.prior_marginals(prior, times, like, factorisation=factorisation, initial=state)
+        for k in range(nu + 1):
+            t, power = times - times[0], 2 * (nu - k) + 1
+            std = scale * np.sqrt(t**power / power) / math.factorial(nu - k)
+            polynomial = sum(t[:, None] ** (i - k) / math.factorial(i - k) * start[i] for i in range(k, nu + 1))
+            u = marginals.derivative(k)
+            np.testing.assert_allclose(u.std, np.stack([std, std], axis=-1), rtol=1e-12)
+            np.testing.assert_allclose(u.mean, from_zero * polynomial, rtol=1e-13, atol=1e-13)
+
+
 def test_derivative_with_respect_to_the_output_scale():
     layout = layout_of(po.BlockDiagonal(), 2, 2)
 
