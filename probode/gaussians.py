@@ -366,7 +366,7 @@ def realise(coordinates: Normal, x: Normal) -> Normal:
 
 @batched
 def in_coordinates(past: Conditional, coordinates: Normal) -> Conditional:
-    """``past`` in standard normal coordinates of what it was given in, which is now distributed like ``coordinates``."""
+    """``past`` in standard normal coordinates of what it was given in, which now has this distribution."""
     shift = past.shift + product(past.cross.T, coordinates.mean)
     return Conditional(shift, product(coordinates.factor, past.cross), past.own)
 

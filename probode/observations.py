@@ -99,7 +99,7 @@ class Observations(eqx.Module):
         residual = (value - self.values[i].astype(layout.dtype)) * seen
         matrix = jnp.concatenate([layout.project(block) for block in jacobian], axis=-1)
         noise = self.noise.astype(layout.dtype)
-        if layout.identity().shape == (d, d):
+        if layout.couples:
             rows = noise if noise.ndim == 2 else jnp.diag(jnp.broadcast_to(noise, seen.shape))
             rows = jnp.concatenate([rows * seen, jnp.diag(1 - seen)])
             return Linearisation(matrix * seen[:, None], residual[:, None], noise=rows)

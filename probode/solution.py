@@ -88,7 +88,7 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
 
 
 class Posterior(eqx.Module):
-    """The posterior at one or several times: what ``Solution.evaluate`` returns."""
+    """The posterior at one or several times: what ``Solution.evaluate`` and ``prior_marginals`` return."""
 
     t: Float[Array, "*time"]
     marginals: Normal
@@ -138,11 +138,11 @@ class Solution(eqx.Module):
     axis. ``output_scale``: the calibrated factor on the prior's scale, ``(time,)`` or ``(time, d)``, 1 without
     calibration. ``log_likelihood``: the log marginal likelihood of the equation holding at every step, under the
     covariances reported. ``result``: a ``Result``. ``stats``: ``num_steps`` attempts, of which ``num_accepted_steps``
-    and ``num_rejected_steps``, and ``max_steps``; where linearisations are iterated also ``last_move``, how far the last
-    iteration moved an innovation, at most, in its standard deviations: small if all have converged. ``state``: the
-    running state at the end, to go on from. ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if any.
-    ``spread``: what an uncertain initial value adds, which is already in ``marginals``. ``data_log_likelihood``: the log
-    density of the data that the solve was given, each given the data before it and the equation up to its time.
+    and ``num_rejected_steps``, and ``max_steps``; where linearisations are iterated also ``last_move``, how far the
+    last iteration moved an innovation, at most, in its standard deviations: small if all have converged. ``state``:
+    the running state at the end, to go on from. ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if
+    any. ``spread``: what an uncertain initial value adds, which is already in ``marginals``. ``data_log_likelihood``:
+    the log density of the data that the solve was given, each given those before it and the equation up to its time.
     """
 
     t: Float[Array, " time"]

@@ -112,8 +112,8 @@ class Solver(eqx.Module):
         ``Solution.state``, to go on. ``save_at``: an array of times or a ``SaveAt``; ``None``
         keeps ``t1``. ``dt0``: length of the first attempt, chosen automatically by default. ``throw``: raise a
         ``RuntimeError`` if ``t1`` is not reached, otherwise ``Solution.result`` tells. ``data``: observations that the
-        solution is conditioned on as it passes them, so that the posterior is the one given equation and data; steps end
-        at their times. Wrong input raises ``ValueError`` or ``TypeError``.
+        solution is conditioned on as it passes them: the posterior is the one given equation and data. Steps end at
+        their times. Wrong input raises ``ValueError`` or ``TypeError``.
         """
         if progress is not None:
             raise ValueError("progress: no progress meter is available in this version; pass progress=None.")
