@@ -75,6 +75,7 @@ from .strategies import AbstractStrategy as AbstractStrategy
 from .strategies import Filter as Filter
 from .strategies import FixedIntervalSmoother as FixedIntervalSmoother
 from .strategies import FixedPointSmoother as FixedPointSmoother
+from .tempering import DiffusionTempering as DiffusionTempering
 
 
 try:

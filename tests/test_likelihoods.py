@@ -1,5 +1,6 @@
 """Likelihoods of data: they agree where the equation is linear, with each other and with the joint Gaussian."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +127,40 @@ def test_wrong_use():
         po.fenrir_log_likelihood(solver(), jnp.ones(2), 0.0, 0.4, data)
     with pytest.raises(TypeError, match="Observations"):
         po.fenrir_log_likelihood(solver(), jnp.ones(2), 0.0, 0.4, VALUES)
+
+
+def test_tempering_finds_what_a_direct_fit_does_not():
+    # The frequency of an oscillator from a start that is off by half: uphill on a grid, stage by stage.
+    true, ts, rates = 2.0, np.linspace(0.0, 10.0, 41)[1:], np.linspace(0.5, 4.5, 101)
+    ode = po.ODE(lambda t, u, du, args: -(args**2) * u, order=2)
+    values = np.cos(true * ts)[:, None] + 0.05 * np.random.default_rng(0).normal(size=(40, 1))
+    data = po.Observations(ts, values, 0.05)
+    solver = po.Solver(po.IWP(3), po.TS1(ode), controller=po.IntegralController(1e3, 1e3, dt_max=0.25))
+
+    @eqx.filter_jit
+    def evidence(solver):
+        u0 = (jnp.ones(1), jnp.zeros(1))
+        return jax.vmap(lambda rate: po.fenrir_log_likelihood(solver, u0, 0.0, 10.0, data, args=rate))(rates)
+
+    def uphill(values, i):
+        while (best := max(range(max(i - 1, 0), min(i + 2, len(values))), key=values.__getitem__)) != i:
+            i = best
+        return i
+
+    start = tempered = int(np.argmin(abs(rates - 3.0)))
+    for stage in po.DiffusionTempering(largest=1e4, stages=9).solvers(solver):
+        values = np.asarray(evidence(stage))
+        tempered = uphill(values, tempered)
+    assert abs(rates[tempered] - true) < 0.05 and abs(rates[uphill(values, start)] - true) > 0.5
+
+
+def test_a_schedule_is_geometric_and_keeps_the_prior():
+    schedule = po.DiffusionTempering()
+    np.testing.assert_allclose(schedule.scales**2, 10.0 ** (20 - np.arange(21)), rtol=1e-12)
+    made = po.Solver(po.IWP(2, output_scale={"a": 2.0, "b": 3.0}), po.TS1(po.ODE(linear)))
+    last = list(schedule.solvers(made))[-1]
+    assert last.prior.output_scale == {"a": 2.0, "b": 3.0} and isinstance(last.calibration, po.NoCalibration)
+    with pytest.raises(ValueError, match="smallest"):
+        po.DiffusionTempering(largest=0.1)
+    with pytest.raises(ValueError, match="stages"):
+        po.DiffusionTempering(stages=0)
