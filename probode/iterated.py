@@ -4,6 +4,7 @@ Gauss-Newton's method for the most probable trajectory given the equation at all
 linearises each time once, knowing the past alone (Bell 1994; Tronarp, Sarkka & Hennig 2021).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -17,6 +18,7 @@ from .checks import as_integer, as_scalar, require
 from .constraints import AbstractConstraint
 from .gaussians import Normal, seen_from
 from .linalg import safe_divide
+from .observations import Observations
 from .solution import Solution
 from .solver import Solver
 from .strategies import FixedIntervalSmoother
@@ -48,18 +50,41 @@ class Along(AbstractConstraint):
         return eqx.tree_at(lambda e: e.residual, equation, seen_from(predicted.mean, point, equation))
 
 
+class _SeenAlong(eqx.Module):
+    """What is observed, linearised along given derivatives of ``u``, PyTrees with a leading axis of times."""
+
+    observe: Callable
+    ts: Float[Array, " times"]
+    us: tuple[PyTree, ...]
+
+    def __call__(self, t, *us_and_args):
+        *us, args = us_and_args
+        point = jax.tree.map(lambda x: x[jnp.argmin(jnp.abs(self.ts - t))], self.us)
+        moves = jax.tree.map(jnp.subtract, tuple(us), point)
+        value, move = jax.jvp(lambda us: self.observe(t, *us, args), (point,), (moves,))
+        return jax.tree.map(jnp.add, value, move)
+
+
 def solve_grid_iterated(
-    solver: Solver, u0: PyTree, grid: Any, *, args: PyTree = None, max_iterations: int = 20, tolerance: Any = 1e-8
+    solver: Solver,
+    u0: PyTree,
+    grid: Any,
+    *,
+    args: PyTree = None,
+    data: Observations | None = None,
+    max_iterations: int = 20,
+    tolerance: Any = 1e-8,
 ) -> Solution:
     """The smoothed solution on ``grid`` with every equation linearised at the smoothed mean itself.
 
-    ``solver`` has a ``FixedIntervalSmoother``; ``u0``, ``grid`` and ``args`` as in ``Solver.solve_grid``, whose result
-    is the first of at most ``max_iterations`` iterates. They end when no mean of ``u`` or a derivative moves by more
-    than ``tolerance`` relative to the largest of its kind. ``stats`` has ``num_iterations`` and ``last_move``, the move
-    of the last one: the iteration has converged if it is below ``tolerance``. Unless the calibration scales single
-    steps, the limit is the most probable trajectory on which the equation holds at all points of the grid.
-    Differentiable in both modes through all iterations. Raises ``ValueError`` for another strategy, an iteration within
-    the steps (``evaluations``), or numbers that are not positive.
+    ``solver`` has a ``FixedIntervalSmoother``; ``u0``, ``grid``, ``args`` and ``data`` as in ``Solver.solve_grid``,
+    whose result is the first of at most ``max_iterations`` iterates; data are linearised there, too. They end when no
+    mean of ``u`` or a derivative moves by more than ``tolerance`` relative to the largest of its kind. ``stats`` has
+    ``num_iterations`` and ``last_move``, the move of the last one: the iteration has converged if it is below
+    ``tolerance``. Unless the calibration scales single steps, the limit is the most probable trajectory, given the
+    data, on which the equation holds at all points of the grid. Differentiable in both modes through all iterations.
+    Raises ``ValueError`` for another strategy, an iteration within the steps (``evaluations``), or numbers that are not
+    positive.
     """
     if not isinstance(solver.strategy, FixedIntervalSmoother):
         raise ValueError(
@@ -73,12 +98,12 @@ def solve_grid_iterated(
     number = as_integer(max_iterations, "max_iterations", 1)
     tolerance = as_scalar(tolerance, "tolerance")
     tolerance = require(tolerance, tolerance > 0, "tolerance must be positive", tolerance=tolerance)
-    first = solver.solve_grid(u0, grid, args=args)
-    return _iterate(solver, u0, grid, args, first, jnp.asarray(tolerance, first.t.dtype), number)
+    first = solver.solve_grid(u0, grid, args=args, data=data)
+    return _iterate(solver, u0, grid, args, data, first, jnp.asarray(tolerance, first.t.dtype), number)
 
 
 @eqx.filter_jit
-def _iterate(solver, u0, grid, args, first, tolerance, number):
+def _iterate(solver, u0, grid, args, data, first, tolerance, number):
     def sizes(means):
         return jnp.max(jnp.abs(jax.vmap(first.layout.unpack)(means)), axis=(0, 2))
 
@@ -86,7 +111,11 @@ def _iterate(solver, u0, grid, args, first, tolerance, number):
         solution, _, iterations = carry
         means = solution.marginals.mean
         along = eqx.tree_at(lambda s: s.constraint, solver, Along(solver.constraint, solution.t, means))
-        new = along.solve_grid(u0, grid, args=args)
+        seen = data
+        if data is not None and data.observe is not None:
+            us = tuple(solution.derivative(k).mean for k in range(data.order + 1))
+            seen = eqx.tree_at(lambda d: d.observe, data, _SeenAlong(data.observe, solution.t, us))
+        new = along.solve_grid(u0, grid, args=args, data=seen)
         move = jnp.max(safe_divide(sizes(new.marginals.mean - means), sizes(means)))
         return new, lax.stop_gradient(move), iterations + 1
 

@@ -39,7 +39,7 @@ from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .steps import State, Step, adopt, no_influence, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .trajectory import column, evaluate, rescale, trajectory
-from .uncertain import check_uncertain, directions_of, push_forward
+from .uncertain import check_uncertain, directions_of, push_forward, spread_start
 
 
 class Solver(eqx.Module):
@@ -158,10 +158,20 @@ class Solver(eqx.Module):
 
     def initialise(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> InitialState:
         """The state at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))`` whose mean and factor can be changed,
-        differentiated and passed to ``solve``, ``solve_grid`` or ``init`` in place of ``u0``."""
+        differentiated and passed to ``solve``, ``solve_grid`` or ``init`` in place of ``u0``.
+
+        From a ``Normal`` it is uncertain, with derivatives that move with ``u0`` to first order: the start of a solve
+        that learns about its initial value, or about parameters among its components, from data.
+        """
         solver, args = inputs.floats_to_arrays((self, args))
+        directions = None
+        if isinstance(u0, Normal):
+            u0, directions = u0.mean, directions_of(u0, self.constraint.problem)
         u0, layout = bind(self, u0)
-        state = _init(solver, u0, jnp.asarray(inputs.time(t0, "t0", layout)), args, layout).distribution
+        t0 = jnp.asarray(inputs.time(t0, "t0", layout))
+        state = _init(solver, u0, t0, args, layout).distribution
+        if directions is not None:
+            state = spread_start(lambda u0: _init(solver, u0, t0, args, layout).distribution, u0, directions)
         state = pad(state, state.mean.shape[-2])
         return InitialState(tuple(layout.unravel(u) for u in layout.unpack(state.mean)), state.factor)
 

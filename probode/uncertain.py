@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, PyTree
 from .calibration import LeaveOneOutCalibration, MLECalibration
 from .checks import as_float
 from .factorisations import AbstractFactorisation
-from .gaussians import Normal
+from .gaussians import Normal, batched
+from .linalg import triangularise
 from .problems import AbstractProblem
 from .solution import Solution, Spread, widen
 
@@ -82,3 +83,23 @@ def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: Py
         (widen(solution.marginals, means), UncertainEnd(solution.state), Spread(means, tangent.trajectory)),
         is_leaf=lambda x: x is None,
     )
+
+
+def spread_start(start: Callable[[PyTree], Normal], u0: PyTree, directions: PyTree) -> Normal:
+    """The state at ``u0`` with how it moves along the directions added to its covariance, triangular."""
+
+    def along(direction):
+        return eqx.filter_jvp(start, (u0,), (direction,))
+
+    state, tangent = eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
+    if state.mean.shape[-1] > 1:
+        raise ValueError(
+            "An uncertain u0 moves components differently, but this factorisation has one covariance for all of them. "
+            "Use Dense() or BlockDiagonal()."
+        )
+
+    @batched
+    def triangular(state):
+        return Normal(state.mean, triangularise(jnp.zeros((state.mean.shape[0],) * 2, state.mean.dtype), state.factor))
+
+    return triangular(widen(state, tangent.mean))

@@ -24,10 +24,20 @@ def solver(constraint=po.TS1, nu=2, **parts):
     return po.Solver(po.IWP(nu), constraint(po.ODE(field)), **parts)
 
 
-def test_the_limit_is_the_most_probable_trajectory():
-    # It minimises the prior's quadratic form where the equation holds: z(x) = 0 and x - m = C H(x)^T multiplier.
-    solution = po.solve_grid_iterated(solver(), U0, GRID, tolerance=1e-12)
-    assert solution.stats["last_move"] < 1e-12 and 2 < solution.stats["num_iterations"] < 20
+def square(t, u, args):
+    return u[:1] ** 2
+
+
+SEEN = np.array([2, 4])
+DATA = po.Observations(GRID[SEEN], np.array([[0.4], [1.0]]), 0.1, observe=square)
+
+
+@pytest.mark.parametrize("data", [None, DATA], ids=["equation", "data"])
+def test_the_limit_is_the_most_probable_trajectory(data):
+    # It minimises the prior's quadratic form where the equation holds: z(x) = 0 and x - m = C H(x)^T multiplier; with
+    # data it minimises that and their squares: x - m = C (H^T multiplier + h'(x)^T (y - h(x)) / noise^2).
+    solution = po.solve_grid_iterated(solver(), U0, GRID, data=data, tolerance=1e-12, max_iterations=60)
+    assert solution.stats["last_move"] < 1e-12 and 2 < solution.stats["num_iterations"] < 60
     steps, n, d = GRID.size - 1, 3, 2
     h = GRID[1] - GRID[0]
     matrix = np.kron([[1, h, h**2 / 2], [0, 1, h], [0, 0, 1]], np.eye(d))
@@ -49,11 +59,17 @@ def test_the_limit_is_the_most_probable_trajectory():
         jacobian[rows, i * size : i * size + d] = -jax.jacobian(field, argnums=1)(GRID[i + 1], u, None)
         jacobian[rows, i * size + d : i * size + 2 * d] = np.eye(d)
     moved = x[1:].ravel() - prior
+    if data is not None:
+        slopes = np.zeros((SEEN.size, steps * size))
+        slopes[np.arange(SEEN.size), (SEEN - 1) * size] = 2 * x[SEEN, 0]
+        misfit = np.asarray(data.values)[:, 0] - x[SEEN, 0] ** 2
+        assert np.max(np.abs(misfit)) > 0.05
+        moved = moved - covariance @ slopes.T @ misfit / 0.1**2
     gain = covariance @ jacobian.T
     multiplier = np.linalg.solve(jacobian @ gain, jacobian @ moved)
     np.testing.assert_allclose(gain @ multiplier, moved, rtol=1e-8, atol=1e-9)
     # and the extended filter's smoother is not there
-    once = solver().solve_grid(U0, GRID)
+    once = solver().solve_grid(U0, GRID, data=data)
     assert relative(once.mean, solution.mean) > 1e-3
 
 
