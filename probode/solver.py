@@ -161,7 +161,8 @@ class Solver(eqx.Module):
         differentiated and passed to ``solve``, ``solve_grid`` or ``init`` in place of ``u0``.
 
         From a ``Normal`` it is uncertain, with derivatives that move with ``u0`` to first order: the start of a solve
-        that learns about its initial value, or about parameters among its components, from data.
+        that learns about its initial value, or about parameters among its components, from data. Use
+        ``NoCalibration()`` then: a scale found from single steps does not know how wrong the first order is.
         """
         solver, args = inputs.floats_to_arrays((self, args))
         directions = None
