@@ -41,7 +41,7 @@ def tests_float32(session):
 def examples(session):
     """Every example runs."""
     session.install("-e", ".[examples]")
-    for name in ("quickstart", "reverse_mode"):
+    for name in ("quickstart", "reverse_mode", "epidemic"):
         session.run("python", f"examples/{name}.py")
 
 

@@ -1,0 +1,149 @@
+# %% [markdown]
+# # An epidemic with a contact rate that nobody has seen
+#
+# Infections spread as people meet, and how much they meet changes with the seasons and with what governments decide.
+# The equation leaves that rate open; all that is said about it is that it is smooth. From noisy counts of infected
+# people the solver finds the course of the epidemic *and* the rate, in one go, with an uncertainty for both.
+# (After Schmidt, Kraemer & Hennig 2021, "A probabilistic state space model for joint inference from differential
+# equations and data".)
+#
+# Run from anywhere: `python examples/epidemic.py [picture.png [days]]`.
+
+# %%
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import probode
+
+
+jax.config.update("jax_enable_x64", True)
+
+DAYS = 100
+RECOVERY = 0.2
+NOISE = 0.002
+
+# %% [markdown]
+# The truth, which is unknown from here on: the contact rate swings once in two months.
+
+
+# %%
+def true_rate(t):
+    return 0.35 * jnp.exp(0.4 * jnp.cos(2 * jnp.pi * t / 60))
+
+
+def simulate(days):
+    def field(t, u, args):
+        susceptible, infected = u
+        infections = true_rate(t) * susceptible * infected
+        return -infections, infections - RECOVERY * infected
+
+    solution = probode.solve_ivp(field, (0.0, float(days[-1])), (0.99, 0.01), t_eval=days, rtol=1e-8, atol=1e-10)
+    noise = NOISE * np.random.default_rng(0).normal(size=days.size)
+    return np.asarray(solution.mean[1]), np.asarray(solution.mean[1]) + noise
+
+
+# %% [markdown]
+# Two equations for three unknowns: the rate is a component of the state without an equation of its own. Its prior is a
+# Matern process with a length scale of two weeks, in the form of a linear drift, since the other two components have
+# the usual integrated Wiener process beside it.
+
+
+# %%
+def equations(t, u, du, args):
+    infections = jnp.exp(u["log rate"]) * u["susceptible"] * u["infected"]
+    return du["susceptible"] + infections, du["infected"] - infections + RECOVERY * u["infected"]
+
+
+def prior(length_scale, spread):
+    n = 4
+    decay = math.sqrt(2 * n - 1) / length_scale
+    drift = [{"susceptible": 0.0, "infected": 0.0, "log rate": -math.comb(n, i) * decay ** (n - i)} for i in range(n)]
+    # What the noise has to be for the rate to have that spread in the long run.
+    alone = probode.Matern(n - 1, length_scale)
+    stationary = probode.prior_marginals(alone, [0.0], jnp.zeros(()), initial=alone.stationary)
+    scale = spread / float(stationary.std[0])
+    return probode.LinearSDE(
+        n - 1, tuple(drift), output_scale={"susceptible": 0.1, "infected": 0.1, "log rate": scale}
+    ), [scale * float(stationary.derivative(i).std[0]) for i in range(n)]
+
+
+# %% [markdown]
+# One pass of an extended Kalman filter would be misled by the early days, when the epidemic grows exponentially. So the
+# smoother is iterated: equations and data are linearised along the trajectory that it has found, again and again.
+
+
+# %%
+def infer(days, counts, iterations):
+    process, spreads = prior(length_scale=14.0, spread=0.5)
+    solver = probode.Solver(
+        process,
+        probode.TS1(probode.Residual(equations)),
+        strategy=probode.FixedIntervalSmoother(),
+        calibration=probode.NoCalibration(),
+        initialisation=probode.Diffuse(0),
+    )
+    start = solver.initialise({"susceptible": 0.99, "infected": 0.01, "log rate": math.log(0.35)}, 0.0)
+    # Components go by name: infected, log rate, susceptible. The two that are known have unknown derivatives.
+    deviations = [entry for i, spread in enumerate(spreads) for entry in (0.1 * (i > 0), spread, 0.1 * (i > 0))]
+    start = probode.InitialState(start.mean, jnp.diag(jnp.array(deviations)))
+    data = probode.Observations(days, counts, NOISE, observe=lambda t, u, args: u["infected"])
+    grid = np.linspace(0.0, days[-1], 4 * days.size + 1)
+    return probode.solve_grid_iterated(solver, start, grid, data=data, max_iterations=iterations, tolerance=1e-3)
+
+
+def main(picture="epidemic.png", days=DAYS, iterations=64):
+    days = np.arange(1.0, int(days) + 1)
+    infected, counts = simulate(days)
+    solution = infer(days, counts, iterations)
+    rate, spread = solution.mean["log rate"], solution.std["log rate"]
+    error = (rate - jnp.log(true_rate(solution.t))) / spread
+    print("  day   infected  contact rate (two standard deviations)   true")
+    for i in range(0, solution.t.size, max(1, solution.t.size // 10)):
+        low, high = jnp.exp(rate[i] - 2 * spread[i]), jnp.exp(rate[i] + 2 * spread[i])
+        print(
+            f"{solution.t[i]:5.0f}{solution.mean['infected'][i]:11.3f}"
+            f"        {jnp.exp(rate[i]):.3f} ({low:.3f} .. {high:.3f}){true_rate(solution.t[i]):22.3f}"
+        )
+    print(f"the truth lies within two standard deviations on {jnp.mean(abs(error) < 2):.0%} of the days")
+    draw(picture, solution, days, counts, infected)
+
+
+# %% [markdown]
+# The picture: what was counted and what the solver makes of it; and the rate, which nobody has seen. Where few people
+# are infected there is little to learn from, and the band says so.
+
+
+# %%
+def draw(picture, solution, days, counts, infected):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, constrained_layout=True)
+    above.plot(days, counts, ".", color="0.5", markersize=4, label="counted")
+    above.plot(days, infected, color="black", linewidth=1, label="true")
+    mean, std = solution.mean["infected"], solution.std["infected"]
+    above.plot(solution.t, mean, color="C0", label="inferred")
+    above.fill_between(solution.t, mean - 2 * std, mean + 2 * std, color="C0", alpha=0.3, linewidth=0)
+    above.set_ylabel("fraction infected")
+    above.legend(frameon=False)
+    rate, spread = solution.mean["log rate"], solution.std["log rate"]
+    below.plot(solution.t, true_rate(solution.t), color="black", linewidth=1)
+    below.plot(solution.t, jnp.exp(rate), color="C3")
+    below.fill_between(
+        solution.t, jnp.exp(rate - 2 * spread), jnp.exp(rate + 2 * spread), color="C3", alpha=0.25, linewidth=0
+    )
+    below.set_ylabel("contacts per day")
+    below.set_xlabel("day")
+    below.set_ylim(0, 1)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
