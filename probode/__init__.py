@@ -75,6 +75,8 @@ from .strategies import AbstractStrategy as AbstractStrategy
 from .strategies import Filter as Filter
 from .strategies import FixedIntervalSmoother as FixedIntervalSmoother
 from .strategies import FixedPointSmoother as FixedPointSmoother
+from .subspace import Subspace as Subspace
+from .subspace import rightmost_basis as rightmost_basis
 
 
 try:
