@@ -48,7 +48,8 @@ class Solver(eqx.Module):
     ``prior`` (what solutions look like) and ``constraint`` (the equation and its linearisation) are required. Defaults:
     ``Dense()``, ``Filter()``, ``DynamicCalibration()``, ``ResidualError()`` (or ``StateError()``, unless the constraint
     is one ODE, or under ``Subspace``), ``IntegralController()``, ``BoundedLoop()``, ``TaylorMode()``. Raises
-    ``TypeError`` for a part of the wrong kind, ``ValueError`` where the order of the equation exceeds that of the prior.
+    ``TypeError`` for a part of the wrong kind, ``ValueError`` where parts do not fit together, as an equation of higher
+    order than the prior.
     """
 
     prior: AbstractPrior

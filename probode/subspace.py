@@ -8,7 +8,7 @@ direction of the complement, the mean is ``(n, d)`` and the factor has the ``r +
 derivative; no row has entries in both.
 """
 
-import math
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +16,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .calibration import AbstractCalibration
 from .checks import as_float, as_integer, as_scalar, is_traced, require
 from .constraints import TS1, AbstractConstraint
 from .errors import AbstractErrorEstimate, StateError
-from .factorisations import AbstractFactorisation, Dense, Layout, layout_of
+from .factorisations import AbstractFactorisation, Layout
 from .gaussians import (
     Influence,
     Innovation,
@@ -32,12 +31,14 @@ from .gaussians import (
     Transition,
     Update,
     condition,
+    innovate,
     join,
     pad,
     posterior_noise,
 )
 from .jacobians import ExactJacobian
-from .linalg import product, safe_divide, safe_norm, safe_sqrt, substitute, triangularise
+from .krylov import linearised, solve_innovation
+from .linalg import safe_divide, safe_norm, safe_sqrt, triangularise
 from .priors import IWP, AbstractPrior
 from .problems import ODE, flat_field
 from .steps import Attempt, Step, without_round_off
@@ -148,7 +149,9 @@ class Subspace(AbstractFactorisation):
 
         def need(condition, part, words):
             if not condition:
-                raise ValueError(f"Subspace() does not work with {type(part).__name__}() here: {words}, or use Dense().")
+                raise ValueError(
+                    f"Subspace() does not work with {type(part).__name__}() here: {words}, or use Dense()."
+                )
 
         need(isinstance(prior, IWP), prior, "use the prior IWP(num_derivatives)")
         need(isinstance(constraint, TS1), constraint, "use the constraint TS1(ODE(f))")
@@ -169,9 +172,7 @@ class Subspace(AbstractFactorisation):
         outside = outside if r < basis.shape[0] else jnp.zeros_like(outside)
         blocks = jnp.moveaxis(jnp.reshape(factor, (factor.shape[0], -1, r + 1)), 1, 0)
         # One by one: only the derivatives that are asked for are computed.
-        return jnp.stack(
-            [safe_norm(jnp.concatenate([x[:, :r] @ basis.T, x[:, r:] * outside]), axis=0) for x in blocks]
-        )
+        return jnp.stack([safe_norm(jnp.concatenate([x[:, :r] @ basis.T, x[:, r:] * outside]), axis=0) for x in blocks])
 
     def start(self, x: Normal) -> Normal:
         """The first state, with as many rows and columns as all that follow."""
@@ -189,118 +190,52 @@ class Subspace(AbstractFactorisation):
     ) -> Attempt:
         """Hold the prediction against the equation and condition on it; see ``steps``."""
         n, d, r, mean = layout.num_derivatives + 1, layout.size, self.rank, predicted.mean
-        basis, field = jnp.asarray(self.basis, mean.dtype), flat_field(parts.constraint.problem, layout, args)
+        field = flat_field(parts.constraint.problem, layout, args)
+        at = linearised(lambda u: field(t, u[None]), mean[0], jnp.asarray(self.basis, mean.dtype))
+        of_complement = jnp.stack([-at.slope, jnp.ones_like(at.slope)])[None]
+        equation = without_round_off(Linearisation(of_complement, (mean[1] - at.value)[None], block=1), mean)
+        z = equation.residual[0]
+        solve = ft.partial(
+            solve_innovation,
+            preconditioner=self.preconditioner,
+            tol=self.tol.astype(z.dtype),
+            max_krylov=self.max_krylov,
+        )
 
-        # The Jacobian J = [[Jaa, Jac], [Jca, Jcc]] in the basis and its complement, as products with it.
-        value, jvp = jax.linearize(lambda u: field(t, u[None]), mean[0])
-        vjp = lambda v: jax.linear_transpose(jvp, mean[0])(v)[0]  # noqa: E731
-        inner = basis.T @ jax.vmap(jvp, 1, 1)(basis)
-        coupling = jax.vmap(vjp, 1, 1)(basis) - basis @ inner.T  # Jac^T
-        slope = _smallest_ritz_value(inner)
-        at_complement = jnp.stack([-slope, jnp.ones_like(slope)])
-        equation = Linearisation(at_complement[None], (mean[1] - value)[None], block=1)
-        equation = without_round_off(equation, mean)
-        z, of_subspace = equation.residual[0], jnp.concatenate([-inner, jnp.eye(r, dtype=mean.dtype)], axis=1)
-
-        def solve(fa, fc):
-            """``S^-1 z``, ``P H^T S^-1 z``, and whether the solve has converged; ``P`` given by its roots."""
-            shared = fc.T @ fc[:, :2]
-
-            def times_cov(rows, v):  # (P H^T v)[:rows]; H^T v = (-J^T v, v)
-                v = jnp.stack([-vjp(v), v])
-                a = v @ basis
-                inside = jnp.reshape(fa[:, : rows * r].T @ (fa[:, : 2 * r] @ jnp.ravel(a)), (rows, r))
-                return (inside - shared[:rows] @ a) @ basis.T + product(shared[:rows], v)
-
-            def times_s(v):
-                x = times_cov(2, v)
-                return x[1] - jvp(x[0])
-
-            root = triangularise(jnp.zeros((r, r), z.dtype), fa[:, : 2 * r] @ of_subspace.T)
-            if self.preconditioner is None:
-                variance = jnp.sum((fc[:, :2] @ at_complement) ** 2)
-                of_complement = lambda v: safe_divide(v, variance)  # noqa: E731
-            else:
-                of_complement = self.preconditioner(shared[1, 1], shared[0, 1], shared[0, 0])
-
-            def precondition(v):
-                a = v @ basis
-                c = of_complement(v - basis @ a)
-                c = c - basis @ (c @ basis) if r < d else jnp.zeros_like(c)
-                return basis @ _inverse(root, a) + c
-
-            y, converged = lax.custom_linear_solve(
-                times_s, z, lambda s, b: self._krylov(s, b, precondition), symmetric=True, has_aux=True
-            )
-            return y, times_cov(n, y), converged
-
-        # The noise of the step alone: its scale, and that of the subspace, where residuals that are smooth live.
+        # The noise of the step alone: its scale, and that of the subspace, where smooth residuals live.
         qc = transition.noise[:: r + 1, :: r + 1]
         qa = jnp.kron(qc, jnp.eye(r, dtype=qc.dtype))
-        y, _, converged = solve(qa, qc)
+        y, _, converged = solve(at, z, qa, qc)
         overall = safe_sqrt(jnp.vdot(z, y) / d)
-        root = triangularise(jnp.zeros((r, r), z.dtype), qa[:, : 2 * r] @ of_subspace.T)
-        own = jnp.maximum(overall, safe_norm(substitute(root, (z @ basis)[:, None])) / math.sqrt(r))
-        unit = jnp.broadcast_to(transition.magnitude, ())
-        innovation = Innovation(jnp.ones((1, 1), z.dtype), own[None, None], own, unit)
+        of_subspace = Linearisation(jnp.concatenate([-at.inner, jnp.eye(r, dtype=z.dtype)], 1), (z @ at.basis)[:, None])
+        own = jnp.maximum(overall, innovate(of_subspace, qa, transition.magnitude).scale)
+        innovation = Innovation(jnp.ones((1, 1), z.dtype), own[None, None], own, transition.magnitude)
         scale_a = parts.calibration.scale(innovation)
         scale_c = parts.calibration.scale(eqx.tree_at(lambda i: i.scale, innovation, overall))
 
         # The mean, under the prediction with the noise of the step.
         blocks = jnp.reshape(predicted.factor, (-1, n, r + 1))
         fa, fc = jnp.reshape(blocks[:, :, :r], (-1, n * r)), blocks[:, :, r]
-        y, shift, also_converged = solve(jnp.concatenate([fa, scale_a * qa]), jnp.concatenate([fc, scale_c * qc]))
-        converged = converged & also_converged
+        y, shift, also = solve(at, z, jnp.concatenate([fa, scale_a * qa]), jnp.concatenate([fc, scale_c * qc]))
         whitened = safe_sqrt(jnp.vdot(z, y) / d)[None, None]
 
-        # The covariance, and what the noise of the step alone leaves of u.
-        bound = None if self.norm is None else self.norm.astype(z.dtype)
-        gram = triangularise(jnp.zeros((r, r), z.dtype), coupling)  # root of Jac Jac^T
-
-        def of_coupling(fc):
-            return jnp.abs(fc[0, 0]) * gram if r < d else jnp.zeros_like(gram)
-
-        new_c = _left_of(triangularise(scale_c * qc, fc), slope, bound)
-        new_a = _given_subspace(fa, scale_a * qa, inner, of_coupling(new_c))
-        left_c = _left_of(safe_divide(overall, own) * qc, slope, bound)
-        left_a = posterior_noise(*_augmented(inner, qa, of_coupling(left_c)), r)
+        # The covariance; and of u, what the noise of the step alone leaves.
+        root = triangularise(jnp.zeros((r, r), z.dtype), at.coupling)
+        root = root if r < d else jnp.zeros_like(root)
+        new_c = _left_of(triangularise(scale_c * qc, fc), at.slope, self.norm)
+        new_a = _given_subspace(fa, scale_a * qa, at.inner, jnp.abs(new_c[0, 0]) * root)
+        left_c = _left_of(safe_divide(overall, own) * qc, at.slope, self.norm)
+        left_a = posterior_noise(*_augmented(at.inner, qa, jnp.abs(left_c[0, 0]) * root), r)
         left = jnp.pad(left_a, ((0, 1), (0, 1))).at[-1, -1].set(left_c[0, 0])
 
         # A wrong answer is worse than none.
+        converged = converged & also
         state = Normal(jnp.where(converged, mean - shift, jnp.nan), _together(new_a, new_c, n))
-        own = jnp.where(converged, own, jnp.inf)
         nothing, unknown = jnp.zeros((1, 0), z.dtype), jnp.full(1, jnp.nan, z.dtype)
         update = Update(state, None, Influence(whitened, nothing, nothing, jnp.ones_like(own)), unknown)
-        return Attempt(
-            transition,
-            mean,
-            eqx.tree_at(lambda e: e.left, equation, left, is_leaf=lambda x: x is None),
-            eqx.tree_at(lambda i: i.scale, innovation, own),
-            None,
-            update,
-        )
-
-    def _krylov(self, matvec, b, precondition):
-        """Conjugate gradients until ``sqrt(r^T M r)``, the whitened residual, is ``tol`` of what it was."""
-        tol = self.tol.astype(b.dtype) ** 2
-
-        def unfinished(carry):
-            *_, size, k = carry
-            return (size > tol * first) & (k < self.max_krylov)
-
-        def body(carry):
-            x, res, p, size, k = carry
-            s = matvec(p)
-            step = size / jnp.vdot(p, s)
-            x, res = x + step * p, res - step * s
-            z = precondition(res)
-            new = jnp.vdot(res, z)
-            return x, res, z + new / size * p, new, k + 1
-
-        p = precondition(b)
-        first = jnp.vdot(b, p)
-        x, *_, size, _ = lax.while_loop(unfinished, body, (jnp.zeros_like(b), b, p, first, 0))
-        return x, size <= tol * first
+        equation = eqx.tree_at(lambda e: e.left, equation, left, is_leaf=lambda x: x is None)
+        innovation = eqx.tree_at(lambda i: i.scale, innovation, jnp.where(converged, own, jnp.inf))
+        return Attempt(transition, mean, equation, innovation, None, update)
 
 
 def _left_of(root, slope, norm):
@@ -314,7 +249,10 @@ def _left_of(root, slope, norm):
     f, h = root[0, 0], root[1, 1]
     q = safe_divide(root[0, 1] - slope * f, h)
     # Half of h / (f radius): zero for the half-plane.
-    k = 0 if norm is None else safe_divide(h, f * jnp.maximum(norm + slope, 1e-3 * norm))
+    k = 0
+    if norm is not None:
+        norm = norm.astype(root.dtype)
+        k = safe_divide(h, f * jnp.maximum(norm + slope, 1e-3 * norm))
     w = jnp.maximum(q + k * (1 + q**2), 0)
     u = jnp.sqrt(1 + 2 * w * k)
     second = root[1] / u
@@ -350,18 +288,6 @@ def _together(fa, fc, n):
     return jnp.reshape(jnp.concatenate([fa, fc]), (fa.shape[0] + fc.shape[0], -1))
 
 
-def _inverse(root, b):
-    """``(root^T root)^-1 b``, root upper triangular."""
-    return jax.scipy.linalg.cho_solve((root, False), b)
-
-
-def _smallest_ritz_value(inner):
-    symmetric = (inner + inner.T) / 2
-    # Differentiable also where it is a multiple one.
-    v = jnp.linalg.eigh(lax.stop_gradient(symmetric))[1][:, 0]
-    return v @ symmetric @ v
-
-
 def _positive(x, name):
     x = as_scalar(x, f"Subspace({name})")
     return require(x, (x > 0) & (x < np.inf), f"Subspace({name}) must be finite and positive", **{name: x})
@@ -376,69 +302,3 @@ def _orthonormal(basis):
     pivots, sizes = abs(triangle.diagonal()), (triangle**2).sum(0) ** 0.5
     full = (pivots > 100 * np.finfo(basis.dtype).eps * sizes) & (sizes > 0)
     return require(q, full, "Subspace(basis) must have linearly independent columns")
-
-
-def rightmost_basis(
-    ode: ODE,
-    t: Any,
-    u: PyTree,
-    rank: int,
-    *,
-    args: PyTree = None,
-    key: PRNGKeyArray | None = None,
-    rounds: int = 4,
-    degree: int = 40,
-) -> Float[Array, "d rank"]:
-    """Orthonormal columns for ``Subspace``: what the Jacobian at ``(t, u)`` damps least, or makes grow.
-
-    Subspace iteration, ``rounds`` times with a Chebyshev polynomial of the given degree that is small on the rest of
-    the spectrum (Saad 2011, chapter 5), from ``rounds * degree * (rank + 4)`` products with the Jacobian. It works for
-    Jacobians that are nearly symmetric, like those of reaction-diffusion equations: the spectrum is taken to lie along
-    the real axis, and the filter amplifies what does not. ``key``: of the random start. Raises ``TypeError`` for
-    another problem than an ODE, ``ValueError`` for one of higher order or a rank that is not in ``1, ..., d``.
-    """
-    if not isinstance(ode, ODE):
-        raise TypeError(f"rightmost_basis(ode) must be an ODE, got {ode!r}.")
-    if ode.order != 1:
-        raise ValueError(f"rightmost_basis needs an equation of order one, got one of order {ode.order}.")
-    layout = layout_of(*ode.split(u), 1, Dense())
-    rank = as_integer(rank, "rightmost_basis(rank)", 1, layout.size)
-    rounds, degree = (as_integer(x, "rightmost_basis(rounds, degree)", 1) for x in (rounds, degree))
-    t = jnp.asarray(as_scalar(t, "rightmost_basis(t)")).astype(layout.dtype)
-    key = jax.random.key(0) if key is None else key
-    return _rightmost(ode, t, layout.ravel(u), args, key, layout, rank, rounds, degree)
-
-
-@eqx.filter_jit
-def _rightmost(ode, t, u, args, key, layout, rank, rounds, degree):
-    field = flat_field(ode, layout, args)
-    times = jax.vmap(jax.linearize(lambda u: field(t, u[None]), u)[1], 1, 1)
-
-    def grow(_, v):
-        return (w := times(v)) / jnp.maximum(safe_norm(w), jnp.finfo(w.dtype).tiny)
-
-    # The largest eigenvalue in size, and a margin for what thirty power iterations have not found.
-    start = jax.random.normal(key, (layout.size, min(rank + 4, layout.size)), u.dtype)
-    norm = 1.1 * safe_norm(times(lax.fori_loop(0, 30, grow, start[:, :1] / safe_norm(start[:, 0]))))
-
-    def ritz(x):
-        x = jnp.linalg.qr(x)[0]
-        projected = x.T @ times(x)
-        values, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
-        return values[::-1], x @ vectors[:, ::-1]
-
-    def filtered(_, x):
-        values, x = ritz(x)
-        # The polynomial of Chebyshev on [-norm, last Ritz value], scaled to one at the first Ritz value.
-        centre, half = (values[-1] - norm) / 2, jnp.maximum((values[-1] + norm) / 2, 1e-3 * norm)
-        sigma = half / jnp.maximum(values[0] - centre, half)
-
-        def recur(_, carry):
-            before, now, last = carry
-            new = 1 / (2 / sigma - last)
-            return now, 2 * new / half * (times(now) - centre * now) - last * new * before, new
-
-        once = (times(x) - centre * x) * (sigma / half)
-        return lax.fori_loop(1, degree, recur, (x, once, sigma))[1]
-
-    return ritz(lax.fori_loop(0, rounds, filtered, start))[1][:, :rank]
