@@ -47,6 +47,7 @@ from .jacobians import ExactJacobian as ExactJacobian
 from .jacobians import GivenJacobian as GivenJacobian
 from .jacobians import HutchinsonDiagonal as HutchinsonDiagonal
 from .jacobians import SparseJacobian as SparseJacobian
+from .krylov import rightmost_basis as rightmost_basis
 from .likelihoods import dalton_log_likelihood as dalton_log_likelihood
 from .likelihoods import fenrir_log_likelihood as fenrir_log_likelihood
 from .likelihoods import filtering_log_likelihood as filtering_log_likelihood
@@ -75,6 +76,7 @@ from .strategies import AbstractStrategy as AbstractStrategy
 from .strategies import Filter as Filter
 from .strategies import FixedIntervalSmoother as FixedIntervalSmoother
 from .strategies import FixedPointSmoother as FixedPointSmoother
+from .subspace import Subspace as Subspace
 from .tempering import DiffusionTempering as DiffusionTempering
 
 

@@ -22,9 +22,12 @@ class AbstractFactorisation(eqx.Module):
     """Which entries of the covariance of ``(u, u', ..., u^(nu))`` are kept; rows go derivative by derivative.
 
     ``keeps_diagonal``: whether of a Jacobian nothing but its diagonal matters, so that nobody computes the rest.
+    ``own_algebra``: whether it has methods ``check``, ``start``, ``attempt`` and ``std`` in place of the algebra of
+    ``gaussians``, because its covariance is more than one square root times an identity; see ``Subspace``.
     """
 
     keeps_diagonal = False
+    own_algebra = False
 
     @abstractmethod
     def batch_shape(self, d: int) -> tuple[int, ...]:
@@ -170,6 +173,8 @@ class Layout(eqx.Module):
 
     def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
         """Standard deviations of the columns of a factor, stacked like the mean."""
+        if self.factorisation.own_algebra:
+            return self.factorisation.std(factor)
         return self.factorisation.unpack_std(safe_norm(factor, axis=-2), self.size)
 
     def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
@@ -221,6 +226,16 @@ class Layout(eqx.Module):
                 f"{what}, but {type(self.factorisation).__name__}() keeps no correlations between them. Use Dense(), "
                 f"or pass a number{each}."
             )
+
+    def require_shared_algebra(self, what: str) -> None:
+        """A ``ValueError`` about something that a factorisation with an algebra of its own has no formula for."""
+        if self.factorisation.own_algebra:
+            raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
+
+    @property
+    def lanes(self) -> int:
+        """How many leading axes the arrays of the factorisation have in a batch of solutions."""
+        return self.factorisation.lanes if self.factorisation.own_algebra else 0
 
     @property
     def example(self) -> PyTree[jax.ShapeDtypeStruct]:

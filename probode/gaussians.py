@@ -63,13 +63,15 @@ class Linearisation(eqx.Module):
     the point, ``(*batch, m, cols)``. ``block = k`` says that ``H`` is the identity on the ``k``-th derivative and ends
     with it: ``z`` can replace that derivative as a coordinate of the state, which is fast. ``None`` promises nothing.
     ``noise``: right square root of the covariance of what ``z`` is off by, ``(*batch, rows, m)``, where the equation is
-    not exact; then ``block`` is ``None``.
+    not exact; then ``block`` is ``None``. ``left``: right square root of the covariance of ``u`` given the equation
+    under the noise of the step alone, ``(rows, k)``, from a factorisation with an algebra of its own.
     """
 
     matrix: Float[Array, "*batch m p"]
     residual: Float[Array, "*batch m cols"]
     block: int | None = eqx.field(static=True, default=None)
     noise: Float[Array, "*batch rows m"] | None = None
+    left: Float[Array, "more k"] | None = None
 
 
 class Innovation(eqx.Module):
@@ -133,6 +135,8 @@ def posterior_noise(
     equation: Linearisation, noise: Float[Array, "*batch dim dim"], size: int
 ) -> Float[Array, "*batch rows {size}"]:
     """Square root of the covariance of the first ``size`` rows of ``x ~ N(0, noise^T noise)`` given the equation."""
+    if equation.left is not None:
+        return equation.left
 
     @batched
     def given(equation, noise):
@@ -152,7 +156,7 @@ def predict(
     """
     upper, dense = _beside(scale * noise, x.factor, past)
     triangle, left = eliminate(upper, dense)
-    dim = x.mean.shape[0]
+    dim = noise.shape[1]
     if past is not None:
         past = Conditional(past.shift, triangle[:, dim:], triangularise(past.own, left))
     return Normal(x.mean, triangle[:, :dim]), past

@@ -20,6 +20,8 @@ _UNROLLED_COLUMNS = 14
 _PANEL = 24
 # From this length on rows are combined as vectors.
 _LONG = 8
+# Up to so many of them are written out one by one.
+_MANY = 256
 # Products of at most this many multiplications are written as a fused sum instead of a call into a matrix library.
 _SMALL_PRODUCT = 2**14
 # Products with at most so many rows, of at least this length, are written out row by row.
@@ -143,7 +145,7 @@ def _written_out(upper, dense):
 def _combine_rows(b, dense):
     # Sums, not a product of matrices, which would not melt into its neighbours. In native loops the terms one by one,
     # which add rows as vectors, beat a reduction, which adds numbers; elsewhere they are only more operations.
-    if compiles_small_loops() and 0 < dense.shape[0] and dense.shape[1] >= _LONG:
+    if compiles_small_loops() and 0 < dense.shape[0] <= _MANY and dense.shape[1] >= _LONG:
         return sum(b[i] * dense[i] for i in range(dense.shape[0]))
     return jnp.sum(b[:, None] * dense, axis=0)
 

@@ -67,6 +67,7 @@ def _checked(name, prior, ts, like, factorisation, initial) -> tuple[Float[Array
         if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"{name}(like) has dtype {dtype}, but must be floating point.")
     layout = layout_of(like, prior.num_derivatives, factorisation)
+    layout.require_shared_algebra(name)
     if layout.size == 0:
         raise ValueError(f"{name}(like) has no numbers: it must be like u.")
     ts = as_float(ts, f"{name}(ts)").astype(layout.dtype)

@@ -102,6 +102,7 @@ def calibration_report(
 def _measure(solution, reference, rtol):
     """The entries of one row of the report."""
     path, layout = solution.trajectory, solution.layout
+    layout.require_shared_algebra("calibration_report")
     steps = int(solution.stats["num_accepted_steps"])
     if solution.result != Result.successful:
         return (rtol, steps, *[np.nan] * 5, np.full(3, np.nan), np.nan, np.nan, False)

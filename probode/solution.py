@@ -79,12 +79,12 @@ class Moments(eqx.Module):
 def moments(layout: Layout, state: Normal, k: int) -> Moments:
     """Mean and standard deviation of ``u^(k)``, for any number of leading axes (time, lanes) of ``state``."""
 
-    def one(mean, factor):
+    def one(layout, mean, factor):
         return Moments(layout.unravel(layout.unpack(mean)[k]), layout.unravel(layout.std(factor)[k]))
 
-    for _ in range(state.mean.ndim - 2 - len(layout.batch_shape)):
-        one = jax.vmap(one)
-    return one(state.mean, state.factor)
+    for axis in reversed(range(state.mean.ndim - 2 - len(layout.batch_shape))):
+        one = jax.vmap(one, in_axes=(0 if axis < layout.lanes else None, 0, 0))
+    return one(layout, state.mean, state.factor)
 
 
 class Posterior(eqx.Module):
@@ -196,6 +196,7 @@ class Solution(eqx.Module):
         marginals do not say how times belong together: more than one is a ``ValueError``.
         """
         path = self.trajectory
+        self.layout.require_shared_algebra("Sampling")
         if ts is None:
             self._single("sample")
             ts = self.t

@@ -47,8 +47,9 @@ class Solver(eqx.Module):
 
     ``prior`` (what solutions look like) and ``constraint`` (the equation and its linearisation) are required. Defaults:
     ``Dense()``, ``Filter()``, ``DynamicCalibration()``, ``ResidualError()`` (or ``StateError()``, unless the constraint
-    is one ODE), ``IntegralController()``, ``BoundedLoop()``, ``TaylorMode()``. Raises ``TypeError`` for a part of the
-    wrong kind, ``ValueError`` where the order of the equation exceeds that of the prior.
+    is one ODE, or under ``Subspace``), ``IntegralController()``, ``BoundedLoop()``, ``TaylorMode()``. Raises
+    ``TypeError`` for a part of the wrong kind, ``ValueError`` where parts do not fit together, as an equation of higher
+    order than the prior.
     """
 
     prior: AbstractPrior
@@ -75,13 +76,14 @@ class Solver(eqx.Module):
         initialisation: Any = TaylorMode(),
     ):
         controller = IntegralController() if controller is None else controller
-        if error is None and isinstance(constraint, AbstractConstraint):
-            error = ResidualError() if constraint.determines_derivative else StateError()
         self.prior = _part("prior", prior, AbstractPrior)
         self.constraint = _part("constraint", constraint, AbstractConstraint)
         self.factorisation = _part("factorisation", factorisation, AbstractFactorisation)
         self.strategy = _part("strategy", strategy, AbstractStrategy)
         self.calibration = _part("calibration", calibration, AbstractCalibration)
+        if error is None:
+            plain = constraint.determines_derivative and not factorisation.own_algebra
+            error = ResidualError() if plain else StateError()
         self.error = _part("error", error, AbstractErrorEstimate)
         self.controller = _part("controller", controller, AbstractController)
         self.loop = _part("loop", loop, AbstractLoop)
@@ -91,6 +93,8 @@ class Solver(eqx.Module):
                 f"An equation of order {constraint.order} needs a prior with at least as many derivatives, "
                 f"but {type(prior).__name__} has num_derivatives={prior.num_derivatives}."
             )
+        if factorisation.own_algebra:
+            factorisation.check(prior, constraint, strategy, calibration, error)
 
     def solve(
         self,
@@ -204,6 +208,7 @@ def _certain_part(solver, u0):
         return u0, None
     directions = directions_of(u0, solver.constraint.problem)
     _, layout = bind(solver, u0.mean)
+    layout.require_shared_algebra("An uncertain u0")
     check_uncertain(solver.factorisation, solver.calibration, layout.size)
     return u0.mean, directions
 

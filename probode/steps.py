@@ -89,18 +89,24 @@ class Attempt(eqx.Module):
     equation: Linearisation
     innovation: Innovation
     prior: AbstractPrior | None  # if it is this step's own
+    update: Update | None = None  # if the factorisation has conditioned already, by an algebra of its own
 
 
 def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree) -> State:
     """The state of a solver before its first step."""
     shape, dtype = layout.batch_shape, layout.dtype
-    equation = _shape_of_equation(parts, t, distribution, layout, args)
-    # As many rows as a step leaves.
-    rows = distribution.mean.shape[-2] - (0 if equation.block is None else equation.residual.shape[-2])
+    if layout.factorisation.own_algebra:
+        distribution = layout.factorisation.start(distribution)
+    else:
+        equation = _shape_of_equation(parts, t, distribution, layout, args)
+        # As many rows as a step leaves.
+        rows = distribution.mean.shape[-2] - (0 if equation.block is None else equation.residual.shape[-2])
+        distribution = pad(distribution, rows)
     ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
-    state = State(t, pad(distribution, rows), ones, statistics, Evidence.none(shape, dtype), layout, None, None, None)
+    state = State(t, distribution, ones, statistics, Evidence.none(shape, dtype), layout, None, None, None)
     if parts.data is None:
         return adopt(parts, state, args)
+    layout.require_shared_algebra("Conditioning on data")
     distribution, _, evidence = _learn(parts.data, t, state.distribution, None, jnp.zeros((), dtype), layout, args)
     state = eqx.tree_at(
         lambda s: (s.distribution, s.data_evidence), state, (distribution, evidence), is_leaf=lambda x: x is None
@@ -175,7 +181,9 @@ def attempt(
     prior = own_prior(parts, t - dt, distribution, layout, args)
     transition = (parts.prior if prior is None else prior).transition(dt, layout)
     predicted = push(distribution, transition.matrix)
-    equation = _without_round_off(parts.constraint.linearise(t, predicted, layout, args), predicted.mean)
+    if layout.factorisation.own_algebra:
+        return layout.factorisation.attempt(parts, predicted, t, transition, layout, args)
+    equation = without_round_off(parts.constraint.linearise(t, predicted, layout, args), predicted.mean)
     unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
     innovation = innovate(equation, transition.noise, unit)
     return Attempt(transition, predicted.mean, equation, innovation, prior)
@@ -185,21 +193,11 @@ def accept(
     parts: Step, state: State, t: Float[Array, ""], attempted: Attempt, past: Conditional | None, args: PyTree
 ) -> tuple[State, Update]:
     """Condition the prediction on the equation: the state at ``t``, and what has led to it."""
-    transition, equation, unit = attempted.transition, attempted.equation, attempted.innovation.unit
     scale = parts.calibration.scale(attempted.innovation)
-    predicted = Normal(attempted.mean, push(state.distribution, transition.matrix).factor)
-    if parts.calibration.relinearise:
-        noise = transition.noise * scale[..., None, None]
-        whole = Normal(predicted.mean, jnp.concatenate([predicted.factor, noise], axis=-2))
-        equation = _without_round_off(parts.constraint.linearise(t, whole, state.layout, args), predicted.mean)
-    joint = join(predicted, transition.noise, scale, equation, past)
-    update = condition(joint, predicted, equation, past)
-    for _ in range(parts.constraint.evaluations - 1):
-        before = update.influence.whitened
-        equation = _evaluated_at(parts.constraint, t, update.state, predicted, equation, state.layout, args)
-        if parts.constraint.relinearise:
-            joint = join(predicted, transition.noise, scale, equation, past)
-        update = condition(joint, predicted, equation, past)
+    if attempted.update is None:
+        update, equation, before = _conditioned(parts, state, t, attempted, scale, past, args)
+    else:
+        update, equation = attempted.update, attempted.equation
     whitened, counts = update.influence.whitened, _informative(equation, attempted.mean)
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
@@ -213,7 +211,7 @@ def accept(
     return State(
         t,
         update.state,
-        scale / unit,
+        scale / attempted.innovation.unit,
         statistics,
         evidence,
         state.layout,
@@ -223,16 +221,36 @@ def accept(
     ), update
 
 
+def _conditioned(parts, state, t, attempted, scale, past, args):
+    """The update, the equation that it is about, and the whitened residual before the last iteration, if any."""
+    transition, equation, before = attempted.transition, attempted.equation, None
+    predicted = Normal(attempted.mean, push(state.distribution, transition.matrix).factor)
+    if parts.calibration.relinearise:
+        noise = transition.noise * scale[..., None, None]
+        whole = Normal(predicted.mean, jnp.concatenate([predicted.factor, noise], axis=-2))
+        equation = without_round_off(parts.constraint.linearise(t, whole, state.layout, args), predicted.mean)
+    joint = join(predicted, transition.noise, scale, equation, past)
+    update = condition(joint, predicted, equation, past)
+    for _ in range(parts.constraint.evaluations - 1):
+        before = update.influence.whitened
+        equation = _evaluated_at(parts.constraint, t, update.state, predicted, equation, state.layout, args)
+        if parts.constraint.relinearise:
+            joint = join(predicted, transition.noise, scale, equation, past)
+        update = condition(joint, predicted, equation, past)
+    return update, equation, before
+
+
 def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
     # The residual of the prediction as the equation about another point tells it.
     new = constraint.linearise(t, Normal(point.mean, predicted.factor), layout, args)
     if not constraint.relinearise:
         new = eqx.tree_at(lambda e: e.matrix, new, equation.matrix)
     residual = seen_from(predicted.mean, point.mean, new)
-    return _without_round_off(eqx.tree_at(lambda e: e.residual, new, residual), predicted.mean)
+    return without_round_off(eqx.tree_at(lambda e: e.residual, new, residual), predicted.mean)
 
 
-def _without_round_off(equation, mean):
+def without_round_off(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Linearisation:
+    """The equation without residuals that are round-off."""
     # Residuals at round-off carry no information, but gain and scale of a short step grow like dt^-j for the j-th
     # derivative: they would ruin what is known of the high ones. Only the value is dropped, not its derivative.
     z = equation.residual
