@@ -23,6 +23,7 @@ from .adaptive import (
     solve_keeping_steps,
     solve_keeping_times,
 )
+from .answers import Keep, answer
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
 from .constraints import AbstractConstraint
@@ -31,14 +32,12 @@ from .errors import AbstractErrorEstimate, ResidualError, StateError
 from .factorisations import AbstractFactorisation, Dense, Layout
 from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
-from .leave_one_out import left_out_squares
 from .loops import AbstractLoop, BoundedLoop
 from .observations import Observations
 from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .steps import State, Step, adopt, no_influence, start, unconditional
 from .strategies import AbstractStrategy, Filter
-from .trajectory import column, evaluate, rescale, trajectory
 from .uncertain import check_uncertain, directions_of, push_forward, spread_start
 
 
@@ -244,16 +243,6 @@ def _step(solver, state, dt, args):
     return state
 
 
-class _Keep(eqx.Module):
-    """What to keep of a solve, known at compile time."""
-
-    t0: bool = eqx.field(static=True)
-    ts: bool = eqx.field(static=True)
-    steps: bool = eqx.field(static=True)
-    t1: bool = eqx.field(static=True)
-    dense: bool = eqx.field(static=True)
-
-
 class Request(eqx.Module):
     """What ``solve`` is asked for, checked and in the solver's own terms."""
 
@@ -263,7 +252,7 @@ class Request(eqx.Module):
     ts: Float[Array, " times"] | None
     dt0: Float[Array, ""] | None
     layout: Layout
-    keep: _Keep
+    keep: Keep
     data: Observations | None
 
 
@@ -285,7 +274,7 @@ def check_request(
     if data is not None:
         data = inputs.data_between(data, t0, t1, layout)
     t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
-    keep = _Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
+    keep = Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
     return Request(u0, t0, t1, ts, dt0, layout, keep, data)
 
 
@@ -320,7 +309,7 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
         strategy = solver.strategy if keep.ts or keep.t0 else Filter()
         times = jnp.zeros(0, layout.dtype) if ts is None else ts
         ended, rows, reached = solve_keeping_times(parts, control, strategy, begun, t1, args, times)
-    return _solution(solver, keep, ts, rows, reached, ended, layout, dense)
+    return answer(keep, ts, rows, reached, ended, layout, solver.prior, solver.calibration, solver.loop, dense=dense)
 
 
 @eqx.filter_jit
@@ -350,66 +339,9 @@ def _solve_grid(solver, u0, directions, grid, args, layout, data):
     result = Result.where(is_finite(rows.distribution), Result.successful, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
-    keep = _Keep(t0=True, ts=False, steps=True, t1=False, dense=True)
-    return _solution(solver, keep, None, rows, jnp.ones(grid.size, bool), ended, layout, True)
-
-
-def _solution(solver, keep, ts, rows, reached, ended, layout, dense) -> Solution:
-    """The posterior at the rows asked for: ``t0``, then ``ts`` or every step, then ``t1``."""
-    statistics = ended.current.statistics
-    if rows.influence is not None:
-        statistics = solver.calibration.leave_one_out(
-            statistics, *left_out_squares(rows, reached, solver.prior, layout)
-        )
-        # Has served its purpose.
-        rows = eqx.tree_at(lambda r: r.influence, rows, None)
-    factor = solver.calibration.finalise(statistics)
-    if factor is not None:
-        rows = rescale(rows, factor)
-    path = trajectory(rows, reached, solver.prior, layout, dense=dense)
-
-    def row(i):
-        return path.rows.t[i], path.marginal(i), path.rows.output_scale[i]
-
-    kept = [jax.tree.map(lambda x: x[None], row(0))] if keep.t0 else []
-    if keep.ts:
-        kept.append((ts, *evaluate(path, ts)))
-    elif keep.steps:
-        kept.append(jax.vmap(row)(jnp.arange(1, reached.size)))
-    if keep.t1 and not keep.steps:
-        kept.append(jax.tree.map(lambda x: x[None], row(path.last)))
-    t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
-    if keep.ts:
-        start = int(keep.t0)
-        # Times that were not reached have no answer.
-        direction = jnp.where(ended.t >= path.rows.t[0], 1, -1)
-        missing = jnp.zeros(t.size, bool).at[start : start + ts.size].set((ts - ended.t) * direction > 0)
-        marginals, output_scale = jax.tree.map(
-            lambda x: jnp.where(column(missing, x), jnp.nan, x), (marginals, output_scale)
-        )
-    stats = {
-        "num_steps": ended.num_steps,
-        "num_accepted_steps": ended.num_accepted_steps,
-        "num_rejected_steps": ended.num_steps - ended.num_accepted_steps,
-        "max_steps": jnp.asarray(solver.loop.max_steps, jnp.int32),
-    }
-    if ended.current.last_move is not None:
-        stats["last_move"] = ended.current.last_move
-    ones = jnp.ones(layout.batch_shape, layout.dtype)
-    log_likelihood = ended.current.evidence.log_likelihood(ones if factor is None else factor)
-    kept_path = path if dense or path.smoothed is not None else None
-    return Solution(
-        t,
-        marginals,
-        output_scale,
-        log_likelihood,
-        ended.result,
-        stats,
-        ended,
-        layout,
-        kept_path,
-        data_log_likelihood=ended.current.data_evidence,
-    )
+    keep = Keep(t0=True, ts=False, steps=True, t1=False, dense=True)
+    reached = jnp.ones(grid.size, bool)
+    return answer(keep, None, rows, reached, ended, layout, solver.prior, solver.calibration, solver.loop, dense=True)
 
 
 def _part(name, value, kind):
