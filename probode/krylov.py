@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .checks import as_integer, as_scalar
 from .factorisations import Dense, layout_of
@@ -54,8 +54,8 @@ def solve_innovation(
     preconditioner: Callable | None,
     tol: Float[Array, ""],
     max_krylov: int,
-) -> tuple[Float[Array, " d"], Float[Array, "n d"], Bool[Array, ""]]:
-    """``y = S^-1 z``, ``P H^T y``, and whether the solve has converged, for ``S = H P H^T`` and ``H x = x_1 - J x_0``.
+) -> tuple[Float[Array, " d"], Float[Array, "n d"]]:
+    """``y = S^-1 z`` and ``P H^T y`` for ``S = H P H^T`` and ``H x = x_1 - J x_0``; NaN if the solve does not converge.
 
     ``P`` has the root ``fa``, ``dim = n r``, on the basis, and ``fc`` times the identity on its complement.
     """
@@ -92,19 +92,15 @@ def solve_innovation(
         return conjugate_gradients(matvec, b, precondition, tol, max_krylov)
 
     # Differentiable in both modes, implicitly.
-    y, converged = lax.custom_linear_solve(times_s, z, solve, symmetric=True, has_aux=True)
-    return y, times_cov(n, y), converged
+    y = lax.custom_linear_solve(times_s, z, solve, symmetric=True)
+    return y, times_cov(n, y)
 
 
 def conjugate_gradients(
-    matvec: Callable,
-    b: Float[Array, " d"],
-    precondition: Callable,
-    tol: Float[Array, ""],
-    max_steps: int | Int[Array, ""],
-) -> tuple[Float[Array, " d"], Bool[Array, ""]]:
-    """``x`` with ``matvec(x) = b``, until ``sqrt(r^T M r)``, the whitened residual, is ``tol`` of what it was; and
-    whether it is."""
+    matvec: Callable, b: Float[Array, " d"], precondition: Callable, tol: Float[Array, ""], max_steps: int
+) -> Float[Array, " d"]:
+    """``x`` with ``matvec(x) = b``, up to ``tol`` times the whitened residual ``sqrt(r^T M r)`` of zero; NaN if that is
+    not reached."""
 
     def unfinished(carry):
         *_, size, k = carry
@@ -122,7 +118,7 @@ def conjugate_gradients(
     p = precondition(b)
     first = jnp.vdot(b, p)
     x, *_, size, _ = lax.while_loop(unfinished, body, (jnp.zeros_like(b), b, p, first, 0))
-    return x, size <= tol**2 * first
+    return jnp.where(size <= tol**2 * first, x, jnp.nan)
 
 
 def rightmost_basis(

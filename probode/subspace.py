@@ -57,7 +57,7 @@ class Subspace(AbstractFactorisation):
 
     ``tol``: the solves end when the residual, whitened as the filter does it, has shrunk to this part; so derivatives
     of a solution are as good as ``tol``. A solve that has not come there after ``max_krylov`` iterations rejects the
-    step; on a grid the state is NaN from there on. ``preconditioner(p11, p01, p00)``, of three numbers, returns a
+    step; on a grid, and in derivatives, it is NaN. ``preconditioner(p11, p01, p00)``, of three numbers, returns a
     function ``v -> (p11 I - p01 (J + J^T) + p00 J J^T)^-1 v``, roughly, symmetric and positive definite.
 
     What is exact, and what is not: the mean is conditioned exactly on the equation, linearised in full, under the
@@ -205,7 +205,7 @@ class Subspace(AbstractFactorisation):
         # The noise of the step alone: its scale, and that of the subspace, where smooth residuals live.
         qc = transition.noise[:: r + 1, :: r + 1]
         qa = jnp.kron(qc, jnp.eye(r, dtype=qc.dtype))
-        y, _, converged = solve(at, z, qa, qc)
+        y, _ = solve(at, z, qa, qc)
         overall = safe_sqrt(jnp.vdot(z, y) / d)
         of_subspace = Linearisation(jnp.concatenate([-at.inner, jnp.eye(r, dtype=z.dtype)], 1), (z @ at.basis)[:, None])
         own = jnp.maximum(overall, innovate(of_subspace, qa, transition.magnitude).scale)
@@ -216,7 +216,7 @@ class Subspace(AbstractFactorisation):
         # The mean, under the prediction with the noise of the step.
         blocks = jnp.reshape(predicted.factor, (-1, n, r + 1))
         fa, fc = jnp.reshape(blocks[:, :, :r], (-1, n * r)), blocks[:, :, r]
-        y, shift, also = solve(at, z, jnp.concatenate([fa, scale_a * qa]), jnp.concatenate([fc, scale_c * qc]))
+        y, shift = solve(at, z, jnp.concatenate([fa, scale_a * qa]), jnp.concatenate([fc, scale_c * qc]))
         whitened = safe_sqrt(jnp.vdot(z, y) / d)[None, None]
 
         # The covariance; and of u, what the noise of the step alone leaves.
@@ -228,13 +228,12 @@ class Subspace(AbstractFactorisation):
         left_a = posterior_noise(*_augmented(at.inner, qa, jnp.abs(left_c[0, 0]) * root), r)
         left = jnp.pad(left_a, ((0, 1), (0, 1))).at[-1, -1].set(left_c[0, 0])
 
-        # A wrong answer is worse than none.
-        converged = converged & also
-        state = Normal(jnp.where(converged, mean - shift, jnp.nan), _together(new_a, new_c, n))
+        # A solve that has not converged is NaN: the step is rejected.
+        state = Normal(mean - shift, _together(new_a, new_c, n))
         nothing, unknown = jnp.zeros((1, 0), z.dtype), jnp.full(1, jnp.nan, z.dtype)
         update = Update(state, None, Influence(whitened, nothing, nothing, jnp.ones_like(own)), unknown)
         equation = eqx.tree_at(lambda e: e.left, equation, left, is_leaf=lambda x: x is None)
-        innovation = eqx.tree_at(lambda i: i.scale, innovation, jnp.where(converged, own, jnp.inf))
+        innovation = eqx.tree_at(lambda i: i.scale, innovation, jnp.where(jnp.isfinite(whitened[0, 0]), own, jnp.inf))
         return Attempt(transition, mean, equation, innovation, None, update)
 
 
