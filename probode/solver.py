@@ -273,6 +273,9 @@ def check_request(
     dt0 = None if dt0 is None else inputs.first_length(dt0, t0, t1, layout)
     if data is not None:
         data = inputs.data_between(data, t0, t1, layout)
+        if isinstance(u0, AdaptiveState):
+            message = "What is seen at the time from which a solve goes on belongs to the solve before"
+            data = eqx.tree_at(lambda d: d.ts, data, require(data.ts, data.ts != t0, message))
     t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
     keep = Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
     return Request(u0, t0, t1, ts, dt0, layout, keep, data)

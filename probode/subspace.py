@@ -66,7 +66,7 @@ class Subspace(AbstractFactorisation):
     there as independent noise, and the subspace has an output scale of its own, no smaller than that of all components,
     which ``Solution.output_scale`` reports and the prediction between steps uses. That is an approximation: standard
     deviations can be below those of ``Dense()``. Errors squared over variances, averaged over the components, stayed
-    below 1 in most adaptive solves of reaction-diffusion, Burgers' and non-normal linear equations, and below 6 in all.
+    below 2 in adaptive solves of diffusion, FitzHugh-Nagumo and Burgers' equations with 60 components and a rank of 10.
 
     For ``IWP`` with a scalar output scale, ``TS1`` of an ``ODE`` of order one, ``Filter``, ``StateError`` (the default
     here) and calibrations that neither look at gains nor linearise again. The log likelihood is not known (NaN).

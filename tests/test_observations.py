@@ -232,3 +232,15 @@ def run(data, u0=U0, **parts):
 
 def grid_run(data):
     return solver().solve_grid(U0, GRID, data=data)
+
+
+def test_a_solve_with_data_goes_on():
+    made = solver(controller=po.IntegralController(1e-4, 1e-6))
+    ts, u0 = np.array([0.0, 0.5, 1.0, 1.6]), start(made)
+    whole = made.solve(u0, 0.0, 2.0, data=po.Observations(ts, VALUES, 0.2))
+    first = made.solve(u0, 0.0, 1.0, data=po.Observations(ts[:3], VALUES[:3], 0.2))
+    second = made.solve(first.state, 1.0, 2.0, data=po.Observations(ts[3:], VALUES[3:], 0.2))
+    assert relative(second.mean, whole.mean) < 1e-12
+    np.testing.assert_allclose(second.data_log_likelihood, whole.data_log_likelihood, rtol=1e-12)
+    with pytest.raises(ValueError, match="solve before"):
+        made.solve(first.state, 1.0, 2.0, data=po.Observations(ts[2:], VALUES[2:], 0.2))
