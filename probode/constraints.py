@@ -110,7 +110,8 @@ class TS1(AbstractConstraint):
 class Noisy(AbstractConstraint):
     """An equation that holds only up to noise: independent, with standard deviation ``std`` in units of its residual.
 
-    For equations that are themselves uncertain, and to damp what is ill-conditioned. Raises ``TypeError`` for anything
+    For equations that are themselves uncertain, and to damp what is ill-conditioned. Evaluated as often, and linearised
+    as often, as the constraint itself. Raises ``TypeError`` for anything
     but a constraint, ``ValueError`` unless ``std`` is finite and positive.
     """
 
@@ -133,6 +134,14 @@ class Noisy(AbstractConstraint):
     @property
     def order(self):
         return self.constraint.order
+
+    @property
+    def evaluations(self):
+        return self.constraint.evaluations
+
+    @property
+    def relinearise(self):
+        return self.constraint.relinearise
 
     @property
     def determines_derivative(self):

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .checks import as_integer
-from .constraints import AbstractConstraint, evaluations_field, problem_field
+from .constraints import AbstractConstraint, evaluations_field, problem_field, relinearise_field
 from .factorisations import Layout
 from .gaussians import Linearisation, Normal, batched, spread
 from .linalg import triangularise
@@ -89,13 +89,15 @@ class SLR1(AbstractConstraint):
     ``(order + 1) d`` directions (``order d`` for an ODE). ``noise``: whether what the fit leaves unexplained enters as
     noise of the equation; then the equation no longer holds exactly, and the error estimate is ``StateError``. The
     state is spread by what is uncertain so far; ``DynamicCalibration(relinearise=True)`` adds the noise of the step.
-    Raises ``TypeError`` for anything but an ``ODE`` or a ``Residual``.
+    ``evaluations`` and ``relinearise`` as for ``TS1``. Raises ``TypeError`` for anything but an ``ODE`` or a
+    ``Residual``.
     """
 
     problem: AbstractProblem = problem_field("SLR1", AbstractProblem, "an ODE or a Residual")
     cubature: AbstractCubature = _cubature_field()
     noise: bool = eqx.field(static=True, default=False, kw_only=True)
     evaluations: int = evaluations_field()
+    relinearise: bool = relinearise_field()
 
     @property
     def determines_derivative(self):

@@ -449,6 +449,28 @@ def test_a_solve_says_whether_its_iterations_have_converged():
     assert solver(2).solve(once.solve(u0, 0.0, 2.5).state, 2.5, 5.0).stats["last_move"] > 0
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda ode, **parts: po.Noisy(po.TS1(ode, **parts), 1e-9),
+        lambda ode, **parts: po.SLR1(ode, **parts),
+        lambda ode, **parts: po.Stack(po.TS1(ode), **parts),
+    ],
+    ids=["Noisy", "SLR1", "Stack"],
+)
+def test_whatever_is_linearised_to_first_order_can_be_iterated(wrap):
+    # One long step from a certain start, where averages are values: the same point as that of TS1.
+    ode, grid, u0 = po.ODE(lambda t, u, args: -(u**3)), jnp.array([0.0, 1.5]), jnp.array([1.0])
+
+    def end(constraint):
+        solution = po.Solver(po.IWP(1), constraint, calibration=po.NoCalibration()).solve_grid(u0, grid)
+        return solution.marginals.mean[-1]
+
+    iterated = {"evaluations": 20, "relinearise": True}
+    np.testing.assert_allclose(end(wrap(ode, **iterated)), end(po.TS1(ode, **iterated)), rtol=1e-9)
+    assert relative(end(wrap(ode)), end(po.TS1(ode, **iterated))) > 1e-3
+
+
 @pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
 def test_noise_that_is_small_changes_little_and_is_seen(factorisation):
     plain = po.TS1(po.ODE(lotka_volterra))
