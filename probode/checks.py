@@ -4,13 +4,14 @@ Values that are known raise at once; traced ones become a run-time error through
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 
 def is_traced(*xs: Any) -> bool:
@@ -37,6 +38,19 @@ def as_scalar(x: Any, name: str) -> Array | np.ndarray:
     if x.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got shape {x.shape}.")
     return x
+
+
+def as_numbers(x: PyTree, name: str, kinds: str, holds: Callable, words: str) -> PyTree:
+    """A number, or a PyTree of them, as arrays of which ``holds`` is true; a ``ValueError`` names the part."""
+    if not jax.tree.leaves(x):
+        raise ValueError(f"{name} must be {kinds}, got nothing.")
+    field = name[name.index("(") + 1 : -1]
+
+    def checked(x):
+        x = as_float(x, name)
+        return jnp.asarray(require(x, holds(x), f"{name} must be {words}", **{field: x}))
+
+    return jax.tree.map(checked, x)
 
 
 def as_integer(x: Any, name: str, smallest: int, largest: int = 2**31 - 1) -> int:

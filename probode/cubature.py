@@ -20,8 +20,7 @@ from jaxtyping import Array, Float
 from .checks import as_integer
 from .constraints import AbstractConstraint, evaluations_field, problem_field, relinearise_field
 from .factorisations import Layout
-from .gaussians import Linearisation, Normal, batched, spread
-from .linalg import triangularise
+from .gaussians import Linearisation, Normal, spread, square
 from .problems import ODE, AbstractProblem
 
 
@@ -130,7 +129,7 @@ class SLR0(AbstractConstraint):
 def _average(constraint, linearise, t, predicted: Normal, layout: Layout, args) -> Linearisation:
     problem, us = constraint.problem, layout.unpack(predicted.mean)
     number = problem.order if isinstance(problem, ODE) else problem.order + 1
-    directions = _directions(predicted.factor, number, layout)
+    directions = _directions(predicted, number, layout)
     nodes, weights = (jnp.asarray(x, layout.dtype) for x in constraint.cubature.rule(directions.shape[0]))
     deltas = jnp.tensordot(nodes, directions, axes=1)
     points = us + jnp.pad(deltas, ((0, 0), (0, us.shape[0] - number), (0, 0)))
@@ -150,19 +149,11 @@ def _average(constraint, linearise, t, predicted: Normal, layout: Layout, args) 
     return Linearisation(matrix, residual, noise=jnp.moveaxis(rows[..., 0], 0, -2))
 
 
-def _directions(factor: Float[Array, "*batch rows dim"], number: int, layout: Layout) -> Float[Array, "N number d"]:
+def _directions(predicted: Normal, number: int, layout: Layout) -> Float[Array, "N number d"]:
     """The principal directions of the leading derivatives: independent standard normals along them move these as their
     distribution says."""
-    size = layout.identity().shape[-1]
-    leading = factor[..., : number * size]
-
-    @batched
-    def square(factor):
-        width = factor.shape[1]
-        return triangularise(jnp.zeros((width, width), factor.dtype), factor)
-
-    cols = layout.pack(jnp.zeros((1, layout.size), layout.dtype)).shape[-1]
-    shape = (*layout.batch_shape, number * size, cols)
+    dim = number * layout.identity().shape[-1]
+    leading = square(Normal(predicted.mean[..., :dim, :], predicted.factor[..., :dim]))
+    shape = leading.mean.shape
     units = jnp.eye(int(np.prod(shape)), dtype=layout.dtype).reshape(-1, *shape)
-    triangle = square(leading)
-    return jax.vmap(lambda unit: layout.unpack(spread(triangle, unit)))(units)
+    return jax.vmap(lambda unit: layout.unpack(spread(leading.factor, unit)))(units)

@@ -12,21 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .checks import as_float, require
+from .checks import as_numbers
 from .factorisations import Layout
 
 
 def as_finite(x: PyTree, name: str) -> PyTree:
     """A number, an array, or a PyTree of them, as arrays: finite, or a ``ValueError`` that names the part."""
-    if not jax.tree.leaves(x):
-        raise ValueError(f"{name} must be numbers or a linear function, got nothing.")
-    field = name[name.index("(") + 1 : -1]
-
-    def finite(x):
-        x = as_float(x, name)
-        return jnp.asarray(require(x, abs(x) < np.inf, f"{name} must be finite", **{field: x}))
-
-    return jax.tree.map(finite, x)
+    return as_numbers(x, name, "numbers or a linear function", lambda x: abs(x) < np.inf, "finite")
 
 
 def blocks_of(x: PyTree, name: str, layout: Layout) -> Float[Array, "*blocks p p"]:

@@ -329,6 +329,13 @@ def pad(x: Normal, rows: int) -> Normal:
     return Normal(x.mean, pad_rows(x.factor, rows))
 
 
+@batched
+def square(x: Normal) -> Normal:
+    """``x`` with a square, upper triangular factor."""
+    dim = x.factor.shape[1]
+    return Normal(x.mean, triangularise(jnp.zeros((dim, dim), x.factor.dtype), x.factor))
+
+
 def certain(mean: Float[Array, "*batch dim cols"]) -> Normal:
     """A state that is known: its covariance has no square root with any rows."""
     return Normal(mean, jnp.zeros((*mean.shape[:-2], 0, mean.shape[-2]), mean.dtype))

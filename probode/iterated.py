@@ -45,7 +45,7 @@ class Along(AbstractConstraint):
         return self.constraint.determines_derivative
 
     def linearise(self, t, predicted, layout, args):
-        point = self.means[jnp.argmin(jnp.abs(self.ts - t))]
+        point = _nearest(self.means, self.ts, t)
         equation = self.constraint.linearise(t, Normal(point, predicted.factor), layout, args)
         return eqx.tree_at(lambda e: e.residual, equation, seen_from(predicted.mean, point, equation))
 
@@ -59,10 +59,14 @@ class _SeenAlong(eqx.Module):
 
     def __call__(self, t, *us_and_args):
         *us, args = us_and_args
-        point = jax.tree.map(lambda x: x[jnp.argmin(jnp.abs(self.ts - t))], self.us)
+        point = _nearest(self.us, self.ts, t)
         moves = jax.tree.map(jnp.subtract, tuple(us), point)
         value, move = jax.jvp(lambda us: self.observe(t, *us, args), (point,), (moves,))
         return jax.tree.map(jnp.add, value, move)
+
+
+def _nearest(tree, ts, t):
+    return jax.tree.map(lambda x: x[jnp.argmin(jnp.abs(ts - t))], tree)
 
 
 def solve_grid_iterated(

@@ -78,11 +78,10 @@ def dalton_log_likelihood(
 def _log_density(path: Trajectory, data: Observations, args: PyTree) -> Float[Array, ""]:
     """Of the data given a chain of states that holds their times, from the last to the first."""
     rows, t = path.rows, path.rows.t
-    ts = lax.stop_gradient(data.ts).astype(t.dtype)
-    nearest = jax.vmap(lambda t: jnp.argmin(jnp.abs(ts - t)))(t)
+    nearest, seen = jax.vmap(data.find)(t)
     # Two rows may have one time: the end of a step and the start of the next.
     again = jnp.append((t[:-1] == t[1:]) & path.reached[1:], False)
-    told = path.reached & (ts[nearest] == t) & ~again
+    told = path.reached & seen & ~again
 
     def learn(row, belief, total, i):
         coordinates, log_density = data.learn(i, realise(belief, row), path.layout, args)

@@ -12,8 +12,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .checks import as_float, as_integer, require
 from .factorisations import Layout
@@ -76,6 +77,12 @@ class Observations(eqx.Module):
         if observe is not None and not callable(observe):
             raise TypeError(f"Observations(observe) must be callable as h(t, u, args), got {observe!r}.")
         self.observe, self.order = observe, as_integer(order, "Observations(order)", 0)
+
+    def find(self, t: Float[Array, ""]) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+        """The number of the time nearest to ``t``, and whether it is that time."""
+        ts, t = lax.stop_gradient(self.ts).astype(t.dtype), lax.stop_gradient(t)
+        i = jnp.argmin(jnp.abs(ts - t))
+        return i, ts[i] == t
 
     def linearise(self, i: Array, mean: Float[Array, "*batch dim cols"], layout: Layout, args: PyTree) -> Linearisation:
         """The ``i``-th observation about a mean; what is missing is an observation of nothing.

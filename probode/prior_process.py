@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .checks import as_float, require
 from .factorisations import AbstractFactorisation, Dense, Layout, layout_of
-from .gaussians import Normal, Transition, batched, certain, predict, push, spread
-from .linalg import kron_apply, triangularise
+from .gaussians import Normal, Transition, batched, certain, predict, push, spread, square
+from .linalg import kron_apply
 from .priors import AbstractPrior
 from .solution import Posterior
 
@@ -109,17 +109,11 @@ def _chain(
 
 @eqx.filter_jit
 def _marginals(prior, ts, initial, layout):
-    dim = initial.mean.shape[-2]
-
-    @batched
-    def triangular(x):
-        return Normal(x.mean, triangularise(jnp.zeros((dim, dim), x.factor.dtype), x.factor))
-
     def move(x: Normal, moved: Transition, _) -> Normal:
         magnitude = jnp.broadcast_to(moved.magnitude, layout.batch_shape)
         return predict(push(x, moved.matrix), moved.noise, magnitude)[0]
 
-    return _chain(prior, ts, layout, triangular(initial), move)
+    return _chain(prior, ts, layout, square(initial), move)
 
 
 @eqx.filter_jit

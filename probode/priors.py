@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
-from .checks import as_float, as_integer, is_traced, require
+from .checks import as_float, as_integer, as_numbers, is_traced, require
 from .factorisations import Layout
 from .gaussians import Transition
 
@@ -69,15 +69,8 @@ class IWP(AbstractPrior):
 
 def as_positive(x: PyTree, name: str) -> PyTree:
     """A number, or a PyTree of them, as arrays: finite and positive, or a ``ValueError`` that names the part."""
-    if not jax.tree.leaves(x):
-        raise ValueError(f"{name} must be a number or a PyTree of numbers like u, got nothing.")
-    field = name[name.index("(") + 1 : -1]
-
-    def positive(x):
-        x = as_float(x, name)
-        return jnp.asarray(require(x, (x > 0) & (x < np.inf), f"{name} must be finite and positive", **{field: x}))
-
-    return jax.tree.map(positive, x)
+    kinds = "a number or a PyTree of numbers like u"
+    return as_numbers(x, name, kinds, lambda x: (x > 0) & (x < np.inf), "finite and positive")
 
 
 def as_output_scale(x: PyTree, name: str) -> PyTree:

@@ -38,7 +38,7 @@ from .priors import AbstractPrior
 from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .steps import State, Step, adopt, no_influence, start, unconditional
 from .strategies import AbstractStrategy, Filter
-from .uncertain import check_uncertain, directions_of, push_forward, spread_start
+from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start
 
 
 class Solver(eqx.Module):
@@ -175,6 +175,7 @@ class Solver(eqx.Module):
         t0 = jnp.asarray(inputs.time(t0, "t0", layout))
         state = _init(solver, u0, t0, args, layout).distribution
         if directions is not None:
+            check_moves(self.factorisation, layout.size)
             state = spread_start(lambda u0: _init(solver, u0, t0, args, layout).distribution, u0, directions)
         state = pad(state, state.mean.shape[-2])
         return InitialState(tuple(layout.unravel(u) for u in layout.unpack(state.mean)), state.factor)

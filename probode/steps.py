@@ -122,9 +122,8 @@ def _learn(data, t, x, past, evidence, layout, args):
         past = None if past is None else in_coordinates(past, coordinates)
         return realise(coordinates, x), past, evidence + log_density
 
-    ts = lax.stop_gradient(data.ts).astype(layout.dtype)
-    i = jnp.argmin(jnp.abs(ts - lax.stop_gradient(t)))
-    return lax.cond(ts[i] == t, learn, lambda *same: same, x, past, evidence)
+    i, seen = data.find(t)
+    return lax.cond(seen, learn, lambda *same: same, x, past, evidence)
 
 
 def adopt(parts: Step, state: State, args: PyTree) -> State:
@@ -202,12 +201,12 @@ def accept(
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
     update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
-    last_move = None
+    last_move = data_evidence = None
     if iterates(parts.constraint):
         last_move = jnp.maximum(state.last_move, rms_norm(update.influence.whitened - before))
     if parts.data is not None:
-        told = _learn(parts.data, t, update.state, update.past, state.data_evidence, state.layout, args)
-        update = eqx.tree_at(lambda u: (u.state, u.past), update, told[:2], is_leaf=lambda x: x is None)
+        *told, data_evidence = _learn(parts.data, t, update.state, update.past, state.data_evidence, state.layout, args)
+        update = eqx.tree_at(lambda u: (u.state, u.past), update, told, is_leaf=lambda x: x is None)
     return State(
         t,
         update.state,
@@ -217,7 +216,7 @@ def accept(
         state.layout,
         attempted.prior,
         last_move,
-        None if parts.data is None else told[2],
+        data_evidence,
     ), update
 
 

@@ -18,8 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from .calibration import LeaveOneOutCalibration, MLECalibration
 from .checks import as_float
 from .factorisations import AbstractFactorisation
-from .gaussians import Normal, batched
-from .linalg import triangularise
+from .gaussians import Normal, square
 from .problems import AbstractProblem
 from .solution import Solution, Spread, widen
 
@@ -60,6 +59,11 @@ def check_uncertain(factorisation: AbstractFactorisation, calibration: Any, size
             f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also that of an "
             "uncertain u0, which you know. Use DynamicCalibration() or NoCalibration()."
         )
+    check_moves(factorisation, size)
+
+
+def check_moves(factorisation: AbstractFactorisation, size: int) -> None:
+    """Raises unless components may be uncertain in different ways."""
     cols = factorisation.pack(np.zeros((1, size))).shape[-1]
     if cols > 1:
         raise ValueError(
@@ -71,11 +75,7 @@ def check_uncertain(factorisation: AbstractFactorisation, calibration: Any, size
 def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: PyTree) -> Solution:
     """The solution at ``u0`` together with how it moves along the directions."""
 
-    # One and the same run gives values and tangents: what is at round-off differs between compiled programs.
-    def along(direction):
-        return eqx.filter_jvp(solve, (u0,), (direction,))
-
-    solution, tangent = eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
+    solution, tangent = _value_and_moves(solve, u0, directions)
     means = tangent.marginals.mean
     return eqx.tree_at(
         lambda s: (s.marginals, s.state, s.spread),
@@ -87,19 +87,13 @@ def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: Py
 
 def spread_start(start: Callable[[PyTree], Normal], u0: PyTree, directions: PyTree) -> Normal:
     """The state at ``u0`` with how it moves along the directions added to its covariance, triangular."""
+    state, tangent = _value_and_moves(start, u0, directions)
+    return square(widen(state, tangent.mean))
 
+
+def _value_and_moves(fn, u0, directions):
+    # One and the same run gives values and tangents: what is at round-off differs between compiled programs.
     def along(direction):
-        return eqx.filter_jvp(start, (u0,), (direction,))
+        return eqx.filter_jvp(fn, (u0,), (direction,))
 
-    state, tangent = eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
-    if state.mean.shape[-1] > 1:
-        raise ValueError(
-            "An uncertain u0 moves components differently, but this factorisation has one covariance for all of them. "
-            "Use Dense() or BlockDiagonal()."
-        )
-
-    @batched
-    def triangular(state):
-        return Normal(state.mean, triangularise(jnp.zeros((state.mean.shape[0],) * 2, state.mean.dtype), state.factor))
-
-    return triangular(widen(state, tangent.mean))
+    return eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
