@@ -29,7 +29,7 @@ def solver(factorisation, field=heat, nu=2, tol=1e-4, **parts):
     return po.Solver(po.IWP(nu), po.TS1(po.ODE(field)), factorisation=factorisation, **parts)
 
 
-@pytest.mark.parametrize("calibration", [po.DynamicCalibration()], ids=name)
+@pytest.mark.parametrize("calibration", [po.DynamicCalibration(), po.NoCalibration()], ids=name)
 def test_the_whole_space_is_dense(calibration):
     basis = np.random.default_rng(0).normal(size=(D, D))
     ours, dense = (solver(f, calibration=calibration) for f in (po.Subspace(basis, tol=1e-12), po.Dense()))
@@ -124,6 +124,11 @@ def test_derivatives_in_both_modes():
     own = solver(po.Subspace(MODES[:, :4], tol=1e-12), loop=po.BoundedLoop(16))
 
     @jax.jit
+    def adaptive(p):
+        solution = own.solve(U0 * p, 0.0, 0.1, args=p)
+        return jnp.sum(solution.mean**2) + 1e3 * jnp.sum(solution.std**2)
+
+    @jax.jit
     def on_grid(p):
         solution = own.solve_grid(U0, jnp.linspace(0.0, 0.2, 5), args=p)
         return jnp.sum(solution.mean**2) + 1e3 * jnp.sum(solution.std[1:])
@@ -133,6 +138,7 @@ def test_derivatives_in_both_modes():
     expected = (numbers[0] - 8 * numbers[1] + 8 * numbers[2] - numbers[3]) / (12 * step)
     np.testing.assert_allclose(jax.jacfwd(on_grid)(one), expected, rtol=1e-6)
     np.testing.assert_allclose(jax.grad(on_grid)(one), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jacfwd(adaptive)(one), jax.grad(adaptive)(one), rtol=1e-8)
 
 
 def test_states_times_and_lanes():
