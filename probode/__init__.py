@@ -63,6 +63,9 @@ from .priors import IWP as IWP
 from .priors import AbstractPrior as AbstractPrior
 from .problems import ODE as ODE
 from .problems import Residual as Residual
+from .progress import AbstractProgress as AbstractProgress
+from .progress import TextProgress as TextProgress
+from .progress import TqdmProgress as TqdmProgress
 from .report import CalibrationReport as CalibrationReport
 from .report import calibration_report as calibration_report
 from .small_loops import by_default as _compile_small_loops_by_default

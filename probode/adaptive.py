@@ -18,8 +18,9 @@ from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
 from .gaussians import Conditional, Influence, Normal
-from .linalg import safe_divide
+from .linalg import detach, safe_divide
 from .loops import AbstractLoop
+from .progress import AbstractProgress, tell
 from .solution import Result
 from .steps import State, Step, accept, attempt, no_influence, round_off
 from .strategies import AbstractStrategy
@@ -27,11 +28,12 @@ from .trajectory import Row
 
 
 class Control(eqx.Module):
-    """The parts of a solver that choose the steps."""
+    """The parts of a solver that choose the steps, and who is told how far they got."""
 
     error: AbstractErrorEstimate
     controller: AbstractController
     loop: AbstractLoop
+    progress: AbstractProgress | None = None
 
 
 class AdaptiveState(eqx.Module):
@@ -43,6 +45,9 @@ class AdaptiveState(eqx.Module):
     num_steps: Int[Array, ""]
     num_accepted_steps: Int[Array, ""]
     result: Result
+
+    def __repr__(self):
+        return f"AdaptiveState(current={self.current!r})"
 
     @property
     def t(self) -> Float[Array, ""]:
@@ -210,9 +215,9 @@ def _stepping(parts, control, solve, t1, args):
         t, dt, clipped, floor = next_time(control.controller, now.t, solve.dt, t1, direction, t0)
         dt = jnp.where(active, dt, direction)
 
-        attempted = _detach(attempting(_detach(now.distribution), _detach(t), _detach(dt)))
-        norm = error_norm(control, layout, _detach(now), _detach(dt), attempted)
-        length = jnp.abs(_detach(dt))
+        attempted = detach(attempting(detach(now.distribution), detach(t), detach(dt)))
+        norm = error_norm(control, layout, detach(now), detach(dt), attempted)
+        length = jnp.abs(detach(dt))
         good, proposed, memory = control.controller.propose(length, norm, layout.num_derivatives + 1, solve.controller)
         finite = jnp.isfinite(norm)
         good = good & finite & active
@@ -221,7 +226,7 @@ def _stepping(parts, control, solve, t1, args):
             # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
             inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, direction * floor))
             values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
-            mean = jnp.where(good, attempted.mean, _detach(now.distribution.mean))
+            mean = jnp.where(good, attempted.mean, detach(now.distribution.mean))
             values = eqx.tree_at(lambda a: a.mean, values, mean)
             at = _with_derivative(values, attempting, inputs)
             state, update = accept(parts, now, inputs[1], at, leaving(past, inputs[1]), args)
@@ -241,6 +246,8 @@ def _stepping(parts, control, solve, t1, args):
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck, failure, solve.result),
         )
+        if control.progress is not None:
+            tell(control.progress, _share(now.t, t0, t1), jnp.where(running(new), _share(current.t, t0, t1), 1))
         return new, past, influence, good
 
     return running, try_step
@@ -308,12 +315,12 @@ def _weight(controller, size):
     return controller.atol.astype(size.dtype) + controller.rtol.astype(size.dtype) * size
 
 
-def _detach(tree):
-    return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
-
-
 def _choose(flag, these, those):
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)
+
+
+def _share(t, t0, t1):
+    return jnp.clip((t - t0) / (t1 - t0), 0, 1)
 
 
 def _direction(solve, t1):

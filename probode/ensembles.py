@@ -90,7 +90,7 @@ def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
     def solve(lane, shared):
         u0, t0, t1, args = eqx.combine(lane, shared)
         u0, layout = bind(solver, u0)
-        return solve_adaptive(solver, Request(u0, t0, t1, request.ts, request.dt0, layout, request.keep, None), args)
+        return solve_adaptive(solver, Request(u0, t0, t1, request.ts, request.dt0, layout, request.keep), args)
 
     def solve_share(mapped, shared):
         if block == 1:

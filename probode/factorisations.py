@@ -154,6 +154,10 @@ class Layout(eqx.Module):
     unravel: Callable = eqx.field(static=True)
     dtype: jnp.dtype = eqx.field(static=True)
 
+    def __repr__(self):
+        name = type(self.factorisation).__name__
+        return f"Layout({name}(), num_derivatives={self.num_derivatives}, size={self.size}, dtype={self.dtype})"
+
     def ravel(self, u: PyTree[Shaped[Array, "..."]]) -> Float[Array, " d"]:
         """A state, or anything like it, as a vector of the layout's dtype."""
         return ravel_pytree(u)[0].astype(self.dtype)

@@ -4,7 +4,6 @@ Gauss-Newton's method for the most probable trajectory given the equation at all
 linearises each time once, knowing the past alone (Bell 1994; Tronarp, Sarkka & Hennig 2021).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -50,23 +49,8 @@ class Along(AbstractConstraint):
         return eqx.tree_at(lambda e: e.residual, equation, seen_from(predicted.mean, point, equation))
 
 
-class _SeenAlong(eqx.Module):
-    """What is observed, linearised along given derivatives of ``u``, PyTrees with a leading axis of times."""
-
-    observe: Callable
-    ts: Float[Array, " times"]
-    us: tuple[PyTree, ...]
-
-    def __call__(self, t, *us_and_args):
-        *us, args = us_and_args
-        point = _nearest(self.us, self.ts, t)
-        moves = jax.tree.map(jnp.subtract, tuple(us), point)
-        value, move = jax.jvp(lambda us: self.observe(t, *us, args), (point,), (moves,))
-        return jax.tree.map(jnp.add, value, move)
-
-
-def _nearest(tree, ts, t):
-    return jax.tree.map(lambda x: x[jnp.argmin(jnp.abs(ts - t))], tree)
+def _nearest(means, ts, t):
+    return means[jnp.argmin(jnp.abs(ts - t))]
 
 
 def solve_grid_iterated(
@@ -116,9 +100,9 @@ def _iterate(solver, u0, grid, args, data, first, tolerance, number):
         means = solution.marginals.mean
         along = eqx.tree_at(lambda s: s.constraint, solver, Along(solver.constraint, solution.t, means))
         seen = data
-        if data is not None and data.observe is not None:
-            us = tuple(solution.derivative(k).mean for k in range(data.order + 1))
-            seen = eqx.tree_at(lambda d: d.observe, data, _SeenAlong(data.observe, solution.t, us))
+        if data is not None:
+            points = jax.vmap(lambda t: _nearest(means, solution.t, t))(data.ts)
+            seen = eqx.tree_at(lambda d: d.points, data, points, is_leaf=lambda x: x is None)
         new = along.solve_grid(u0, grid, args=args, data=seen)
         move = jnp.max(safe_divide(sizes(new.marginals.mean - means), sizes(means)))
         return new, lax.stop_gradient(move), iterations + 1

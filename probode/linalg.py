@@ -4,10 +4,11 @@ A covariance is held by any right square root ``F`` with ``cov = F^T F``; reduci
 that filtering needs. The elimination below is smooth where a pivot vanishes, so plain differentiation of it is exact.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .small_loops import compiles_small_loops
 
@@ -49,6 +50,11 @@ def safe_divide(x: Array, y: Array) -> Array:
     """``x / y``, and zero where ``y`` is zero: a singular direction carries no information."""
     nonzero = y != 0
     return jnp.where(nonzero, x / jnp.where(nonzero, y, 1), 0)
+
+
+def detach(tree: PyTree) -> PyTree:
+    """The same numbers, without derivatives."""
+    return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
 
 
 def product(a: Float[Array, "i j"], x: Float[Array, "j *rest"]) -> Float[Array, "i *rest"]:

@@ -2,7 +2,8 @@
 
 An observation of ``x = mean + factor^T w`` is one of the standard normal coordinates ``w``: in these, and with noise,
 nothing is ever singular, whatever the covariance of ``x``. (The square-root form of the Kalman update: Kaminski, Bryson
-& Schmidt 1971.) Axes: ``times`` of the data, ``m`` numbers seen at each of them.
+& Schmidt 1971.) Other densities than the normal are replaced by the normal one that has their slope and curvature at
+the most probable ``w`` (Laplace's method). Axes: ``times`` of the data, ``m`` numbers seen at each of them.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .checks import as_float, as_integer, require
 from .factorisations import Layout
-from .gaussians import Linearisation, Normal, batched
+from .gaussians import Linearisation, Normal, batched, realise, seen_from, standard
 from .jacobians import ExactJacobian
-from .linalg import eliminate, product, substitute
+from .linalg import detach, eliminate, product, substitute
 
 
 class Observations(eqx.Module):
@@ -32,16 +33,29 @@ class Observations(eqx.Module):
     on; ``u`` itself by default. It is linearised where the solver believes the solution to be. ``mask``: which values
     there are, of shape ``(times,)`` or like ``values``; the others are ignored.
 
+    Counts, outcomes, data with outliers: instead of ``noise`` a function ``log_density(values, seen, args)`` with the
+    log density of every number that was measured given the number that ``observe`` returns, both as at one time; it
+    returns as many numbers, each a function of its own two. The posterior is then the normal one about its mode,
+    likelihoods are Laplace's approximation; where a density is not log-concave, the square of its slope stands for the
+    curvature. ``points``: means about which data are linearised instead, for ``solve_grid_iterated``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> cases = probode.Observations(
+    ...     [1.0, 2.0], jnp.array([[3.0], [5.0]]), log_density=lambda n, u, args: n * jnp.log(u) - u
+    ... )
+
     Times are increasing or decreasing, as in the solve that uses them; what was seen at one time goes into one row.
     Raises ``TypeError`` or ``ValueError`` for times that are not such, values or masks of other shapes, values that are
-    neither finite nor masked, noise that is not positive.
+    neither finite nor masked, noise that is not positive, noise and a log density together or none of them.
     """
 
     ts: Float[Array, " times"]
     values: Float[Array, "times m"]
-    noise: Float[Array, "..."]
+    noise: Float[Array, "..."] | None
     mask: Bool[Array, "times m"]
     observe: Callable | None
+    log_density: Callable | None
+    points: Float[Array, "times *state"] | None
     order: int = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
     whole_times: bool = eqx.field(static=True)
@@ -50,11 +64,12 @@ class Observations(eqx.Module):
         self,
         ts: Any,
         values: PyTree,
-        noise: Any,
+        noise: Any = None,
         *,
         observe: Any = None,
         order: Any = 0,
         mask: Any = None,
+        log_density: Any = None,
     ):
         ts = as_float(ts, "Observations(ts)")
         if ts.ndim != 1 or ts.size == 0:
@@ -73,7 +88,13 @@ class Observations(eqx.Module):
         flat = _rows(values, ts.size)
         message = "Observations(values) must be finite; leave out what is missing with mask"
         self.values = jnp.where(self.mask, require(flat, jnp.isfinite(flat) | ~self.mask, message), 0)
-        self.noise = _as_noise(noise, jax.tree.map(lambda x: x[0], values), flat.shape[1])
+        if (noise is None) == (log_density is None):
+            raise ValueError("Observations need either a noise or a log_density(values, seen, args), and not both.")
+        if log_density is not None and not callable(log_density):
+            raise TypeError(f"Observations(log_density) must be callable, got {log_density!r}.")
+        like = jax.tree.map(lambda x: x[0], values)
+        self.noise = None if noise is None else _as_noise(noise, like, flat.shape[1])
+        self.log_density, self.points = log_density, None
         if observe is not None and not callable(observe):
             raise TypeError(f"Observations(observe) must be callable as h(t, u, args), got {observe!r}.")
         self.observe, self.order = observe, as_integer(order, "Observations(order)", 0)
@@ -89,8 +110,64 @@ class Observations(eqx.Module):
 
         Raises ``ValueError`` if ``observe`` returns other shapes, or where the factorisation cannot keep what is seen.
         """
-        d, t, seen = layout.size, self.ts[i].astype(layout.dtype), self.mask[i].astype(layout.dtype)
+        t, seen = self.ts[i].astype(layout.dtype), self.mask[i].astype(layout.dtype)
+        us = layout.unpack(mean)[: self.order + 1]
+        value, jacobian = ExactJacobian().evaluate(self._flat_observe(layout, args), t, us, layout, args)
+        matrix = jnp.concatenate([layout.project(block) for block in jacobian], axis=-1)
+        shared = not layout.couples and layout.pack(us[:1]).shape[-1] > 1
+        if self.log_density is None:
+            return self._with_noise(i, value, matrix, seen, layout, shared)
+        if shared:
+            raise ValueError(
+                f"{type(layout.factorisation).__name__}() has one covariance for all components, and a log density "
+                "weighs each differently. Use BlockDiagonal() or Dense()."
+            )
+        slope, precision = self._slope_and_precision(i, value, args)
+        weight = jnp.where((seen > 0) & (precision > 0), jnp.sqrt(jnp.where(precision > 0, precision, 1)), 0)
+        residual = jnp.where(weight > 0, -slope / jnp.where(weight > 0, weight, 1), 0)
+        if layout.couples:
+            noise = jnp.eye(seen.size, dtype=layout.dtype)
+            return Linearisation(matrix * weight[:, None], residual[:, None], noise=noise)
+        noise = layout.factorisation.lift(jnp.ones((1, 1), layout.dtype), jnp.ones_like(seen), layout.size)
+        return Linearisation(matrix * layout.pack(weight[None]), layout.pack(residual[None]), noise=noise)
 
+    def learn(self, i: Array, x: Normal, layout: Layout, args: PyTree) -> tuple[Normal, Float[Array, ""]]:
+        """The coordinates of ``x``, so far standard normal, given the ``i``-th observation; and its log density."""
+        if self.points is not None:
+            point = self.points[i]
+        elif self.log_density is None:
+            point = x.mean
+        else:
+            point = self._mode(i, x, layout, args)
+        equation = self.linearise(i, point, layout, args)
+        coordinates, whitened, pivots = _observe_about(point, x, equation)
+        log_density = -jnp.sum(whitened**2) / 2 - whitened.shape[-1] * jnp.sum(jnp.log(jnp.abs(pivots)))
+        if self.log_density is None:
+            return coordinates, log_density - jnp.sum(self.mask[i]).astype(layout.dtype) * np.log(2 * np.pi) / 2
+        # The normal density that stands for this one has its own value where the two touch.
+        return coordinates, log_density + jnp.sum(equation.residual**2) / 2 + self._log_density(i, point, layout, args)
+
+    def _with_noise(self, i, value, matrix, seen, layout, shared):
+        residual = (value - self.values[i].astype(layout.dtype)) * seen
+        noise = self.noise.astype(layout.dtype)
+        if layout.couples:
+            rows = noise if noise.ndim == 2 else jnp.diag(jnp.broadcast_to(noise, seen.shape))
+            rows = jnp.concatenate([rows * seen, jnp.diag(1 - seen)])
+            return Linearisation(matrix * seen[:, None], residual[:, None], noise=rows)
+        name = type(layout.factorisation).__name__
+        if shared and (noise.ndim > 0 or not self.whole_times):
+            raise ValueError(
+                f"{name}() has one covariance for all components: data need one standard deviation, and a mask of "
+                "shape (times,). Use BlockDiagonal() or Dense()."
+            )
+        if noise.ndim == 2:
+            raise ValueError(f"{name}() keeps no correlations: data need standard deviations. Use Dense().")
+        seen = jnp.all(self.mask[i]).astype(layout.dtype) if shared else seen
+        std = layout.factorisation.lift(jnp.ones((1, 1), layout.dtype), jnp.where(seen > 0, noise, 1), layout.size)
+        present = seen if shared else layout.pack(seen[None])
+        return Linearisation(matrix * present, layout.pack(residual[None]), noise=std)
+
+    def _flat_observe(self, layout, args):
         def flat_observe(t, us):
             us = [layout.unravel(u) for u in us]
             out = us[0] if self.observe is None else self.observe(t, *us, args)
@@ -101,34 +178,75 @@ class Observations(eqx.Module):
                 )
             return layout.ravel(out)
 
-        us = layout.unpack(mean)[: self.order + 1]
-        value, jacobian = ExactJacobian().evaluate(flat_observe, t, us, layout, args)
-        residual = (value - self.values[i].astype(layout.dtype)) * seen
-        matrix = jnp.concatenate([layout.project(block) for block in jacobian], axis=-1)
-        noise = self.noise.astype(layout.dtype)
-        if layout.couples:
-            rows = noise if noise.ndim == 2 else jnp.diag(jnp.broadcast_to(noise, seen.shape))
-            rows = jnp.concatenate([rows * seen, jnp.diag(1 - seen)])
-            return Linearisation(matrix * seen[:, None], residual[:, None], noise=rows)
-        name, shared = type(layout.factorisation).__name__, layout.pack(us[:1]).shape[-1] > 1
-        if shared and (noise.ndim > 0 or not self.whole_times):
-            raise ValueError(
-                f"{name}() has one covariance for all components: data need one standard deviation, and a mask of "
-                "shape (times,). Use BlockDiagonal() or Dense()."
-            )
-        if noise.ndim == 2:
-            raise ValueError(f"{name}() keeps no correlations: data need standard deviations. Use Dense().")
-        seen = jnp.all(self.mask[i]).astype(layout.dtype) if shared else seen
-        std = layout.factorisation.lift(jnp.ones((1, 1), layout.dtype), jnp.where(seen > 0, noise, 1), d)
-        present = seen if shared else layout.pack(seen[None])
-        return Linearisation(matrix * present, layout.pack(residual[None]), noise=std)
+        return flat_observe
 
-    def learn(self, i: Array, x: Normal, layout: Layout, args: PyTree) -> tuple[Normal, Float[Array, ""]]:
-        """The coordinates of ``x``, so far standard normal, given the ``i``-th observation; and its log density."""
-        coordinates, whitened, pivots = observe(x, self.linearise(i, x.mean, layout, args))
-        log_det = whitened.shape[-1] * jnp.sum(jnp.log(jnp.abs(pivots)))
-        number = jnp.sum(self.mask[i]).astype(layout.dtype)
-        return coordinates, -jnp.sum(whitened**2) / 2 - log_det - number * np.log(2 * np.pi) / 2
+    def _densities(self, i, value, args):
+        """The log density of every number given what is observed, flat."""
+        tree, shapes = self.structure
+        unravel = ravel_pytree(jax.tree.unflatten(tree, [jnp.zeros(shape, value.dtype) for shape in shapes]))[1]
+        out = self.log_density(unravel(self.values[i].astype(value.dtype)), unravel(value), args)
+        if _structure(out) != self.structure:
+            raise ValueError(
+                "log_density(values, seen, args) must return one number for every value, in structure and shapes: "
+                f"expected {self.structure}, got {_structure(out)}."
+            )
+        return ravel_pytree(out)[0].astype(value.dtype)
+
+    def _slope_and_precision(self, i, value, args):
+        def slope(value):
+            return jax.grad(lambda v: jnp.sum(self._densities(i, v, args)))(value)
+
+        # Every density depends on one number alone: one product with the Hessian is its diagonal.
+        slope, curvature = jax.jvp(slope, (value,), (jnp.ones_like(value),))
+        return slope, jnp.where(curvature < 0, -curvature, slope**2)
+
+    def _log_density(self, i, mean, layout, args):
+        t, us = self.ts[i].astype(layout.dtype), layout.unpack(mean)[: self.order + 1]
+        densities = self._densities(i, self._flat_observe(layout, args)(t, us), args)
+        return jnp.sum(jnp.where(self.mask[i], densities, 0))
+
+    def _mode(self, i, x, layout, args):
+        """The most probable state: Newton's method in the coordinates, with a search along every move."""
+
+        def state(w, x):
+            return realise(Normal(w, standard(x).factor), x).mean
+
+        def newton(w, data, x, args):
+            point = state(w, x)
+            return _observe_about(point, x, data.linearise(i, point, layout, args))[0].mean
+
+        def search(data, x, args):
+            def objective(w):
+                log_density = data._log_density(i, state(w, x), layout, args)
+                value = log_density - jnp.sum(w**2) / 2
+                return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+
+            def body(carry):
+                w, _, number = carry
+                steps = jnp.asarray([0.0, *_SEARCH], w.dtype)
+                moves = steps.reshape(-1, *[1] * w.ndim) * (newton(w, data, x, args) - w)
+                best = jnp.argmax(jax.vmap(lambda move: objective(w + move))(moves))
+                return w + moves[best], jnp.max(jnp.abs(moves[best])), number + 1
+
+            accuracy = jnp.sqrt(jnp.finfo(layout.dtype).eps)
+            init = standard(x).mean, jnp.ones((), layout.dtype), 0
+            return lax.while_loop(lambda c: (c[1] > accuracy) & (c[2] < _MAX_ITERATIONS), body, init)[0]
+
+        w = search(*detach((self, x, args)))
+        # Two more iterations at the mode have its first and second derivatives.
+        for _ in range(2):
+            w = newton(w, self, x, args)
+        return state(w, x)
+
+
+# Fractions of a Newton step: densities may be steep far from the mode. And how many steps at most.
+_SEARCH = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+_MAX_ITERATIONS = 50
+
+
+def _observe_about(point, x, equation):
+    """``observe`` an equation that is linearised about another point than the mean of ``x``."""
+    return observe(x, eqx.tree_at(lambda e: e.residual, equation, seen_from(x.mean, point, equation)))
 
 
 @batched

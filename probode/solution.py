@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, PyTree
 
+from . import describe, plots
 from .checks import as_float, as_integer, is_traced, require
 from .factorisations import Layout
 from .gaussians import Normal, spread
@@ -94,6 +95,9 @@ class Posterior(eqx.Module):
     marginals: Normal
     layout: Layout
 
+    def __repr__(self):
+        return f"Posterior(t={describe.brief(self.t)}, u={describe.shape_of_u(self.layout)}, layout={self.layout!r})"
+
     @property
     def mean(self) -> PyTree[Float[Array, "..."]]:
         """Posterior mean of ``u``."""
@@ -156,6 +160,27 @@ class Solution(eqx.Module):
     trajectory: Trajectory | None
     spread: Spread | None = None
     data_log_likelihood: Float[Array, ""] | None = None
+
+    def __repr__(self):
+        keeps = "smoothed" if self.trajectory is not None and self.trajectory.smoothed is not None else "filtered"
+        dense = ", dense" if self.trajectory is not None and self.trajectory.dense else ""
+        shapes = f"t={eqx.tree_pformat(self.t)}, u={describe.shape_of_u(self.layout)}"
+        return f"Solution({shapes}, num_derivatives={self.layout.num_derivatives}, {keeps}{dense})"
+
+    def _repr_html_(self):
+        return describe.as_html("Solution", describe.facts(self, Result))
+
+    def summary(self) -> str:
+        """Result, time span, steps, calibration, evidence and largest standard deviation, as text to be printed."""
+        return describe.as_text(describe.facts(self, Result))
+
+    def plot(self, ax: Any = None, **options: Any) -> Any:
+        """Draw means with bands of uncertainty, and samples, over time; returns the axes. Needs the ``plot`` extra.
+
+        ``options``: ``components``, ``derivative``, ``std``, ``samples``, ``key``, ``ts``, ``labels``, see
+        ``probode.plots.plot``. Other pictures are in ``probode.plots``.
+        """
+        return plots.plot(self, ax, **options)
 
     @property
     def mean(self) -> PyTree[Float[Array, "..."]]:

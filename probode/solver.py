@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from . import inputs
+from . import describe, inputs
 from .adaptive import (
     AdaptiveState,
     Control,
@@ -35,6 +35,7 @@ from .initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .loops import AbstractLoop, BoundedLoop
 from .observations import Observations
 from .priors import AbstractPrior
+from .progress import AbstractProgress
 from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .steps import State, Step, adopt, no_influence, start, unconditional
 from .strategies import AbstractStrategy, Filter
@@ -95,6 +96,12 @@ class Solver(eqx.Module):
         if factorisation.own_algebra:
             factorisation.check(prior, constraint, strategy, calibration, error)
 
+    def __repr__(self):
+        return "\n".join(["Solver(", *(f"  {name}={words}," for name, words in describe.parts(self)), ")"])
+
+    def _repr_html_(self):
+        return describe.as_html("Solver", describe.parts(self))
+
     def solve(
         self,
         u0: PyTree,
@@ -105,7 +112,7 @@ class Solver(eqx.Module):
         save_at: Any = None,
         dt0: Any = None,
         throw: bool = True,
-        progress: None = None,
+        progress: Any = None,
         data: Observations | None = None,
     ) -> Solution:
         """Solve from ``t0`` to ``t1`` (which may lie before ``t0``) with steps chosen by the error estimate.
@@ -116,15 +123,16 @@ class Solver(eqx.Module):
         keeps ``t1``. ``dt0``: length of the first attempt, chosen automatically by default. ``throw``: raise a
         ``RuntimeError`` if ``t1`` is not reached, otherwise ``Solution.result`` tells. ``data``: observations that the
         solution is conditioned on as it passes them: the posterior is the one given equation and data. Steps end at
-        their times. Wrong input raises ``ValueError`` or ``TypeError``.
+        their times. ``progress``: a meter that is told how far the solve got, ``TextProgress()`` or ``TqdmProgress()``.
+        Wrong input raises ``ValueError`` or ``TypeError``.
         """
-        if progress is not None:
-            raise ValueError("progress: no progress meter is available in this version; pass progress=None.")
+        if not isinstance(progress, AbstractProgress | None):
+            raise TypeError(f"progress must be a meter, such as TextProgress() or TqdmProgress(), got {progress!r}.")
         solver, args = inputs.floats_to_arrays((self, args))
         u0, directions = _certain_part(self, u0)
         if data is not None:
             inputs.check_data(data, self.calibration, directions is None)
-        request = check_request(self, u0, t0, t1, save_at, dt0, data)
+        request = check_request(self, u0, t0, t1, save_at, dt0, data, progress)
         try:
             if directions is None:
                 solution = solve_adaptive(solver, request, args)
@@ -254,11 +262,19 @@ class Request(eqx.Module):
     dt0: Float[Array, ""] | None
     layout: Layout
     keep: Keep
-    data: Observations | None
+    data: Observations | None = None
+    progress: AbstractProgress | None = None
 
 
 def check_request(
-    solver: Solver, u0: PyTree, t0: Any, t1: Any, save_at: Any, dt0: Any, data: Observations | None = None
+    solver: Solver,
+    u0: PyTree,
+    t0: Any,
+    t1: Any,
+    save_at: Any,
+    dt0: Any,
+    data: Observations | None = None,
+    progress: AbstractProgress | None = None,
 ) -> Request:
     """The request of a call of ``solve``; raises what that raises for wrong input."""
     save_at = SaveAt(t1=True) if save_at is None else save_at
@@ -279,14 +295,17 @@ def check_request(
             data = eqx.tree_at(lambda d: d.ts, data, require(data.ts, data.ts != t0, message))
     t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
     keep = Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
-    return Request(u0, t0, t1, ts, dt0, layout, keep, data)
+    return Request(u0, t0, t1, ts, dt0, layout, keep, data, progress)
 
 
 @eqx.filter_jit
 def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     """Answer a request."""
     u0, t0, t1, ts, layout, keep = request.u0, request.t0, request.t1, request.ts, request.layout, request.keep
-    parts, control = _steps(solver, request.data), Control(solver.error, solver.controller, solver.loop)
+    parts, control = (
+        _steps(solver, request.data),
+        Control(solver.error, solver.controller, solver.loop, request.progress),
+    )
     if request.data is not None:
         control = eqx.tree_at(lambda c: c.controller, control, inputs.stopping_at(control.controller, request.data.ts))
     resumed = isinstance(u0, AdaptiveState)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from .calibration import AbstractCalibration, Evidence
 from .checks import as_integer
 from .constraints import AbstractConstraint
+from .describe import brief, shape_of_u
 from .errors import rms_norm
 from .factorisations import Layout
 from .gaussians import (
@@ -55,6 +56,9 @@ class State(eqx.Module):
     prior: AbstractPrior | None
     last_move: Float[Array, ""] | None
     data_evidence: Float[Array, ""] | None
+
+    def __repr__(self):
+        return f"State(t={brief(self.t)}, u={shape_of_u(self.layout)}, layout={self.layout!r})"
 
     @property
     def mean(self) -> PyTree:

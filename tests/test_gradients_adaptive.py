@@ -18,7 +18,7 @@ def adaptive_solver(
     constraint=po.TS1, factorisation=po.Dense(), loop=po.BoundedLoop(256), calibration=po.NoCalibration()
 ):
     return po.Solver(
-        po.IWP(3),
+        po.IWP(2),
         constraint(po.ODE(rates_field)),
         factorisation=factorisation,
         calibration=calibration,
@@ -46,10 +46,11 @@ def test_adaptive_equals_frozen_steps(constraint, calibration):
         return solver.solve_grid(x[:2], times, args=x[2:]).mean[-1]
 
     np.testing.assert_allclose(adaptive(x), frozen(x), rtol=1e-12)
-    assert relative(jax.jacrev(adaptive)(x), jax.jacrev(frozen)(x)) < 1e-9
-    assert relative(jax.jacfwd(adaptive)(x), jax.jacrev(frozen)(x)) < 1e-9
+    expected, jacobian = jax.jacrev(frozen)(x), jax.jacfwd(adaptive)(x)
+    assert relative(jax.jacrev(adaptive)(x), expected) < 1e-9
+    assert relative(jacobian, expected) < 1e-9
     if isinstance(calibration, po.NoCalibration):
-        assert relative(jax.jacfwd(adaptive)(x), central_differences(jax.jit(frozen), PARAMETERS, 1e-3)) < 1e-6
+        assert relative(jacobian, central_differences(jax.jit(frozen), PARAMETERS, 1e-3)) < 1e-6
 
 
 def test_loops_agree_and_the_forward_loop_says_what_to_do():
@@ -163,7 +164,8 @@ def test_fields_that_are_modules_and_closures():
 
 def test_second_derivatives():
     def end(rate):
-        solver = po.Solver(po.IWP(3), po.TS1(po.ODE(lambda t, u, args: -args * u)), loop=po.BoundedLoop(64))
+        ode = po.ODE(lambda t, u, args: -args * u)
+        solver = po.Solver(po.IWP(2), po.TS1(ode), loop=po.BoundedLoop(64))
         return solver.solve(jnp.array([1.0]), 0.0, 1.0, args=rate).mean[-1, 0]
 
     expected = np.exp(-0.8)

@@ -81,7 +81,7 @@ def test_derivatives(likelihood):
     @jax.jit
     def evidence(x):
         parts = {"calibration": po.NoCalibration(), "controller": controller, "loop": po.BoundedLoop(16)}
-        made = po.Solver(po.IWP(2, output_scale=x[7]), po.TS1(po.ODE(pair)), **parts)
+        made = po.Solver(po.IWP(1, output_scale=x[7]), po.TS1(po.ODE(pair)), **parts)
         data = po.Observations(TS, SEEN_PREY, x[6], observe=prey)
         return likelihood(made, x[4:6], 0.0, 2.0, data, args=x[:4])
 
@@ -106,7 +106,7 @@ def test_adaptive_likelihoods_agree_with_the_solution(likelihood):
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda f: f.__name__)
 def test_bad_parameters_are_improbable_and_have_finite_gradients(likelihood):
-    made = po.Solver(po.IWP(2), po.TS1(po.ODE(lambda t, u, args: args * u**2)), loop=po.BoundedLoop(64))
+    made = po.Solver(po.IWP(1), po.TS1(po.ODE(lambda t, u, args: args * u**2)), loop=po.BoundedLoop(64))
     data = po.Observations([0.5, 1.0], np.ones((2, 1)), 0.1)
 
     def evidence(rate):

@@ -1,9 +1,12 @@
 """The README's code runs, and its commands are those of the continuous integration."""
 
+import os
 import pathlib
 import re
 import subprocess
 import sys
+
+import pytest
 
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -14,10 +17,18 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def run(command, **settings):
+    """What a script prints; compiled quickly and drawn nowhere."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "MPLBACKEND": "agg"} | settings
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_tour_runs():
     assert len(blocks("python")) >= 6
-    script = "\n".join(blocks("python"))
-    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, cwd=ROOT)
+    run(["-W", "error", "-c", "\n".join(blocks("python"))])
 
 
 def test_there_are_two_commands_and_ci_runs_the_second():
@@ -26,16 +37,25 @@ def test_there_are_two_commands_and_ci_runs_the_second():
     assert test.strip().split("&& ")[-1] in (ROOT / ".ci" / "run").read_text()
 
 
-def test_examples_run(tmp_path):
+def test_the_main_job(tmp_path):
     picture = tmp_path / "picture.png"
-    quickstart = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(picture)]
-    table = subprocess.run(quickstart, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    table = run(["examples/quickstart.py", str(picture)])
     assert len(re.findall(r"\+-", table)) == 14
     assert picture.stat().st_size > 10_000
-    reverse_mode = [sys.executable, str(ROOT / "examples" / "reverse_mode.py")]
-    out = subprocess.run(reverse_mode, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def test_reverse_mode():
+    out = run(["examples/reverse_mode.py"])
     assert "BoundedLoop" in out
     value = float(re.search(r"bounded loop: ([\d.]+)", out)[1])
     gradient = [float(x) for x in re.search(r"mean of \(u, u'\): ([\d.]+), ([\d.]+)", out).groups()]
     assert abs(value - 0.023921324) < 1e-5
     assert abs(gradient[0] - 0.4402384) < 1e-5 and abs(gradient[1] - 0.02346068) < 1e-5
+
+
+OTHERS = sorted(p.name for p in (ROOT / "examples").glob("*.py") if p.stem not in ("quickstart", "reverse_mode"))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_examples_run_at_small_size(name):
+    assert run([f"examples/{name}"], PROBODE_SMALL="1")

@@ -1,0 +1,100 @@
+# %% [markdown]
+# # Parameters from a bad start, and diffusion tempering
+#
+# Fitting an oscillation is hard: with a frequency that is off by a few periods every small change makes things worse,
+# and an optimiser stays where it is. A probabilistic solver has a remedy. With a large output scale the solution may
+# follow the data instead of the equation, and the likelihood is smooth; the scale then comes down stage by stage, and
+# every stage starts where the last one ended (Beck et al. 2024, "Diffusion tempering").
+#
+# Needs `pip install 'probode[learn]'` (optax).
+
+# %%
+import os
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import probode
+
+
+jax.config.update("jax_enable_x64", True)
+SMALL = "PROBODE_SMALL" in os.environ
+
+# %% [markdown]
+# A predator-prey model with two unknown rates, ten periods of noisy data, and starts that are anything but close.
+
+
+# %%
+def lotka_volterra(t, u, args):
+    prey, predators = u
+    return jnp.stack([args[0] * prey - prey * predators, -args[1] * predators + prey * predators])
+
+
+true, u0, t1, noise = jnp.array([1.5, 3.0]), jnp.array([1.0, 1.0]), 20.0, 0.1
+ts = np.linspace(0.0, t1, 41)[1:]
+exact = probode.solve_ivp(lotka_volterra, (0.0, t1), u0, t_eval=ts, args=true, rtol=1e-8, atol=1e-10)
+values = np.asarray(exact.mean) + noise * np.random.default_rng(1).normal(size=(40, 2))
+data = probode.Observations(ts, values, noise)
+starts = jnp.log(jnp.array([[0.5, 4.5], [4.0, 1.0], [3.0, 3.0], [0.3, 0.7]]))
+if SMALL:
+    starts = starts[:1]
+
+# %% [markdown]
+# Steps of fixed length: a tolerance would mean something else at every output scale. `Observations` and the solver are
+# PyTrees, so one compiled function serves all stages.
+
+# %%
+solver = probode.Solver(
+    probode.IWP(3),
+    probode.TS1(probode.ODE(lotka_volterra)),
+    calibration=probode.NoCalibration(),
+    controller=probode.IntegralController(1e3, 1e3, dt_max=0.05),
+    loop=probode.BoundedLoop(max_steps=512),
+)
+optimiser = optax.lbfgs(memory_size=10)
+
+
+@eqx.filter_jit
+def descend(starts, solver, iterations):
+    def improbability(x):
+        return -probode.fenrir_log_likelihood(solver, u0, 0.0, t1, data, args=jnp.exp(x))
+
+    def step(carry, _):
+        x, memory = carry
+        value, gradient = optax.value_and_grad_from_state(improbability)(x, state=memory)
+        move, memory = optimiser.update(gradient, memory, x, value=value, grad=gradient, value_fn=improbability)
+        return (jnp.where(jnp.isfinite(x + move).all(), x + move, x), memory), value
+
+    def one(x):
+        (x, _), values = jax.lax.scan(step, (x, optimiser.init(x)), None, length=iterations)
+        return x, values[-1]
+
+    return jax.vmap(one)(starts)
+
+
+stages = 2 if SMALL else 11
+direct, _ = descend(starts, solver, 2 if SMALL else 60)
+path = [starts]
+for stage in probode.DiffusionTempering(largest=1e10, stages=stages).solvers(solver):
+    found, _ = descend(path[-1], stage, 2 if SMALL else 12)
+    path.append(found)
+
+print("start            direct           tempered         (true: 1.5, 3.0)")
+for rows in zip(starts, direct, path[-1], strict=True):
+    print("".join(f"{float(a):8.3g}{float(b):8.3g} " for a, b in np.exp(np.asarray(rows))))
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+for i in range(len(starts)):
+    points = np.exp(np.array([x[i] for x in path]))
+    axes.loglog(*points.T, "C0.-", linewidth=1, label="tempered" if i == 0 else None)
+    axes.loglog(*np.exp(np.array([starts[i], direct[i]])).T, "C3.--", linewidth=1, label="direct" if i == 0 else None)
+    axes.loglog(*points[0], "ko", markersize=5)
+axes.loglog(*true, "k*", markersize=14)
+axes.set(xlabel="birth", ylabel="death", title="from four starts (circles) to the truth (star)")
+axes.legend(frameon=False)
+plt.show()

@@ -1,0 +1,111 @@
+# %% [markdown]
+# # Learning a differential-algebraic equation
+#
+# A diode clipper, from the inside of a guitar pedal: a capacitor is charged through a resistor and discharged by a
+# diode, whose current follows from its voltage by an algebraic equation. We measure the voltage, with noise, and want
+# the resistance and the diode's saturation current, which spans orders of magnitude.
+#
+# Needs `pip install 'probode[learn]'` (optax).
+
+# %%
+import os
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import probode
+
+
+jax.config.update("jax_enable_x64", True)
+SMALL = "PROBODE_SMALL" in os.environ
+
+# %% [markdown]
+# Two unknowns, the voltage and the current through the diode; two equations, of which only one has a derivative. They
+# are written down as they are: `Residual` finds a consistent start and conditions on both in every step.
+
+
+# %%
+def clipper(t, u, du, args):
+    source = 2.0 * jnp.sin(t)
+    current = (source - u["voltage"]) / args["resistance"]
+    return {
+        "node": du["voltage"] - (current - u["current"]),
+        "diode": u["current"] - args["saturation"] * (jnp.exp(u["voltage"] / 0.1) - 1),
+    }
+
+
+true = {"resistance": jnp.array(0.8), "saturation": jnp.array(1e-3)}
+u0, t1, noise = {"voltage": 0.0, "current": 0.0}, 8.0, 0.03
+solver = probode.Solver(
+    probode.IWP(2),
+    probode.TS1(probode.Residual(clipper)),
+    controller=probode.IntegralController(1e-3, 1e-4),
+    loop=probode.BoundedLoop(max_steps=256),
+)
+ts = np.linspace(0.0, t1, 41)[1:]
+exact = solver.solve(u0, 0.0, t1, args=true, save_at=ts)
+values = np.asarray(exact.mean["voltage"]) + noise * np.random.default_rng(0).normal(size=40)
+data = probode.Observations(ts, values, noise, observe=lambda t, u, args: u["voltage"])
+print(f"{int(exact.stats['num_accepted_steps'])} steps")
+
+# %% [markdown]
+# The logarithms of both parameters by gradient descent (Adam), from a start that is off by factors of four and thirty.
+# Only the filter is needed.
+
+
+# %%
+def improbability(x):
+    return -probode.filtering_log_likelihood(solver, u0, 0.0, t1, data, args=jax.tree.map(jnp.exp, x)) / ts.size
+
+
+x = {"resistance": jnp.log(0.2), "saturation": jnp.log(3e-2)}
+iterations = 5 if SMALL else 150
+optimiser = optax.adam(optax.cosine_decay_schedule(0.3, iterations))
+memory = optimiser.init(x)
+
+
+@jax.jit
+def improve(x, memory):
+    value, gradient = jax.value_and_grad(improbability)(x)
+    move, memory = optimiser.update(gradient, memory)
+    return optax.apply_updates(x, move), memory, value
+
+
+for i in range(iterations):
+    x, memory, value = improve(x, memory)
+    if i % 25 == 0:
+        args = jax.tree.map(lambda a: float(jnp.exp(a)), x)
+        print(f"{i:3d} {-float(value):12.3f}  resistance {args['resistance']:.3f}, saturation {args['saturation']:.2e}")
+
+# %% [markdown]
+# How sure is that? What the data tell about the parameters is the square of how they move the voltage (Fisher's
+# information): a derivative in two directions, by forward mode.
+
+
+# %%
+def voltages(logs):
+    args = {"resistance": jnp.exp(logs[0]), "saturation": jnp.exp(logs[1])}
+    return solver.solve(u0, 0.0, t1, args=args, save_at=ts).mean["voltage"]
+
+
+moves = np.asarray(jax.jacfwd(voltages)(jnp.stack([x["resistance"], x["saturation"]]))) / noise
+deviations = np.sqrt(np.diag(np.linalg.inv(moves.T @ moves)))
+for name, deviation in zip(x, deviations, strict=True):
+    print(f"{name}: {float(jnp.exp(x[name])):.4g} within {100 * deviation:.0f} %, true {float(true[name]):.4g}")
+
+# %%
+times = np.linspace(0.0, t1, 200)
+fitted = solver.solve(u0, 0.0, t1, args=jax.tree.map(jnp.exp, x), save_at=times)
+figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
+above.plot(ts, values, "k.", label="measured")
+above.plot(times, fitted.mean["voltage"], label="fitted")
+above.plot(times, 2 * np.sin(times), "0.7", linewidth=1, label="source")
+above.set(ylabel="voltage")
+above.legend(frameon=False)
+below.plot(times, fitted.mean["current"], "C1")
+below.plot(ts, exact.mean["current"], "k.", markersize=3)
+below.set(xlabel="time", ylabel="current, not measured")
+plt.show()

@@ -1,0 +1,118 @@
+"""What objects look like in a terminal and in a notebook: short, with shapes instead of arrays."""
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def brief(x: Any) -> str:
+    """In one line: a module with the fields that say something, a number as it is, an array by dtype and shape."""
+    if isinstance(x, eqx.Module):
+        fields = {f.name: getattr(x, f.name, None) for f in dataclasses.fields(x) if not _is_default(x, f)}
+        return f"{type(x).__name__}({', '.join(f'{name}={brief(value)}' for name, value in fields.items())})"
+    if eqx.is_array(x) or isinstance(x, (np.ndarray, np.generic)):
+        if jnp.ndim(x) == 0 and not isinstance(x, Tracer) and jnp.issubdtype(x.dtype, jnp.number):
+            return f"{np.asarray(x).item():.6g}"
+        return eqx.tree_pformat(x)
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{key!r}: {brief(v)}" for key, v in x.items()) + "}"
+    if isinstance(x, (tuple, list)):
+        inner = ", ".join(brief(v) for v in x) + ("," if isinstance(x, tuple) and len(x) == 1 else "")
+        return f"({inner})" if isinstance(x, tuple) else f"[{inner}]"
+    if callable(x):
+        return getattr(x, "__name__", type(x).__name__)
+    return repr(x)
+
+
+def shape_of_u(layout: Any) -> str:
+    """The structure of a state, with dtype and shapes."""
+    return " ".join(eqx.tree_pformat(layout.example, struct_as_array=True).split())
+
+
+def parts(solver: Any) -> list[tuple[str, str]]:
+    """The parts of a solver, one line each."""
+    return [(f.name, brief(getattr(solver, f.name))) for f in dataclasses.fields(solver)]
+
+
+def facts(solution: Any, results: Any) -> list[tuple[str, str]]:
+    """What a user wants to know of a solution (or of a batch) first: names and words. ``results``: the enumeration."""
+    layout, stats = solution.layout, solution.stats
+    rows = []
+    if not is_known(solution):
+        return [("u", shape_of_u(layout)), ("times", eqx.tree_pformat(solution.t))]
+    successful = np.asarray(solution.result == results.successful)
+    if successful.ndim == 0:
+        rows.append(("result", "successful" if successful else results[solution.result].partition(". ")[0]))
+    else:
+        rows.append(("result", f"{successful.size} solves, of which {int(np.sum(successful))} successful"))
+    t = np.asarray(solution.t)
+    reached = np.asarray(solution.state.current.t)
+    rows.append(("time", f"solved to {_range(reached)}; {t.shape[-1]} saved, from {_range(t[..., 0])}"))
+    rows.append(
+        (
+            "steps",
+            f"{_range(stats['num_accepted_steps'])} accepted, {_range(stats['num_rejected_steps'])} rejected, "
+            f"at most {_range(stats['max_steps'])}",
+        )
+    )
+    path = solution.trajectory
+    kind = "filtered" if path is None or path.smoothed is None else "smoothed"
+    dense = path is not None and path.dense
+    rows.append(("posterior", f"{kind}, {'at any time of the interval' if dense else 'at the times saved'}"))
+    derivatives = f"with {layout.num_derivatives} derivatives, {type(layout.factorisation).__name__}()"
+    rows.append(("u", f"{shape_of_u(layout)} {derivatives}"))
+    rows.append(("output scale", _range(solution.output_scale)))
+    if solution.layout.factorisation.own_algebra is False:
+        rows.append(("log likelihood", _range(solution.log_likelihood)))
+    if solution.data_log_likelihood is not None:
+        rows.append(("log likelihood of the data", _range(solution.data_log_likelihood)))
+    rows.append(("standard deviation of u", f"at most {_largest(solution.std):.3g}"))
+    return rows
+
+
+def is_known(tree: Any) -> bool:
+    """Whether all numbers are there, outside of a trace."""
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def as_text(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and words in two columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {words}" for name, words in rows)
+
+
+def as_html(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """The same as a table for a notebook."""
+    cell = "<td style='text-align:left'>{}</td>"
+    body = "".join(f"<tr>{cell.format(html.escape(a))}{cell.format(html.escape(b))}</tr>" for a, b in rows)
+    return f"<table><thead><tr><th colspan='2' style='text-align:left'>{title}</th></tr></thead>{body}</table>"
+
+
+def _is_default(part, field):
+    value = getattr(part, field.name, None)
+    if value is None or not field.repr:
+        return True
+    return not eqx.is_array(value) and type(value) is type(field.default) and bool(value == field.default)
+
+
+def _range(x):
+    x = np.asarray(x)
+    known = x[np.isfinite(x)]
+    if known.size == 0:
+        return "unknown"
+    low, high = known.min(), known.max()
+    return f"{low:.6g}" if low == high else f"{low:.6g} .. {high:.6g}"
+
+
+def _largest(tree):
+    leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]
+    everything = np.concatenate(leaves)
+    known = everything[np.isfinite(everything)]
+    return known.max() if known.size else np.nan
