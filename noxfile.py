@@ -1,7 +1,11 @@
 """Sessions: ``nox -s lint tests tests_nohook tests_float32 examples benchmarks``."""
 
+import pathlib
+
 import nox
 
+
+EXAMPLES = sorted(pathlib.Path("examples").glob("*.py"))
 
 nox.options.sessions = ["lint", "tests", "tests_nohook", "tests_float32", "examples"]
 nox.options.reuse_existing_virtualenvs = True
@@ -41,8 +45,18 @@ def tests_float32(session):
 def examples(session):
     """Every example runs."""
     session.install("-e", ".[examples]")
-    for name in ("quickstart", "reverse_mode", "epidemic"):
-        session.run("python", f"examples/{name}.py")
+    for script in EXAMPLES:
+        session.run("python", str(script), env={"MPLBACKEND": "agg"})
+
+
+@nox.session
+def notebooks(session):
+    """Every example as a notebook, executed in a Jupyter kernel; the results are in the session's directory."""
+    session.install("-e", ".[notebooks]")
+    for script in EXAMPLES:
+        notebook = pathlib.Path(session.create_tmp()) / f"{script.stem}.ipynb"
+        session.run("jupytext", "--to", "ipynb", "-o", str(notebook), str(script))
+        session.run("jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(notebook))
 
 
 @nox.session

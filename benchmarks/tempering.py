@@ -72,8 +72,8 @@ def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, C
     accurate = probode.Solver(
         probode.IWP(6),
         probode.TS1(ode),
-        controller=probode.IntegralController(1e-6, 1e-8),
-        loop=probode.BoundedLoop(1024),
+        controller=probode.IntegralController(1e-5, 1e-6),
+        loop=probode.BoundedLoop(256),
     )
     values = np.asarray(accurate.solve(u0, 0.0, t1, args=jnp.asarray(true), save_at=ts).mean)
     values = values + NOISE * rng.normal(size=values.shape)

@@ -76,12 +76,14 @@ def descend(starts, solver, iterations):
     return jax.vmap(one)(starts)
 
 
-stages = 2 if SMALL else 11
-direct, _ = descend(starts, solver, 2 if SMALL else 60)
+few, many = (2, 2) if SMALL else (8, 60)
+direct, _ = descend(starts, solver, many)
 path = [starts]
-for stage in probode.DiffusionTempering(largest=1e10, stages=stages).solvers(solver):
-    found, _ = descend(path[-1], stage, 2 if SMALL else 12)
+for stage in probode.DiffusionTempering(stages=2 if SMALL else 21).solvers(solver):
+    found, _ = descend(path[-1], stage, few)
     path.append(found)
+found, _ = descend(path[-1], stage, many)
+path.append(found)
 
 print("start            direct           tempered         (true: 1.5, 3.0)")
 for rows in zip(starts, direct, path[-1], strict=True):

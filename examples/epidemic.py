@@ -6,15 +6,14 @@
 # people the solver finds the course of the epidemic *and* the rate, in one go, with an uncertainty for both.
 # (After Schmidt, Kraemer & Hennig 2021, "A probabilistic state space model for joint inference from differential
 # equations and data".)
-#
-# Run from anywhere: `python examples/epidemic.py [picture.png [days]]`.
 
 # %%
 import math
-import sys
+import os
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 
 import probode
@@ -22,7 +21,8 @@ import probode
 
 jax.config.update("jax_enable_x64", True)
 
-DAYS = 100
+SMALL = "PROBODE_SMALL" in os.environ
+DAYS = 40 if SMALL else 100
 RECOVERY = 0.2
 NOISE = 0.002
 
@@ -95,22 +95,19 @@ def infer(days, counts, iterations):
     return probode.solve_grid_iterated(solver, start, grid, data=data, max_iterations=iterations, tolerance=1e-3)
 
 
-def main(picture="epidemic.png", days=DAYS, iterations=64):
-    days = np.arange(1.0, int(days) + 1)
-    infected, counts = simulate(days)
-    solution = infer(days, counts, iterations)
-    rate, spread = solution.mean["log rate"], solution.std["log rate"]
-    error = (rate - jnp.log(true_rate(solution.t))) / spread
-    print("  day   infected  contact rate (two standard deviations)   true")
-    for i in range(0, solution.t.size, max(1, solution.t.size // 10)):
-        low, high = jnp.exp(rate[i] - 2 * spread[i]), jnp.exp(rate[i] + 2 * spread[i])
-        print(
-            f"{solution.t[i]:5.0f}{solution.mean['infected'][i]:11.3f}"
-            f"        {jnp.exp(rate[i]):.3f} ({low:.3f} .. {high:.3f}){true_rate(solution.t[i]):22.3f}"
-        )
-    print(f"the truth lies within two standard deviations on {jnp.mean(abs(error) < 2):.0%} of the days")
-    draw(picture, solution, days, counts, infected)
-
+days = np.arange(1.0, DAYS + 1)
+infected, counts = simulate(days)
+solution = infer(days, counts, iterations=64)
+rate, spread = solution.mean["log rate"], solution.std["log rate"]
+error = (rate - jnp.log(true_rate(solution.t))) / spread
+print("  day   infected  contact rate (two standard deviations)   true")
+for i in range(0, solution.t.size, max(1, solution.t.size // 10)):
+    low, high = jnp.exp(rate[i] - 2 * spread[i]), jnp.exp(rate[i] + 2 * spread[i])
+    print(
+        f"{solution.t[i]:5.0f}{solution.mean['infected'][i]:11.3f}"
+        f"        {jnp.exp(rate[i]):.3f} ({low:.3f} .. {high:.3f}){true_rate(solution.t[i]):22.3f}"
+    )
+print(f"the truth lies within two standard deviations on {jnp.mean(abs(error) < 2):.0%} of the days")
 
 # %% [markdown]
 # The picture: what was counted and what the solver makes of it; and the rate, which nobody has seen. Where few people
@@ -118,32 +115,19 @@ def main(picture="epidemic.png", days=DAYS, iterations=64):
 
 
 # %%
-def draw(picture, solution, days, counts, infected):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, constrained_layout=True)
-    above.plot(days, counts, ".", color="0.5", markersize=4, label="counted")
-    above.plot(days, infected, color="black", linewidth=1, label="true")
-    mean, std = solution.mean["infected"], solution.std["infected"]
-    above.plot(solution.t, mean, color="C0", label="inferred")
-    above.fill_between(solution.t, mean - 2 * std, mean + 2 * std, color="C0", alpha=0.3, linewidth=0)
-    above.set_ylabel("fraction infected")
-    above.legend(frameon=False)
-    rate, spread = solution.mean["log rate"], solution.std["log rate"]
-    below.plot(solution.t, true_rate(solution.t), color="black", linewidth=1)
-    below.plot(solution.t, jnp.exp(rate), color="C3")
-    below.fill_between(
-        solution.t, jnp.exp(rate - 2 * spread), jnp.exp(rate + 2 * spread), color="C3", alpha=0.25, linewidth=0
-    )
-    below.set_ylabel("contacts per day")
-    below.set_xlabel("day")
-    below.set_ylim(0, 1)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+above.plot(days, counts, ".", color="0.5", markersize=4, label="counted")
+above.plot(days, infected, color="black", linewidth=1, label="true")
+mean, std = solution.mean["infected"], solution.std["infected"]
+above.plot(solution.t, mean, color="C0", label="inferred")
+above.fill_between(solution.t, mean - 2 * std, mean + 2 * std, color="C0", alpha=0.3, linewidth=0)
+above.set_ylabel("fraction infected")
+above.legend(frameon=False)
+below.plot(solution.t, true_rate(solution.t), color="black", linewidth=1)
+below.plot(solution.t, jnp.exp(rate), color="C3")
+low, high = jnp.exp(rate - 2 * spread), jnp.exp(rate + 2 * spread)
+below.fill_between(solution.t, low, high, color="C3", alpha=0.25, linewidth=0)
+below.set_ylabel("contacts per day")
+below.set_xlabel("day")
+below.set_ylim(0, 1)
+plt.show()

@@ -1,25 +1,40 @@
-"""Solve a predator-prey model with uncertainty: print a table, save a picture.
+# %% [markdown]
+# # Quickstart: a predator-prey model with uncertainty
+#
+# Solve an equation, print what is known and how well, save a picture.
+#
+# Run from anywhere: `python examples/quickstart.py [picture.png]`.
 
-Run from anywhere: ``python examples/quickstart.py [picture.png]``.
-"""
-
+# %%
 import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 
 import probode
 
 
 jax.config.update("jax_enable_x64", True)
+picture = next((word for word in sys.argv[1:] if word.endswith(".png")), "lotka_volterra.png")
+
+# %% [markdown]
+# A vector field is a function of time, state and parameters; the state may be any PyTree, here a pair.
 
 
+# %%
 def lotka_volterra(t, u, args):
     prey, predators = u
     birth, hunt, death, feed = args
     return birth * prey - hunt * prey * predators, -death * predators + feed * prey * predators
 
 
+# %% [markdown]
+# A solver is composed of parts: what solutions look like (the prior), the equation and how it is linearised, how long
+# the steps may be. The tolerance is so loose that the uncertainty can be seen; a tight one tells whether it is honest.
+
+
+# %%
 def solve(tolerance, times):
     solver = probode.Solver(
         prior=probode.IWP(2),
@@ -29,44 +44,27 @@ def solve(tolerance, times):
     return solver.solve((20.0, 20.0), 0.0, 30.0, args=(0.5, 0.05, 0.5, 0.05), save_at=times)
 
 
-def main(picture="lotka_volterra.png"):
-    times = jnp.linspace(0.0, 30.0, 301)
-    # A tolerance so loose that the uncertainty can be seen, and a tight one to see whether it is honest.
-    solution, reference = solve(0.2, times), solve(1e-7, times)
+times = jnp.linspace(0.0, 30.0, 301)
+solution, reference = solve(0.2, times), solve(1e-7, times)
 
-    print("    time   prey               predators")
-    (prey, predators), (prey_std, predators_std) = solution.mean, solution.std
-    for i in range(0, 301, 50):
-        print(
-            f"{solution.t[i]:8.1f}   {prey[i]:7.3f} +- {prey_std[i]:6.3f}"
-            f"   {predators[i]:7.3f} +- {predators_std[i]:6.3f}"
-        )
-    stats = solution.stats
-    print(f"{stats['num_accepted_steps']} steps accepted, {stats['num_rejected_steps']} rejected")
-    plot(solution, reference, picture)
-    print(f"picture: {picture}")
+print("    time   prey               predators")
+(prey, predators), (prey_std, predators_std) = solution.mean, solution.std
+for i in range(0, 301, 50):
+    print(
+        f"{solution.t[i]:8.1f}   {prey[i]:7.3f} +- {prey_std[i]:6.3f}   {predators[i]:7.3f} +- {predators_std[i]:6.3f}"
+    )
+print(solution.summary())
 
+# %% [markdown]
+# Above: mean, three standard deviations, and the truth (dotted). Below: the error and what the solver says about it.
 
-def plot(solution, reference, picture):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    rows = zip(("prey", "predators"), solution.mean, solution.std, reference.mean, ("C0", "C3"), strict=True)
-    for label, mean, std, truth, colour in rows:
-        above.plot(solution.t, mean, colour, label=label)
-        above.fill_between(solution.t, mean - 3 * std, mean + 3 * std, color=colour, alpha=0.25, linewidth=0)
-        above.plot(solution.t, truth, "k:", linewidth=1)
-        below.semilogy(solution.t[1:], jnp.abs(mean - truth)[1:], colour, label=f"error, {label}")
-        below.semilogy(solution.t[1:], std[1:], colour, linestyle="--", label=f"standard deviation, {label}")
-    above.set(ylabel="population", title="Lotka-Volterra at a loose tolerance: mean, three standard deviations, truth")
-    below.set(xlabel="time", ylabel="size")
-    above.legend(frameon=False)
-    below.legend(frameon=False, ncols=2)
-    figure.savefig(picture, dpi=150)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+# %%
+figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+solution.plot(above, std=3.0, labels=["prey", "predators"])
+for truth in reference.mean:
+    above.plot(solution.t, truth, "k:", linewidth=1)
+probode.plots.plot_errors(solution, lambda t: reference.mean, below, labels=["prey", "predators"])
+above.set(xlabel="", ylabel="population", title="Lotka-Volterra at a loose tolerance")
+below.set(ylabel="size")
+figure.savefig(picture, dpi=150)
+print(f"picture: {picture}")

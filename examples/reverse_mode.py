@@ -1,8 +1,10 @@
-"""Reverse-mode derivatives through an adaptive solve: the loop decides what can be differentiated.
+# %% [markdown]
+# # Reverse-mode derivatives through an adaptive solve
+#
+# The loop decides what can be differentiated. Here the logistic equation starts from an initial state `(u, u')`, and we
+# want the gradient of `u(1)^2` in that state.
 
-The logistic equation from an initial state ``(u, u')`` of which we want the gradient of ``u(1)^2``.
-"""
-
+# %%
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -29,29 +31,33 @@ def loss(solver, initial):
     return jnp.sum(solver.solve(initial, 0.0, 1.0, dt0=0.1).mean ** 2)
 
 
-def main():
-    u0 = jnp.array([0.1], jnp.float32)
-    initial = solver_with(probode.BoundedLoop()).initialise(u0, 0.0)
+u0 = jnp.array([0.1], jnp.float32)
+initial = solver_with(probode.BoundedLoop()).initialise(u0, 0.0)
 
-    # A plain while loop runs an unknown number of steps and remembers none of them: nothing to go back through.
-    forward_only = solver_with(probode.ForwardLoop())
-    print(f"loss with a forward-only loop: {loss(forward_only, initial):.8f}")
-    try:
-        jax.grad(lambda initial: loss(forward_only, initial))(initial)
-    except RuntimeError as error:
-        print(f"its gradient: {type(error).__name__}: {str(error).splitlines()[0]}")
+# %% [markdown]
+# A plain while loop runs an unknown number of steps and remembers none of them: nothing to go back through.
 
-    # The default loop is bounded: its steps can be retraced.
-    bounded = solver_with(probode.BoundedLoop())
-    value, gradient = eqx.filter_value_and_grad(lambda initial: loss(bounded, initial))(initial)
-    print(f"loss with the bounded loop: {value:.8f}")
-    print("gradient in the initial mean of (u, u'):", ", ".join(f"{float(g[0]):.7f}" for g in gradient.mean))
-    print(f"gradient in the initial factor: {jnp.abs(gradient.factor).max():.1f} at most (the state is exact)")
+# %%
+forward_only = solver_with(probode.ForwardLoop())
+print(f"loss with a forward-only loop: {loss(forward_only, initial):.8f}")
+try:
+    jax.grad(lambda initial: loss(forward_only, initial))(initial)
+except RuntimeError as error:
+    print(f"its gradient: {type(error).__name__}: {str(error).splitlines()[0]}")
 
-    # Any part of the solver can be differentiated too. The mean does not depend on the output scale.
-    in_scale = eqx.filter_grad(loss)(bounded, initial).prior.output_scale
-    print(f"gradient in the output scale: {float(in_scale):.1e}")
+# %% [markdown]
+# The default loop is bounded: its steps can be retraced.
 
+# %%
+bounded = solver_with(probode.BoundedLoop())
+value, gradient = eqx.filter_value_and_grad(lambda initial: loss(bounded, initial))(initial)
+print(f"loss with the bounded loop: {value:.8f}")
+print("gradient in the initial mean of (u, u'):", ", ".join(f"{float(g[0]):.7f}" for g in gradient.mean))
+print(f"gradient in the initial factor: {jnp.abs(gradient.factor).max():.1f} at most (the state is exact)")
 
-if __name__ == "__main__":
-    main()
+# %% [markdown]
+# Any part of the solver can be differentiated too. The mean does not depend on the output scale.
+
+# %%
+in_scale = eqx.filter_grad(loss)(bounded, initial).prior.output_scale
+print(f"gradient in the output scale: {float(in_scale):.1e}")

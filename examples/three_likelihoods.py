@@ -85,8 +85,8 @@ plt.show()
 # %% [markdown]
 # On the left there is a peak at the truth, and a valley on the way to it from a short pendulum; all three agree, since
 # these steps leave little doubt about the solution. On the right hardly anything is asked of the equation: Dalton and
-# filtering have one broad hill, whose top is not the truth. Tempering (see `bad_start.py`) goes from right to left. What
-# each costs:
+# filtering have one broad hill, whose top is not the truth. Tempering (see `bad_start.py`) goes from right to left.
+# What each costs:
 #
 # | | passes over the data | knows the later equations |
 # |---|---|---|

@@ -3,6 +3,8 @@
 from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
+from . import plots as plots
+from . import testing as testing
 from .adaptive import AdaptiveState as AdaptiveState
 from .calibration import AbstractCalibration as AbstractCalibration
 from .calibration import DynamicCalibration as DynamicCalibration

@@ -164,11 +164,18 @@ def plot_residual(solution: Any, problem: Any, ax: Any = None, *, args: PyTree =
     return ax
 
 
-def plot_errors(solution: Any, reference: Callable[[np.ndarray], PyTree], ax: Any = None) -> Any:
+def plot_errors(
+    solution: Any,
+    reference: Callable[[np.ndarray], PyTree],
+    ax: Any = None,
+    *,
+    labels: Sequence[str] | None = None,
+) -> Any:
     """True errors (lines) and standard deviations (dashed) of all components; ``reference(times)`` as for reports."""
     ax = _axes(ax)
     t, truth = np.asarray(solution.t), _columns(reference(np.asarray(solution.t)))
     error, spread, names = abs(_columns(solution.mean) - truth), _columns(solution.std), _names(solution.mean)
+    names = names if labels is None else labels
     for i in _chosen(None, error.shape[1]):
         (line,) = ax.semilogy(t, np.where(error[:, i] > 0, error[:, i], np.nan), label=f"error, {names[i]}")
         positive = np.where(spread[:, i] > 0, spread[:, i], np.nan)

@@ -1,0 +1,30 @@
+"""A kit for people who write their own parts: conformance checks, and hypothesis strategies.
+
+``check_prior(MyPrior(...))`` and its like run the laws that every part of the kind obeys, and raise ``LawBroken``, an
+``AssertionError``, with a message that names the law. They need x64 (``jax.config.update("jax_enable_x64", True)``) and
+nothing else; the strategies need hypothesis. All together take seconds, most of them compilation.
+
+>>> import jax, probode
+>>> jax.config.update("jax_enable_x64", True)
+>>> probode.testing.check_cubature(probode.SphericalCubature())
+"""
+
+from .laws import LawBroken as LawBroken
+from .parts import check_calibration as check_calibration
+from .parts import check_constraint as check_constraint
+from .parts import check_controller as check_controller
+from .parts import check_cubature as check_cubature
+from .parts import check_error as check_error
+from .parts import check_factorisation as check_factorisation
+from .parts import check_initialisation as check_initialisation
+from .parts import check_jacobian as check_jacobian
+from .parts import check_loop as check_loop
+from .parts import check_prior as check_prior
+from .parts import check_strategy as check_strategy
+from .solvers import check_solver as check_solver
+from .strategies import KnownSolution as KnownSolution
+from .strategies import grids as grids
+from .strategies import normals as normals
+from .strategies import priors as priors
+from .strategies import problems as problems
+from .strategies import solvers as solvers

@@ -1,0 +1,97 @@
+"""Laws and how they are stated: numbers that are equal, functions that survive the transformations of JAX."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class LawBroken(AssertionError):
+    """A part does not obey a law of its kind; the message says which one, and what was found."""
+
+
+def require_double() -> None:
+    """Laws are about digits: they are checked in double precision."""
+    if not jax.config.jax_enable_x64:
+        raise RuntimeError('probode.testing needs double precision: jax.config.update("jax_enable_x64", True).')
+
+
+def require_kind(part: Any, kind: type) -> None:
+    """A ``TypeError`` for a part of another kind."""
+    if not isinstance(part, kind):
+        raise TypeError(f"This checks a subclass of {kind.__name__}; got {part!r}.")
+
+
+def hold(condition: Any, law: str, found: str = "") -> None:
+    """Raise unless a condition holds."""
+    if not np.all(np.asarray(condition)):
+        raise LawBroken(f"{law}." + (f" Found: {found}." if found else ""))
+
+
+def equal(got: Any, want: Any, law: str, rtol: float = 1e-9, atol: float = 0.0) -> None:
+    """Raise unless two arrays are equal up to a tolerance relative to the largest entry."""
+    got, want = np.asarray(got), np.asarray(want)
+    hold(got.shape == want.shape, law, f"shape {got.shape} instead of {want.shape}")
+    hold(np.isfinite(got), law, "entries that are not finite")
+    if got.size:
+        off = np.max(np.abs(got - want)) / max(np.max(np.abs(want)), np.finfo(float).tiny)
+        hold(np.max(np.abs(got - want)) <= atol or off <= rtol, law, f"a relative deviation of {off:.1e}")
+
+
+def finite(tree: Any, law: str) -> None:
+    """Raise unless all numbers are finite."""
+    hold(all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)), law)
+
+
+def has_dtype(tree: Any, dtype: Any, law: str) -> None:
+    """Raise unless all floating-point arrays have a dtype."""
+    other = {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)} - {str(jnp.dtype(dtype))}
+    hold(not other, law, ", ".join(sorted(other)))
+
+
+def survives(fn: Callable, part: Any, x: Any, name: str, *, differentiable: bool = True) -> None:
+    """``fn(part, x)``, an array from a part and a number, under ``jit``, ``vmap``, ``jvp`` and ``grad``.
+
+    Jitted it gives the same and is traced once for all values of the part's arrays; a batch is what its members are;
+    derivatives in both modes are those of finite differences.
+    """
+    leaves, tree = jax.tree.flatten(part)
+    law = f"New values do not retrace {name}: numbers are arrays (convert them with jnp.asarray), or static for good"
+    hold(not any(isinstance(leaf, float) for leaf in leaves), law, "a Python float among the fields")
+    traces = 0
+
+    def counted(part, x):
+        nonlocal traces
+        traces += 1
+        return fn(part, x)
+
+    jitted = eqx.filter_jit(counted)
+    plain = fn(part, x)
+    equal(jitted(part, x), plain, f"{name} gives the same under jit as without", rtol=1e-10, atol=1e-300)
+    for factor in (1.0 + 1e-6, 1.0 + 2e-6):
+        moved = jax.tree.map(lambda a, f=factor: a * f if eqx.is_inexact_array(a) else a, part)
+        jitted(moved, x * factor)
+    hold(traces == 1, f"New values do not retrace {name}: numbers are arrays, not static fields", f"{traces} traces")
+    hold(jax.tree.structure(jax.tree.unflatten(tree, leaves)) == tree, f"{name}: the part is a PyTree")
+    xs = x * jnp.array([1.0, 1.1, 0.9])
+    lanes = jax.vmap(lambda x: fn(part, x))(xs)
+    alone = jnp.stack([jitted(part, x) for x in xs])
+    equal(lanes, alone, f"A batch of {name} under vmap is what its members are alone", rtol=1e-8, atol=1e-12)
+    if differentiable:
+        step = 1e-4 * x
+        values = [np.asarray(jitted(part, x + k * step)) for k in (-2, -1, 1, 2)]
+        expected = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * step)
+        forward = jax.jit(jax.jacfwd(lambda x: fn(part, x)))(x)
+        scale = max(1.0, float(np.max(np.abs(plain))) / float(abs(x)))
+        law = f"The derivative of {name} is that of finite differences"
+        equal(forward, expected, f"{law}, in forward mode", rtol=1e-5, atol=1e-6 * scale)
+        reverse = jax.jit(jax.jacrev(lambda x: fn(part, x)))(x)
+        equal(reverse, forward, f"{law}, in reverse mode", rtol=1e-7, atol=1e-9 * scale)
+
+
+def in_single(part: Any) -> Any:
+    """A part, or a state, with its arrays in single precision."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if eqx.is_inexact_array_like(x) else x, part)

@@ -1,0 +1,498 @@
+"""Conformance checks of single parts, one function for every abstract class."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..calibration import AbstractCalibration, NoCalibration
+from ..constraints import TS0, TS1, AbstractConstraint
+from ..controllers import AbstractController
+from ..cubature import AbstractCubature
+from ..errors import AbstractErrorEstimate
+from ..factorisations import AbstractFactorisation, BlockDiagonal, Dense, Isotropic, layout_of
+from ..gaussians import Normal, innovate, push
+from ..initialisation import AbstractInitialisation, TaylorMode
+from ..jacobians import AbstractJacobian
+from ..loops import AbstractLoop
+from ..priors import IWP, AbstractPrior
+from ..problems import ODE, Residual
+from ..solver import Solver
+from ..strategies import AbstractStrategy, Filter, FixedIntervalSmoother
+from .laws import equal, finite, has_dtype, hold, in_single, require_double, require_kind, survives
+
+
+_GRID = np.linspace(0.0, 1.0, 9)
+_U0 = jnp.array([1.0, 0.6])
+
+
+def _field(t, u, args):
+    """Nonlinear, depends on time; components do not depend on each other."""
+    return -u * (1 + 0.5 * jnp.sin(3 * t)) + 0.1 * u**2
+
+
+def check_prior(prior: AbstractPrior, *, u0: Any = None) -> None:
+    """The laws of a Gauss-Markov process: composition of transitions, derivatives that are derivatives, dtypes.
+
+    Checked in all factorisations that take the prior's parameters. ``u0``: a state like those that it is for, two
+    components by default. Raises ``LawBroken``; ``TypeError`` for another kind of part or a prior that needs an
+    equation in every step.
+    """
+    require_double()
+    require_kind(prior, AbstractPrior)
+    if prior.differs_by_step:
+        raise TypeError(f"{type(prior).__name__} takes its parameters from the equation: check the solver instead.")
+    example, refused, done = _U0 if u0 is None else u0, [], 0
+    for factorisation in (Dense(), BlockDiagonal(), Isotropic()):
+        layout = layout_of(example, prior.num_derivatives, factorisation)
+        try:
+            prior.transition(jnp.asarray(0.1), layout)
+        except ValueError as error:
+            refused.append(error)
+            continue
+        done += 1
+        _check_transitions(prior, layout)
+    hold(done, "A prior has transitions in some factorisation", str(refused[:1]))
+    single = layout_of(in_single(example), prior.num_derivatives, Dense())
+    transition = in_single(prior).transition(jnp.asarray(0.1, jnp.float32), single)
+    has_dtype(transition, jnp.float32, "A transition has the dtype of the state")
+    dense = layout_of(example, prior.num_derivatives, Dense())
+
+    def everything(prior, dt):
+        a, q = _moments(prior.transition(dt, dense), dense)
+        return jnp.concatenate([a.ravel(), q.ravel()])
+
+    survives(everything, prior, jnp.asarray(0.3), "a transition, as a function of the step,")
+
+
+def _moments(transition, layout):
+    """Matrix and covariance, for all components of the first batch element."""
+    matrix, noise = transition.matrix, transition.noise * transition.magnitude
+    while matrix.ndim > 2:
+        matrix, noise = matrix[0], noise[0]
+    size = noise.shape[-1] // matrix.shape[-1]
+    return jnp.kron(matrix, jnp.eye(size)), noise.T @ noise
+
+
+def _check_transitions(prior, layout):
+    name = f"{type(prior).__name__} under {type(layout.factorisation).__name__}()"
+    at = jax.jit(lambda dt: _moments(prior.transition(dt, layout), layout))
+    n = prior.num_derivatives + 1
+    dim = at(0.1)[0].shape[0]
+    hold(dim == n * (layout.size if layout.couples else 1), f"{name}: a transition has a row for every derivative")
+    equal(at(0.0)[0], np.eye(dim), f"{name}: a step of length zero stays where it is", atol=1e-14)
+    # D A^-1, with u^(i) in units of h^(-i): entries of size one
+    for one, two in ((0.1, 0.2), (0.02, 1.0), (1e-3, 1e-3)):
+        units = np.repeat((one + two) ** np.arange(n), dim // n)
+        (a1, q1), (a2, q2), (a, q) = at(one), at(two), at(one + two)
+        law = f"{name}: a step is the same as two halves of it (Chapman-Kolmogorov)"
+        equal(units[:, None] * (a2 @ a1) / units, units[:, None] * a / units, f"{law}, its matrix", 1e-10)
+        parts = a2 @ q1 @ a2.T + q2
+        equal(units[:, None] * parts * units, units[:, None] * q * units, f"{law}, its covariance", 1e-9)
+    equal(at(-0.3)[0] @ at(0.3)[0], np.eye(dim), f"{name}: a step back undoes a step", 1e-9)
+    rate = jax.jacfwd(lambda dt: at(dt)[0])(0.0)
+    d = dim // n
+    law = f"{name}: the derivative of u^(i) is u^(i+1)"
+    equal(rate[: dim - d], np.eye(dim)[d:], law, 1e-12)
+    noise = prior.transition(jnp.asarray(0.3), layout).noise
+    equal(jnp.triu(noise), noise, f"{name}: the square root of the noise is upper triangular", atol=0.0)
+    pivots = np.abs(np.diagonal(noise, axis1=-2, axis2=-1))
+    hold(pivots > 0, f"{name}: noise reaches every derivative")
+
+
+def check_factorisation(factorisation: AbstractFactorisation, *, d: int = 4) -> None:
+    """The laws of a layout of ``d`` components: nothing is lost, every component moves alike, equal to ``Dense`` where
+    nothing is neglected. Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(factorisation, AbstractFactorisation)
+    name, rng = type(factorisation).__name__, np.random.default_rng(0)
+    n = 3
+    layout, dense = (layout_of(jnp.zeros(d), n - 1, f) for f in (factorisation, Dense()))
+    stack = jnp.asarray(rng.normal(size=(n, d)))
+    equal(layout.unpack(layout.pack(stack)), stack, f"{name}: unpack is the inverse of pack", 1e-15)
+    batch = layout.batch_shape
+    hold(layout.pack(stack).shape[: len(batch)] == batch, f"{name}: the leading axes of a mean are batch_shape")
+    matrix, root = rng.normal(size=(n, n)), np.triu(rng.normal(size=(n, n)))
+    factor = layout.lift(jnp.asarray(root), 2.0)
+    hold(factor.shape[: len(batch)] == batch, f"{name}: the leading axes of a factor are batch_shape")
+    moved = push(Normal(layout.pack(stack), factor), layout.broadcast(jnp.asarray(matrix)))
+    law = f"{name}: every component is moved by the matrix over the derivatives"
+    equal(layout.unpack(moved.mean), matrix @ stack, law, 1e-12)
+    law = f"{name}: lift gives every component the covariance root^T root, times the scale squared"
+    equal(layout.std(factor), dense.std(dense.lift(jnp.asarray(root), 2.0)), law, 1e-12)
+    whole = push(Normal(dense.pack(stack), dense.lift(jnp.asarray(root), 2.0)), jnp.asarray(matrix))
+    equal(layout.std(moved.factor), dense.std(whole.factor), law)
+    slope = layout.project(0.7 * jnp.eye(d))
+    equal(slope, 0.7 * layout.identity(), f"{name}: a Jacobian that is a multiple of the identity is kept", 1e-13)
+    jacobian = jnp.asarray(rng.normal(size=(d, d)))
+    law = f"{name}: project is linear"
+    equal(layout.project(2 * jacobian - jnp.eye(d)), 2 * layout.project(jacobian) - layout.identity(), law, 1e-12)
+    u0 = jnp.linspace(0.5, 1.5, d)
+    parts = {"calibration": NoCalibration(), "strategy": FixedIntervalSmoother()}
+    solve = lambda f, u0=u0: Solver(  # noqa: E731
+        IWP(2), TS1(ODE(lambda t, u, args: -0.7 * u)), factorisation=f, **parts
+    ).solve_grid(u0, _GRID)
+    own, whole = solve(factorisation), solve(Dense())
+    law = f"{name}: where components do not depend on each other it gives what Dense() gives"
+    equal(own.mean, whole.mean, f"{law}, in the mean", 1e-10)
+    equal(own.std, whole.std, f"{law}, in the standard deviation", 1e-8)
+    has_dtype(solve(factorisation, u0.astype(jnp.float32)).marginals, jnp.float32, f"{name} keeps single precision")
+    survives(lambda f, x: solve(f, u0 * x).mean[-1], factorisation, jnp.asarray(1.3), "a solve under it")
+
+
+def check_constraint(
+    constraint: AbstractConstraint,
+    u0: Any,
+    *,
+    t: float = 0.3,
+    args: Any = None,
+    factorisation: Any = Dense(),
+    first_order: bool = False,
+) -> None:
+    """The laws of an information operator: where nothing is uncertain its residual is that of the equation, at the time
+    that it is given; it promises no identity that is not there; solutions converge.
+
+    ``constraint``: about an ``ODE`` or ``Residual`` for states like ``u0`` (a tuple of derivatives for higher orders).
+    ``first_order``: whether the matrix must be the derivative of the residual.
+    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(constraint, AbstractConstraint)
+    name, problem = type(constraint).__name__, constraint.problem
+    nu = constraint.order + 1
+    prior = IWP(nu)
+    u0 = u0 if problem.num_initial_values > 1 else (u0,)
+    layout = layout_of(jax.tree.map(lambda x: jnp.asarray(x, float), u0[0]), nu, factorisation)
+    rng = np.random.default_rng(0)
+    known = jnp.stack([layout.ravel(u) for u in u0])
+    stack = jnp.concatenate([known, 0.3 * jnp.asarray(rng.normal(size=(nu + 1 - known.shape[0], layout.size)))])
+
+    def linearise(constraint, t, stack=stack):
+        mean = layout.pack(stack)
+        transition = prior.transition(jnp.asarray(0.1), layout)
+        return constraint.linearise(t, Normal(mean, jnp.zeros_like(transition.noise)), layout, args)
+
+    for time in (t, t + 0.4):
+        equation = linearise(constraint, jnp.asarray(time))
+        finite(equation, f"{name}: the linearisation is finite where nothing is uncertain yet")
+        us = [layout.unravel(u) for u in stack]
+        law = f"{name}: where nothing is uncertain the residual is that of the equation at its time"
+        if type(problem) is Residual:
+            expected = problem.residual(jnp.asarray(time), *us[: problem.order + 1], args)
+        elif type(problem) is ODE:
+            field = problem.vector_field(jnp.asarray(time), *us[: problem.order], args)
+            expected = jax.tree.map(jnp.subtract, us[problem.order], field)
+        else:
+            continue
+        equal(jnp.sort(jnp.ravel(equation.residual)), jnp.sort(layout.ravel(expected)), law, 1e-9, 1e-12)
+    m, p = equation.matrix.shape[-2:]
+    hold(equation.residual.shape[-2] == m, f"{name}: matrix and residual have the same number of rows")
+    hold(p <= layout.pack(stack).shape[-2], f"{name}: the matrix has no more columns than the state")
+    if equation.block is not None:
+        law = f"{name}: block=k promises that the matrix is the identity on the k-th derivative and ends there"
+        hold(p == (equation.block + 1) * m, law, f"{p} columns for block={equation.block}")
+        equal(equation.matrix[..., -m:], jnp.broadcast_to(jnp.eye(m), (*equation.matrix.shape[:-2], m, m)), law, 1e-15)
+    if first_order and layout.couples:
+        residual = lambda x: linearise(constraint, jnp.asarray(t + 0.4), x.reshape(stack.shape)).residual[:, 0]  # noqa: E731
+        derivative = jax.jacfwd(residual)(stack.ravel())[:, :p]
+        equal(equation.matrix, derivative, f"{name}: the matrix is the derivative of the residual", 1e-8)
+    has_dtype(
+        in_single(constraint).linearise(
+            jnp.asarray(t, jnp.float32), *_single(stack, prior, u0[0], nu, factorisation), args
+        ),
+        jnp.float32,
+        f"{name}: a linearisation has the dtype of the state",
+    )
+    survives(lambda c, x: jnp.ravel(linearise(c, x).residual), constraint, jnp.asarray(t), "a linearisation, in time,")
+    span = 0.5
+
+    def error(steps):
+        solver = Solver(prior, constraint, factorisation=factorisation, calibration=NoCalibration())
+        start = u0 if len(u0) > 1 else u0[0]
+        mean = solver.solve_grid(start, np.linspace(0.0, span, steps + 1), args=args).mean
+        return np.asarray(layout.ravel(jax.tree.map(lambda x: x[-1], mean)))
+
+    coarse, middle, fine = (error(steps) for steps in (8, 16, 32))
+    rate = np.log2(np.max(np.abs(coarse - middle)) / max(np.max(np.abs(middle - fine)), 1e-14))
+    size = np.max(np.abs(coarse - middle))
+    law = f"{name}: solutions converge as steps get shorter, with order one at least"
+    hold(size < 1e-10 or rate > 0.9, law, f"order {rate:.1f}")
+
+
+def _single(stack, prior, example, nu, factorisation):
+    layout = layout_of(in_single(example), nu, factorisation)
+    noise = in_single(prior).transition(jnp.asarray(0.1, jnp.float32), layout).noise
+    return Normal(layout.pack(stack.astype(jnp.float32)), jnp.zeros_like(noise)), layout
+
+
+def check_strategy(strategy: AbstractStrategy) -> None:
+    """The laws of a strategy: what it remembers smooths, or it filters; on a grid and between adaptive steps.
+
+    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(strategy, AbstractStrategy)
+    name = type(strategy).__name__
+    hold(isinstance(strategy.keeps_steps, bool), f"{name}: keeps_steps is True or False")
+    kept = Normal(jnp.zeros((3, 1)), jnp.eye(3))
+    smooths = strategy.remember(kept) is not None
+    solver = lambda s: Solver(IWP(2), TS1(ODE(_field)), strategy=s)  # noqa: E731
+    reference = solver(FixedIntervalSmoother() if smooths else Filter())
+    for call, law in (
+        (lambda s: s.solve_grid(_U0, _GRID), "on a grid"),
+        (lambda s: s.solve(_U0, 0.0, 1.0, save_at=np.array([0.03, 0.5, 1.0])), "between adaptive steps"),
+    ):
+        own, expected = call(solver(strategy)), call(reference)
+        kind = "what the whole solve tells" if smooths else "what the past tells"
+        equal(own.mean, expected.mean, f"{name}: the mean {law} is {kind}", 1e-9)
+        equal(own.std, expected.std, f"{name}: the standard deviation {law} is {kind}", 1e-6)
+        hold(own.stats["num_steps"] == expected.stats["num_steps"], f"{name}: the steps do not depend on the strategy")
+    survives(lambda s, x: solver(s).solve_grid(_U0 * x, _GRID).mean[3], strategy, jnp.asarray(1.1), "a solve with it")
+
+
+def check_calibration(calibration: AbstractCalibration, *, scale_free: bool = True) -> None:
+    """The laws of an output scale: positive, of the shape of the batch, blind to steps that say nothing.
+
+    ``scale_free``: whether the calibrated uncertainty must not depend on the prior's own scale (not so for
+    ``NoCalibration``). Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(calibration, AbstractCalibration)
+    name, rng = type(calibration).__name__, np.random.default_rng(0)
+    for factorisation in (Dense(), BlockDiagonal(), Isotropic()):
+        layout = layout_of(_U0, 2, factorisation)
+        shape = layout.batch_shape
+        statistics = calibration.init(shape, layout.dtype)
+        transition = IWP(2).transition(jnp.asarray(0.1), layout)
+        predicted = Normal(layout.pack(jnp.asarray(rng.normal(size=(3, 2)))), jnp.zeros_like(transition.noise))
+        equation = TS0(ODE(_field)).linearise(jnp.asarray(0.1), predicted, layout, None)
+        unit = jnp.broadcast_to(transition.magnitude, shape)
+        innovation = innovate(equation, transition.noise, unit)
+        scale = calibration.scale(innovation)
+        hold(jnp.shape(scale) == shape, f"{name}: a scale for every element of the batch", f"{jnp.shape(scale)}")
+        hold(scale > 0, f"{name}: scales are positive")
+        whitened = innovation.whitened
+        after = calibration.update(statistics, whitened, jnp.asarray(True))
+        blind = calibration.update(statistics, whitened, jnp.asarray(False))
+        law = f"{name}: a step that says nothing changes no statistics"
+        for a, b in zip(jax.tree.leaves(blind), jax.tree.leaves(statistics), strict=True):
+            equal(a, b, law, 0.0)
+        hold(
+            jax.tree.structure(after) == jax.tree.structure(statistics),
+            f"{name}: statistics keep their structure from step to step",
+        )
+        factor = calibration.finalise(after)
+        hold(factor is None or jnp.shape(factor) == shape, f"{name}: the final factor is None, or one for each element")
+        hold(factor is None or factor >= 0, f"{name}: the final factor is not negative")
+
+    def solve(scale, calibration=calibration, dtype=float):
+        prior = IWP(2, output_scale=scale)
+        solver = Solver(prior, TS1(ODE(_field)), calibration=calibration)
+        return solver.solve_grid(_U0.astype(dtype), _GRID)
+
+    one, other = solve(1.0), solve(7.0)
+    if scale_free:
+        law = f"{name}: the calibrated uncertainty does not depend on the scale of the prior"
+        equal(other.std, one.std, law, 1e-7)
+        equal(other.mean, one.mean, f"{name}: neither does the mean", 1e-9)
+    hold(one.output_scale > 0, f"{name}: the output scale of a solution is positive")
+    has_dtype(solve(1.0, dtype=jnp.float32).marginals, jnp.float32, f"{name} keeps single precision")
+    law = "a calibrated standard deviation"
+    survives(
+        lambda c, x: 1e3 * Solver(IWP(2), TS1(ODE(_field)), calibration=c).solve_grid(_U0 * x, _GRID).std[4],
+        calibration,
+        jnp.asarray(1.1),
+        law,
+        differentiable=not getattr(calibration, "stop_gradient", False),
+    )
+
+
+def check_error(error: AbstractErrorEstimate) -> None:
+    """The laws of an error estimate: in units of ``u``, not negative, smaller for shorter steps; a norm that is one.
+
+    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(error, AbstractErrorEstimate)
+    name = type(error).__name__
+    x = jnp.array([0.3, -2.0, 1.0])
+    equal(error.norm(3 * x), 3 * error.norm(x), f"{name}: the norm is homogeneous", 1e-12)
+    hold(error.norm(x) > 0 and error.norm(0 * x) == 0, f"{name}: the norm is zero at zero alone")
+    hold(error.norm(jnp.full(3, 0.5)) <= 0.5 + 1e-12, f"{name}: errors of half the tolerance are good enough")
+
+    start = Solver(IWP(2), TS1(ODE(_field))).init(_U0, 0.0).distribution
+
+    def estimate(error, dt, scale=1.0, dtype=float):
+        layout, dt = layout_of(_U0.astype(dtype), 2, Dense()), jnp.asarray(dt, dtype)
+        transition = IWP(2).transition(dt, layout)
+        state = Normal(scale * start.mean.astype(dtype), start.factor.astype(dtype))
+        predicted = push(state, transition.matrix)
+        constraint = TS1(ODE(lambda t, u, args: scale * _field(t, u / scale, args)))
+        equation = constraint.linearise(dt, predicted, layout, None)
+        innovation = innovate(equation, transition.noise, transition.magnitude)
+        return error.estimate(dt, transition, equation, innovation, layout)
+
+    coarse, fine = estimate(error, 0.2), estimate(error, 0.02)
+    hold(jnp.shape(coarse) == (2,), f"{name}: an error for every component of u", f"shape {jnp.shape(coarse)}")
+    hold(coarse >= 0, f"{name}: errors are not negative")
+    rate = float(jnp.log10(error.norm(coarse) / error.norm(fine)))
+    hold(rate > 1.5, f"{name}: a step ten times shorter has a much smaller error", f"order {rate:.1f}")
+    equal(estimate(error, 0.2, 5.0), 5 * coarse, f"{name}: errors have the units of u", 1e-8)
+    hold(estimate(error, -0.02) > 0, f"{name}: time may run backwards")
+    has_dtype(estimate(error, 0.1, dtype=jnp.float32), jnp.float32, f"{name} keeps single precision")
+    survives(estimate, error, jnp.asarray(0.1), "an error estimate")
+
+
+def check_controller(controller: AbstractController) -> None:
+    """The laws of step-size control: good attempts are accepted and bad ones are not, a rejected step gets shorter, no
+    proposal is useless. Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(controller, AbstractController)
+    name = type(controller).__name__
+    start = controller.init(jnp.dtype(float))
+    propose = lambda norm, state=start, dt=0.1: controller.propose(  # noqa: E731
+        jnp.asarray(dt), jnp.asarray(norm, float), 4, state
+    )
+    state = start
+    for norm in (0.5, 0.9, 3.0, 0.2, 0.0, np.inf, 0.7):
+        accept, dt, after = propose(norm, state)
+        hold(
+            jnp.isfinite(dt) & (dt > 0), f"{name}: a proposal is positive and finite", f"{dt} after an error of {norm}"
+        )
+        hold(bool(accept) == (norm <= 1), f"{name}: errors up to one are accepted, larger ones are not", f"{norm}")
+        hold(norm <= 1 or dt < 0.1, f"{name}: after a rejection the step gets shorter", f"{dt} after 0.1")
+        hold(
+            jax.tree.structure(after) == jax.tree.structure(start)
+            and all(
+                jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b)
+                for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(start), strict=True)
+            ),
+            f"{name}: the state keeps structure, shapes and dtypes",
+        )
+        state = after
+    lengths = [float(propose(norm)[1]) for norm in (1e-6, 1e-2, 0.5, 1.0, 2.0, 1e3)]
+    hold(lengths == sorted(lengths, reverse=True), f"{name}: a larger error is not followed by a longer step")
+    equal(propose(0.5, dt=0.2)[1], 2 * propose(0.5)[1], f"{name}: proposals are in units of the step", 1e-12)
+    single = controller.propose(jnp.float32(0.1), jnp.float32(0.5), 4, controller.init(jnp.dtype("float32")))
+    has_dtype(single[1], jnp.float32, f"{name} keeps single precision")
+    solver = Solver(IWP(2), TS1(ODE(_field)), controller=controller)
+    survives(
+        lambda c, x: jnp.atleast_1d(c.propose(x, jnp.asarray(0.5), 4, c.init(x.dtype))[1]),
+        controller,
+        jnp.asarray(0.1),
+        "a proposal",
+    )
+    solution = solver.solve(_U0, 0.0, 1.0, throw=False)
+    hold(solution.t[-1] == 1.0, f"{name}: a simple solve arrives", f"it stopped at {solution.t[-1]}")
+
+
+def check_loop(loop: AbstractLoop) -> None:
+    """The laws of a loop: it stops when it should, also after ``max_steps``, and fills its buffers.
+
+    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(loop, AbstractLoop)
+    name = type(loop).__name__
+    size = min(loop.max_steps, 8)
+
+    def run(loop, x, until=5):
+        def body(carry):
+            i, x, buffer = carry
+            return i + 1, jnp.sin(x), buffer.at[i % size].set(x)
+
+        init = jnp.zeros((), int), x, jnp.zeros(size)
+        return loop.run(lambda carry: carry[0] < until, body, init, buffers=lambda carry: carry[2])
+
+    steps = min(5, loop.max_steps)
+    number, value, buffer = jax.jit(run)(loop, jnp.asarray(0.7))
+    expected = [0.7]
+    for _ in range(steps):
+        expected.append(np.sin(expected[-1]))
+    hold(number == steps, f"{name}: the body runs as long as the condition holds", f"{number} times, not {steps}")
+    equal(value, expected[-1], f"{name}: what the body returns is passed on", 1e-12)
+    equal(buffer[: min(steps, size)], expected[: min(steps, size)], f"{name}: buffers keep what is written", 1e-12)
+    if loop.max_steps <= 1000:
+        number = jax.jit(lambda loop: run(loop, jnp.asarray(0.7), 10**6)[0])(loop)
+        law = f"{name}: it ends after max_steps iterations at the latest"
+        hold(number == loop.max_steps, law, f"{number}")
+
+
+def check_initialisation(initialisation: AbstractInitialisation) -> None:
+    """The laws of a start: what is known is kept, exactly; what is claimed to be certain is true.
+
+    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(initialisation, AbstractInitialisation)
+    name, problem = type(initialisation).__name__, ODE(_field)
+
+    def start(initialisation, x, factorisation=Dense(), dtype=float):
+        u0 = (_U0 * x).astype(dtype)
+        layout = layout_of(u0, 3, factorisation)
+        return initialisation.initialise(problem, jnp.asarray(0.2, dtype), u0[None], layout, None), layout
+
+    for factorisation in (Dense(), BlockDiagonal(), Isotropic()):
+        state, layout = start(initialisation, 1.0, factorisation)
+        finite(state, f"{name}: the state is finite")
+        stack = layout.unpack(state.mean)
+        equal(stack[0], _U0, f"{name}: the initial value is kept", 1e-14)
+        exact = layout.unpack(TaylorMode().initialise(problem, jnp.asarray(0.2), _U0[None], layout, None).mean)
+        std = layout.std(state.factor) if state.factor.shape[-2] else jnp.zeros_like(stack)
+        hold(std[0] == 0, f"{name}: the initial value is certain")
+        certain = np.asarray(std) == 0
+        law = f"{name}: derivatives that are said to be certain are those of the equation, at its time"
+        equal(np.where(certain, stack, 0), np.where(certain, exact, 0), law, 1e-10)
+    single, _ = start(initialisation, 1.0, dtype=jnp.float32)
+    has_dtype(single, jnp.float32, f"{name} keeps single precision")
+    survives(lambda i, x: jnp.ravel(start(i, x)[0].mean), initialisation, jnp.asarray(1.2), "the start")
+
+
+def check_cubature(cubature: AbstractCubature) -> None:
+    """The laws of points and weights: moments of a standard normal up to degree three.
+
+    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(cubature, AbstractCubature)
+    name = type(cubature).__name__
+    for dim in (1, 2, 3):
+        points, weights = (np.asarray(x) for x in cubature.rule(dim))
+        hold(points.shape == (weights.size, dim), f"{name}: points are (points, dim)", f"{points.shape}")
+        hold(weights > 0, f"{name}: weights are positive")
+        equal(np.sum(weights), 1.0, f"{name}: weights sum to one", 1e-12)
+        equal(weights @ points, np.zeros(dim), f"{name}: the mean is zero", atol=1e-12)
+        second = (points.T * weights) @ points
+        equal(second, np.eye(dim), f"{name}: the covariance is the identity", 1e-12)
+        third = np.einsum("p,pi,pj,pk->ijk", weights, points, points, points)
+        equal(third, np.zeros((dim,) * 3), f"{name}: third moments are zero", atol=1e-10)
+
+
+def check_jacobian(jacobian: AbstractJacobian, field: Callable, u0: Any, *, exact: bool = True) -> None:
+    """The laws of a way to differentiate: the value of the equation, and its Jacobian or the diagonal of it.
+
+    ``field(t, u, args)`` and ``u0``: an array, for which it is made. ``exact``: whether it is no estimate. Raises
+    ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(jacobian, AbstractJacobian)
+    name, u0 = type(jacobian).__name__, jnp.asarray(u0, float)
+    fn = lambda t, us: field(t, us[0], None)  # noqa: E731
+    for factorisation in (Dense(), BlockDiagonal(), Isotropic()):
+        layout = layout_of(u0, 2, factorisation)
+        for t in (0.3, 0.9):
+            value, own = jacobian.evaluate(fn, jnp.asarray(t), u0[None], layout, None)
+            equal(value, field(t, u0, None), f"{name}: the value is that of the equation at its time", 1e-12)
+            whole = jax.jacfwd(lambda u, t=t: field(t, u, None))(u0)
+            expected = layout.project(whole)
+            kept = layout.project(own[0])
+            hold(kept.shape == expected.shape, f"{name}: a Jacobian for each derivative", f"{own.shape}")
+            if exact:
+                equal(kept, expected, f"{name}: the Jacobian is that of the equation at its time", 1e-9, 1e-12)
+    single = layout_of(u0.astype(jnp.float32), 2, Dense())
+    out = in_single(jacobian).evaluate(fn, jnp.float32(0.3), u0.astype(jnp.float32)[None], single, None)
+    has_dtype(out, jnp.float32, f"{name} keeps single precision")
