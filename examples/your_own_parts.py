@@ -1,0 +1,122 @@
+# %% [markdown]
+# # Parts of your own, and how to test them
+#
+# A filter, a controller, a prior is a subclass of one abstract class with one or two methods. The kit in
+# `probode.testing` then checks the laws that every part of its kind obeys, and says which one is broken.
+
+# %%
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import probode
+from probode.gaussians import Linearisation
+from probode.problems import flat_field
+
+
+jax.config.update("jax_enable_x64", True)
+
+# %% [markdown]
+# ## A filter
+#
+# An information operator is linearised: a matrix on the state `(u, u', ...)` and a residual. This one takes the field's
+# slope from secants instead of derivatives. `layout` knows how states are stored; `block=1` says that the matrix is the
+# identity on `u'`, which makes the update fast.
+
+
+# %%
+class Secants(probode.AbstractConstraint):
+    """The vector field linearised by finite differences."""
+
+    problem: probode.ODE
+    step: jax.Array = eqx.field(converter=jnp.asarray, default=1e-6)
+
+    def linearise(self, t, predicted, layout, args):
+        field = flat_field(self.problem, layout, args)  # on flat vectors: (order, d) to (d,)
+        u, du = layout.unpack(predicted.mean)[:2]
+        step = self.step.astype(u.dtype)
+        shifted = jax.vmap(lambda e: field(t, (u + step * e)[None]) - field(t, u[None]))
+        jacobian = shifted(jnp.eye(u.size, dtype=u.dtype)).T / step
+        matrix = jnp.concatenate([-layout.project(jacobian), layout.identity()], axis=-1)
+        return Linearisation(matrix, layout.pack((du - field(t, u[None]))[None]), block=1)
+
+
+def pendulum(t, u, args):
+    return jnp.stack([u[1], -jnp.sin(u[0]) + 0.1 * jnp.cos(t)])
+
+
+ode, u0 = probode.ODE(pendulum), jnp.array([1.0, 0.0])
+for constraint in (Secants(ode), probode.TS1(ode)):
+    solution = probode.Solver(probode.IWP(3), constraint).solve(u0, 0.0, 5.0)
+    print(f"{type(constraint).__name__:8s} u = {solution.mean[0]}")
+
+# %% [markdown]
+# ## Is it right?
+#
+# The laws of a constraint: its residual is that of the equation, at the right time; the promises that it makes hold;
+# dtypes, `jit`, `vmap`, derivatives; solutions converge.
+
+# %%
+probode.testing.check_constraint(Secants(ode), u0)
+print("the filter obeys the laws")
+
+
+# %% [markdown]
+# And one with a mistake: it looks at the field at the wrong time.
+
+
+# %%
+class Late(Secants):
+    def linearise(self, t, predicted, layout, args):
+        return Secants(self.problem).linearise(t + 0.1, predicted, layout, args)
+
+
+try:
+    probode.testing.check_constraint(Late(ode), u0)
+except probode.testing.LawBroken as error:
+    print(f"{type(error).__name__}: {error}")
+
+
+# %% [markdown]
+# ## A controller
+#
+# It sees numbers only: a step's length, the size of its error (1 is just good enough), the order.
+
+
+# %%
+class Halving(probode.AbstractController):
+    """Halves or doubles."""
+
+    rtol: jax.Array = eqx.field(converter=jnp.asarray, default=1e-3)
+    atol: jax.Array = eqx.field(converter=jnp.asarray, default=1e-6)
+    dt_min: None = None
+    dt_max: None = None
+    stop_at: None = None
+
+    def init(self, dtype):
+        return None
+
+    def propose(self, dt, error_norm, order, state):
+        good = error_norm <= 1
+        longer = jnp.where(error_norm < 0.5**order, 2 * dt, dt)
+        return good, jnp.where(good, longer, dt / 2), None
+
+
+probode.testing.check_controller(Halving())
+solution = probode.Solver(probode.IWP(3), Secants(ode), controller=Halving(1e-5, 1e-7)).solve(u0, 0.0, 5.0)
+print(solution.summary())
+
+# %% [markdown]
+# ## Property-based tests
+#
+# With hypothesis, `probode.testing` makes equations with known solutions, grids, priors and solvers:
+#
+# ```python
+# from hypothesis import given
+#
+# @given(known=probode.testing.problems())
+# def test_my_filter(known):
+#     solver = probode.Solver(probode.IWP(3), Secants(known.problem))
+#     end = solver.solve(known.u0, 0.0, known.t1, args=known.args).mean[-1]
+#     assert jnp.allclose(end, known.solution(known.t1, known.args), atol=1e-2)
+# ```
