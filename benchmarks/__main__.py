@@ -21,6 +21,8 @@ PARTS = [
     ["lanes"],
     ["dimension"],
     ["calibration"],
+    ["inference"],
+    ["tempering"],
 ]
 QUICK = [
     ["work_precision", "--quick"],

@@ -37,7 +37,12 @@ class Control(eqx.Module):
 
 
 class AdaptiveState(eqx.Module):
-    """A running adaptive solve: the solver's state, the next step's length, and the controller's memory."""
+    """A running adaptive solve: the solver's state, the next step's length, and the controller's memory.
+
+    >>> import probode
+    >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0).state.t.item()
+    1.0
+    """
 
     current: State
     dt: Float[Array, ""]

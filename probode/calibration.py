@@ -51,6 +51,10 @@ class AbstractCalibration(eqx.Module):
     Scales are in the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale. ``relinearise``:
     whether the equation is linearised once more when the scale is known, for linearisations that look at the
     covariance. ``leaves_one_out``: whether it has a method ``leave_one_out`` for solves that keep their steps.
+
+    >>> import probode
+    >>> probode.NoCalibration().finalise(None) is None  # all covariances stay as they are
+    True
     """
 
     relinearise = False
@@ -74,7 +78,12 @@ class AbstractCalibration(eqx.Module):
 
 
 class NoCalibration(AbstractCalibration):
-    """The prior's own output scale, as the user set it."""
+    """The prior's own output scale, as the user set it.
+
+    >>> import probode
+    >>> probode.NoCalibration()
+    NoCalibration()
+    """
 
     def init(self, shape, dtype):
         return None
@@ -94,6 +103,10 @@ class MLECalibration(AbstractCalibration):
     the steps; one per component under ``BlockDiagonal``. Tronarp et al. (2019); Bosch et al. (2021).
 
     The posterior mean is that of the prior's own scale. ``stop_gradient``: treat the estimate as a constant.
+
+    >>> import probode
+    >>> probode.MLECalibration(stop_gradient=True)
+    MLECalibration(stop_gradient=True)
     """
 
     stop_gradient: bool = eqx.field(static=True, default=False)
@@ -117,6 +130,10 @@ class DynamicCalibration(AbstractCalibration):
 
     ``relinearise``: linearise the equation again with the noise of that scale. ``stop_gradient``: treat the scales as
     constants in derivatives.
+
+    >>> import probode
+    >>> probode.DynamicCalibration(relinearise=True)
+    DynamicCalibration(relinearise=True)
     """
 
     relinearise: bool = eqx.field(static=True, default=False)
@@ -148,6 +165,10 @@ class LeaveOneOutCalibration(AbstractCalibration):
     with ``Dense``, or ``TS0(ode, evaluations=2)`` with ``BlockDiagonal``: no statistic of the residuals can see the
     errors that ``TS0`` evaluated once, or a Jacobian without its coupling of components, accumulates.
     ``stop_gradient``: treat all scales as constants.
+
+    >>> import probode
+    >>> probode.LeaveOneOutCalibration().leaves_one_out
+    True
     """
 
     stop_gradient: bool = eqx.field(static=True, default=False)

@@ -48,6 +48,11 @@ class AbstractConstraint(eqx.Module):
     ``problem``: the equation that the solve starts from. ``evaluations``: how often it is evaluated in an accepted
     step, at the prediction and then at what the update before has made of it. ``relinearise``: whether these
     evaluations take their own Jacobians (Gauss-Newton) or keep that of the prediction (a chord iteration).
+
+    >>> import probode
+    >>> spring = probode.ODE(lambda t, u, du, args: -u, order=2)
+    >>> probode.TS1(spring).order, probode.TS1(spring).determines_derivative
+    (2, True)
     """
 
     problem: eqx.AbstractVar[AbstractProblem]
@@ -79,6 +84,11 @@ class TS0(AbstractConstraint):
     again: the mode P(EC)^2 of multistep methods (Hairer, Norsett, Wanner 1993, III.1), an iterated filter update. It
     makes stable steps two to ten times as long from order five on. 1 is EK0. Raises ``TypeError`` for anything but an
     ``ODE``, ``ValueError`` for a number of evaluations below 1.
+
+    >>> import probode
+    >>> ode = probode.ODE(lambda t, u, args: -u)
+    >>> probode.TS0(ode, evaluations=2).order
+    1
     """
 
     problem: ODE = problem_field("TS0", ODE, "an ODE")
@@ -97,6 +107,11 @@ class TS1(AbstractConstraint):
     state given the past and the equation (Bell & Cathey 1993); ``Solution.stats["last_move"]`` says whether the
     iterations have converged. Raises ``TypeError`` for anything but an ``ODE`` or a
     ``Residual``, ``ValueError`` for a number of evaluations below 1.
+
+    >>> import probode
+    >>> ode = probode.ODE(lambda t, u, args: -u)
+    >>> probode.TS1(ode).evaluations
+    1
     """
 
     problem: AbstractProblem = problem_field("TS1", AbstractProblem, "an ODE or a Residual")
@@ -113,6 +128,11 @@ class Noisy(AbstractConstraint):
     For equations that are themselves uncertain, and to damp what is ill-conditioned. Evaluated as often, and linearised
     as often, as the constraint itself. Raises ``TypeError`` for anything
     but a constraint, ``ValueError`` unless ``std`` is finite and positive.
+
+    >>> import probode
+    >>> ode = probode.ODE(lambda t, u, args: -u)
+    >>> probode.Noisy(probode.TS1(ode), 1e-3).order
+    1
     """
 
     constraint: AbstractConstraint
@@ -161,6 +181,12 @@ class Stack(AbstractConstraint):
     ``(nu + 1) d`` independent equations. The solve starts from the first member's ODE if there is one, otherwise from
     all residuals together. ``evaluations`` as for ``TS0``, of all members; their own numbers do not count. Raises
     ``TypeError`` for a member that is not a constraint, ``ValueError`` without any.
+
+    >>> import jax.numpy as jnp, probode
+    >>> ode = probode.ODE(lambda t, u, args: jnp.stack([u[1], -u[0]]))
+    >>> energy = probode.Residual(lambda t, u, args: u @ u - 1, order=0)
+    >>> probode.Stack(probode.TS1(ode), probode.TS1(energy)).order
+    1
     """
 
     constraints: tuple[AbstractConstraint, ...]

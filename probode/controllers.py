@@ -16,7 +16,11 @@ from .checks import as_float, as_scalar, require
 
 
 class AbstractController(eqx.Module):
-    """Knows numbers, not states. ``dt`` is always the positive length of a step, ``stop_at`` holds times to be hit."""
+    """Knows numbers, not states. ``dt`` is always the positive length of a step, ``stop_at`` holds times to be hit.
+
+    >>> import probode
+    >>> probode.testing.check_controller(probode.PIController())  # or a subclass of your own
+    """
 
     rtol: eqx.AbstractVar[Array]
     atol: eqx.AbstractVar[Array]
@@ -43,6 +47,11 @@ class IntegralController(AbstractController):
     before ``t1`` or a ``stop_at`` may be shorter; a rejected step of ``dt_min`` ends the solve). ``stop_at``: times
     that must be hit, where the equation jumps. Raises ``ValueError`` for negative or vanishing tolerances, factors out
     of order, bounds that are not positive.
+
+    >>> import jax.numpy as jnp, probode
+    >>> accept, dt, _ = probode.IntegralController().propose(jnp.array(0.1), jnp.array(0.5), 4, None)
+    >>> bool(accept), bool(dt > 0.1)
+    (True, True)
     """
 
     rtol: Float[Array, ""]
@@ -82,6 +91,12 @@ class PIController(AbstractController):
 
     ``E = error_norm^(-1/order)``, ``E_previous`` that of the last accepted step. Smoother step sequences than
     ``IntegralController``, whose other parameters it shares.
+
+    >>> import jax.numpy as jnp, probode
+    >>> controller = probode.PIController(1e-4, 1e-6)
+    >>> accept, *_ = controller.propose(jnp.array(0.1), jnp.array(2.0), 4, controller.init(jnp.float64))
+    >>> bool(accept)
+    False
     """
 
     rtol: Float[Array, ""]

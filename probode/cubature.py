@@ -25,7 +25,11 @@ from .problems import ODE, AbstractProblem
 
 
 class AbstractCubature(eqx.Module):
-    """Points and weights that integrate polynomials under a standard normal."""
+    """Points and weights that integrate polynomials under a standard normal.
+
+    >>> import probode
+    >>> probode.testing.check_cubature(probode.GaussHermite(4))  # or a subclass of your own
+    """
 
     @abstractmethod
     def rule(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +37,13 @@ class AbstractCubature(eqx.Module):
 
 
 class SphericalCubature(AbstractCubature):
-    """``2 dim`` points on the axes, exact to degree three (Arasaratnam & Haykin 2009)."""
+    """``2 dim`` points on the axes, exact to degree three (Arasaratnam & Haykin 2009).
+
+    >>> import probode
+    >>> points, weights = probode.SphericalCubature().rule(3)
+    >>> points.shape
+    (6, 3)
+    """
 
     def rule(self, dim):
         return np.sqrt(dim) * np.concatenate([np.eye(dim), -np.eye(dim)]), np.full(2 * dim, 1 / (2 * dim))
@@ -43,6 +53,11 @@ class UnscentedTransform(AbstractCubature):
     """The mean and ``2 dim`` points at distance ``sqrt(dim + kappa)``, exact to degree three; with ``kappa = 3 - dim``
     the fourth moments along the axes are right as well (Julier & Uhlmann 2004). Raises ``ValueError`` unless ``kappa``
     is positive.
+
+    >>> import probode
+    >>> points, weights = probode.UnscentedTransform(kappa=1.0).rule(3)
+    >>> points.shape
+    (7, 3)
     """
 
     kappa: float = eqx.field(static=True, default=1.0)
@@ -59,7 +74,13 @@ class UnscentedTransform(AbstractCubature):
 
 class GaussHermite(AbstractCubature):
     """``points ** dim`` points, exact to degree ``2 points - 1`` in every direction: for small ``dim``. Raises
-    ``ValueError`` unless ``points`` is a positive integer."""
+    ``ValueError`` unless ``points`` is a positive integer.
+
+    >>> import probode
+    >>> points, weights = probode.GaussHermite(3).rule(2)
+    >>> points.shape, round(float(weights.sum()), 12)
+    ((9, 2), 1.0)
+    """
 
     points: int = eqx.field(static=True, default=3, converter=lambda n: as_integer(n, "GaussHermite(points)", 1))
 
@@ -90,6 +111,11 @@ class SLR1(AbstractConstraint):
     state is spread by what is uncertain so far; ``DynamicCalibration(relinearise=True)`` adds the noise of the step.
     ``evaluations`` and ``relinearise`` as for ``TS1``. Raises ``TypeError`` for anything but an ``ODE`` or a
     ``Residual``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> ode = probode.ODE(lambda t, u, args: jnp.sin(u))
+    >>> probode.SLR1(ode, cubature=probode.UnscentedTransform()).order
+    1
     """
 
     problem: AbstractProblem = problem_field("SLR1", AbstractProblem, "an ODE or a Residual")
@@ -111,6 +137,10 @@ class SLR0(AbstractConstraint):
 
     ``cubature`` and ``noise`` as for ``SLR1``. Equal to ``TS0`` where the state is certain or the field affine (without
     ``noise``). Raises ``TypeError`` for anything but an ``ODE``.
+
+    >>> import probode
+    >>> probode.SLR0(probode.ODE(lambda t, u, args: -u)).order
+    1
     """
 
     problem: ODE = problem_field("SLR0", ODE, "an ODE")

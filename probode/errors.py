@@ -28,7 +28,12 @@ def max_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 class AbstractErrorEstimate(eqx.Module):
-    """What one attempted step does wrong, per component of ``u``, and its norm."""
+    """What one attempted step does wrong, per component of ``u``, and its norm.
+
+    >>> import jax.numpy as jnp, probode
+    >>> float(probode.ResidualError().norm(jnp.array([4.0, 0.0, 0.0, 0.0])))  # root mean square
+    2.0
+    """
 
     norm: eqx.AbstractVar[Callable]
 
@@ -50,6 +55,11 @@ class ResidualError(AbstractErrorEstimate):
 
     For ODEs. Careful: solutions come out two to three digits better than asked for. ``norm`` is a function of the error
     over the tolerance, ``rms_norm`` by default; ``max_norm`` bounds every component.
+
+    >>> import jax.numpy as jnp, probode
+    >>> from probode.errors import max_norm
+    >>> float(probode.ResidualError(norm=max_norm).norm(jnp.array([0.5, -2.0])))
+    2.0
     """
 
     norm: Callable = eqx.field(static=True, default=rms_norm)
@@ -70,6 +80,10 @@ class StateError(AbstractErrorEstimate):
     local scale ``s``, that is, what the step adds to the error once the equation has been used.
 
     Lands closer to the tolerance than ``ResidualError``, with fewer steps. ``norm`` as there.
+
+    >>> import jax.numpy as jnp, probode
+    >>> float(probode.StateError().norm(jnp.array([4.0, 0.0, 0.0, 0.0])))
+    2.0
     """
 
     norm: Callable = eqx.field(static=True, default=rms_norm)

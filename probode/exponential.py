@@ -31,6 +31,10 @@ class IOUP(AbstractPrior):
 
     Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the rate is finite; in the first step for
     a rate that does not fit ``u`` or the factorisation.
+
+    >>> import jax.numpy as jnp, probode
+    >>> probode.IOUP(2, jnp.array([[-1.0, 1.0], [0.0, -100.0]]))
+    IOUP(num_derivatives=2, rate=f64[2,2], output_scale=f64[])
     """
 
     num_derivatives: int = eqx.field(static=True)
@@ -57,6 +61,10 @@ class RosenbrockIOUP(AbstractPrior):
     nonlinear part allows. The Jacobian is kept as ``TS1`` keeps it: in full under ``Dense()``, its diagonal under
     ``BlockDiagonal()``, its mean diagonal under ``Isotropic()``. ``output_scale`` as for ``IWP``. Raises ``TypeError``
     in the first step for anything but an ``ODE`` of order one.
+
+    >>> import probode
+    >>> probode.RosenbrockIOUP(3).differs_by_step
+    True
     """
 
     num_derivatives: int = eqx.field(static=True)
@@ -104,6 +112,11 @@ class LinearSDE(AbstractPrior):
 
     Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the drift is finite and has ``nu + 1``
     parts; in the first step for parts that do not fit ``u`` or the factorisation.
+
+    >>> import probode
+    >>> oscillator = probode.LinearSDE(1, (-4.0, -0.1))  # u'' = -4 u - 0.1 u' + noise
+    >>> oscillator.num_derivatives
+    1
     """
 
     num_derivatives: int = eqx.field(static=True)

@@ -24,6 +24,10 @@ class AbstractFactorisation(eqx.Module):
     ``keeps_diagonal``: whether of a Jacobian nothing but its diagonal matters, so that nobody computes the rest.
     ``own_algebra``: whether it has methods ``check``, ``start``, ``attempt`` and ``std`` in place of the algebra of
     ``gaussians``, because its covariance is more than one square root times an identity; see ``Subspace``.
+
+    >>> import probode
+    >>> probode.Dense().batch_shape(3), probode.BlockDiagonal().batch_shape(3)
+    ((), (3,))
     """
 
     keeps_diagonal = False
@@ -59,7 +63,12 @@ class AbstractFactorisation(eqx.Module):
 
 
 class Dense(AbstractFactorisation):
-    """The full covariance, ``(n d, n d)``: cubic in ``d``, keeps every correlation between components."""
+    """The full covariance, ``(n d, n d)``: cubic in ``d``, keeps every correlation between components.
+
+    >>> import jax.numpy as jnp, probode
+    >>> probode.Dense().pack(jnp.ones((3, 2))).shape  # three derivatives of two components
+    (6, 1)
+    """
 
     def batch_shape(self, d):
         return ()
@@ -81,7 +90,12 @@ class Dense(AbstractFactorisation):
 
 
 class BlockDiagonal(AbstractFactorisation):
-    """One ``(n, n)`` block for each component: linear in ``d``; components are independent, Jacobians diagonal."""
+    """One ``(n, n)`` block for each component: linear in ``d``; components are independent, Jacobians diagonal.
+
+    >>> import probode
+    >>> probode.BlockDiagonal().batch_shape(5)  # one output scale for each component
+    (5,)
+    """
 
     keeps_diagonal = True
 
@@ -105,7 +119,12 @@ class BlockDiagonal(AbstractFactorisation):
 
 
 class Isotropic(AbstractFactorisation):
-    """One ``(n, n)`` block shared by all components: linear in ``d``; a Jacobian enters by its mean diagonal."""
+    """One ``(n, n)`` block shared by all components: linear in ``d``; a Jacobian enters by its mean diagonal.
+
+    >>> import jax.numpy as jnp, probode
+    >>> probode.Isotropic().pack(jnp.ones((3, 2))).shape  # the components share the rows
+    (3, 2)
+    """
 
     keeps_diagonal = True
 

@@ -24,6 +24,10 @@ class Normal(eqx.Module):
     Over ``u``: ``mean`` is a PyTree like ``u``; ``factor`` is the ``(d, d)`` square root over the ravelled ``u``, or a
     PyTree of standard deviations like ``u``. Inside the solvers and in ``Solution.marginals``: ``mean`` is
     ``(*batch, dim, cols)`` and ``factor`` is ``(*batch, rows, dim)`` in the layout of the factorisation.
+
+    >>> import probode
+    >>> probode.Normal({"x": 1.0}, {"x": 0.1})  # a standard deviation
+    Normal(mean={'x': 1.0}, factor={'x': 0.1})
     """
 
     mean: PyTree

@@ -27,6 +27,11 @@ class InitialState(eqx.Module):
 
     ``mean``: a tuple of ``nu + 1`` PyTrees like ``u``. ``factor``: the right square root of the covariance in the
     layout of the solver's factorisation, ``(*batch, dim, dim)``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -u)))
+    >>> start = solver.initialise(1.0, 0.0)
+    >>> wider = probode.InitialState(start.mean, start.factor + 0.1 * jnp.eye(3))
     """
 
     mean: tuple[PyTree, ...]
@@ -34,7 +39,12 @@ class InitialState(eqx.Module):
 
 
 class AbstractInitialisation(eqx.Module):
-    """How the state at ``t0`` is found from the initial value."""
+    """How the state at ``t0`` is found from the initial value.
+
+    >>> import probode
+    >>> probode.Diffuse(1, scale=10.0).num_derivatives_known
+    1
+    """
 
     @abstractmethod
     def initialise(
@@ -55,6 +65,11 @@ class TaylorMode(AbstractInitialisation):
     For a ``Residual`` the derivatives solve the equation and its time derivatives, by Newton's method and with the
     smallest norm where they do not determine all of them (consistent initialisation; Pantelides 1988). An initial
     value that satisfies no such equations ends the solve with the result ``initial_state_nonfinite``.
+
+    >>> import probode
+    >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)))
+    >>> [float(u) for u in solver.initialise(1.0, 0.0).mean]
+    [1.0, -1.0, 1.0, -1.0]
     """
 
     def initialise(self, problem, t0, u0, layout, args):
@@ -70,6 +85,13 @@ class Diffuse(AbstractInitialisation):
     ``conditioned``: use the equation at ``t0`` too, by Gauss-Newton steps; with a ``Residual`` (``ODE.lifted``, a
     differential-algebraic equation) that makes everything exact that it determines. Raises ``ValueError`` for a
     negative number, one above the prior's, or a scale that is not positive.
+
+    >>> import probode
+    >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)),
+    ...                         initialisation=probode.Diffuse(1, scale=10.0))
+    >>> start = solver.initialise(1.0, 0.0)
+    >>> [float(u) for u in start.mean]
+    [1.0, -1.0, 0.0, 0.0]
     """
 
     num_derivatives_known: int = eqx.field(

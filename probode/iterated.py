@@ -73,6 +73,13 @@ def solve_grid_iterated(
     data, on which the equation holds at all points of the grid. Differentiable in both modes through all iterations.
     Raises ``ValueError`` for another strategy, an iteration within the steps (``evaluations``), or numbers that are not
     positive.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -u**2)),
+    ...                         strategy=probode.FixedIntervalSmoother())
+    >>> solution = probode.solve_grid_iterated(solver, 1.0, jnp.linspace(0.0, 1.0, 11))
+    >>> bool(solution.stats["last_move"] < 1e-8)
+    True
     """
     if not isinstance(solver.strategy, FixedIntervalSmoother):
         raise ValueError(

@@ -36,6 +36,11 @@ def solve_ivp(
     method's order is one more. ``t_eval``: times to keep, smoothed; ``None`` keeps ``t1`` alone. ``dense_output``: keep
     every step, for ``Solution.evaluate`` and samples at any time; ``"EK1"`` then calibrates by leaving one out. Raises
     ``ValueError`` for an unknown method or a ``t_span`` that is not a pair, and as ``Solver.solve``.
+
+    >>> import probode
+    >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0, rtol=1e-6)
+    >>> f"{solution.mean[0]:.4f}"
+    '0.3679'
     """
     methods = {"EK0": (TS0, Isotropic()), "EK1": (TS1, Dense())}
     if method not in methods:

@@ -27,7 +27,12 @@ _GROUP = 64
 
 
 class AbstractJacobian(eqx.Module):
-    """A way to find the derivative of an equation."""
+    """A way to find the derivative of an equation.
+
+    >>> import probode
+    >>> field = lambda t, u, args: -t * u**2
+    >>> probode.testing.check_jacobian(probode.BandedJacobian(0, 0), field, [1.0, 2.0])  # or a subclass of your own
+    """
 
     @abstractmethod
     def evaluate(
@@ -42,6 +47,10 @@ class ExactJacobian(AbstractJacobian):
 
     Where the factorisation keeps the diagonal alone, memory is linear in ``d``, work still ``d`` products: give a
     large problem's pattern of zeros (``BandedJacobian``, ``SparseJacobian``) or estimate (``HutchinsonDiagonal``).
+
+    >>> import probode
+    >>> probode.ODE(lambda t, u, args: -u).jacobian
+    ExactJacobian()
     """
 
     def evaluate(self, fn, t, us, layout, args):
@@ -65,6 +74,11 @@ class GivenJacobian(AbstractJacobian):
     ``u`` would; a ``(d,)`` array is a diagonal. Where the equation contains ``k > 1`` states, as ``f(t, u, du, args)``
     does, a tuple of ``k`` of them, one for each state. Raises ``TypeError`` if it cannot be called, ``ValueError`` at
     the first use if the shapes do not fit. Nobody checks the values: a wrong Jacobian costs accuracy and stability.
+
+    >>> import jax.numpy as jnp, probode
+    >>> ode = probode.ODE(lambda t, u, args: -(u**2), jacobian=lambda t, u, args: jnp.diag(-2 * u))
+    >>> type(ode.jacobian).__name__
+    'GivenJacobian'
     """
 
     jacobian: Callable = eqx.field(converter=lambda value: _as_function(value))
@@ -87,6 +101,11 @@ class BandedJacobian(AbstractJacobian):
 
     Exact from ``lower + upper + 1`` products instead of ``d``; dependencies outside the band, also periodic ones, are
     lost without notice. Raises ``ValueError`` for numbers below zero, or unless there are ``d`` equations.
+
+    >>> import jax.numpy as jnp, probode
+    >>> def heat(t, u, args):
+    ...     return jnp.diff(u, n=2, prepend=0.0, append=0.0)
+    >>> ode = probode.ODE(heat, jacobian=probode.BandedJacobian(1, 1))
     """
 
     lower: int = eqx.field(static=True, converter=lambda n: as_integer(n, "BandedJacobian(lower)", 0))
@@ -108,6 +127,10 @@ class SparseJacobian(AbstractJacobian):
     arrays of one length over the ravelled state. What else the equation depends on is lost without notice. Columns
     without a common row share a product; they are found greedily, on the host, when this object is made. Raises
     ``ValueError`` unless the indices are such arrays, or where they do not fit the problem.
+
+    >>> import jax.numpy as jnp, probode
+    >>> sparse = probode.SparseJacobian([0, 1, 1, 2, 2], [0, 0, 1, 1, 2])  # (row, column) of what may differ from zero
+    >>> ode = probode.ODE(lambda t, u, args: -u.at[1:].add(u[:-1]), jacobian=sparse)
     """
 
     rows: Int[Array, " entries"]
@@ -141,6 +164,11 @@ class HutchinsonDiagonal(AbstractJacobian):
     For ``BlockDiagonal()`` and ``Isotropic()`` in dimensions in which ``d`` products are too many. Every time has its
     own probes, determined by ``key``. The posterior does not know of the estimate's error. Raises ``ValueError`` for
     a number of probes below one, or where the factorisation keeps more than the diagonal.
+
+    >>> import probode
+    >>> import jax
+    >>> estimate = probode.HutchinsonDiagonal(jax.random.key(0), num_probes=4)
+    >>> ode = probode.ODE(lambda t, u, args: -u, jacobian=estimate)
     """
 
     key: PRNGKeyArray

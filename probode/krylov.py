@@ -139,6 +139,11 @@ def rightmost_basis(
     Jacobians that are nearly symmetric, like those of reaction-diffusion equations: the spectrum is taken to lie along
     the real axis, and the filter amplifies what does not. ``key``: of the random start. Raises ``TypeError`` for
     another problem than an ODE, ``ValueError`` for one of higher order or a rank that is not in ``1, ..., d``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> ode = probode.ODE(lambda t, u, args: -jnp.arange(1.0, 6.0) * u)
+    >>> probode.rightmost_basis(ode, 0.0, jnp.ones(5), 2).shape  # the two slowest modes
+    (5, 2)
     """
     if not isinstance(ode, ODE):
         raise TypeError(f"rightmost_basis(ode) must be an ODE, got {ode!r}.")

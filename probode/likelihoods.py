@@ -35,6 +35,11 @@ def fenrir_log_likelihood(
     conditioned on them from the last to the first. Least sensitive to bad parameters if the output scale is large
     (``NoCalibration``; see ``DiffusionTempering``). ``u0``, ``t0``, ``t1``, ``args`` as in ``Solver.solve``. Raises
     ``TypeError`` or ``ValueError`` for wrong input.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -args * u)))
+    >>> data = probode.Observations([0.5, 1.0], jnp.array([0.6, 0.4]), 0.1)
+    >>> value = probode.fenrir_log_likelihood(solver, 1.0, 0.0, 1.0, data, args=1.0)
     """
     inputs.require_observations(data)
     _, layout = bind(solver, u0)
@@ -53,6 +58,11 @@ def filtering_log_likelihood(
     The cheapest: one filter. Later equations do not correct what is known of earlier times, so it differs from the
     others by as much as a smoother would change the solution, against the noise. Arguments as for
     ``fenrir_log_likelihood``; calibrations that wait for the end are a ``ValueError``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -args * u)))
+    >>> end = probode.Observations([1.0], jnp.array([0.4]), 0.1)  # a datum at the end alone
+    >>> value = probode.filtering_log_likelihood(solver, 1.0, 0.0, 1.0, end, args=1.0)
     """
     solution = dataclasses.replace(solver, strategy=Filter()).solve(u0, t0, t1, args=args, data=data, throw=False)
     return _if_successful(solution, solution.data_log_likelihood)
@@ -65,6 +75,11 @@ def dalton_log_likelihood(
 
     The equation is linearised where the data say that the solution is, which helps where the solution without them is
     far away. Arguments as for ``fenrir_log_likelihood``; calibrations that wait for the end are a ``ValueError``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -args * u)))
+    >>> data = probode.Observations([0.5, 1.0], jnp.array([0.6, 0.4]), 0.1)
+    >>> value = probode.dalton_log_likelihood(solver, 1.0, 0.0, 1.0, data, args=1.0)
     """
     forward = dataclasses.replace(solver, strategy=Filter())
     joint = forward.solve(u0, t0, t1, args=args, data=data, save_at=SaveAt(t0=True, steps=True), throw=False)

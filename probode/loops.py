@@ -22,7 +22,11 @@ def _checkpoints(value):
 
 
 class AbstractLoop(eqx.Module):
-    """Repeats a body while a condition holds. ``max_steps`` counts attempted steps, rejected ones included."""
+    """Repeats a body while a condition holds. ``max_steps`` counts attempted steps, rejected ones included.
+
+    >>> import probode
+    >>> probode.testing.check_loop(probode.ForwardLoop(100))  # or a subclass of your own
+    """
 
     max_steps: eqx.AbstractVar[int]
 
@@ -36,6 +40,10 @@ class BoundedLoop(AbstractLoop):
     """Differentiable forwards and backwards, to any order; the default.
 
     Raises ``ValueError`` unless ``max_steps`` is a positive integer.
+
+    >>> import probode
+    >>> probode.BoundedLoop(max_steps=100)
+    BoundedLoop(max_steps=100)
     """
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("BoundedLoop"))
@@ -47,6 +55,10 @@ class BoundedLoop(AbstractLoop):
 class CheckpointedLoop(AbstractLoop):
     """Reverse mode only, with memory for ``checkpoints`` states (about ``sqrt(2 max_steps)`` by default); no overhead
     when nothing is differentiated. For long solves. Raises ``ValueError`` for numbers that are not positive integers.
+
+    >>> import probode
+    >>> probode.CheckpointedLoop(max_steps=10_000, checkpoints=50)
+    CheckpointedLoop(max_steps=10000, checkpoints=50)
     """
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("CheckpointedLoop"))
@@ -66,7 +78,12 @@ class CheckpointedLoop(AbstractLoop):
 
 class ForwardLoop(AbstractLoop):
     """A plain ``jax.lax.while_loop``: forward mode only. Raises ``ValueError`` unless ``max_steps`` is a positive
-    integer; reverse-mode differentiation through it is a ``RuntimeError``."""
+    integer; reverse-mode differentiation through it is a ``RuntimeError``.
+
+    >>> import probode
+    >>> probode.ForwardLoop(max_steps=100_000).max_steps
+    100000
+    """
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("ForwardLoop"))
 

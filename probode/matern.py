@@ -37,6 +37,10 @@ class Matern(AbstractPrior):
 
     Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the length scale finite and positive; in
     the first step for a length scale that does not fit ``u`` or the factorisation.
+
+    >>> import probode
+    >>> probode.Matern(2, length_scale=1.5)
+    Matern(num_derivatives=2, length_scale=f64[], output_scale=f64[])
     """
 
     num_derivatives: int = eqx.field(static=True)

@@ -37,6 +37,11 @@ def sample_prior(
 
     Raises ``TypeError`` unless ``prior`` is one and ``like`` is real and floating point, ``ValueError`` for times that
     are not sorted and finite, or an initial state of another shape.
+
+    >>> import jax.numpy as jnp, probode
+    >>> import jax
+    >>> probode.sample_prior(probode.IWP(1), jax.random.key(0), jnp.linspace(0.0, 1.0, 5), 0.0, shape=(3,)).shape
+    (3, 5)
     """
     ts, initial, layout = _checked("sample_prior", prior, ts, like, factorisation, initial)
     return _sample(prior, key, ts, initial, layout, tuple(shape))
@@ -54,6 +59,11 @@ def prior_marginals(
 
     An object with ``.mean`` and ``.std``, PyTrees like ``u`` with leaves ``(time, *leaf.shape)``, and
     ``.derivative(k)`` with the same of ``u^(k)``. Arguments and errors as for ``sample_prior``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> band = probode.prior_marginals(probode.IWP(1), jnp.array([0.0, 1.0]), 0.0)
+    >>> band.std.shape
+    (2,)
     """
     ts, initial, layout = _checked("prior_marginals", prior, ts, like, factorisation, initial)
     return Posterior(ts, _marginals(prior, ts, initial, layout), layout)

@@ -25,6 +25,10 @@ class AbstractPrior(eqx.Module):
 
     ``differs_by_step``: whether it has a method ``at(t, us, problem, layout, args)`` for the prior of the step that
     leaves the derivatives ``us``, ``(n, d)``, at ``t``.
+
+    >>> import probode
+    >>> probode.IWP(2).num_derivatives, probode.IWP(2).differs_by_step
+    (2, False)
     """
 
     num_derivatives: eqx.AbstractVar[int]
@@ -46,6 +50,10 @@ class IWP(AbstractPrior):
     ``u``, for noise with the covariance ``F^T F`` (as in ``Normal.factor``). Raises ``ValueError`` unless
     ``num_derivatives`` is a positive integer; in the first step for a scale that does not fit ``u`` or the
     factorisation.
+
+    >>> import probode
+    >>> probode.IWP(3, output_scale=2.0)
+    IWP(num_derivatives=3, output_scale=f64[])
     """
 
     num_derivatives: int = eqx.field(static=True)

@@ -85,6 +85,11 @@ class ODE(AbstractProblem):
     value is the tuple ``(u, u', ..., u^(k-1))``. ``jacobian``: how linearisations of first order find the derivative of
     the field, exactly by default, or a function ``jacobian(t, u, args)``: see ``GivenJacobian``. Raises ``TypeError``
     if one of them cannot be called, ``ValueError`` unless ``order`` is a positive integer.
+
+    >>> import jax.numpy as jnp, probode
+    >>> pendulum = probode.ODE(lambda t, u, du, args: -jnp.sin(u), order=2)
+    >>> pendulum.order
+    2
     """
 
     vector_field: Callable
@@ -131,6 +136,11 @@ class Residual(AbstractProblem):
     ``BlockDiagonal()`` the i-th equation is taken to be about the i-th component. The equation is used at the steps;
     between them a filter predicts by the prior alone. ``jacobian`` as for ``ODE``: with respect to
     ``(u, ..., u^(k))``. Raises ``TypeError`` if the residual cannot be called, ``ValueError`` for a negative ``order``.
+
+    >>> import probode
+    >>> circle = probode.Residual(lambda t, u, args: u @ u - 1, order=0)
+    >>> circle.order
+    0
     """
 
     residual: Callable

@@ -25,6 +25,14 @@ class AbstractProgress(eqx.Module):
     """A meter for ``Solver.solve(progress=...)``. ``marks``: how many reports there are at most.
 
     Under ``vmap`` the slowest lane is reported; under differentiation a report may be repeated.
+
+    >>> import probode
+    >>> class Loud(probode.AbstractProgress):
+    ...     marks: int = 2
+    ...     def report(self, fraction):
+    ...         print("half" if fraction < 1 else "done")
+    >>> Loud().report(0.5)
+    half
     """
 
     marks: eqx.AbstractVar[int]
@@ -51,7 +59,12 @@ class TextProgress(AbstractProgress):
 
 class TqdmProgress(AbstractProgress):
     """A bar of tqdm, which also suits notebooks. Raises ``ImportError`` without it, ``ValueError`` unless ``marks`` is
-    a positive integer."""
+    a positive integer.
+
+    >>> import probode
+    >>> probode.TqdmProgress(marks=10).marks
+    10
+    """
 
     marks: int = eqx.field(static=True, default=100, converter=lambda x: as_integer(x, "TqdmProgress(marks)", 1))
 

@@ -34,6 +34,12 @@ class CalibrationReport:
     within one, two and three standard deviations (0.683, 0.954, 0.997 for a Gaussian); ``non_credibility`` and
     ``inclination``: mean size and mean of ``10 log10(chi^2 / d)``, in decibels; a positive inclination is
     overconfident. ``successful``: whether the solve reached its end; if not, its entries are NaN.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
+    >>> report = probode.calibration_report(solution, lambda t: jnp.exp(-t), show=False)
+    >>> report.coverage.shape
+    (1, 3)
     """
 
     rtol: np.ndarray
@@ -79,6 +85,11 @@ def calibration_report(
     to far better than the tolerances. For a ``Solver`` pass ``u0``, ``t0``, ``t1`` (and ``args``) as to ``solve``; it
     is run for every ``rtol`` of ``tolerances`` with ``atol = atol_over_rtol * rtol``. Prints a table unless
     ``show=False``. Raises ``ValueError`` if a solver comes without ``u0, t0, t1``, ``TypeError`` for another subject.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
+    >>> bool(probode.calibration_report(solution, lambda t: jnp.exp(-t), show=False).successful.all())
+    True
     """
     if isinstance(subject, Solution):
         entries = [_measure(subject, reference, np.nan)]

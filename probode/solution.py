@@ -17,7 +17,13 @@ from .trajectory import Trajectory, evaluate, sample_at
 
 
 class Result(eqx.Enumeration):
-    """How a solve ended: ``successful`` or the reason why it stopped before ``t1``."""
+    """How a solve ended: ``successful`` or the reason why it stopped before ``t1``.
+
+    >>> import probode
+    >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
+    >>> bool(solution.result == probode.Result.successful)
+    True
+    """
 
     successful = ""
     max_steps_reached = (
@@ -45,6 +51,10 @@ class SaveAt(eqx.Module):
 
     ``steps`` includes ``t1`` and excludes ``ts``. ``dense`` keeps what ``Solution.evaluate`` needs (memory for
     ``max_steps`` states); alone it also keeps ``t1``. Raises ``ValueError`` if nothing or both are asked for.
+
+    >>> import probode
+    >>> probode.SaveAt(t0=True, steps=True).steps
+    True
     """
 
     t0: bool = eqx.field(static=True)
@@ -89,7 +99,13 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
 
 
 class Posterior(eqx.Module):
-    """The posterior at one or several times: what ``Solution.evaluate`` and ``prior_marginals`` return."""
+    """The posterior at one or several times: what ``Solution.evaluate`` and ``prior_marginals`` return.
+
+    >>> import probode
+    >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0, dense_output=True)
+    >>> solution.evaluate([0.2, 0.4]).derivative(1).mean.shape
+    (2,)
+    """
 
     t: Float[Array, "*time"]
     marginals: Normal
@@ -147,6 +163,10 @@ class Solution(eqx.Module):
     the running state at the end, to go on from. ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if
     any. ``spread``: what an uncertain initial value adds, which is already in ``marginals``. ``data_log_likelihood``:
     the log density of the data that the solve was given, each given those before it and the equation up to its time.
+
+    >>> import probode
+    >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
+    Solution(t=f64[1], u=f64[], num_derivatives=4, filtered)
     """
 
     t: Float[Array, " time"]

@@ -50,6 +50,11 @@ class Solver(eqx.Module):
     is one ODE, or under ``Subspace``), ``IntegralController()``, ``BoundedLoop()``, ``TaylorMode()``. Raises
     ``TypeError`` for a part of the wrong kind, ``ValueError`` where parts do not fit together, as an equation of higher
     order than the prior.
+
+    >>> import probode
+    >>> solver = probode.Solver(prior=probode.IWP(4), constraint=probode.TS1(probode.ODE(lambda t, u, args: -u)))
+    >>> solver.solve(1.0, 0.0, 1.0).mean.shape
+    (1,)
     """
 
     prior: AbstractPrior

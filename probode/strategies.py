@@ -16,6 +16,10 @@ class AbstractStrategy(eqx.Module):
     """Which states are kept, and what of them is carried along.
 
     ``keeps_steps``: whether every accepted step is kept, and can be evaluated in between, or just the times asked for.
+
+    >>> import probode
+    >>> [part.keeps_steps for part in (probode.Filter(), probode.FixedPointSmoother(), probode.FixedIntervalSmoother())]
+    [False, False, True]
     """
 
     keeps_steps: eqx.AbstractClassVar[bool]
@@ -26,7 +30,12 @@ class AbstractStrategy(eqx.Module):
 
 
 class Filter(AbstractStrategy):
-    """Each time is estimated from the past alone: constant memory. Between steps it predicts from the left."""
+    """Each time is estimated from the past alone: constant memory. Between steps it predicts from the left.
+
+    >>> import probode
+    >>> probode.Filter().keeps_steps
+    False
+    """
 
     keeps_steps = False
 
@@ -40,6 +49,10 @@ class FixedPointSmoother(AbstractStrategy):
     The choice for a known, moderate number of ``save_at`` times, also inside reverse mode. Both ends of the steps that
     hold one of these times are kept, and what lies between is marginalised on the way; an accepted step costs about
     twice that of a filter.
+
+    >>> import probode
+    >>> probode.FixedPointSmoother().keeps_steps
+    False
     """
 
     keeps_steps = False
@@ -52,6 +65,10 @@ class FixedIntervalSmoother(AbstractStrategy):
     """Keeps every accepted step and estimates each from the whole solve (Rauch, Tung & Striebel, 1965).
 
     Memory for ``max_steps`` states. The choice for dense output, ``Solution.evaluate`` and samples at any time.
+
+    >>> import probode
+    >>> probode.FixedIntervalSmoother().keeps_steps
+    True
     """
 
     keeps_steps = True

@@ -71,6 +71,10 @@ class Subspace(AbstractFactorisation):
     For ``IWP`` with a scalar output scale, ``TS1`` of an ``ODE`` of order one, ``Filter``, ``StateError`` (the default
     here) and calibrations that neither look at gains nor linearise again. The log likelihood is not known (NaN).
     Raises ``ValueError`` or ``TypeError`` for other parts, or a basis that is not of full rank.
+
+    >>> import jax.numpy as jnp, probode
+    >>> probode.Subspace(jnp.eye(100, 5)).basis.shape
+    (100, 5)
     """
 
     basis: Float[Array | np.ndarray, "d r"]

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import os
 import pathlib
 import pkgutil
 import subprocess
@@ -107,6 +108,14 @@ def test_importing_brings_in_no_extras():
         "sys.exit(sorted(bad & set(sys.modules)).__str__() if bad & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_importing_starts_no_backend():
+    # It would be too late to tell XLA about small loops, and arrays would have the precision of that moment.
+    code = "from jax._src import xla_bridge; import probode; probode.compile_small_loops(); "
+    code += "assert not xla_bridge.backends_are_initialized()"
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, env=environment)
 
 
 def test_shapes_are_checked_while_testing(request):

@@ -25,7 +25,8 @@ from .laws import equal, finite, has_dtype, hold, in_single, require_double, req
 
 
 _GRID = np.linspace(0.0, 1.0, 9)
-_U0 = jnp.array([1.0, 0.6])
+# NumPy: an array of JAX would start its backend when the package is imported.
+_U0 = np.array([1.0, 0.6])
 
 
 def _field(t, u, args):
@@ -432,7 +433,7 @@ def check_initialisation(initialisation: AbstractInitialisation) -> None:
     name, problem = type(initialisation).__name__, ODE(_field)
 
     def start(initialisation, x, factorisation=Dense(), dtype=float):
-        u0 = (_U0 * x).astype(dtype)
+        u0 = jnp.asarray(_U0 * x, dtype)
         layout = layout_of(u0, 3, factorisation)
         return initialisation.initialise(problem, jnp.asarray(0.2, dtype), u0[None], layout, None), layout
 
@@ -441,7 +442,9 @@ def check_initialisation(initialisation: AbstractInitialisation) -> None:
         finite(state, f"{name}: the state is finite")
         stack = layout.unpack(state.mean)
         equal(stack[0], _U0, f"{name}: the initial value is kept", 1e-14)
-        exact = layout.unpack(TaylorMode().initialise(problem, jnp.asarray(0.2), _U0[None], layout, None).mean)
+        exact = layout.unpack(
+            TaylorMode().initialise(problem, jnp.asarray(0.2), jnp.asarray(_U0)[None], layout, None).mean
+        )
         std = layout.std(state.factor) if state.factor.shape[-2] else jnp.zeros_like(stack)
         hold(std[0] == 0, f"{name}: the initial value is certain")
         certain = np.asarray(std) == 0
