@@ -87,7 +87,10 @@ class Observations(eqx.Module):
         self.mask = _rows(_full_mask(mask, values, ts.size), ts.size).astype(bool)
         flat = _rows(values, ts.size)
         message = "Observations(values) must be finite; leave out what is missing with mask"
-        self.values = jnp.where(self.mask, require(flat, jnp.isfinite(flat) | ~self.mask, message), 0)
+        # What is missing repeats the first that is there: a density of it is thrown away, but must have a derivative.
+        first = jnp.take_along_axis(flat, jnp.argmax(self.mask, axis=0)[None], axis=0)
+        fill = jnp.where(jnp.any(self.mask, axis=0), first, 0)
+        self.values = jnp.where(self.mask, require(flat, jnp.isfinite(flat) | ~self.mask, message), fill)
         if (noise is None) == (log_density is None):
             raise ValueError("Observations need either a noise or a log_density(values, seen, args), and not both.")
         if log_density is not None and not callable(log_density):

@@ -14,7 +14,7 @@ if os.environ.get("PROBODE_TEST_OPTIMISED", "0") != "1":
 jax.config.update("jax_enable_x64", os.environ.get("PROBODE_TEST_FLOAT32", "0") != "1")
 
 hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
-hypothesis.settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -133,6 +133,22 @@ def test_far_from_the_mode(factorisation):
     assert np.max(np.abs(residual) / (1 + counts[0])) < 1e-8
 
 
+def test_what_is_missing_has_no_derivative_that_is_none():
+    # of values that are zero where nothing was measured, the density of this law is minus infinity
+    def evidence(rate):
+        data = po.Observations(
+            [0.5, 1.0],
+            np.array([[2.0, 0.0], [3.0, 4.0]]),
+            mask=np.array([[True, False], [True, True]]),
+            log_density=lambda y, u, args: -((jnp.log(y) - u) ** 2) - jnp.log(y),
+        )
+        made = po.Solver(po.IWP(1), po.TS0(po.ODE(lambda t, u, args: args * u)), calibration=po.NoCalibration())
+        return made.solve_grid(jnp.ones(2), [0.0, 0.5, 1.0], args=rate, data=data).data_log_likelihood
+
+    value, slope = jax.value_and_grad(evidence)(0.3)
+    assert jnp.isfinite(value) and jnp.isfinite(slope)
+
+
 def test_outliers_do_not_matter():
     made = solver(po.FixedIntervalSmoother())
     exact = made.solve_grid(jnp.array([1.0, 0.5]), GRID).mean[SEEN]

@@ -54,7 +54,7 @@ def test_reverse_mode():
 
 
 # The others take a minute of compilation each; `nox -s examples` runs all of them at full size.
-QUICK = ("choosing_a_solver", "coming_from", "heat_map", "neural_ode", "three_likelihoods", "your_own_parts")
+QUICK = ("coming_from", "heat_map", "three_likelihoods", "your_own_parts")
 
 
 @pytest.mark.parametrize("name", QUICK)
