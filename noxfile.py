@@ -23,7 +23,7 @@ def lint(session):
 def tests(session):
     """The test suite, with jaxtyping's import hook and beartype checking every annotation."""
     session.install("-e", ".[test,examples]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-m", "", *session.posargs)
 
 
 @nox.session

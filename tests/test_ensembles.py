@@ -182,6 +182,7 @@ print("all equal")
 """
 
 
+@pytest.mark.thorough
 def test_eight_devices_give_what_one_gives():
     environment = os.environ | {
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

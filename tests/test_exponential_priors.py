@@ -443,6 +443,7 @@ def test_the_same_marginals_in_all_factorisations():
     np.testing.assert_allclose(block.std, dense.std, rtol=1e-10, atol=1e-16)
 
 
+@pytest.mark.thorough
 def test_derivatives_through_a_solve():
     times = jnp.linspace(0, 1.0, 4)
 

@@ -162,6 +162,7 @@ def test_fields_that_are_modules_and_closures():
     assert abs(jax.jacfwd(lambda rate: loss(lambda t, u, args: -rate * u))(rate) - expected) < 1e-6
 
 
+@pytest.mark.thorough
 def test_second_derivatives():
     def end(rate):
         ode = po.ODE(lambda t, u, args: -args * u)

@@ -13,6 +13,7 @@ from .helpers import CONSTRAINTS, FACTORISATIONS, central_differences, name, rel
 from .test_gradients import PARAMETERS, rates_field
 
 
+pytestmark = pytest.mark.thorough
 GRID = np.linspace(0.0, 1.0, 9)
 LONG = np.linspace(0.0, 4.0, 9)  # for high orders: residuals have to stay above round-off
 SMOOTHERS = (po.FixedIntervalSmoother(), po.FixedPointSmoother())

@@ -120,6 +120,7 @@ def test_ten_thousand_components():
     assert solution.std.shape == (1, n, n)
 
 
+@pytest.mark.thorough
 def test_derivatives_in_both_modes():
     own = solver(po.Subspace(MODES[:, :4], tol=1e-12), loop=po.BoundedLoop(16))
 
@@ -140,6 +141,7 @@ def test_derivatives_in_both_modes():
     np.testing.assert_allclose(jax.jacfwd(adaptive)(one), jax.grad(adaptive)(one), rtol=1e-8)
 
 
+@pytest.mark.thorough
 def test_states_times_and_lanes():
     tree = {"a": U0[:5], "b": U0[5:].reshape(1, D - 5)}
 

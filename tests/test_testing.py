@@ -31,15 +31,15 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
     [
         (testing.check_prior, po.IWP(3)),
         (testing.check_prior, po.IWP(1, output_scale=jnp.array([1.0, 2.0]))),
-        (testing.check_factorisation, Grouped(2)),
+        pytest.param(testing.check_factorisation, Grouped(2), marks=pytest.mark.thorough),
         (lambda part: testing.check_constraint(part, U0), po.TS0(ODE)),
         (
             lambda part: testing.check_constraint(part, U0, first_order=True),
             po.TS1(po.Residual(lambda t, u, du, args: du - field(t, u, args))),
         ),
         (lambda part: testing.check_constraint(part, (U0, U0)), po.TS1(po.ODE(lambda t, u, du, _: -u, order=2))),
-        (testing.check_strategy, po.FixedIntervalSmoother()),
-        (testing.check_calibration, MaximumLikelihood()),
+        pytest.param(testing.check_strategy, po.FixedIntervalSmoother(), marks=pytest.mark.thorough),
+        pytest.param(testing.check_calibration, MaximumLikelihood(), marks=pytest.mark.thorough),
         (testing.check_error, po.ResidualError()),
         (testing.check_error, po.StateError()),
         (testing.check_controller, po.PIController()),
@@ -59,6 +59,7 @@ def test_parts_of_the_package_pass(check, part):
     check(part)
 
 
+@pytest.mark.thorough
 def test_a_solver_passes():
     solver = po.Solver(po.IWP(2), po.TS1(ODE), controller=po.IntegralController(1e-4, 1e-4), loop=po.BoundedLoop(64))
     testing.check_solver(solver, U0, 0.0, 1.0)
