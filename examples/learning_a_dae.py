@@ -45,9 +45,10 @@ solver = probode.Solver(
     controller=probode.IntegralController(1e-3, 1e-4),
     loop=probode.BoundedLoop(max_steps=256),
 )
-ts = np.linspace(0.0, t1, 41)[1:]
-exact = solver.solve(u0, 0.0, t1, args=true, save_at=ts)
-values = np.asarray(exact.mean["voltage"]) + noise * np.random.default_rng(0).normal(size=40)
+times = np.linspace(0.0, t1, 201)[1:]
+exact = solver.solve(u0, 0.0, t1, args=true, save_at=times)
+ts = times[4::5]
+values = np.asarray(exact.mean["voltage"])[4::5] + noise * np.random.default_rng(0).normal(size=ts.size)
 data = probode.Observations(ts, values, noise, observe=lambda t, u, args: u["voltage"])
 print(f"{int(exact.stats['num_accepted_steps'])} steps")
 
@@ -57,28 +58,32 @@ print(f"{int(exact.stats['num_accepted_steps'])} steps")
 
 
 # %%
-def improbability(x):
-    return -probode.filtering_log_likelihood(solver, u0, 0.0, t1, data, args=jax.tree.map(jnp.exp, x)) / ts.size
+def parameters(logs):
+    return dict(zip(true, jnp.exp(logs), strict=True))
 
 
-x = {"resistance": jnp.log(0.2), "saturation": jnp.log(3e-2)}
+def improbability(logs):
+    return -probode.filtering_log_likelihood(solver, u0, 0.0, t1, data, args=parameters(logs)) / ts.size
+
+
+logs = jnp.log(jnp.array([0.2, 3e-2]))
 iterations = 5 if SMALL else 150
 optimiser = optax.adam(optax.cosine_decay_schedule(0.3, iterations))
-memory = optimiser.init(x)
+memory = optimiser.init(logs)
 
 
 @jax.jit
-def improve(x, memory):
-    value, gradient = jax.value_and_grad(improbability)(x)
+def improve(logs, memory):
+    value, gradient = jax.value_and_grad(improbability)(logs)
     move, memory = optimiser.update(gradient, memory)
-    return optax.apply_updates(x, move), memory, value
+    return logs + move, memory, value
 
 
 for i in range(iterations):
-    x, memory, value = improve(x, memory)
+    logs, memory, value = improve(logs, memory)
     if i % 25 == 0:
-        args = jax.tree.map(lambda a: float(jnp.exp(a)), x)
-        print(f"{i:3d} {-float(value):12.3f}  resistance {args['resistance']:.3f}, saturation {args['saturation']:.2e}")
+        resistance, saturation = np.exp(np.asarray(logs))
+        print(f"{i:3d} {-float(value):12.3f}  resistance {resistance:.3f}, saturation {saturation:.2e}")
 
 # %% [markdown]
 # How sure is that? What the data tell about the parameters is the square of how they move the voltage (Fisher's
@@ -87,18 +92,17 @@ for i in range(iterations):
 
 # %%
 def voltages(logs):
-    args = {"resistance": jnp.exp(logs[0]), "saturation": jnp.exp(logs[1])}
-    return solver.solve(u0, 0.0, t1, args=args, save_at=ts).mean["voltage"]
+    return solver.solve(u0, 0.0, t1, args=parameters(logs), save_at=ts).mean["voltage"]
 
 
-moves = np.asarray(jax.jacfwd(voltages)(jnp.stack([x["resistance"], x["saturation"]]))) / noise
+moves = np.asarray(jax.jit(jax.jacfwd(voltages))(logs)) / noise
 deviations = np.sqrt(np.diag(np.linalg.inv(moves.T @ moves)))
-for name, deviation in zip(x, deviations, strict=True):
-    print(f"{name}: {float(jnp.exp(x[name])):.4g} within {100 * deviation:.0f} %, true {float(true[name]):.4g}")
+fit = parameters(logs)
+for name, deviation in zip(true, deviations, strict=True):
+    print(f"{name}: {float(fit[name]):.4g} within {100 * deviation:.0f} %, true {float(true[name]):.4g}")
 
 # %%
-times = np.linspace(0.0, t1, 200)
-fitted = solver.solve(u0, 0.0, t1, args=jax.tree.map(jnp.exp, x), save_at=times)
+fitted = solver.solve(u0, 0.0, t1, args=fit, save_at=times)
 figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, layout="constrained")
 above.plot(ts, values, "k.", label="measured")
 above.plot(times, fitted.mean["voltage"], label="fitted")
@@ -106,6 +110,6 @@ above.plot(times, 2 * np.sin(times), "0.7", linewidth=1, label="source")
 above.set(ylabel="voltage")
 above.legend(frameon=False)
 below.plot(times, fitted.mean["current"], "C1")
-below.plot(ts, exact.mean["current"], "k.", markersize=3)
+below.plot(times, exact.mean["current"], "k:")
 below.set(xlabel="time", ylabel="current, not measured")
 plt.show()

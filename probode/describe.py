@@ -55,21 +55,15 @@ def facts(solution: Any, results: Any) -> list[tuple[str, str]]:
     t = np.asarray(solution.t)
     reached = np.asarray(solution.state.current.t)
     rows.append(("time", f"solved to {_range(reached)}; {t.shape[-1]} saved, from {_range(t[..., 0])}"))
-    rows.append(
-        (
-            "steps",
-            f"{_range(stats['num_accepted_steps'])} accepted, {_range(stats['num_rejected_steps'])} rejected, "
-            f"at most {_range(stats['max_steps'])}",
-        )
-    )
-    path = solution.trajectory
-    kind = "filtered" if path is None or path.smoothed is None else "smoothed"
-    dense = path is not None and path.dense
-    rows.append(("posterior", f"{kind}, {'at any time of the interval' if dense else 'at the times saved'}"))
+    accepted, rejected, most = (_range(stats[f"{k}_steps"]) for k in ("num_accepted", "num_rejected", "max"))
+    rows.append(("steps", f"{accepted} accepted, {rejected} rejected, at most {most}"))
+    kind = "smoothed" if solution.is_smoothed else "filtered"
+    where = "at any time of the interval" if solution.is_dense else "at the times saved"
+    rows.append(("posterior", f"{kind}, {where}"))
     derivatives = f"with {layout.num_derivatives} derivatives, {type(layout.factorisation).__name__}()"
     rows.append(("u", f"{shape_of_u(layout)} {derivatives}"))
     rows.append(("output scale", _range(solution.output_scale)))
-    if solution.layout.factorisation.own_algebra is False:
+    if not layout.factorisation.own_algebra:
         rows.append(("log likelihood", _range(solution.log_likelihood)))
     if solution.data_log_likelihood is not None:
         rows.append(("log likelihood of the data", _range(solution.data_log_likelihood)))

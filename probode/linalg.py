@@ -15,8 +15,8 @@ from .small_loops import compiles_small_loops
 
 # Above this many columns LAPACK's blocked QR wins over the column-by-column elimination (measured, see benchmarks).
 _LAPACK_COLUMNS = 90
-# Up to this many columns the elimination is written out: faster, and the code stays small.
-_UNROLLED_COLUMNS = 14
+# A triangle of up to so many entries is written out column by column: that is faster, and still quick to compile.
+_UNROLLED_ENTRIES = 100
 # Beyond that a loop over the columns, in panels of at most so many.
 _PANEL = 24
 # From this length on rows are combined as vectors.
@@ -116,7 +116,7 @@ def _eliminate(upper, dense):
     n = upper.shape[0]
     if n > _LAPACK_COLUMNS:
         return _lapack(upper, dense)
-    if n <= _UNROLLED_COLUMNS:
+    if upper.size <= _UNROLLED_ENTRIES:
         return _written_out(upper, dense)
     # Columns that are done need no more work: panels of columns, each narrower than the one before.
     panels = []
@@ -226,5 +226,5 @@ def substitute(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[A
         w = safe_divide(x[j], row[j])
         return x - row[:, None] * w, w
 
-    _, w = lax.scan(step, z, (jnp.arange(m), upper), unroll=m <= _UNROLLED_COLUMNS)
+    _, w = lax.scan(step, z, (jnp.arange(m), upper), unroll=upper.size <= _UNROLLED_ENTRIES)
     return w

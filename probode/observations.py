@@ -21,7 +21,12 @@ from .checks import as_float, as_integer, require
 from .factorisations import Layout
 from .gaussians import Linearisation, Normal, batched, realise, seen_from, standard
 from .jacobians import ExactJacobian
-from .linalg import detach, eliminate, product, substitute
+from .linalg import detach, eliminate, product, safe_divide, safe_sqrt, substitute
+
+
+# Fractions of a Newton step: densities may be steep far from the mode. And how many steps at most.
+_SEARCH = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+_MAX_ITERATIONS = 50
 
 
 class Observations(eqx.Module):
@@ -126,8 +131,8 @@ class Observations(eqx.Module):
                 "weighs each differently. Use BlockDiagonal() or Dense()."
             )
         slope, precision = self._slope_and_precision(i, value, args)
-        weight = jnp.where((seen > 0) & (precision > 0), jnp.sqrt(jnp.where(precision > 0, precision, 1)), 0)
-        residual = jnp.where(weight > 0, -slope / jnp.where(weight > 0, weight, 1), 0)
+        weight = safe_sqrt(jnp.where((seen > 0) & (precision > 0), precision, 0))
+        residual = -safe_divide(slope, weight)
         if layout.couples:
             noise = jnp.eye(seen.size, dtype=layout.dtype)
             return Linearisation(matrix * weight[:, None], residual[:, None], noise=noise)
@@ -240,11 +245,6 @@ class Observations(eqx.Module):
         for _ in range(2):
             w = newton(w, self, x, args)
         return state(w, x)
-
-
-# Fractions of a Newton step: densities may be steep far from the mode. And how many steps at most.
-_SEARCH = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
-_MAX_ITERATIONS = 50
 
 
 def _observe_about(point, x, equation):

@@ -38,14 +38,13 @@ def plot(
     ``ImportError`` without matplotlib, ``ValueError`` for components that there are not, or samples of a derivative.
     """
     ax = _axes(ax)
-    dense = solution.trajectory is not None and solution.trajectory.dense
-    if ts is None and dense:
+    if ts is None and solution.is_dense:
         ts = _many_times(solution)
     posterior = solution if ts is None else solution.evaluate(ts)
     moments, t = posterior.derivative(derivative), np.asarray(posterior.t)
     mean, spread = _columns(moments.mean), _columns(moments.std)
     chosen = _chosen(components, mean.shape[1])
-    names = _names(moments.mean) if labels is None else dict(zip(chosen, labels, strict=True))
+    names = _labels(moments.mean, chosen, labels)
     draws = None
     if samples:
         if derivative:
@@ -78,13 +77,10 @@ def plot_phase(
     from matplotlib.patches import Ellipse
 
     ax = _axes(ax)
-    dense = solution.trajectory is not None and solution.trajectory.dense
-    posterior = solution
-    if dense:
-        posterior = solution.evaluate(_many_times(solution))
+    posterior = solution.evaluate(_many_times(solution)) if solution.is_dense else solution
     mean = _columns(posterior.mean)
     i, j = _chosen(components, mean.shape[1])
-    names = _names(posterior.mean)
+    names = _labels(posterior.mean, (i, j), None)
     (line,) = ax.plot(mean[:, i], mean[:, j])
     every = max(1, -(-mean.shape[0] // ellipses))
     layout = posterior.layout
@@ -150,14 +146,8 @@ def plot_residual(solution: Any, problem: Any, ax: Any = None, *, args: PyTree =
     ax = _axes(ax)
     _steps(solution, "plot_residual")
     posterior = solution.evaluate(_many_times(solution))
-    stacks = [posterior.derivative(k).mean for k in range(problem.order + 1)]
-
-    def residual(t, us):
-        if hasattr(problem, "residual"):
-            return problem.residual(t, *us, args)
-        return jax.tree.map(jnp.subtract, us[-1], problem.vector_field(t, *us[:-1], args))
-
-    values = jax.vmap(residual)(posterior.t, stacks)
+    us = tuple(posterior.derivative(k).mean for k in range(problem.order + 1))
+    values = jax.vmap(lambda t, us: problem.residual_of(t, us, args))(posterior.t, us)
     ax.semilogy(posterior.t, np.max(abs(_columns(values)), axis=1), linewidth=1)
     ax.set_xlabel("time")
     ax.set_ylabel("residual at the mean")
@@ -174,9 +164,10 @@ def plot_errors(
     """True errors (lines) and standard deviations (dashed) of all components; ``reference(times)`` as for reports."""
     ax = _axes(ax)
     t, truth = np.asarray(solution.t), _columns(reference(np.asarray(solution.t)))
-    error, spread, names = abs(_columns(solution.mean) - truth), _columns(solution.std), _names(solution.mean)
-    names = names if labels is None else labels
-    for i in _chosen(None, error.shape[1]):
+    error, spread = abs(_columns(solution.mean) - truth), _columns(solution.std)
+    chosen = _chosen(None, error.shape[1])
+    names = _labels(solution.mean, chosen, labels)
+    for i in chosen:
         (line,) = ax.semilogy(t, np.where(error[:, i] > 0, error[:, i], np.nan), label=f"error, {names[i]}")
         positive = np.where(spread[:, i] > 0, spread[:, i], np.nan)
         ax.semilogy(t, positive, "--", color=line.get_color(), label=f"standard deviation, {names[i]}")
@@ -212,15 +203,17 @@ def _columns(tree, axes=1):
     return np.concatenate([leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves], axis=axes)
 
 
-def _names(tree):
-    """Where every component is: a path through the PyTree and an index."""
+def _labels(tree, chosen, labels):
+    """Names of the chosen components: those given, or where they are, by a path through the PyTree and an index."""
+    if labels is not None:
+        return dict(zip(chosen, labels, strict=True))
     names = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         name = f"u[{name}]" if name.isdigit() else name or "u"
         inner = np.ndindex(np.shape(leaf)[1:])
         names += [name + (str(list(index)) if index else "") for index in inner]
-    return names
+    return {i: names[i] for i in chosen}
 
 
 def _chosen(components, d):
@@ -233,11 +226,10 @@ def _chosen(components, d):
 
 def _covariance(factor, layout, i, j):
     """Of two components of ``u``."""
-    unit = jnp.zeros((2, layout.size), layout.dtype).at[jnp.arange(2), jnp.array([i, j])].set(1)
     if layout.couples:
         columns = np.asarray(factor)[:, [i, j]]
         return columns.T @ columns
-    return np.diag(np.asarray(unit @ layout.std(factor)[0]) ** 2)
+    return np.diag(np.asarray(layout.std(factor))[0, [i, j]] ** 2)
 
 
 def _many_times(solution):
@@ -247,7 +239,7 @@ def _many_times(solution):
 
 def _steps(solution, name):
     path = solution.trajectory
-    if path is None or not path.dense:
+    if not solution.is_dense:
         raise ValueError(
             f"{name} needs the steps of the solve, which were not kept: solve with strategy=FixedIntervalSmoother(), "
             "or with save_at=SaveAt(dense=True)."

@@ -182,13 +182,22 @@ class Solution(eqx.Module):
     data_log_likelihood: Float[Array, ""] | None = None
 
     def __repr__(self):
-        keeps = "smoothed" if self.trajectory is not None and self.trajectory.smoothed is not None else "filtered"
-        dense = ", dense" if self.trajectory is not None and self.trajectory.dense else ""
+        kind = ("smoothed" if self.is_smoothed else "filtered") + (", dense" if self.is_dense else "")
         shapes = f"t={eqx.tree_pformat(self.t)}, u={describe.shape_of_u(self.layout)}"
-        return f"Solution({shapes}, num_derivatives={self.layout.num_derivatives}, {keeps}{dense})"
+        return f"Solution({shapes}, num_derivatives={self.layout.num_derivatives}, {kind})"
 
     def _repr_html_(self):
         return describe.as_html("Solution", describe.facts(self, Result))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every step was kept, so that the solution can be evaluated at any time of the interval."""
+        return self.trajectory is not None and self.trajectory.dense
+
+    @property
+    def is_smoothed(self) -> bool:
+        """Whether every time is estimated from the whole solve, so that joint samples can be drawn."""
+        return self.trajectory is not None and self.trajectory.smoothed is not None
 
     def summary(self) -> str:
         """Result, time span, steps, calibration, evidence and largest standard deviation, as text to be printed."""
@@ -223,7 +232,7 @@ class Solution(eqx.Module):
         Differentiable in ``t``. Raises ``ValueError`` if the solve has not kept its steps (``SaveAt(dense=True)``, a
         ``FixedIntervalSmoother`` or ``solve_grid`` do), or if a time lies outside what was solved.
         """
-        if self.trajectory is None or not self.trajectory.dense:
+        if not self.is_dense:
             raise ValueError(
                 "evaluate needs the steps of the solve, which were not kept: solve with strategy="
                 "FixedIntervalSmoother(), or with save_at=SaveAt(dense=True)."
@@ -249,12 +258,12 @@ class Solution(eqx.Module):
             ts = self._times(ts, "sample(ts)") if path is not None else as_float(ts, "sample(ts)")
             if ts.ndim != 1:
                 raise ValueError(f"sample(ts) must be an array of times of shape (times,), got shape {ts.shape}.")
-            if path is None or not path.dense:
+            if not self.is_dense:
                 raise ValueError(
                     "sample(ts) needs the steps of the solve, which were not kept: solve with strategy="
                     "FixedIntervalSmoother(), or without ts for the times that were saved."
                 )
-        if path is None or path.smoothed is None:
+        if not self.is_smoothed:
             if ts.size > 1:
                 raise ValueError(
                     "A filter cannot be sampled at more than one time: its marginals do not say how times belong "

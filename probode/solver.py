@@ -307,10 +307,8 @@ def check_request(
 def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     """Answer a request."""
     u0, t0, t1, ts, layout, keep = request.u0, request.t0, request.t1, request.ts, request.layout, request.keep
-    parts, control = (
-        _steps(solver, request.data),
-        Control(solver.error, solver.controller, solver.loop, request.progress),
-    )
+    parts = _steps(solver, request.data)
+    control = Control(solver.error, solver.controller, solver.loop, request.progress)
     if request.data is not None:
         control = eqx.tree_at(lambda c: c.controller, control, inputs.stopping_at(control.controller, request.data.ts))
     resumed = isinstance(u0, AdaptiveState)

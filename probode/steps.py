@@ -226,7 +226,7 @@ def accept(
 
 def _conditioned(parts, state, t, attempted, scale, past, args):
     """The update, the equation that it is about, and the whitened residual before the last iteration, if any."""
-    transition, equation, before = attempted.transition, attempted.equation, None
+    transition, equation = attempted.transition, attempted.equation
     predicted = Normal(attempted.mean, push(state.distribution, transition.matrix).factor)
     if parts.calibration.relinearise:
         noise = transition.noise * scale[..., None, None]
@@ -234,12 +234,22 @@ def _conditioned(parts, state, t, attempted, scale, past, args):
         equation = without_round_off(parts.constraint.linearise(t, whole, state.layout, args), predicted.mean)
     joint = join(predicted, transition.noise, scale, equation, past)
     update = condition(joint, predicted, equation, past)
-    for _ in range(parts.constraint.evaluations - 1):
+
+    def again(_, carry):
+        joint, update, equation, _ = carry
         before = update.influence.whitened
         equation = _evaluated_at(parts.constraint, t, update.state, predicted, equation, state.layout, args)
         if parts.constraint.relinearise:
             joint = join(predicted, transition.noise, scale, equation, past)
-        update = condition(joint, predicted, equation, past)
+        return joint, condition(joint, predicted, equation, past), equation, before
+
+    carry = joint, update, equation, jnp.zeros_like(update.influence.whitened)
+    times = parts.constraint.evaluations - 1
+    if times == 1:
+        carry = again(0, carry)
+    elif times:  # many copies of it would take the compiler exponentially long
+        carry = lax.fori_loop(0, times, again, carry)
+    _, update, equation, before = carry
     return update, equation, before
 
 

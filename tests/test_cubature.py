@@ -151,7 +151,7 @@ def test_residuals_and_higher_orders():
     ("constraint", "calibration"),
     [
         (lambda ode: po.SLR1(ode), po.DynamicCalibration(relinearise=True)),
-        (lambda ode: po.SLR1(ode, noise=True), po.DynamicCalibration()),
+        pytest.param(lambda ode: po.SLR1(ode, noise=True), po.DynamicCalibration(), marks=pytest.mark.thorough),
         (lambda ode: po.SLR0(ode), po.DynamicCalibration()),
     ],
 )

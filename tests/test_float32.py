@@ -71,7 +71,7 @@ def test_gradients_are_finite_and_right():
         return solution.mean[-1, 0], solution.std[-1, 0]
 
     rate = jnp.asarray(0.8, jnp.float32)
-    gradient = jax.grad(lambda rate: loss(rate)[0])(rate)
+    gradient = jax.jit(jax.grad(lambda rate: loss(rate)[0]))(rate)
     assert gradient.dtype == jnp.float32
     assert abs(gradient + np.exp(-0.8)) < 1e-3
 

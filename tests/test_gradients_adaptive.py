@@ -10,19 +10,19 @@ import pytest
 
 import probode as po
 
-from .helpers import CONSTRAINTS, central_differences, lotka_volterra, name, relative
+from .helpers import central_differences, lotka_volterra, name, relative
 from .test_gradients import PARAMETERS, rates_field
 
 
 def adaptive_solver(
-    constraint=po.TS1, factorisation=po.Dense(), loop=po.BoundedLoop(256), calibration=po.NoCalibration()
+    constraint=po.TS1, factorisation=po.Dense(), loop=po.BoundedLoop(16), calibration=po.NoCalibration()
 ):
     return po.Solver(
         po.IWP(2),
         constraint(po.ODE(rates_field)),
         factorisation=factorisation,
         calibration=calibration,
-        controller=po.IntegralController(rtol=1e-5, atol=1e-7),
+        controller=po.IntegralController(rtol=1e-3, atol=1e-5),
         loop=loop,
     )
 
@@ -32,8 +32,16 @@ def frozen_times(solver, x):
     return solution.t[: int(solution.stats["num_accepted_steps"]) + 1]
 
 
-@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=name)
-@pytest.mark.parametrize("calibration", [po.NoCalibration(), po.DynamicCalibration()], ids=name)
+@pytest.mark.parametrize(
+    ("constraint", "calibration"),
+    [
+        (po.TS0, po.DynamicCalibration()),
+        (po.TS1, po.NoCalibration()),
+        pytest.param(po.TS0, po.NoCalibration(), marks=pytest.mark.thorough),
+        pytest.param(po.TS1, po.DynamicCalibration(), marks=pytest.mark.thorough),
+    ],
+    ids=name,
+)
 def test_adaptive_equals_frozen_steps(constraint, calibration):
     solver = adaptive_solver(constraint, calibration=calibration)
     x = jnp.asarray(PARAMETERS)
@@ -46,8 +54,8 @@ def test_adaptive_equals_frozen_steps(constraint, calibration):
         return solver.solve_grid(x[:2], times, args=x[2:]).mean[-1]
 
     np.testing.assert_allclose(adaptive(x), frozen(x), rtol=1e-12)
-    expected, jacobian = jax.jacrev(frozen)(x), jax.jacfwd(adaptive)(x)
-    assert relative(jax.jacrev(adaptive)(x), expected) < 1e-9
+    expected, jacobian = jax.jit(jax.jacrev(frozen))(x), jax.jit(jax.jacfwd(adaptive))(x)
+    assert relative(jax.jit(jax.jacrev(adaptive))(x), expected) < 1e-9
     assert relative(jacobian, expected) < 1e-9
     if isinstance(calibration, po.NoCalibration):
         assert relative(jacobian, central_differences(jax.jit(frozen), PARAMETERS, 1e-3)) < 1e-6
@@ -59,15 +67,17 @@ def test_loops_agree_and_the_forward_loop_says_what_to_do():
     def loss(x, loop):
         return jnp.sum(adaptive_solver(loop=loop).solve(x[:2], 0.0, 2.0, args=x[2:]).mean ** 2)
 
-    bounded = jax.grad(loss)(x, po.BoundedLoop(256))
-    assert relative(jax.grad(loss)(x, po.CheckpointedLoop(256)), bounded) < 1e-10
-    assert relative(jax.grad(loss)(x, po.CheckpointedLoop(256, checkpoints=5)), bounded) < 1e-10
+    gradient = jax.jit(jax.grad(loss))
+    bounded = gradient(x, po.BoundedLoop(64))
+    assert relative(gradient(x, po.CheckpointedLoop(64)), bounded) < 1e-10
+    assert relative(gradient(x, po.CheckpointedLoop(64, checkpoints=5)), bounded) < 1e-10
     tangent = jnp.asarray(np.random.default_rng(0).normal(size=6))
-    for loop in (po.BoundedLoop(256), po.ForwardLoop(256)):
-        _, derivative = jax.jvp(functools.partial(loss, loop=loop), (x,), (tangent,))
+    for loop in (po.BoundedLoop(64), po.ForwardLoop(64)):
+        along = functools.partial(jax.jvp, functools.partial(loss, loop=loop))
+        _, derivative = jax.jit(along)((x,), (tangent,))
         assert abs(derivative - bounded @ tangent) < 1e-9 * abs(derivative)
     with pytest.raises(RuntimeError, match="BoundedLoop"):
-        jax.grad(loss)(x, po.ForwardLoop(256))
+        jax.grad(loss)(x, po.ForwardLoop(64))
 
 
 def test_end_points_in_time():
@@ -76,18 +86,18 @@ def test_end_points_in_time():
         po.IWP(4),
         po.TS1(po.ODE(lotka_volterra)),
         controller=po.IntegralController(rtol=1e-9, atol=1e-11),
-        loop=po.BoundedLoop(1024),
+        loop=po.BoundedLoop(256),
     )
     u0 = jnp.array([20.0, 18.0])
 
     def end(u0, t0, t1):
         return solver.solve(u0, t0, t1).mean[-1]
 
-    in_u0, in_t0, in_t1 = jax.jacfwd(end, argnums=(0, 1, 2))(u0, 0.3, 1.9)
+    in_u0, in_t0, in_t1 = jax.jit(jax.jacfwd(end, argnums=(0, 1, 2)))(u0, 0.3, 1.9)
     u1 = end(u0, 0.3, 1.9)
     np.testing.assert_allclose(in_t1, lotka_volterra(1.9, u1, None), rtol=1e-5)
     np.testing.assert_allclose(in_t0, -in_u0 @ lotka_volterra(0.3, u0, None), rtol=1e-5)
-    reverse = jax.jacrev(end, argnums=(0, 1, 2))(u0, 0.3, 1.9)
+    reverse = jax.jit(jax.jacrev(end, argnums=(0, 1, 2)))(u0, 0.3, 1.9)
     for a, b in zip(reverse, (in_u0, in_t0, in_t1), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9)
 
@@ -100,27 +110,29 @@ def test_save_times_are_differentiable():
         return solver.solve(x[:2], 0.0, 2.0, args=x[2:], save_at=ts).mean[:, 0]
 
     ts = jnp.array([0.31, 0.9, 1.7])
-    jacobian = jax.jacrev(at)(ts)
+    jacobian = jax.jit(jax.jacrev(at))(ts)
     # between steps the mean is a polynomial in t: its derivative is the filter's own first derivative
     slopes = solver.solve(x[:2], 0.0, 2.0, args=x[2:], save_at=ts).derivative(1).mean[:, 0]
     np.testing.assert_allclose(jacobian, jnp.diag(slopes), rtol=1e-10, atol=1e-12)
-    _, tangent = jax.jvp(at, (ts,), (jnp.ones(3),))
+    _, tangent = jax.jit(lambda ts: jax.jvp(at, (ts,), (jnp.ones(3),)))(ts)
     np.testing.assert_allclose(tangent, slopes, rtol=1e-10)
 
 
 def test_lanes_with_different_numbers_of_steps():
-    solver = adaptive_solver()
+    solver = adaptive_solver(loop=po.BoundedLoop(64))
     xs = jnp.asarray(PARAMETERS) * jnp.array([[1.0], [0.3], [2.5]])
 
     def loss(x):
         solution = solver.solve(x[:2], 0.0, 2.0, args=x[2:])
         return jnp.sum(solution.mean**2), solution.stats["num_steps"]
 
-    grads, steps = jax.vmap(jax.grad(loss, has_aux=True))(xs)
+    gradient_and_steps = jax.grad(loss, has_aux=True)
+    grads, steps = jax.jit(jax.vmap(gradient_and_steps))(xs)
     assert len(set(np.asarray(steps).tolist())) == 3
     assert np.all(np.isfinite(grads))
+    alone = jax.jit(gradient_and_steps)
     for x, gradient in zip(xs, grads, strict=True):
-        assert relative(gradient, jax.grad(loss, has_aux=True)(x)[0]) < 1e-9
+        assert relative(gradient, alone(x)[0]) < 1e-9
 
 
 def test_rejected_attempts_that_are_not_finite_leave_gradients_finite():
@@ -128,7 +140,12 @@ def test_rejected_attempts_that_are_not_finite_leave_gradients_finite():
     def field(t, u, args):
         return -args * jnp.sqrt(u) ** 2
 
-    solver = po.Solver(po.IWP(3), po.TS1(po.ODE(field)), controller=po.IntegralController(rtol=1e-6, atol=1e-8))
+    solver = po.Solver(
+        po.IWP(3),
+        po.TS1(po.ODE(field)),
+        controller=po.IntegralController(rtol=1e-6, atol=1e-8),
+        loop=po.BoundedLoop(256),
+    )
 
     def end(rate):
         solution = solver.solve(jnp.array([1.0]), 0.0, 3.0, args=rate, dt0=10.0)
@@ -138,7 +155,7 @@ def test_rejected_attempts_that_are_not_finite_leave_gradients_finite():
         return jax.tree.map(lambda x: x[0], jax.vmap(end)(jnp.stack([rate, 0.1 * rate])))
 
     for lanes in (end, first_of_two_lanes):
-        (value, rejected), gradient = jax.value_and_grad(lanes, has_aux=True)(1.0)
+        (value, rejected), gradient = jax.jit(jax.value_and_grad(lanes, has_aux=True))(1.0)
         assert rejected > 0
         np.testing.assert_allclose(value, np.exp(-3), rtol=1e-4)
         np.testing.assert_allclose(gradient, -3 * np.exp(-3), rtol=1e-3)
@@ -152,38 +169,42 @@ def test_fields_that_are_modules_and_closures():
             return -self.rate * u
 
     def loss(field):
-        solver = po.Solver(po.IWP(3), po.TS1(po.ODE(field)), controller=po.IntegralController(rtol=1e-8, atol=1e-10))
+        solver = po.Solver(
+            po.IWP(3),
+            po.TS1(po.ODE(field)),
+            controller=po.IntegralController(rtol=1e-6, atol=1e-8),
+            loop=po.BoundedLoop(128),
+        )
         return solver.solve(jnp.array([1.0]), 0.0, 1.0).mean[-1, 0]
 
     rate = jnp.array(0.8)
     expected = -np.exp(-0.8)
-    assert abs(eqx.filter_grad(loss)(Field(rate)).rate - expected) < 1e-6
-    assert abs(jax.grad(lambda rate: loss(lambda t, u, args: -rate * u))(rate) - expected) < 1e-6
-    assert abs(jax.jacfwd(lambda rate: loss(lambda t, u, args: -rate * u))(rate) - expected) < 1e-6
+    assert abs(eqx.filter_jit(eqx.filter_grad(loss))(Field(rate)).rate - expected) < 1e-6
+    assert abs(jax.jit(jax.grad(lambda rate: loss(lambda t, u, args: -rate * u)))(rate) - expected) < 1e-6
+    assert abs(jax.jit(jax.jacfwd(lambda rate: loss(lambda t, u, args: -rate * u)))(rate) - expected) < 1e-6
 
 
 @pytest.mark.thorough
 def test_second_derivatives():
     def end(rate):
         ode = po.ODE(lambda t, u, args: -args * u)
-        solver = po.Solver(po.IWP(2), po.TS1(ode), loop=po.BoundedLoop(64))
+        solver = po.Solver(po.IWP(3), po.TS1(ode), loop=po.BoundedLoop(64))
         return solver.solve(jnp.array([1.0]), 0.0, 1.0, args=rate).mean[-1, 0]
 
     expected = np.exp(-0.8)
-    assert abs(jax.jacfwd(jax.grad(end))(0.8) - expected) < 1e-3
-    assert abs(jax.grad(jax.grad(end))(0.8) - expected) < 1e-3
+    assert abs(jax.jit(jax.jacfwd(jax.grad(end)))(0.8) - expected) < 1e-3
+    assert abs(jax.jit(jax.grad(jax.grad(end)))(0.8) - expected) < 1e-3
 
 
 def test_zero_residual_and_zero_start_are_differentiable():
     # a constant field has no residual at all: scale, innovation and standard deviation are zero
-    solver = po.Solver(
-        po.IWP(2), po.TS0(po.ODE(lambda t, u, args: args * jnp.ones_like(u))), factorisation=po.Isotropic()
-    )
+    ode = po.ODE(lambda t, u, args: args * jnp.ones_like(u))
+    solver = po.Solver(po.IWP(2), po.TS0(ode), factorisation=po.Isotropic(), loop=po.BoundedLoop(64))
 
     def end(rate):
         solution = solver.solve(jnp.zeros(2), 0.0, 1.0, args=rate)
         return solution.mean[-1, 0] + jnp.sum(solution.std)
 
-    value, gradient = jax.value_and_grad(end)(0.7)
+    value, gradient = jax.jit(jax.value_and_grad(end))(0.7)
     assert abs(value - 0.7) < 1e-12
     assert abs(gradient - 1.0) < 1e-9

@@ -115,7 +115,11 @@ def test_each_datum_given_those_before_it():
     np.testing.assert_allclose(solution.data_log_likelihood, total, rtol=1e-10)
 
 
-@pytest.mark.parametrize("strategy", [po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother()], ids=name)
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(po.Filter(), marks=pytest.mark.thorough), po.FixedPointSmoother(), po.FixedIntervalSmoother()],
+    ids=name,
+)
 def test_adaptive_solves_stop_at_the_data(strategy):
     ts, until = np.array([0.0, 0.7, 0.75, 2.0]), 2.0
     made = solver(strategy, nu=3, controller=po.IntegralController(1e-4, 1e-6))

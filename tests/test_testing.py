@@ -15,6 +15,7 @@ from probode import testing
 from probode.gaussians import Linearisation, Normal, Transition
 
 from .extending.test_calibration import MaximumLikelihood
+from .extending.test_controller import Constant
 from .extending.test_factorisation import Grouped
 from .helpers import name
 
@@ -37,7 +38,13 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
             lambda part: testing.check_constraint(part, U0, first_order=True),
             po.TS1(po.Residual(lambda t, u, du, args: du - field(t, u, args))),
         ),
-        (lambda part: testing.check_constraint(part, (U0, U0)), po.TS1(po.ODE(lambda t, u, du, _: -u, order=2))),
+        (
+            lambda part: testing.check_constraint(part, (U0, 2 * U0)),
+            po.Stack(
+                po.TS1(po.Residual(lambda t, u, du, _: u @ u + du @ du - 5 * U0 @ U0, order=1)),
+                po.TS1(po.ODE(lambda t, u, du, _: -u, order=2)),
+            ),
+        ),
         pytest.param(testing.check_strategy, po.FixedIntervalSmoother(), marks=pytest.mark.thorough),
         pytest.param(testing.check_calibration, MaximumLikelihood(), marks=pytest.mark.thorough),
         (testing.check_error, po.ResidualError()),
@@ -190,21 +197,7 @@ class NeverSmaller(SumOfSquares):
         return super().estimate(dt, transition, equation, innovation, layout) / dt**4
 
 
-class TakesEverything(po.AbstractController):
-    rtol: jax.Array = eqx.field(converter=jnp.asarray, default=1e-3)
-    atol: jax.Array = eqx.field(converter=jnp.asarray, default=1e-6)
-    dt_min: None = None
-    dt_max: None = None
-    stop_at: None = None
-
-    def init(self, dtype):
-        return None
-
-    def propose(self, dt, error_norm, order, state):
-        return error_norm < jnp.inf, dt, None
-
-
-class DividesByZero(TakesEverything):
+class DividesByZero(Constant):
     def propose(self, dt, error_norm, order, state):
         return error_norm <= 1, jnp.minimum(dt * error_norm ** (-1 / order), 10 * dt) * (error_norm / error_norm), None
 
@@ -268,7 +261,7 @@ class TurnsOver(po.AbstractJacobian):
         (testing.check_calibration, Uncalibrated(), "does not depend on the scale of the prior"),
         (testing.check_error, SumOfSquares(), "homogeneous"),
         (testing.check_error, NeverSmaller(), "much smaller error"),
-        (testing.check_controller, TakesEverything(), "larger ones are not"),
+        (testing.check_controller, Constant(), "larger ones are not"),
         (testing.check_controller, DividesByZero(), "positive and finite"),
         (testing.check_loop, OneTooMany(), "max_steps"),
         (testing.check_initialisation, StartsAtZero(), "those of the equation, at its time"),

@@ -52,6 +52,17 @@ def has_dtype(tree: Any, dtype: Any, law: str) -> None:
     hold(not other, law, ", ".join(sorted(other)))
 
 
+def difference_quotient(fn: Callable, step: Any) -> np.ndarray:
+    """The derivative at zero of an array-valued function of a number, by central differences of order four."""
+    back, backwards, forwards, forth = (np.asarray(fn(k * step)) for k in (-2, -1, 1, 2))
+    return np.asarray((back - 8 * backwards + 8 * forwards - forth) / (12 * float(step)))
+
+
+def scaled(tree: Any, factor: Any) -> Any:
+    """A PyTree with all floating-point numbers times a factor."""
+    return jax.tree.map(lambda x: x * factor if eqx.is_inexact_array_like(x) else x, tree)
+
+
 def survives(fn: Callable, part: Any, x: Any, name: str, *, differentiable: bool = True) -> None:
     """``fn(part, x)``, an array from a part and a number, under ``jit``, ``vmap``, ``jvp`` and ``grad``.
 
@@ -72,8 +83,7 @@ def survives(fn: Callable, part: Any, x: Any, name: str, *, differentiable: bool
     plain = fn(part, x)
     equal(jitted(part, x), plain, f"{name} gives the same under jit as without", rtol=1e-10, atol=1e-300)
     for factor in (1.0 + 1e-6, 1.0 + 2e-6):
-        moved = jax.tree.map(lambda a, f=factor: a * f if eqx.is_inexact_array(a) else a, part)
-        jitted(moved, x * factor)
+        jitted(scaled(part, factor), x * factor)
     hold(traces == 1, f"New values do not retrace {name}: numbers are arrays, not static fields", f"{traces} traces")
     hold(jax.tree.structure(jax.tree.unflatten(tree, leaves)) == tree, f"{name}: the part is a PyTree")
     xs = x * jnp.array([1.0, 1.1, 0.9])
@@ -81,9 +91,7 @@ def survives(fn: Callable, part: Any, x: Any, name: str, *, differentiable: bool
     alone = jnp.stack([jitted(part, x) for x in xs])
     equal(lanes, alone, f"A batch of {name} under vmap is what its members are alone", rtol=1e-8, atol=1e-12)
     if differentiable:
-        step = 1e-4 * x
-        values = [np.asarray(jitted(part, x + k * step)) for k in (-2, -1, 1, 2)]
-        expected = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * step)
+        expected = difference_quotient(lambda h: jitted(part, x + h), 1e-4 * x)
         forward = jax.jit(jax.jacfwd(lambda x: fn(part, x)))(x)
         scale = max(1.0, float(np.max(np.abs(plain))) / float(abs(x)))
         law = f"The derivative of {name} is that of finite differences"

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from ..problems import ODE
 from ..solution import Result, SaveAt
 from ..solver import Solver
-from .laws import equal, finite, has_dtype, hold, in_single, require_double, require_kind
+from .laws import difference_quotient, equal, finite, has_dtype, hold, in_single, require_double, require_kind, scaled
 
 
 def check_solver(
@@ -40,14 +40,13 @@ def check_solver(
         traces += 1
         return flat(solver.solve(u0, t0, t1, args=args, throw=False).mean)
 
-    move = lambda tree, f: jax.tree.map(lambda x: x * f if eqx.is_inexact_array_like(x) else x, tree)  # noqa: E731
     u0 = jax.tree.map(lambda x: jnp.asarray(x, float), u0)
     args = jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_inexact_array_like(x) else x, args)
     span = jnp.asarray(t1, float)
     equal(end(u0, args, span), flat(first.mean), "Under jit a solve gives the same", 1e-9)
-    ends = [end(move(u0, f), args, span) for f in (1.0, 0.99, 1.02)]
+    ends = [end(scaled(u0, f), args, span) for f in (1.0, 0.99, 1.02)]
     hold(traces == 1, "New values do not retrace a solve", f"{traces} traces")
-    lanes = jax.vmap(lambda f: end(move(u0, f), args, span))(jnp.array([1.0, 0.99, 1.02]))
+    lanes = jax.vmap(lambda f: end(scaled(u0, f), args, span))(jnp.array([1.0, 0.99, 1.02]))
     equal(lanes, jnp.stack(ends), "A lane of a vmap is what it is alone", 1e-7)
 
     times = np.linspace(t0, t1, 4)[1:]
@@ -81,14 +80,13 @@ def check_solver(
     failed = solver.solve(broken, t0, t1, args=args, throw=False)
     hold(failed.result != Result.successful, "A state that is not a number ends the solve with a result that says so")
 
-    derivative = jax.jit(jax.jacfwd(lambda f: end(move(u0, f), args, span)))(1.0)
+    derivative = jax.jit(jax.jacfwd(lambda f: end(scaled(u0, f), args, span)))(1.0)
     finite(derivative, "Derivatives are finite")
     grid = np.asarray(steps.t[: number + 1])
     frozen = jax.jit(
-        lambda f: flat(jax.tree.map(lambda x: x[-1], solver.solve_grid(move(u0, f), grid, args=args).mean))
+        lambda f: flat(jax.tree.map(lambda x: x[-1], solver.solve_grid(scaled(u0, f), grid, args=args).mean))
     )
-    numbers = [frozen(1.0 + k * 1e-4) for k in (-2, -1, 1, 2)]
-    expected = (numbers[0] - 8 * numbers[1] + 8 * numbers[2] - numbers[3]) / 12e-4
+    expected = difference_quotient(lambda h: frozen(1.0 + h), 1e-4)
     law = "The derivative of an adaptive solve is that of its steps, held fixed"
     equal(derivative, expected, law, 1e-4, 1e-6)
 
