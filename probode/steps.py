@@ -245,9 +245,10 @@ def _conditioned(parts, state, t, attempted, scale, past, args):
 
     carry = joint, update, equation, jnp.zeros_like(update.influence.whitened)
     times = parts.constraint.evaluations - 1
+    # Once more belongs to the step's straight line, which melts together; many copies would compile exponentially long.
     if times == 1:
         carry = again(0, carry)
-    elif times:  # many copies of it would take the compiler exponentially long
+    elif times:
         carry = lax.fori_loop(0, times, again, carry)
     _, update, equation, before = carry
     return update, equation, before

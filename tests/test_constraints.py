@@ -99,7 +99,11 @@ def test_high_orders_are_stable():
     assert steps[2] < steps[1] / 5
 
 
-@pytest.mark.parametrize("constraint, evaluations", [(po.TS0, 2), (po.TS1, 4)], ids=name)
+@pytest.mark.parametrize(
+    ("constraint", "evaluations"),
+    [(po.TS0, 2), pytest.param(po.TS1, 2, marks=pytest.mark.thorough), (po.TS1, 4)],
+    ids=str,
+)
 def test_gradients_through_evaluations(constraint, evaluations):
     own = solver(constraint, evaluations=evaluations)
 

@@ -594,7 +594,14 @@ def test_parts_of_different_kinds():
 
 
 @pytest.mark.parametrize(
-    ("factorisation", "nu"), [(po.Dense(), 3), (po.BlockDiagonal(), 2), (po.Isotropic(), 2)], ids=name
+    ("factorisation", "nu"),
+    [
+        (po.Dense(), 3),
+        pytest.param(po.Dense(), 2, marks=pytest.mark.thorough),
+        (po.BlockDiagonal(), 2),
+        (po.Isotropic(), 2),
+    ],
+    ids=name,
 )
 def test_oscillators_are_solved_exactly_whatever_the_step(factorisation, nu):
     # u'' = -w^2 u - 2 g u' and its derivatives: u^(nu+1) = -w^2 u^(nu-1) - 2 g u^(nu).

@@ -106,8 +106,7 @@ def test_adaptive_likelihoods_agree_with_the_solution(likelihood):
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda f: f.__name__)
 def test_bad_parameters_are_improbable_and_have_finite_gradients(likelihood):
-    parts = {"controller": po.IntegralController(0.1, 0.1), "loop": po.BoundedLoop(16)}
-    made = po.Solver(po.IWP(1), po.TS1(po.ODE(lambda t, u, args: args * u**2)), **parts)
+    made = po.Solver(po.IWP(1), po.TS1(po.ODE(lambda t, u, args: args * u**2)), loop=po.BoundedLoop(64))
     data = po.Observations([0.5, 1.0], np.ones((2, 1)), 0.1)
 
     def evidence(rate):

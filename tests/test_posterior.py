@@ -106,7 +106,7 @@ def test_samples_have_the_joint_covariance(index):
     mean, cov, _ = joint(index)
     of_u = [i * 2 * (NU + 1) + c for i in rows(SAVED) for c in range(2)]
     mean, cov = mean[of_u], cov[np.ix_(of_u, of_u)]
-    number, std = 20_000, np.sqrt(np.maximum(np.diagonal(cov), 0))
+    number, std = 100_000, np.sqrt(np.maximum(np.diagonal(cov), 0))
     error = np.sqrt((cov**2 + np.outer(std, std) ** 2) / number)
     dense = on_the_grid(index).sample(jax.random.key(1), (number,), ts=SAVED[::-1])[:, ::-1]
     for samples in (dense, fixed_points(index).sample(jax.random.key(2), (number,))):

@@ -438,11 +438,12 @@ def test_a_solve_says_whether_its_iterations_have_converged():
         return po.Solver(po.IWP(2), constraint, controller=po.IntegralController(1e-2, 1e-2))
 
     u0 = jnp.array([20.0, 20.0])
-    two, six = (solver(number).solve(u0, 0.0, 5.0) for number in (2, 6))
+    two, three, six = (solver(number).solve(u0, 0.0, 5.0) for number in (2, 3, 6))
     # Gauss-Newton with the Jacobian of a quadratic field: the distance to the limit shrinks faster than geometrically.
     assert 1e-5 < two.stats["last_move"] < 1e-2 and six.stats["last_move"] < 1e-9
-    halfway = solver(2).solve(u0, 0.0, 2.5)  # after six, in a loop, nothing moves at all
-    resumed = solver(2).solve(halfway.state, 2.5, 5.0)
+    assert 0 < three.stats["last_move"] < two.stats["last_move"] ** 1.5
+    halfway = solver(3).solve(u0, 0.0, 2.5)  # after six nothing moves, to the last bit
+    resumed = solver(3).solve(halfway.state, 2.5, 5.0)
     assert resumed.stats["last_move"] >= halfway.stats["last_move"] > 0
     once = po.Solver(po.IWP(2), po.TS1(po.ODE(lotka_volterra)))
     assert "last_move" not in once.solve(halfway.state, 2.5, 5.0).stats

@@ -48,12 +48,12 @@ def test_the_push_forward_of_a_linear_equation(factorisation, strategy):
     np.testing.assert_allclose(solution.std**2, np.diagonal(covariance, axis1=1, axis2=2), rtol=1e-7)
     if isinstance(strategy, po.Filter):
         end = own.solve(po.Normal(MEAN, FACTOR), 0.0, 3.0)
-        draws = end.sample(jax.random.key(1), (20_000,))[:, 0]
+        draws = end.sample(jax.random.key(1), (100_000,))[:, 0]
         error = np.cov(draws.T) - covariance[-1]
-        assert np.max(np.abs(error)) < 4 * np.max(covariance[-1]) * np.sqrt(2 / 20_000)
+        assert np.max(np.abs(error)) < 4 * np.max(covariance[-1]) * np.sqrt(2 / 100_000)
         return
     # A draw passes through all rows, of which a fixed-interval smoother has 257.
-    number = 500 if strategy.keeps_steps else 20_000
+    number = 500 if strategy.keeps_steps else 100_000
     draws = np.asarray(solution.sample(jax.random.key(0), (number,)))
     draws = draws - draws.mean(axis=0)
     for i, j in [(1, 1), (1, 3), (0, 2)]:
