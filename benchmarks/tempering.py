@@ -137,7 +137,7 @@ def _descent(fn: Callable, iterations: int) -> Callable:
             (x, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), None, length=iterations)
             return x
 
-        return jax.vmap(one)(starts)
+        return jax.lax.map(one, starts)  # in turn: lanes would wait for the longest search of any
 
     return run
 

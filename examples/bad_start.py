@@ -55,7 +55,7 @@ solver = probode.Solver(
     controller=probode.IntegralController(1e3, 1e3, dt_max=0.1),
     loop=probode.BoundedLoop(max_steps=256),
 )
-optimiser = optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(20, store_grad=True))
+optimiser = optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(20))
 
 
 @eqx.filter_jit
@@ -65,7 +65,7 @@ def descend(starts, solver, iterations):
 
     def step(carry, _):
         x, memory = carry
-        value, gradient = optax.value_and_grad_from_state(improbability)(x, state=memory)
+        value, gradient = jax.value_and_grad(improbability)(x)
         move, memory = optimiser.update(gradient, memory, x, value=value, grad=gradient, value_fn=improbability)
         return (jnp.where(jnp.isfinite(x + move).all(), x + move, x), memory), value
 
@@ -73,7 +73,7 @@ def descend(starts, solver, iterations):
         (x, _), values = jax.lax.scan(step, (x, optimiser.init(x)), None, length=iterations)
         return x, values[-1]
 
-    return jax.vmap(one)(starts)
+    return jax.lax.map(one, starts)
 
 
 few, many = (2, 2) if SMALL else (8, 40)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import probode as po
 from probode import gaussians
@@ -24,6 +25,12 @@ def lotka_volterra(t, u, args):
 
 def pendulum(t, u, du, args):
     return -jnp.sin(u) + 0.1 * jnp.cos(t)
+
+
+def first_of(*cases):
+    """The first of many cases in every run; the others, other configurations of it, in the sessions of nox."""
+    others = (case if type(case) is tuple else (case,) for case in cases[1:])
+    return [cases[0], *(pytest.param(*case, marks=pytest.mark.thorough) for case in others)]
 
 
 def name(part):

@@ -7,7 +7,7 @@ import pytest
 
 import probode as po
 
-from .helpers import central_differences, relative
+from .helpers import central_differences, first_of, name, relative
 from .test_likelihoods import LIKELIHOODS, UNTIL, certain
 from .test_observations import GRID, MASK, MATRIX, ROOT, SEEN, VALUES, given, joint, log_density, solver, start
 
@@ -30,7 +30,7 @@ def normal(value, centre, args):
     return -(((value - centre) / 0.2) ** 2) / 2 - np.log(0.2 * np.sqrt(2 * np.pi))
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
 def test_where_the_solution_is_certain_the_likelihood_is_exact(likelihood):
     ts = np.array([0.3, 0.31, 1.0, 2.0])
     data = po.Observations(ts, COUNTS, log_density=poisson, mask=MASK)
@@ -126,7 +126,7 @@ def test_second_derivatives():
     np.testing.assert_allclose(hessian(PARAMETERS), expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("factorisation", [po.BlockDiagonal(), po.Dense()], ids=["blocks", "dense"])
+@pytest.mark.parametrize("factorisation", first_of(po.Dense(), po.BlockDiagonal()), ids=name)
 def test_far_from_the_mode(factorisation):
     # exp(10) expected of exp(0): a whole Newton step would go to exp(22025)
     made = po.Solver(
@@ -159,6 +159,7 @@ def test_what_is_missing_has_no_derivative_that_is_none():
     assert jnp.isfinite(value) and jnp.isfinite(slope)
 
 
+@pytest.mark.thorough
 def test_outliers_do_not_matter():
     made = solver(po.FixedIntervalSmoother())
     exact = made.solve_grid(jnp.array([1.0, 0.5]), GRID).mean[SEEN]

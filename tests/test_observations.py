@@ -7,7 +7,7 @@ import pytest
 
 import probode as po
 
-from .helpers import FACTORISATIONS, check_jacobians, lotka_volterra, name, relative
+from .helpers import check_jacobians, first_of, lotka_volterra, name, relative
 
 
 MATRIX = np.array([[-0.3, 1.0], [-1.2, 0.1]])
@@ -117,7 +117,7 @@ def test_each_datum_given_those_before_it():
 
 @pytest.mark.parametrize(
     "strategy",
-    [pytest.param(po.Filter(), marks=pytest.mark.thorough), po.FixedPointSmoother(), po.FixedIntervalSmoother()],
+    first_of(po.FixedIntervalSmoother(), po.FixedPointSmoother(), po.Filter()),
     ids=name,
 )
 def test_adaptive_solves_stop_at_the_data(strategy):
@@ -135,7 +135,7 @@ def test_adaptive_solves_stop_at_the_data(strategy):
     assert relative(solution.std, on_grid.evaluate(solution.t).std) < 1e-6
 
 
-@pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
+@pytest.mark.parametrize("factorisation", first_of(po.Isotropic(), po.BlockDiagonal(), po.Dense()), ids=name)
 def test_components_that_do_not_depend_on_each_other(factorisation):
     # the same numbers in all three factorisations, time running backwards
     field = po.ODE(lambda t, u, args: -u * jnp.sin(t))

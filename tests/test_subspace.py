@@ -171,6 +171,7 @@ def test_states_times_and_lanes():
     np.testing.assert_allclose(again.mean[-1], flat.mean[-1], rtol=1e-8)
 
 
+@pytest.mark.thorough
 def test_single_precision():
     own = solver(po.Subspace(MODES[:, :4]), tol=1e-3)
     single, double = (own.solve(U0.astype(dtype), 0.0, 0.5) for dtype in (jnp.float32, jnp.float64))

@@ -33,7 +33,7 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
         (testing.check_prior, po.IWP(3)),
         (testing.check_prior, po.IWP(1, output_scale=jnp.array([1.0, 2.0]))),
         pytest.param(testing.check_factorisation, Grouped(2), marks=pytest.mark.thorough),
-        (lambda part: testing.check_constraint(part, U0), po.TS0(ODE)),
+        pytest.param(lambda part: testing.check_constraint(part, U0), po.TS0(ODE), marks=pytest.mark.thorough),
         (
             lambda part: testing.check_constraint(part, U0, first_order=True),
             po.TS1(po.Residual(lambda t, u, du, args: du - field(t, u, args))),
@@ -48,7 +48,7 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
         pytest.param(testing.check_strategy, po.FixedIntervalSmoother(), marks=pytest.mark.thorough),
         pytest.param(testing.check_calibration, MaximumLikelihood(), marks=pytest.mark.thorough),
         (testing.check_error, po.ResidualError()),
-        (testing.check_error, po.StateError()),
+        pytest.param(testing.check_error, po.StateError(), marks=pytest.mark.thorough),
         (testing.check_controller, po.PIController()),
         (testing.check_loop, po.BoundedLoop(50)),
         (testing.check_loop, po.CheckpointedLoop(50)),
