@@ -113,7 +113,7 @@ def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, C
 
 
 def _descent(fn: Callable, iterations: int) -> Callable:
-    """So many iterations of L-BFGS from every start."""
+    """At most so many iterations of L-BFGS from every start."""
     import equinox as eqx
     import optax
 
@@ -126,16 +126,20 @@ def _descent(fn: Callable, iterations: int) -> Callable:
 
         value_and_grad = optax.value_and_grad_from_state(objective)
 
-        def step(carry, _):
-            x, state = carry
+        def step(carry):
+            x, state, count, _ = carry
             value, grad = value_and_grad(x, state=state)
             move, state = optimiser.update(grad, state, x, value=value, grad=grad, value_fn=objective)
             new = x + move
-            return (jnp.where(jnp.all(jnp.isfinite(new)), new, x), state), None
+            new = jnp.where(jnp.all(jnp.isfinite(new)), new, x)
+            return new, state, count + 1, jnp.max(jnp.abs(new - x))
+
+        def goes_on(carry):
+            *_, count, moved = carry
+            return (count < iterations) & (moved > 1e-6)  # relative, of the parameters themselves
 
         def one(start):
-            (x, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), None, length=iterations)
-            return x
+            return jax.lax.while_loop(goes_on, step, (start, optimiser.init(start), 0, jnp.inf))[0]
 
         return jax.lax.map(one, starts)  # in turn: lanes would wait for the longest search of any
 

@@ -53,11 +53,10 @@ def test_reverse_mode():
     assert abs(gradient[0] - 0.4402384) < 1e-5 and abs(gradient[1] - 0.02346068) < 1e-5
 
 
-QUICK = ("coming_from", "heat_map", "three_likelihoods", "your_own_parts")
-OTHERS = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"quickstart", "reverse_mode", *QUICK})
+EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"quickstart", "reverse_mode"})
 
 
-# The others take half a minute of compilation and more; at full size: `nox -s examples`.
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS)])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run_at_small_size(name):
+    """At full size: `nox -s examples`."""
     assert run([f"examples/{name}.py"], PROBODE_SMALL="1")
