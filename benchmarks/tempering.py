@@ -1,4 +1,4 @@
-"""How often a fit finds the parameters: `python -m benchmarks.tempering [--starts 50]`.
+"""How often a fit finds the parameters: `python -m benchmarks.tempering [--problem pendulum] [--starts 50]`.
 
 Starts far from the optimum, the same for all: least squares on accurate solves, Fenrir's likelihood at the output scale
 one, and the same with diffusion tempering, all by L-BFGS on the logarithms of the parameters. A fit has converged if
@@ -43,14 +43,15 @@ PROBLEMS = {
 def main() -> None:
     """Print the table, write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tempering", description=__doc__.splitlines()[0])
+    parser.add_argument("--problem", choices=PROBLEMS, help="one of them alone")
     parser.add_argument("--starts", type=int, default=50)
     options = parse(parser)
 
     import probode as probode  # sets the option, before JAX starts its backend
 
     jax.config.update("jax_enable_x64", True)
-    table = Table("tempering", options.output)
-    for name in PROBLEMS:
+    for name in [options.problem] if options.problem else PROBLEMS:
+        table = Table(f"tempering_{name}", options.output)
         true, starts, fits = _problem(name, options.starts)
         for method, fit in fits.items():
             seconds, found = timed(lambda fit=fit, starts=starts: fit(starts))
@@ -58,7 +59,7 @@ def main() -> None:
             fraction = float(np.mean(deviation < 0.05))
             print(f"{name}, {method}: {fraction:.2f} of {options.starts} converged", flush=True)
             table.add(name, method, Timing(0.0, seconds, seconds, found), error=1 - fraction)
-    table.write()
+        table.write()
 
 
 def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, Callable]]:
@@ -74,7 +75,7 @@ def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, C
         probode.IWP(6),
         probode.TS1(ode),
         controller=probode.IntegralController(1e-5, 1e-6),
-        loop=probode.BoundedLoop(256),
+        loop=probode.BoundedLoop(1024),
     )
     values = np.asarray(accurate.solve(u0, 0.0, t1, args=jnp.asarray(true), save_at=ts).mean)
     values = values + NOISE * rng.normal(size=values.shape)

@@ -192,6 +192,9 @@ def test_summaries(smoothed, filtered):
     assert "successful" in text and "filtered" in text and "smoothed, at any time" in smoothed.summary()
     largest = max(float(jnp.max(x)) for x in jax.tree.leaves(smoothed.std))
     assert f"at most {largest:.3g}" in smoothed.summary()
+    assert "; times saved: 6, from 0" in text and "; times saved: 1, from 5" in smoothed.summary()
+    steps = FILTER.solve(U0, 0.0, 1.0, save_at=po.SaveAt(t0=True, steps=True))
+    assert f"; times saved: {int(steps.stats['num_accepted_steps']) + 1}, from 0" in steps.summary()  # of 4097 rows
     batch = jax.vmap(lambda u0: FILTER.solve(u0, 0.0, 1.0))(jnp.stack([U0, 2 * U0]))
     assert "2 solves, of which 2 successful" in batch.summary()
     failed = FILTER.solve(jnp.array([jnp.nan, 1.0]), 0.0, 1.0, throw=False)
