@@ -56,8 +56,9 @@ def filtering_log_likelihood(
     """The sum of the log densities of every datum given the data before it, and the equation up to its time.
 
     The cheapest: one filter. Later equations do not correct what is known of earlier times, so it differs from the
-    others by as much as a smoother would change the solution, against the noise. Arguments as for
-    ``fenrir_log_likelihood``; calibrations that wait for the end are a ``ValueError``.
+    others by as much as a smoother would change the solution, against the noise; of data at ``t1`` alone all are the
+    same, and this is the way to compute it. Arguments as for ``fenrir_log_likelihood``; calibrations that wait for the
+    end are a ``ValueError``.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -args * u)))

@@ -44,6 +44,16 @@ def test_the_density_given_the_whole_equation(likelihood, mask):
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS[::-1]), ids=lambda f: f.__name__)
+def test_of_the_end_alone_it_is_the_density_of_what_the_filter_says(likelihood):
+    made = solver(controller=ON_GRID)
+    data = po.Observations(GRID[-1:], VALUES[-1:], ROOT)
+    end = made.solve(start(made), 0.0, UNTIL).marginals
+    factor = np.asarray(end.factor[-1])[:, :2]
+    expected = log_density(VALUES[-1], np.asarray(end.mean[-1])[:2], factor.T @ factor + ROOT.T @ ROOT)
+    np.testing.assert_allclose(likelihood(made, start(made), 0.0, UNTIL, data), expected, rtol=1e-9)
+
+
 def certain():
     """The prior that knows the equation, and how little there is to learn: no step makes any error."""
     prior = po.IOUP(2, MATRIX, output_scale=1e-7)
