@@ -7,7 +7,7 @@ import pytest
 
 import probode as po
 
-from .helpers import FACTORISATIONS, check_jacobians, lotka_volterra, name, pendulum, relative
+from .helpers import FACTORISATIONS, check_jacobians, first_of, lotka_volterra, name, pendulum, relative
 
 
 MATRIX = jnp.array([[-1.0, 1.0], [0.0, -100.0]])
@@ -53,7 +53,7 @@ def test_linear_equations_are_exact_in_any_number_of_steps(grid):
     np.testing.assert_allclose(end, jax.scipy.linalg.expm(3.0 * matrix) @ U0, rtol=1e-12)
 
 
-@pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
+@pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 def test_it_solves_and_smooths_under_every_factorisation(factorisation):
     times, solutions = np.array([0.0, 0.013, 0.4, 1.0]), []
     for strategy in (po.FixedPointSmoother(), po.FixedIntervalSmoother()):
@@ -104,6 +104,7 @@ def test_gradients():
     check_jacobians(quantities, x)
 
 
+@pytest.mark.thorough
 def test_a_solve_goes_on_with_it_and_without_it():
     controller = po.IntegralController(1e-6, 1e-6)
     plain, own = (po.Solver(prior, po.TS1(ODE), controller=controller) for prior in (po.IWP(3), po.RosenbrockIOUP(3)))

@@ -9,7 +9,7 @@ from scipy.integrate import solve_ivp
 import probode as po
 from probode.testing.laws import difference_quotient
 
-from .helpers import logistic, name, pendulum, relative
+from .helpers import first_of, logistic, name, pendulum, relative
 
 
 D = 8
@@ -30,7 +30,7 @@ def solver(factorisation, field=heat, nu=2, tol=1e-4, **parts):
     return po.Solver(po.IWP(nu), po.TS1(po.ODE(field)), factorisation=factorisation, **parts)
 
 
-@pytest.mark.parametrize("calibration", [po.DynamicCalibration(), po.NoCalibration()], ids=name)
+@pytest.mark.parametrize("calibration", first_of(po.DynamicCalibration(), po.NoCalibration()), ids=name)
 def test_the_whole_space_is_dense(calibration):
     basis = np.random.default_rng(0).normal(size=(D, D))
     ours, dense = (solver(f, calibration=calibration) for f in (po.Subspace(basis, tol=1e-12), po.Dense()))
