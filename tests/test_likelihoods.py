@@ -50,7 +50,7 @@ def test_of_the_end_alone_it_is_the_density_of_what_the_filter_says(likelihood):
     data = po.Observations(GRID[-1:], VALUES[-1:], ROOT)
     end = made.solve(start(made), 0.0, UNTIL).marginals
     factor = np.asarray(end.factor[-1])[:, :2]
-    expected = log_density(VALUES[-1], np.asarray(end.mean[-1])[:2], factor.T @ factor + ROOT.T @ ROOT)
+    expected = log_density(VALUES[-1], np.asarray(end.mean[-1, :2, 0]), factor.T @ factor + ROOT.T @ ROOT)
     np.testing.assert_allclose(likelihood(made, start(made), 0.0, UNTIL, data), expected, rtol=1e-9)
 
 
