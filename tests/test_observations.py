@@ -189,7 +189,7 @@ def test_lanes_and_failures():
     def evidence(values):
         return made.solve(u0, 0.0, 2.0, data=po.Observations([0.5, 1.5], values, 0.2)).data_log_likelihood
 
-    lanes = jnp.asarray(RNG.normal(size=(3, 2, 2)))
+    lanes = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 2)))
     np.testing.assert_allclose(jax.vmap(evidence)(lanes), [evidence(lane) for lane in lanes], rtol=1e-10)
 
 

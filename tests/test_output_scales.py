@@ -133,7 +133,7 @@ def test_stationary_distributions():
 
 def test_shapes_like_u_are_components_and_others_are_matrices():
     scale = np.array([[1.0, 2.0], [2.0, 4.0]])  # of rank one as a matrix
-    matrix = RNG.standard_normal((4, 4))
+    matrix = np.random.default_rng(1).standard_normal((4, 4))
     as_components, ravelled, as_matrix, of_trees = jax.jit(
         lambda: [
             moments(po.IWP(1, output_scale=x), like=like)[1]
