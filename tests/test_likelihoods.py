@@ -102,8 +102,8 @@ def test_derivatives(likelihood):
 
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
 def test_adaptive_likelihoods_agree_with_the_solution(likelihood):
-    # At tight tolerances the solver's uncertainty is nothing against the noise. Dalton's is the difference of two solves,
-    # whose dynamic scales would be those of residuals at round-off.
+    # At tight tolerances the solver's uncertainty is nothing against the noise. Dalton's likelihood is a difference of
+    # two solves, whose dynamic scales would be those of residuals at round-off.
     dalton = likelihood is po.dalton_log_likelihood
     parts = {"calibration": po.NoCalibration() if dalton else po.DynamicCalibration()}
     parts |= {"controller": po.IntegralController(1e-9, 1e-9), "factorisation": po.Isotropic()}
