@@ -55,7 +55,8 @@ def facts(solution: Any, results: Any) -> list[tuple[str, str]]:
     t = np.asarray(solution.t)
     reached = np.asarray(solution.state.current.t)
     # Rows of steps that were not needed repeat the last time; times that were not reached are NaN.
-    saved = [np.unique(lane[~np.isnan(lane)]).size for lane in t.reshape(-1, t.shape[-1])]
+    ordered = np.sort(t, axis=-1)
+    saved = np.isfinite(ordered[..., 0]) + np.sum(np.diff(ordered, axis=-1) > 0, axis=-1)
     rows.append(("time", f"solved to {_range(reached)}; times saved: {_range(saved)}, from {_range(t[..., 0])}"))
     accepted, rejected, most = (_range(stats[f"{k}_steps"]) for k in ("num_accepted", "num_rejected", "max"))
     rows.append(("steps", f"{accepted} accepted, {rejected} rejected, at most {most}"))

@@ -330,7 +330,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [*first_of("linear", "scalar", "components"), "matrix", "matern"])
+@pytest.mark.parametrize("case", CASES)
 def test_derivatives(case):
     make, factorisation, d, points = CASES[case]
     nu = make(jnp.ones(7)).num_derivatives
@@ -461,10 +461,7 @@ def test_derivatives_through_a_solve():
 
 @pytest.mark.parametrize(
     "prior",
-    [
-        po.IOUP(3, jnp.asarray([[-0.5, 0.1], [0.0, -50.0]])),
-        pytest.param(po.Matern(3, 2.0), marks=pytest.mark.thorough),
-    ],
+    first_of(po.IOUP(3, jnp.asarray([[-0.5, 0.1], [0.0, -50.0]])), po.Matern(3, 2.0)),
     ids=name,
 )
 def test_adaptive_smoothing(prior):
@@ -598,8 +595,7 @@ def test_parts_of_different_kinds():
 @pytest.mark.parametrize(
     ("factorisation", "nu"),
     [
-        (po.Dense(), 3),
-        pytest.param(po.Dense(), 2, marks=pytest.mark.thorough),
+        *first_of((po.Dense(), 3), (po.Dense(), 2)),
         (po.BlockDiagonal(), 2),
         (po.Isotropic(), 2),
     ],

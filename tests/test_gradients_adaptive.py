@@ -35,10 +35,8 @@ def frozen_times(solver, x):
 @pytest.mark.parametrize(
     ("constraint", "calibration"),
     [
-        (po.TS0, po.DynamicCalibration()),
-        (po.TS1, po.NoCalibration()),
-        pytest.param(po.TS0, po.NoCalibration(), marks=pytest.mark.thorough),
-        pytest.param(po.TS1, po.DynamicCalibration(), marks=pytest.mark.thorough),
+        *first_of((po.TS0, po.DynamicCalibration()), (po.TS0, po.NoCalibration())),
+        *first_of((po.TS1, po.NoCalibration()), (po.TS1, po.DynamicCalibration())),
     ],
     ids=name,
 )
