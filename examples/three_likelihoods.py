@@ -5,6 +5,8 @@
 # solves the equation and then conditions the posterior on the data. *Dalton* conditions on equation and data in one
 # filter. *Filtering* predicts every datum from the data before it. They agree where the solution is certain; where it
 # is not they differ, and so does what an optimiser sees.
+#
+# Needs `pip install 'probode[learn]'` (optimistix).
 
 # %%
 import os
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optimistix
 
 import probode
 
@@ -93,3 +96,23 @@ plt.show()
 # | filtering | one filter | no |
 # | Dalton | two filters | yes |
 # | Fenrir | one smoother and one pass back | yes |
+
+# %% [markdown]
+# Every optimiser that takes a differentiable function climbs these hills; here BFGS of optimistix, on the left, from a
+# pendulum that is long enough and from one on the wrong side of the valley.
+
+
+# %%
+def improbability(log_length, solver):
+    return -probode.filtering_log_likelihood(solver, u0, 0.0, t1, data, args=jnp.exp(log_length))
+
+
+@eqx.filter_jit
+def fit(length, solver):
+    bfgs = optimistix.BFGS(rtol=1e-6, atol=1e-6)
+    return optimistix.minimise(improbability, bfgs, jnp.log(length), solver, throw=False, max_steps=64)
+
+
+for start in (2.0, 1.0):
+    found = fit(start, solver(1.0))
+    print(f"from {start:.1f}: length {float(jnp.exp(found.value)):.2f} after {int(found.stats['num_steps'])} iterations")
