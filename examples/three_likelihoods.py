@@ -115,4 +115,6 @@ def fit(length, solver):
 
 for start in (2.0, 1.0):
     found = fit(start, solver(1.0))
-    print(f"from {start:.1f}: length {float(jnp.exp(found.value)):.2f} after {int(found.stats['num_steps'])} iterations")
+    print(
+        f"from {start:.1f}: length {float(jnp.exp(found.value)):.2f} after {int(found.stats['num_steps'])} iterations"
+    )

@@ -79,7 +79,9 @@ class StateError(AbstractErrorEstimate):
     """``s * sqrt(diag(Cov(u | z)))``: the standard deviation of ``u`` after the step under its noise alone and the
     local scale ``s``, that is, what the step adds to the error once the equation has been used.
 
-    Lands closer to the tolerance than ``ResidualError``, with fewer steps. ``norm`` as there.
+    Lands closer to the tolerance than ``ResidualError``, with fewer steps. It does not see what the linearisation
+    leaves out, which on stiff and far from linear problems is the larger part at loose tolerances: pass
+    ``TS1(..., evaluations=4, relinearise=True)`` there. ``norm`` as there.
 
     >>> import jax.numpy as jnp, probode
     >>> float(probode.StateError().norm(jnp.array([4.0, 0.0, 0.0, 0.0])))

@@ -172,6 +172,21 @@ def test_robertson_keeps_its_mass():
     np.testing.assert_allclose(solution.mean[-1], [0.7158270688, 9.18553477e-06, 0.2841637457], rtol=1e-5)
 
 
+def test_robertson_to_its_end_by_iterated_linearisations():
+    # With one linearisation in a step, errors that its estimate does not see make the steps collapse again and again.
+    solver = po.Solver(
+        po.IWP(3),
+        po.TS1(po.Residual(robertson), evaluations=4, relinearise=True),
+        controller=po.IntegralController(1e-4, 1e-8),
+        loop=po.ForwardLoop(2048),
+    )
+    solution = solver.solve(jnp.array([1.0, 0.0, 0.0]), 0.0, 1e11)
+    # Mazzia & Magherini (2008), "Test Set for Initial Value Problem Solvers": u at t = 1e11.
+    end = [2.083340149701255e-8, 8.333360770334713e-14, 0.9999999791665050]
+    np.testing.assert_allclose(solution.mean[-1], end, rtol=1e-3)
+    assert solution.stats["last_move"] < 1e-2
+
+
 def sir(t, u, args):
     infections, recoveries = 0.3 * u["s"] * u["i"] / 1000, 0.1 * u["i"]
     return {"s": -infections, "i": infections - recoveries, "r": recoveries}
