@@ -74,8 +74,8 @@ for name, constraint in {
 # Robertson's reaction: three chemicals, rates that span nine orders of magnitude, and a conservation law in place of
 # the third differential equation. Consistent derivatives at the start are found by the solver. Long steps change `b` by
 # more than one linearisation can follow, and the error estimate of a `Residual` does not see that: the equation is
-# linearised anew, up to four times, where the last update has arrived. `last_move` says that it converged. `b` is small,
-# and so is its part of the output scale: a single scale for all would make it far too uncertain between two steps.
+# linearised anew, up to four times, where the last update has arrived. `last_move` says that it converged. `b` is
+# small, and so is its part of the output scale: a single scale for all would make it far too uncertain between steps.
 
 
 # %%

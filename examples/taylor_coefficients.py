@@ -1,0 +1,90 @@
+# %% [markdown]
+# # Where a solve starts: Taylor coefficients
+#
+# The state of a probabilistic solver is `(u, u', ..., u^(nu))`, so a solve needs derivatives of the solution at `t0`.
+# The equation has them all: differentiate it along itself. `TaylorMode`, the default, does that exactly.
+
+# %%
+import math
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import probode
+
+
+jax.config.update("jax_enable_x64", True)
+
+
+# %%
+def logistic(t, u, rate):
+    return rate * u * (1 - u)
+
+
+def exact(t):
+    return 1 / (1 + 9 * np.exp(-np.asarray(t)))
+
+
+def solver(initialisation, tolerance=1e-6):
+    return probode.Solver(
+        probode.IWP(4),
+        probode.TS0(probode.ODE(logistic), evaluations=2),
+        initialisation=initialisation,
+        controller=probode.IntegralController(tolerance, tolerance),
+    )
+
+
+start = solver(probode.TaylorMode()).initialise(0.1, 0.0, args=1.0)
+print("u, u', u'', ... at 0:", ", ".join(f"{float(u):.4g}" for u in start.mean))
+
+# %% [markdown]
+# Divided by factorials they are the coefficients of the Taylor series. It converges up to the nearest pole of the
+# solution in the complex plane, here about 3.8 away: no number of coefficients reaches further, which is why there are
+# steps.
+
+# %%
+ts = np.linspace(0.0, 6.0, 121)
+coefficients = [float(u) / math.factorial(k) for k, u in enumerate(start.mean)]
+figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+axes[0].plot(ts, exact(ts), "k", label="solution")
+for order in (2, 3, 4):
+    axes[0].plot(ts, np.polynomial.Polynomial(coefficients[: order + 1])(ts), label=f"{order} derivatives")
+axes[0].axvline(np.hypot(np.log(9), np.pi), color="0.7", linewidth=1)
+axes[0].set(ylim=(-0.5, 1.5), xlabel="time", title="Taylor polynomials, and how far the series converges")
+axes[0].legend(frameon=False)
+
+# %% [markdown]
+# A vector field that cannot be differentiated four times starts from what is known: `Diffuse` takes the rest as
+# unknown, and the first steps find it. They are short, and uncertain.
+
+# %%
+starts = {
+    "TaylorMode()": probode.TaylorMode(),
+    "Diffuse(1)": probode.Diffuse(1),
+}
+for i, (name, initialisation) in enumerate(starts.items()):
+    solution = solver(initialisation).solve(0.1, 0.0, 6.0, args=1.0, save_at=probode.SaveAt(steps=True))
+    n = int(solution.stats["num_accepted_steps"])
+    t, mean, std = (np.asarray(x)[1:n] for x in (solution.t, solution.mean, solution.std))
+    error = abs(mean - exact(t))
+    print(f"{name:14s} {n:3d} steps, first one {t[0]:.1e}, largest error {error.max():.1e}")
+    axes[1].semilogy(t, error, f"C{i}.-", label=f"{name}: error")
+    axes[1].semilogy(t, std, f"C{i}--", label=f"{name}: standard deviation")
+axes[1].set(xlabel="time", title="the same solve from two starts")
+axes[1].legend(frameon=False, fontsize="small")
+plt.show()
+
+# %% [markdown]
+# The start is an ordinary function of everything that it depends on: here, how the four derivatives change with the
+# rate. The k-th is the rate to the power k times what it is at rate one.
+
+
+# %%
+def derivatives(rate):
+    return jnp.stack(solver(probode.TaylorMode()).initialise(0.1, 0.0, args=rate).mean)
+
+
+slopes = jax.jacfwd(derivatives)(jnp.array(1.0))
+print("agrees:", np.allclose(slopes, np.arange(5) * np.asarray(derivatives(jnp.array(1.0)))))
