@@ -59,7 +59,7 @@ for i, (name, stops) in enumerate({"not told": None, "stop_at=switches": switche
     axes[1].semilogy(t[1:], np.diff(t), f"C{i}.", markersize=3, label=name)
 axes[0].set(xlabel="hours", title="temperature")
 axes[1].set(xlabel="hours", title="step sizes")
-axes[1].legend(frameon=False)
+axes[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
