@@ -37,9 +37,14 @@ solver = probode.Solver(
     loop=probode.ForwardLoop(),
 )
 ts = np.linspace(0.0, 15.0, 61)
-solutions = probode.solve_ensemble(
-    solver, 0.3, 0.0, 15.0, args={"threshold": thresholds}, in_axes=(None, None, None, 0), save_at=ts
-)
+
+
+def solve(thresholds):
+    args = {"threshold": thresholds}
+    return probode.solve_ensemble(solver, 0.3, 0.0, 15.0, args=args, in_axes=(None, None, None, 0), save_at=ts)
+
+
+solutions = solve(thresholds)
 print("shape of the means (lanes, times):", solutions.mean.shape)
 steps = np.asarray(solutions.stats["num_accepted_steps"])
 print(f"steps: {steps.min()} to {steps.max()}; {np.mean(solutions.mean[:, -1] < 0.5):.0%} of the lanes die out")
@@ -65,13 +70,7 @@ plt.show()
 
 # %%
 thresholds[3] = np.nan
-again = probode.solve_ensemble(
-    solver, 0.3, 0.0, 15.0, args={"threshold": thresholds}, in_axes=(None, None, None, 0), save_at=ts
-)
+again = solve(thresholds)
 fine = np.asarray(again.result == probode.Result.successful)
-print(
-    "lanes that failed:",
-    np.flatnonzero(~fine),
-    "- the others unchanged:",
-    bool(jnp.all((again.mean == solutions.mean)[fine])),
-)
+unchanged = bool(jnp.all((again.mean == solutions.mean)[fine]))
+print(f"lanes that failed: {np.flatnonzero(~fine)}; the others unchanged: {unchanged}")

@@ -53,10 +53,10 @@ figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 for i, (name, stops) in enumerate({"not told": None, "stop_at=switches": switches}.items()):
     solution = room(stops).solve(10.0, 0.0, 24.0, save_at=probode.SaveAt(steps=True))
     accepted, rejected = (int(solution.stats[f"num_{kind}_steps"]) for kind in ("accepted", "rejected"))
-    t, mean = np.asarray(solution.t)[: accepted + 1], np.asarray(solution.mean)[: accepted + 1]
+    t, mean = np.asarray(solution.t)[:accepted], np.asarray(solution.mean)[:accepted]
     print(f"{name:18s} {accepted:4d} steps, {rejected:4d} rejected, error {abs(mean[-1] - exact(24.0)):.1e}")
     axes[0].plot(t, mean, f"C{i}.-", linewidth=1, markersize=3, label=name)
-    axes[1].semilogy(t[1:], np.diff(t), f"C{i}.", markersize=3, label=name)
+    axes[1].semilogy(t, np.diff(t, prepend=0.0), f"C{i}.", markersize=3, label=name)
 axes[0].set(xlabel="hours", title="temperature")
 axes[1].set(xlabel="hours", title="step sizes")
 axes[0].legend(frameon=False)

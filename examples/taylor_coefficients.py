@@ -27,12 +27,12 @@ def exact(t):
     return 1 / (1 + 9 * np.exp(-np.asarray(t)))
 
 
-def solver(initialisation, tolerance=1e-6):
+def solver(initialisation):
     return probode.Solver(
         probode.IWP(4),
         probode.TS0(probode.ODE(logistic), evaluations=2),
         initialisation=initialisation,
-        controller=probode.IntegralController(tolerance, tolerance),
+        controller=probode.IntegralController(1e-6, 1e-6),
     )
 
 
@@ -67,7 +67,7 @@ starts = {
 for i, (name, initialisation) in enumerate(starts.items()):
     solution = solver(initialisation).solve(0.1, 0.0, 6.0, args=1.0, save_at=probode.SaveAt(steps=True))
     n = int(solution.stats["num_accepted_steps"])
-    t, mean, std = (np.asarray(x)[1:n] for x in (solution.t, solution.mean, solution.std))
+    t, mean, std = (np.asarray(x)[:n] for x in (solution.t, solution.mean, solution.std))
     error = abs(mean - exact(t))
     print(f"{name:14s} {n:3d} steps, first one {t[0]:.1e}, largest error {error.max():.1e}")
     axes[1].semilogy(t, error, f"C{i}.-", label=f"{name}: error")
