@@ -4,7 +4,6 @@ The controller decides on values without derivatives; an accepted attempt gets i
 those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
 """
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -14,26 +13,14 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .controllers import AbstractController
-from .errors import AbstractErrorEstimate
-from .factorisations import Layout
 from .gaussians import Conditional, Influence, Normal
-from .linalg import detach, safe_divide
-from .loops import AbstractLoop
-from .progress import AbstractProgress, tell
+from .linalg import detach
+from .progress import tell
 from .solution import Result
-from .steps import State, Step, accept, attempt, no_influence, round_off
+from .step_sizes import Control, error_norm, next_time
+from .steps import State, Step, accept, attempt, no_influence
 from .strategies import AbstractStrategy
 from .trajectory import Row
-
-
-class Control(eqx.Module):
-    """The parts of a solver that choose the steps, and who is told how far they got."""
-
-    error: AbstractErrorEstimate
-    controller: AbstractController
-    loop: AbstractLoop
-    progress: AbstractProgress | None = None
 
 
 class AdaptiveState(eqx.Module):
@@ -68,25 +55,6 @@ def row_of(state: State, past: Conditional | None, influence: Influence | None =
 def is_finite(distribution: Normal) -> Bool[Array, ""]:
     """Whether every mean and every covariance is a real number."""
     return jnp.all(jnp.isfinite(distribution.mean)) & jnp.all(jnp.isfinite(distribution.factor))
-
-
-def first_step(control: Control, state: State, span: Float[Array, ""]) -> Float[Array, ""]:
-    """A first step, in any unit of time, from the derivatives at hand.
-
-    With ``c_k`` the size of ``u^(k) / k!`` against the tolerances, the first term that the Taylor polynomial leaves out
-    is extrapolated geometrically, ``c_(nu+1) = c_nu^2 / c_(nu-1)``, and the step is where it reaches the tolerance; at
-    least where the last term kept does, and at most the time in which ``u`` changes by its own size.
-    """
-    nu, (u0, *_) = state.layout.num_derivatives, (u := state.layout.unpack(state.distribution.mean))
-    weight = _weight(control.controller, jnp.abs(u0))
-    weight = jnp.where(weight > 0, weight, jnp.max(weight))
-    c = [control.error.norm(safe_divide(u[k], weight) / math.factorial(k)) for k in range(nu + 1)]
-    extrapolated = safe_divide(c[nu - 1] ** (1 / (nu + 1)), c[nu] ** (2 / (nu + 1)))
-    kept = safe_divide(jnp.ones_like(c[nu]), c[nu] ** (1 / nu))
-    candidates = jnp.stack([jnp.maximum(extrapolated, kept), safe_divide(c[0], c[1])])
-    span = jnp.abs(span)
-    dt = jnp.min(jnp.where((candidates > 0) & jnp.isfinite(candidates), candidates, span))
-    return jnp.minimum(dt, span)
 
 
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
@@ -264,43 +232,6 @@ def _ended(solve, t1):
     return eqx.tree_at(lambda s: s.result, solve, Result.where(unfinished, Result.max_steps_reached, solve.result))
 
 
-def next_time(
-    controller: AbstractController, t: Array, dt: Array, t1: Array, direction: Array, t0: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Where the next attempt goes: its time and signed length, whether it was cut to hit a time, the shortest length.
-
-    The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off.
-    """
-    noise = jnp.maximum(round_off(t), round_off(t1 - t0) * 1e-3)
-    ahead = t1
-    if controller.stop_at is not None:
-        stops = controller.stop_at.astype(t.dtype)
-        distance = (stops - t) * direction
-        usable = (distance > noise) & ((t1 - stops) * direction > noise)
-        nearest = stops[jnp.argmin(jnp.where(usable, distance, jnp.inf))]
-        ahead = jnp.where(jnp.any(usable), nearest, t1)
-    room = (ahead - t) * direction
-    clipped = dt >= room - noise
-    new_t = jnp.where(clipped, ahead, t + direction * dt)
-    signed = jnp.where(clipped, ahead - t, direction * dt)
-    floor = noise if controller.dt_min is None else jnp.maximum(noise, controller.dt_min.astype(t.dtype))
-    return new_t, signed, clipped, lax.stop_gradient(floor)
-
-
-def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Any) -> Float[Array, ""]:
-    """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
-    before, after = (layout.unpack(mean)[0] for mean in (now.distribution.mean, attempted.mean))
-    error = control.error.estimate(dt, attempted.transition, attempted.equation, attempted.innovation, layout)
-    controller = control.controller
-    size = jnp.maximum(jnp.abs(before), jnp.abs(after))
-    weight = _weight(controller, size)
-    # Without an absolute tolerance a component that is zero, and stays zero, has no error.
-    scaled = jnp.where(error == 0, 0, error / weight)
-    norm = control.error.norm(scaled)
-    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.mean))
-    return jnp.where(finite, norm, jnp.inf)
-
-
 @eqx.filter_custom_jvp
 def _with_derivative(values, fn, inputs):
     """``values``, known to be ``fn(*inputs)``, with the derivative of ``fn``: nothing is computed twice forwards."""
@@ -314,10 +245,6 @@ def _(primals, tangents):
     _, tangent = eqx.filter_jvp(lambda fn, inputs: fn(*inputs), (fn, inputs), (t_fn, t_inputs))
     # Not `values` themselves: a second derivative has to see the first one.
     return _with_derivative(values, fn, inputs), tangent
-
-
-def _weight(controller, size):
-    return controller.atol.astype(size.dtype) + controller.rtol.astype(size.dtype) * size
 
 
 def _choose(flag, these, those):

@@ -13,16 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from . import describe, inputs
-from .adaptive import (
-    AdaptiveState,
-    Control,
-    begin,
-    first_step,
-    is_finite,
-    row_of,
-    solve_keeping_steps,
-    solve_keeping_times,
-)
+from .adaptive import AdaptiveState, begin, is_finite, row_of, solve_keeping_steps, solve_keeping_times
 from .answers import Keep, answer
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
@@ -37,6 +28,7 @@ from .observations import Observations
 from .priors import AbstractPrior
 from .progress import AbstractProgress
 from .solution import Result, SaveAt, Solution, raise_unless_successful
+from .step_sizes import Control, first_step
 from .steps import State, Step, adopt, no_influence, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start
@@ -314,7 +306,7 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     resumed = isinstance(u0, AdaptiveState)
     state = adopt(parts, u0.current, args) if resumed else _state(solver, u0, t0, args, layout, request.data)
     if request.dt0 is None:
-        dt = u0.dt if resumed else first_step(control, state, t1 - t0)
+        dt = u0.dt if resumed else first_step(control, state, t1 - t0, solver.constraint.order)
     else:
         dt = jnp.abs(request.dt0)
     if solver.controller.dt_min is not None:

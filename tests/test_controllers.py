@@ -35,10 +35,13 @@ def clip(x, low, high):
 
 
 def integral_rule(norms, order, dt=1.0, safety=0.95, factor_min=0.2, factor_max=10.0):
-    out = []
+    """After an accepted step the larger of the last two accepted errors counts."""
+    out, previous = [], 0.0
     for norm in norms:
-        dt *= clip(safety * norm ** (-1 / order), factor_min, factor_max)
+        counts = max(norm, previous) if norm <= 1 else norm
+        dt *= clip(safety * counts ** (-1 / order), factor_min, factor_max)
         out.append((norm <= 1, dt))
+        previous = norm if norm <= 1 else previous
     return out
 
 
@@ -76,9 +79,12 @@ def test_proportional_integral_rule(norms, order, exponents):
 
 
 @hypothesis.given(sequences, orders)
-def test_pi_without_proportional_part_is_integral_control(norms, order):
-    pi = po.PIController(integral=1.0, proportional=0.0)
-    assert_same(run(pi, norms, order), run(po.IntegralController(), norms, order), rtol=1e-14)
+def test_pi_without_proportional_part_is_integral_control_without_memory(norms, order):
+    pi, integral = run(po.PIController(integral=1.0, proportional=0.0), norms, order), po.IntegralController()
+    dt = 1.0
+    for norm, (accept, after) in zip(norms, pi, strict=True):
+        assert_same([(accept, after / dt)], run(integral, [norm], order))
+        dt = after
 
 
 def test_defaults_are_the_documented_ones():
@@ -131,6 +137,11 @@ def test_a_rejected_step_shrinks(controller, norm, previous, order):
     (_, before), (accept, after) = run(controller(), [previous, norm], order)
     assert not accept
     assert after < before
+
+
+def test_one_small_error_is_no_reason_to_grow():
+    (_, first), (_, second), (_, third) = run(po.IntegralController(), [0.9, 1e-4, 1e-4], 4)
+    assert second < first and third > 5 * second
 
 
 def test_only_accepted_steps_are_remembered():
