@@ -15,28 +15,15 @@ from math import factorial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.jet import jet, jet_rules
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jaxtyping import Array, Float
+
+from .taylor_rules import MissingRule, Series, compose
 
 
 _MORE_DERIVATIVES = 2  # of the unknown ones in a residual
 _NEWTON_STEPS = 20
 MAX_NESTED = 8  # nested forward mode can double the work with every derivative
-
-# Rules of jax.experimental.jet that are not used, found by comparison with nested forward mode.
-UNSOUND_RULES = {
-    "rem": "wrong value for operands of unlike sign",
-    "min": "fails where one operand is a scalar",
-    "clamp": "is written in terms of min",
-    "erf_inv": "mixes float64 into float32",
-    "atan2": "nan where the second operand is zero",
-    "asinh": "log(x + sqrt(x^2 + 1)): cancels for x < 0, -inf in float32 at -1e4",
-    "atanh": "log((1 + x)/(1 - x)): loses the digits of a small x",
-    "expm1": "exp(x) - 1: loses the digits of a small x",
-    "log1p": "log(1 + x): loses the digits of a small x",
-    "erfc": "1 - erf(x): loses the digits of the tail",
-}
 
 
 def taylor_derivatives(
@@ -47,7 +34,7 @@ def taylor_derivatives(
 ) -> Float[Array, "{num}+1 d"]:
     """``u, u', ..., u^(num)`` at ``t0`` for the solution of ``u^(k) = f(t, (u, ..., u^(k-1)))``, given the first ``k``.
 
-    A ``num`` above eight needs a Taylor rule for everything that ``f`` does: see ``missing_jet_rule``.
+    A ``num`` above eight needs a rule for everything that ``f`` does, see ``taylor_rules``; ``ValueError`` otherwise.
     """
     k, d = u0.shape
     depth = num - k
@@ -56,9 +43,11 @@ def taylor_derivatives(
     t0 = jnp.asarray(t0, u0.dtype)
     along = _along(f, t0, u0, depth, num, "vector field")
 
+    windows = np.arange(depth + 1)[:, None] + np.arange(k)
+
     # What is not known yet is zero. Every pass is then the same program, and compile time does not multiply with num.
     def one_more(derivatives, j):
-        curve = [derivatives[i : i + k] for i in range(depth + 1)]
+        curve = derivatives[windows]
         return derivatives.at[k + j].set(along(curve)[j]), None
 
     known = jnp.zeros((num + 1, d), u0.dtype).at[:k].set(u0)
@@ -87,11 +76,12 @@ def consistent_derivatives(
     t0 = jnp.asarray(t0, u0.dtype)
 
     along = _along(r, t0, jnp.zeros((order + 1, d), u0.dtype), levels, top, "residual")
+    windows = np.arange(levels + 1)[:, None] + np.arange(order + 1)
 
     def residuals(unknown):
         # Taylor coefficients are unknowns of like size where derivatives are not.
         us = jnp.concatenate([u0, unknown.reshape(-1, d) * factorials[known:]])
-        derivatives = along([us[i : i + order + 1] for i in range(levels + 1)])
+        derivatives = along(us[windows])
         return (derivatives / factorials[: levels + 1]).ravel()
 
     def step(unknown):
@@ -116,44 +106,43 @@ def consistent_derivatives(
     return jnp.where(solved, jnp.concatenate([u0, found.reshape(-1, d) * factorials[known:]])[: num + 1], jnp.nan)
 
 
-def missing_jet_rule(f: Callable, *args) -> str | None:
-    """The first primitive in ``f(*args)`` without a sound rule in ``jax.experimental.jet``, or ``None``."""
-    return _missing_jet_rule(jax.make_jaxpr(f)(*args).jaxpr)
-
-
 # --- `along(curve)`: f and its derivatives in time, (depth+1, m), where its argument runs along `curve = [x, x', ...]`
 
 
-def _along(f, t0, x, depth, num, name) -> Callable[..., Float[Array, "depth+1 m"]]:
-    # Differentiate the jaxpr, not f: it is what is searched for missing rules, and f is traced only once.
+def _along(f, t0, x, depth, num, name) -> Callable[[Float[Array, "depth+1 k d"]], Float[Array, "depth+1 m"]]:
+    # Differentiate the jaxpr, not f, which is traced only once.
     field = jax.make_jaxpr(f)(t0, x)
-    missing = _missing_jet_rule(field.jaxpr)
-    if missing is not None and num > MAX_NESTED:
-        raise ValueError(
-            f"{num} exact derivatives of the solution are needed at t0, but the {name} uses `{missing}`, which "
-            f"jax.experimental.jet cannot differentiate; without it every derivative may double the cost, and at most "
-            f"{MAX_NESTED} are computed. Use a smaller num_derivatives (at most {MAX_NESTED}), or the initialisation "
-            f"`Diffuse`, which leaves high derivatives unknown, or write the {name} without `{missing}`."
-        )
-    by = _along_by_jvp(field, t0, x, depth) if missing is not None or depth == 0 else _along_by_jet(field)
-    times = [t0, jnp.ones_like(t0), *[jnp.zeros_like(t0)] * depth][: depth + 1]
-    return lambda curve: by(times, curve)
+    try:
+        return _along_by_series(field, t0, x, depth)
+    except MissingRule as missing:
+        if num > MAX_NESTED:
+            raise ValueError(
+                f"{num} exact derivatives of the solution are needed at t0, but the {name} uses `{missing}`, for which "
+                f"there is no rule for Taylor series; without one every derivative may double the cost, and at most "
+                f"{MAX_NESTED} are computed. Use a smaller num_derivatives (at most {MAX_NESTED}), or the "
+                f"initialisation `Diffuse`, which leaves high derivatives unknown, or write the {name} without "
+                f"`{missing}`."
+            ) from None
+    return _along_by_jvp(field, t0, x, depth)
 
 
-def _along_by_jet(field: ClosedJaxpr) -> Callable[..., Float[Array, "depth+1 d"]]:
-    def along(times: Sequence[Float[Array, ""]], curve: Sequence[Float[Array, "k d"]]):
-        # Scaled here, because jet's own factorials are exp(lgamma), which is inexact.
-        x, *series = [c / float(factorial(i)) for i, c in enumerate(curve)]
-        (value,), (values,) = jet(jaxpr_as_fun(field), (times[0], x), (times[1:], series), factorial_scaled=False)
-        return jnp.stack([value, *(float(factorial(i)) * c for i, c in enumerate(values, start=1))])
+def _along_by_series(field: ClosedJaxpr, t: Float[Array, ""], x: Float[Array, "k d"], depth: int) -> Callable:
+    factorials = np.array([factorial(j) for j in range(depth + 1)], dtype=float)
+    time = jnp.zeros(depth + 1, t.dtype).at[0].set(t).at[1:2].set(1)
 
-    return along
+    def series(curve):
+        coefficients = curve / jnp.asarray(factorials, x.dtype)[:, None, None]
+        (values,) = compose(field, Series(time), Series(coefficients))
+        return values.c * jnp.asarray(factorials, x.dtype)[:, None]
+
+    jax.eval_shape(series, jax.ShapeDtypeStruct((depth + 1, *x.shape), x.dtype))
+    return series
 
 
 def _along_by_jvp(
     field: ClosedJaxpr, t: Float[Array, ""], u: Float[Array, "k d"], depth: int
 ) -> Callable[..., Float[Array, "depth+1 d"]]:
-    """For whatever JAX can differentiate. ``(x, ..., x^(j)) -> (g, ..., g^(j))`` is built up one j at a time:
+    """For whatever else JAX can differentiate. ``(x, ..., x^(j)) -> (g, ..., g^(j))`` is built up one j at a time:
     as time passes, its arguments move in direction ``(x', ..., x^(j+1))``.
 
     Of the 2^j partial derivatives of a j-fold jvp all those of the same order are equal, and are computed by the same
@@ -167,10 +156,11 @@ def _along_by_jvp(
 
         return with_next
 
+    times = [t, jnp.ones_like(t), *[jnp.zeros_like(t)] * depth][: depth + 1]
     values = _shared(lambda x: jaxpr_as_fun(field)(*x), (t, u))
     for j in range(1, depth + 1):
         values = _shared(next_level(values), *[(t, u)] * (j + 1))
-    return lambda times, curve: jnp.stack(values(*zip(times, curve, strict=True)))
+    return lambda curve: jnp.stack(values(*zip(times, curve, strict=True)))
 
 
 def _shared(fun: Callable[..., Sequence[Array]], *args) -> Callable[..., tuple[Array, ...]]:
@@ -212,37 +202,3 @@ def _operation(eqn: JaxprEqn, operands: Sequence) -> object:
     except TypeError:  # an array among the parameters: never shared
         return object()
     return key
-
-
-# --- which rules of jax.experimental.jet can be relied on
-
-
-def _missing_jet_rule(jaxpr: Jaxpr) -> str | None:
-    moving = set(jaxpr.invars)  # what depends on the inputs; jet evaluates the rest as it stands
-    for eqn in jaxpr.eqns:
-        if not any(v in moving for v in eqn.invars if not isinstance(v, Literal)):
-            continue
-        moving.update(eqn.outvars)
-        name = eqn.primitive.name
-        if name == "jit":
-            name = _missing_jet_rule(eqn.params["jaxpr"].jaxpr)
-        elif eqn.primitive in jet_rules and _is_sound(eqn):
-            name = None
-        if name is not None:
-            return name
-    return None
-
-
-def _is_sound(eqn: JaxprEqn) -> bool:
-    match eqn.primitive.name:
-        case "pow":  # exp(y log x): nan for x <= 0, which is in order only where y is known not to be an integer
-            base, exponent = (float(v.val) if isinstance(v, Literal) else None for v in eqn.invars)
-            return (base is not None and base > 0) or (exponent is not None and not exponent.is_integer())
-        case "convert_element_type":  # float to int is a step; jet truncates the derivatives instead of dropping them
-            return _is_float(eqn.outvars[0]) or not _is_float(eqn.invars[0])
-        case name:
-            return name not in UNSOUND_RULES
-
-
-def _is_float(v: Var | Literal) -> bool:
-    return jnp.issubdtype(v.aval.dtype, jnp.inexact)

@@ -1,0 +1,225 @@
+"""Truncated Taylor series: their products, and functions of them.
+
+A series is an array with the coefficients ``x_k = x^(k) / k!`` on its leading axis. Everything acts on that whole axis
+at once, so that a program has one size for all orders. Griewank & Walther (2008), "Evaluating derivatives", ch. 13.
+
+Axes: ``n`` coefficients, those of degree 0 to ``n - 1``.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Inexact, PyTree
+
+
+Series = Inexact[Array, "n ..."]
+
+_LARGE = 256  # elements of a coefficient
+
+
+def constant(x: Inexact[Array, "..."], n: int) -> Series:
+    """What does not move."""
+    return jnp.zeros((n, *jnp.shape(x)), jnp.result_type(x)).at[0].set(x)
+
+
+def derivative(x: Series) -> Series:
+    """``x'``; its last coefficient is unknown, and zero."""
+    return jnp.concatenate([_degrees(x) * x[1:], jnp.zeros_like(x[:1])])
+
+
+def integral(start: Inexact[Array, "..."], dx: Series) -> Series:
+    """``x`` from ``x_0`` and ``x'``."""
+    return jnp.concatenate([start[None], dx[:-1] / _degrees(dx)])
+
+
+def convolve(product: Callable, x: Series, y: Series) -> Series:
+    """``z_k = sum_i product(x_i, y_(k-i))``: as rows of a matrix, the same program for all orders; for large arrays,
+    where moving the rows would cost more than compiling, term by term."""
+    n = y.shape[0]
+    if max(x.size, y.size) >= _LARGE * n:
+        xs, ys = jnp.unstack(x), jnp.unstack(y)
+        return jnp.stack([sum(product(xs[i], ys[k - i]) for i in range(k + 1)) for k in range(n)])
+    rows = jax.vmap(jax.vmap(product, in_axes=(None, 0)))(x, _shifted(y))
+    return jnp.sum(rows, axis=0)
+
+
+def times(x: Series, y: Series) -> Series:
+    """``x y``."""
+    return convolve(jnp.multiply, x, y)
+
+
+def coefficient(x: Series, y: Series, k: int | Array) -> Inexact[Array, "..."]:
+    """The ``k``-th coefficient of ``x y``, alone."""
+    if isinstance(k, int):
+        xs, ys = jnp.unstack(x), jnp.unstack(y)
+        return sum(xs[i] * ys[k - i] for i in range(k + 1))
+    n = y.shape[0]
+    backwards = jnp.concatenate([y[::-1], jnp.zeros_like(y)])
+    return jnp.sum(x * lax.dynamic_slice_in_dim(backwards, n - 1 - k, n), axis=0)
+
+
+def grown(start: PyTree, following: Callable, n: int) -> PyTree:
+    """Coefficients one after the other; ``following(y, k)`` is the next, of those so far, where the others are zero.
+    A loop, or unrolled for large arrays."""
+    y = jax.tree.map(lambda x: constant(x, n), start)
+
+    def one_more(y, k):
+        put = lambda ys, new: lax.dynamic_update_index_in_dim(ys, new, k, 0)  # noqa: E731
+        return jax.tree.map(put, y, following(y, k)), None
+
+    if any(x.size >= _LARGE for x in jax.tree.leaves(start)):
+        for k in range(1, n):
+            y = jax.tree.map(lambda ys, new: jnp.concatenate([ys[:k], new[None], ys[k + 1 :]]), y, following(y, k))  # noqa: B023
+        return y
+    return lax.scan(one_more, y, jnp.arange(1, n))[0]
+
+
+def divide(x: Series, y: Series) -> Series:
+    """``x / y``."""
+    return grown(x[0] / y[0], lambda q, k: (x[k] - coefficient(q, y, k)) / y[0], x.shape[0])
+
+
+def power(x: Series, exponent: float | int) -> Series:
+    """``y = x^exponent`` from ``x y' = exponent y x'``, where ``x`` is not zero; any ``x`` if ``exponent`` is an
+    integer."""
+    if float(exponent).is_integer():
+        return _integer_power(x, int(exponent))
+    return _power_from(x[0] ** exponent, x, exponent)
+
+
+def exponential_like(slope: Callable, start: Callable) -> Callable[[Series], Series]:
+    """The function ``y`` of ``x`` with ``y' = slope(y) x'``."""
+
+    def function(x):
+        dx = derivative(x)
+        following = lambda y, k: _over(coefficient(slope(y), dx, k - 1), k)  # noqa: E731
+        return grown(start(x[0]), following, x.shape[0])
+
+    return function
+
+
+def _integral_like(slope: Callable, start: Callable) -> Callable[[Series], Series]:
+    """The function ``y`` of ``x`` with ``y' = slope(x, x')``."""
+    return lambda x: integral(start(x[0]), slope(x, derivative(x)))
+
+
+def _pair_like(sign: float, sine: Callable, cosine: Callable) -> Callable[[Series], tuple[Series, Series]]:
+    """The functions ``s`` and ``c`` of ``x`` with ``s' = c x'``, ``c' = sign s x'``."""
+
+    def functions(x):
+        dx = derivative(x)
+
+        def following(pair, k):
+            s, c = pair
+            return _over(coefficient(c, dx, k - 1), k), sign * _over(coefficient(s, dx, k - 1), k)
+
+        return grown((sine(x[0]), cosine(x[0])), following, x.shape[0])
+
+    return functions
+
+
+def _degrees(x):
+    return jnp.arange(1, x.shape[0], dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _over(x, k):
+    return x / jnp.asarray(k, x.dtype)
+
+
+def _shifted(y):
+    """``(i, k) -> y_(k-i)``, zero for ``k < i``: rows of one vector repeated, each beginning one place further on."""
+    n = y.shape[0]
+    padded = jnp.concatenate([y, jnp.zeros_like(y)])
+    rows = jnp.broadcast_to(padded, (n, *padded.shape)).reshape(2 * n * n, *y.shape[1:])
+    return rows[: n * (2 * n - 1)].reshape(n, 2 * n - 1, *y.shape[1:])[:, :n]
+
+
+def _plus(x, number):
+    return x.at[0].add(number)
+
+
+def _integer_power(x, exponent):
+    one = constant(jnp.ones_like(x[0]), x.shape[0])
+    result, square, remaining = None, x, abs(exponent)
+    while remaining:
+        if remaining % 2:
+            result = square if result is None else times(result, square)
+        remaining //= 2
+        square = times(square, square) if remaining else square
+    if result is None:
+        return one
+    return result if exponent > 0 else divide(one, result)
+
+
+def _power_from(start, x, exponent):
+    dx = derivative(x)
+
+    def following(y, k):
+        return _over(exponent * coefficient(y, dx, k - 1) - coefficient(derivative(y), x, k - 1), k) / x[0]
+
+    return grown(start, following, x.shape[0])
+
+
+def _reciprocal_root(x):
+    return _power_from(lax.rsqrt(x[0]), x, -0.5)
+
+
+def _gauss(x):
+    """``2 / sqrt(pi) exp(-x^2)``, the slope of the error function."""
+    return _exp(-times(x, x)) * (2 / math.sqrt(math.pi))
+
+
+def _arctangent(y, x):
+    slope = divide(times(x, derivative(y)) - times(y, derivative(x)), times(x, x) + times(y, y))
+    return integral(jnp.arctan2(y[0], x[0]), slope)
+
+
+def _larger(x, y):
+    """As in the rules of JAX, half of each where both are equal."""
+    return jnp.where(x[0] == y[0], (x + y) / 2, jnp.where(x[0] > y[0], x, y))
+
+
+def _smaller(x, y):
+    return -_larger(-x, -y)
+
+
+_exp = exponential_like(lambda y: y, jnp.exp)
+_circular = _pair_like(-1.0, jnp.sin, jnp.cos)
+_hyperbolic = _pair_like(1.0, jnp.sinh, jnp.cosh)
+
+# By the names of JAX's operations.
+ELEMENTWISE = {
+    "square": lambda x: times(x, x),
+    "exp": _exp,
+    "exp2": exponential_like(lambda y: math.log(2) * y, jnp.exp2),
+    "expm1": exponential_like(lambda y: _plus(y, 1), jnp.expm1),
+    "tanh": exponential_like(lambda y: _plus(-times(y, y), 1), jnp.tanh),
+    "logistic": exponential_like(lambda y: y - times(y, y), jax.nn.sigmoid),
+    "tan": exponential_like(lambda y: _plus(times(y, y), 1), jnp.tan),
+    "erf_inv": exponential_like(lambda y: _exp(times(y, y)) * (math.sqrt(math.pi) / 2), lax.erf_inv),
+    "sin": lambda x: _circular(x)[0],
+    "cos": lambda x: _circular(x)[1],
+    "sinh": lambda x: _hyperbolic(x)[0],
+    "cosh": lambda x: _hyperbolic(x)[1],
+    "sqrt": lambda x: _power_from(jnp.sqrt(x[0]), x, 0.5),
+    "cbrt": lambda x: _power_from(jnp.cbrt(x[0]), x, 1 / 3),
+    "rsqrt": _reciprocal_root,
+    "log": _integral_like(lambda x, dx: divide(dx, x), jnp.log),
+    "log1p": _integral_like(lambda x, dx: divide(dx, _plus(x, 1)), jnp.log1p),
+    "atan": _integral_like(lambda x, dx: divide(dx, _plus(times(x, x), 1)), jnp.arctan),
+    "atanh": _integral_like(lambda x, dx: divide(dx, _plus(-times(x, x), 1)), jnp.arctanh),
+    "asin": _integral_like(lambda x, dx: times(dx, _reciprocal_root(_plus(-times(x, x), 1))), jnp.arcsin),
+    "acos": _integral_like(lambda x, dx: -times(dx, _reciprocal_root(_plus(-times(x, x), 1))), jnp.arccos),
+    "asinh": _integral_like(lambda x, dx: times(dx, _reciprocal_root(_plus(times(x, x), 1))), jnp.arcsinh),
+    "acosh": _integral_like(lambda x, dx: times(dx, _reciprocal_root(_plus(times(x, x), -1))), jnp.arccosh),
+    "erf": _integral_like(lambda x, dx: times(dx, _gauss(x)), lax.erf),
+    "erfc": _integral_like(lambda x, dx: -times(dx, _gauss(x)), lax.erfc),
+    "atan2": _arctangent,
+    "max": _larger,
+    "min": _smaller,
+    "clamp": lambda low, x, high: _larger(low, _smaller(x, high)),
+    "rem": lambda x, y: x - jnp.trunc(x[0] / y[0]) * y,
+}

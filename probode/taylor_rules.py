@@ -1,0 +1,263 @@
+"""What every operation of a traced program makes of Taylor series.
+
+A value is a ``Series`` where it moves and an array where it does not. ``MissingRule`` names an operation that has no
+rule.
+"""
+
+import math
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jaxtyping import Array, Inexact
+
+from .series import ELEMENTWISE, constant, convolve, derivative, divide, exponential_like, grown, integral, power
+
+
+class MissingRule(Exception):
+    """There is no rule for the operation whose name it carries."""
+
+
+class Series(eqx.Module):
+    """Something that moves: its first ``n`` Taylor coefficients, see ``series``."""
+
+    c: Inexact[Array, "n *shape"]
+
+
+def compose(closed: ClosedJaxpr, *args: Series) -> list[Series]:
+    """The series of a traced function's results, from those of its arguments. Raises ``MissingRule``."""
+    return [_promoted(out, len(args[0].c)) for out in _evaluate(closed.jaxpr, closed.consts, args)]
+
+
+def _evaluate(jaxpr: Jaxpr, consts: Sequence, args: Sequence) -> list:
+    """Series where something moves, arrays elsewhere. What no result needs is not computed."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    read = lambda v: jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]  # noqa: E731
+    for eqn in _needed(jaxpr):
+        operands = [read(v) for v in eqn.invars]
+        env.update(zip(eqn.outvars, _apply(eqn, operands), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _needed(jaxpr):
+    needed, eqns = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in needed for v in eqn.outvars):
+            eqns.append(eqn)
+            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return reversed(eqns)
+
+
+def _apply(eqn: JaxprEqn, operands: list) -> list:
+    name = eqn.primitive.name
+    if not any(isinstance(x, Series) for x in operands):
+        return _bind(eqn, operands)
+    if name in _STEPS or not any(_is_float(v.aval) for v in eqn.outvars):
+        return _bind(eqn, [_at_start(x) for x in operands])
+    if name in _LINEAR:
+        return _linear(eqn, *operands)
+    if name in ELEMENTWISE:
+        return [Series(ELEMENTWISE[name](*_alike(operands, eqn.outvars[0].aval.shape)))]
+    if name not in _RULES:
+        raise MissingRule(name)
+    return _RULES[name](eqn, *operands)
+
+
+def _bind(eqn, operands):
+    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _is_float(aval):
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _at_start(x):
+    return x.c[0] if isinstance(x, Series) else x
+
+
+def _length(operands):
+    return next(len(x.c) for x in operands if isinstance(x, Series))
+
+
+def _promoted(x, n):
+    """A constant as a series; integers and flags stay what they are."""
+    moves = isinstance(x, Series) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return x if moves else Series(constant(x, n))
+
+
+def _alike(operands, shape):
+    """The coefficients of all, of one shape."""
+    n = _length(operands)
+    coefficients = [_promoted(x, n).c for x in operands]
+    return [jnp.broadcast_to(c.reshape(*c.shape, *[1] * (1 + len(shape) - c.ndim)), (n, *shape)) for c in coefficients]
+
+
+# --- products and what is linear
+
+
+def _linear(eqn, *operands):
+    """Every coefficient by itself, all operands but indices and flags together."""
+    return _each(eqn, *[_promoted(x, _length(operands)) for x in operands])
+
+
+def _each(eqn, *operands):
+    axes = [0 if isinstance(x, Series) else None for x in operands]
+    coefficients = [x.c if isinstance(x, Series) else x for x in operands]
+    return [Series(c) for c in jax.vmap(lambda *xs: _bind(eqn, xs), in_axes=axes)(*coefficients)]
+
+
+def _bilinear(eqn, x, y):
+    if not (isinstance(x, Series) and isinstance(y, Series)):
+        return _each(eqn, x, y)
+    return [Series(convolve(lambda a, b: _bind(eqn, [a, b])[0], x.c, y.c))]
+
+
+# --- rules that look at the equation
+
+
+def _divided(eqn, x, y):
+    if isinstance(y, Series):
+        return [Series(divide(*_alike([x, y], eqn.outvars[0].aval.shape)))]
+    return _each(eqn, x, y)
+
+
+def _powered(eqn, x, y):
+    """One of the two is a number in the program: whether the exponent is an integer decides what ``x <= 0`` means."""
+    base, exponent = (float(v.val) if isinstance(v, Literal) else None for v in eqn.invars)
+    if exponent is not None:
+        return [Series(power(x.c, exponent))]
+    if base is not None and base > 0:
+        return [Series(exponential_like(lambda z: math.log(base) * z, lambda start: jnp.power(x, start))(y.c))]
+    raise MissingRule("pow")
+
+
+def _extreme(eqn, x):
+    """As in the rules of JAX, equal shares of all that are largest."""
+    axes, (top,) = eqn.params["axes"], _bind(eqn, [x.c[0]])
+    share = (x.c[0] == jnp.expand_dims(top, axes)).astype(x.c.dtype)
+    share = share / jnp.sum(share, axis=axes, keepdims=True)
+    return [Series(jnp.sum(share * x.c, axis=tuple(a + 1 for a in axes)))]
+
+
+def _inlined(eqn, *operands):
+    jaxpr = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params)
+    consts, jaxpr = (jaxpr.consts, jaxpr.jaxpr) if isinstance(jaxpr, ClosedJaxpr) else ((), jaxpr)
+    return _evaluate(jaxpr, consts, operands)
+
+
+def _absolute(eqn, x):
+    if jnp.iscomplexobj(x.c):
+        raise MissingRule("abs")
+    return [Series(jnp.sign(x.c[0]) * x.c)]
+
+
+def _by_own_derivative(eqn, *operands):
+    """What has a derivative of its own is differentiated by it: ``y' = jvp(x, x')``, to one order less."""
+    if not all(_is_float(v.aval) for v in eqn.outvars):
+        raise MissingRule(eqn.primitive.name)
+    moving = [i for i, x in enumerate(operands) if isinstance(x, Series)]
+    starts = _bind(eqn, [_at_start(x) for x in operands])
+    if _length(operands) == 1:
+        return [Series(y[None]) for y in starts]
+
+    def of_moving(*xs):
+        given = dict(zip(moving, xs, strict=True))
+        return _bind(eqn, [given.get(i, x) for i, x in enumerate(operands)])
+
+    at = [operands[i].c[0] for i in moving]
+    tangent = jax.make_jaxpr(lambda xs, dxs: jax.jvp(of_moving, xs, dxs)[1])(at, at)
+    xs = [Series(operands[i].c[:-1]) for i in moving]
+    dxs = [Series(derivative(operands[i].c)[:-1]) for i in moving]
+    slopes = [jnp.concatenate([dy.c, jnp.zeros_like(dy.c[:1])]) for dy in compose(tangent, *xs, *dxs)]
+    return [Series(integral(y, dy)) for y, dy in zip(starts, slopes, strict=True)]
+
+
+def _branches(eqn, index, *operands):
+    n = _length(operands)
+
+    def branch(closed):
+        return lambda *xs: [_promoted(y, n) for y in _evaluate(closed.jaxpr, closed.consts, xs)]
+
+    return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *operands)
+
+
+def _scanned(eqn, *operands):
+    body, n = eqn.params["jaxpr"], _length(operands)
+    consts, split = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    inside = lambda x: Series(jnp.moveaxis(x.c, 0, 1)) if isinstance(x, Series) else x  # noqa: E731
+
+    def step(carry, xs):
+        outs = _evaluate(body.jaxpr, body.consts, [*operands[:consts], *carry, *xs])
+        outs = [_promoted(y, n) for y in outs]
+        return outs[: len(carry)], outs[len(carry) :]
+
+    start = [_promoted(x, n) for x in operands[consts:split]]
+    xs = [inside(x) for x in operands[split:]]
+    end, ys = lax.scan(step, start, xs, eqn.params["length"], eqn.params["reverse"], eqn.params["unroll"])
+    return [*end, *map(inside, ys)]
+
+
+def _repeated(eqn, *operands):
+    condition, body, n = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"], _length(operands)
+    split = eqn.params["cond_nconsts"]
+    end = split + eqn.params["body_nconsts"]
+
+    def go_on(carry):
+        now = [_at_start(x) for x in [*operands[:split], *carry]]
+        return _evaluate(condition.jaxpr, condition.consts, now)[0]
+
+    def once_more(carry):
+        outs = _evaluate(body.jaxpr, body.consts, [*operands[split:end], *carry])
+        return [_promoted(y, n) for y in outs]
+
+    return lax.while_loop(go_on, once_more, [_promoted(x, n) for x in operands[end:]])
+
+
+def _solved(eqn, *operands):
+    """``A x = b``: every coefficient from those before it, with the solver of ``A`` at the start."""
+    lengths, product, n = eqn.params["const_lengths"], eqn.params["jaxprs"].matvec, _length(operands)
+    matrix, b = operands[: sum(lengths)], [_promoted(x, n).c for x in operands[sum(lengths) :]]
+
+    def solve(b):
+        return _bind(eqn, [*map(_at_start, matrix), *b])
+
+    def following(x, k):
+        seen = _evaluate(product.jaxpr, product.consts, [*matrix[: lengths.matvec], *map(Series, x)])
+        return solve([c[k] - _promoted(y, n).c[k] for c, y in zip(b, seen, strict=True)])
+
+    return [Series(x) for x in grown(solve([c[0] for c in b]), following, n)]
+
+
+def _of_constant_matrix(eqn, matrix, b):
+    if isinstance(matrix, Series):
+        raise MissingRule(eqn.primitive.name)
+    return _each(eqn, matrix, b)
+
+
+# Steps: their derivative is zero wherever they have one.
+_STEPS = {"sign", "floor", "ceil", "round", "stop_gradient"}
+_LINEAR = set(
+    "add sub neg add_any reduce_sum cumsum reduce_window_sum select_n real imag complex conj fft "
+    "reshape transpose broadcast_in_dim squeeze expand_dims rev pad concatenate split stack unstack tile "
+    "slice dynamic_slice dynamic_update_slice gather scatter scatter-add scatter-sub "
+    "convert_element_type reduce_precision copy copy_p device_put sharding_constraint layout_constraint name".split()
+)
+_RULES = {
+    **dict.fromkeys(("mul", "dot_general", "conv_general_dilated"), _bilinear),
+    **dict.fromkeys(("reduce_max", "reduce_min"), _extreme),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"), _inlined),
+    "div": _divided,
+    "abs": _absolute,
+    "integer_pow": lambda eqn, x: [Series(power(x.c, eqn.params["y"]))],
+    "pow": _powered,
+    "triangular_solve": _of_constant_matrix,
+    "custom_linear_solve": _solved,
+    "custom_jvp_call": _by_own_derivative,
+    "cond": _branches,
+    "scan": _scanned,
+    "while": _repeated,
+}
