@@ -177,7 +177,7 @@ def test_robertson_to_its_end_by_iterated_linearisations():
     solver = po.Solver(
         po.IWP(3),
         po.TS1(po.Residual(robertson), evaluations=4, relinearise=True),
-        controller=po.IntegralController(1e-4, 1e-8),
+        controller=po.PIController(1e-4, 1e-8),  # steps that collapsed recover more slowly with one that never hurries
         loop=po.ForwardLoop(2048),
     )
     solution = solver.solve(jnp.array([1.0, 0.0, 0.0]), 0.0, 1e11)
@@ -222,7 +222,7 @@ def swinging(index):
 
 @pytest.mark.parametrize("index", [1, 2, 3])
 def test_a_pendulum_of_any_index(index):
-    controller = po.IntegralController(1e-7, 1e-7)
+    controller = po.IntegralController(1e-8, 1e-8)
     solver = po.Solver(po.IWP(4), po.TS1(swinging(index)), controller=controller)
     u0 = jnp.array([1.0, 0.0, 0.0, 0.0, 0.0])
     solution = solver.solve(u0, 0.0, 1.0)
@@ -234,7 +234,7 @@ def test_a_pendulum_of_any_index(index):
     a, da = angle.mean[0], angle.derivative(1).mean[0]
     expected = [jnp.cos(a), jnp.sin(a), -da * jnp.sin(a), da * jnp.cos(a), da**2 - 9.81 * jnp.sin(a)]
     error = np.abs(solution.mean[0] - jnp.stack(expected))
-    assert np.max(error[:4]) < 1e-5
+    assert np.max(error[:4]) < 1e-6
     # Every index above one costs the multiplier an order (Hairer & Wanner 1996, section VII.6); it knows.
     assert error[4] < {1: 1e-6, 2: 1e-5, 3: 1e-3}[index] and error[4] < 3 * solution.std[0, 4]
     if index == 3:
