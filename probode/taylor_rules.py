@@ -249,7 +249,7 @@ _LINEAR = set(
 _RULES = {
     **dict.fromkeys(("mul", "dot_general", "conv_general_dilated"), _bilinear),
     **dict.fromkeys(("reduce_max", "reduce_min"), _extreme),
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"), _inlined),
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_vjp_call"), _inlined),
     "div": _divided,
     "abs": _absolute,
     "integer_pow": lambda eqn, x: [Series(power(x.c, eqn.params["y"]))],

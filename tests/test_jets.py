@@ -212,6 +212,13 @@ def test_zero_to_a_power():
     np.testing.assert_allclose(actual, expected, rtol=1e-14)
 
 
+def test_functions_with_a_reverse_rule_alone():
+    sine = jax.custom_vjp(jnp.sin)
+    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+    of, plain = (derivatives(lambda t, us, f=f: f(us[0]) * t, T0, U4, 9) for f in (sine, jnp.sin))
+    np.testing.assert_array_equal(of, plain)
+
+
 def test_what_does_not_depend_on_the_solution_needs_no_rule():
     constant = derivatives(lambda t, us: jnp.sort(jnp.linalg.cholesky(MATRIX @ MATRIX.T)[:, 0]) * us[0], T0, U4, 11)
     expected = np.sort(np.linalg.cholesky(MATRIX @ MATRIX.T)[:, 0]) ** np.arange(12)[:, None] * U4
