@@ -59,9 +59,9 @@ class AbstractInitialisation(eqx.Module):
 class TaylorMode(AbstractInitialisation):
     """Exact derivatives of the solution at ``t0`` by Taylor-mode differentiation; the covariance is zero.
 
-    Kraemer & Hennig (2020), "Stable implementation of probabilistic ODE solvers". The program has one size for all
-    orders. Fields with operations that have no rule for Taylor series (sorting, Cholesky, ``lgamma``) are
-    differentiated by nested forward mode, up to order 8; beyond that a ``ValueError`` says which.
+    Kraemer & Hennig (2020), "Stable implementation of probabilistic ODE solvers". The program of a small system
+    has one size for all orders. Fields with operations that have no rule for Taylor series (sorting, Cholesky,
+    ``lgamma``) are differentiated by nested forward mode, up to order 8; beyond that a ``ValueError`` says which.
 
     For a ``Residual`` the derivatives solve the equation and its time derivatives, by Newton's method and with the
     smallest norm where they do not determine all of them (consistent initialisation; Pantelides 1988). An initial

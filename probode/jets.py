@@ -42,7 +42,6 @@ def taylor_derivatives(
         return u0[: num + 1]
     t0 = jnp.asarray(t0, u0.dtype)
     along = _along(f, t0, u0, depth, num, "vector field")
-
     windows = np.arange(depth + 1)[:, None] + np.arange(k)
 
     # What is not known yet is zero. Every pass is then the same program, and compile time does not multiply with num.

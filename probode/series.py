@@ -1,7 +1,8 @@
 """Truncated Taylor series: their products, and functions of them.
 
 A series is an array with the coefficients ``x_k = x^(k) / k!`` on its leading axis. Everything acts on that whole axis
-at once, so that a program has one size for all orders. Griewank & Walther (2008), "Evaluating derivatives", ch. 13.
+at once, so that a program has one size for all orders, but for large arrays (see ``convolve``). Griewank & Walther
+(2008), "Evaluating derivatives", ch. 13.
 
 Axes: ``n`` coefficients, those of degree 0 to ``n - 1``.
 """
@@ -15,27 +16,27 @@ from jax import lax
 from jaxtyping import Array, Inexact, PyTree
 
 
-Series = Inexact[Array, "n ..."]
+Coefficients = Inexact[Array, "n ..."]
 
 _LARGE = 256  # elements of a coefficient
 
 
-def constant(x: Inexact[Array, "..."], n: int) -> Series:
+def constant(x: Inexact[Array, "..."], n: int) -> Coefficients:
     """What does not move."""
     return jnp.zeros((n, *jnp.shape(x)), jnp.result_type(x)).at[0].set(x)
 
 
-def derivative(x: Series) -> Series:
+def derivative(x: Coefficients) -> Coefficients:
     """``x'``; its last coefficient is unknown, and zero."""
     return jnp.concatenate([_degrees(x) * x[1:], jnp.zeros_like(x[:1])])
 
 
-def integral(start: Inexact[Array, "..."], dx: Series) -> Series:
+def integral(start: Inexact[Array, "..."], dx: Coefficients) -> Coefficients:
     """``x`` from ``x_0`` and ``x'``."""
     return jnp.concatenate([start[None], dx[:-1] / _degrees(dx)])
 
 
-def convolve(product: Callable, x: Series, y: Series) -> Series:
+def convolve(product: Callable, x: Coefficients, y: Coefficients) -> Coefficients:
     """``z_k = sum_i product(x_i, y_(k-i))``: as rows of a matrix, the same program for all orders; for large arrays,
     where moving the rows would cost more than compiling, term by term."""
     n = y.shape[0]
@@ -46,12 +47,12 @@ def convolve(product: Callable, x: Series, y: Series) -> Series:
     return jnp.sum(rows, axis=0)
 
 
-def times(x: Series, y: Series) -> Series:
+def times(x: Coefficients, y: Coefficients) -> Coefficients:
     """``x y``."""
     return convolve(jnp.multiply, x, y)
 
 
-def coefficient(x: Series, y: Series, k: int | Array) -> Inexact[Array, "..."]:
+def coefficient(x: Coefficients, y: Coefficients, k: int | Array) -> Inexact[Array, "..."]:
     """The ``k``-th coefficient of ``x y``, alone."""
     if isinstance(k, int):
         xs, ys = jnp.unstack(x), jnp.unstack(y)
@@ -77,12 +78,12 @@ def grown(start: PyTree, following: Callable, n: int) -> PyTree:
     return lax.scan(one_more, y, jnp.arange(1, n))[0]
 
 
-def divide(x: Series, y: Series) -> Series:
+def divide(x: Coefficients, y: Coefficients) -> Coefficients:
     """``x / y``."""
     return grown(x[0] / y[0], lambda q, k: (x[k] - coefficient(q, y, k)) / y[0], x.shape[0])
 
 
-def power(x: Series, exponent: float | int) -> Series:
+def power(x: Coefficients, exponent: float | int) -> Coefficients:
     """``y = x^exponent`` from ``x y' = exponent y x'``, where ``x`` is not zero; any ``x`` if ``exponent`` is an
     integer."""
     if float(exponent).is_integer():
@@ -90,7 +91,7 @@ def power(x: Series, exponent: float | int) -> Series:
     return _power_from(x[0] ** exponent, x, exponent)
 
 
-def exponential_like(slope: Callable, start: Callable) -> Callable[[Series], Series]:
+def exponential_like(slope: Callable, start: Callable) -> Callable[[Coefficients], Coefficients]:
     """The function ``y`` of ``x`` with ``y' = slope(y) x'``."""
 
     def function(x):
@@ -101,12 +102,14 @@ def exponential_like(slope: Callable, start: Callable) -> Callable[[Series], Ser
     return function
 
 
-def _integral_like(slope: Callable, start: Callable) -> Callable[[Series], Series]:
+def _integral_like(slope: Callable, start: Callable) -> Callable[[Coefficients], Coefficients]:
     """The function ``y`` of ``x`` with ``y' = slope(x, x')``."""
     return lambda x: integral(start(x[0]), slope(x, derivative(x)))
 
 
-def _pair_like(sign: float, sine: Callable, cosine: Callable) -> Callable[[Series], tuple[Series, Series]]:
+def _pair_like(
+    sign: float, sine: Callable, cosine: Callable
+) -> Callable[[Coefficients], tuple[Coefficients, Coefficients]]:
     """The functions ``s`` and ``c`` of ``x`` with ``s' = c x'``, ``c' = sign s x'``."""
 
     def functions(x):
