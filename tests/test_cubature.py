@@ -169,6 +169,7 @@ def test_adaptive_solves(constraint, calibration):
     assert jnp.all(jnp.abs(solution.mean[1] - reference) < 10 * solution.std[1])
 
 
+@pytest.mark.thorough
 def test_gradients():
     def quantities(x):
         constraint = po.SLR1(po.ODE(lotka_volterra), noise=True)

@@ -113,6 +113,7 @@ def evidence_of(x):
 PARAMETERS = np.array([1.0, 0.5, 1.3, 0.9])
 
 
+@pytest.mark.thorough
 def test_derivatives():
     value, gradient = jax.jit(evidence_of), jax.jit(jax.grad(evidence_of))
     expected = central_differences(lambda x: value(x)[None], PARAMETERS, 1e-3)[0]

@@ -99,6 +99,7 @@ def test_it_works_with_everything(factorisation, calibration):
     assert solution.evaluate(0.3).mean["a"].shape == ()
 
 
+@pytest.mark.thorough
 def test_derivatives_are_those_of_the_limit():
     made = solver(nu=1)
 

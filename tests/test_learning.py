@@ -37,6 +37,7 @@ def test_an_uncertain_start_moves_its_derivatives_along(factorisation):
         po.Solver(po.IWP(3), po.TS1(po.ODE(field)), factorisation=po.Isotropic()).initialise(po.Normal(mean, mean), 0.5)
 
 
+@pytest.mark.thorough
 def test_intervals_of_a_parameter_cover_it_as_often_as_they_say():
     # A growth rate as a component that does not change: 200 data sets from the model, one solve each.
     number, ts, noise, deviation = 200, np.linspace(0.5, 5.0, 10), 0.05, 0.3
@@ -98,6 +99,7 @@ def test_a_latent_force_in_one_pass():
     assert np.max(np.abs(solution.mean["x"] - exact)) < 3 * noise
 
 
+@pytest.mark.thorough
 def test_a_start_is_learnt_as_the_push_forward_says():
     # Observed at the end alone, without noise to speak of: the start that leads there.
     rates = (0.5, 0.05, 0.5, 0.05)

@@ -160,6 +160,7 @@ def test_components_that_do_not_depend_on_each_other(factorisation):
     np.testing.assert_allclose(own.data_log_likelihood, dense.data_log_likelihood, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_functions_of_derivatives_and_derivatives_of_the_evidence():
     # observed: the square of the first component and the velocity of the second; of parameters, times, values, noise
     def seen(t, u, du, args):
@@ -238,6 +239,7 @@ def grid_run(data):
     return solver().solve_grid(U0, GRID, data=data)
 
 
+@pytest.mark.thorough
 def test_a_solve_with_data_goes_on():
     made = solver(controller=po.IntegralController(1e-4, 1e-6))
     ts, u0 = np.array([0.0, 0.5, 1.0, 1.6]), start(made)

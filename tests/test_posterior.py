@@ -1,6 +1,7 @@
 """The whole posterior: against one joint Gaussian written down in NumPy, and one strategy against the other."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -118,8 +119,8 @@ def test_samples_have_the_joint_covariance(index):
         np.testing.assert_allclose(samples[:, 8:10], samples[:, 10:12], atol=1e-12)  # the same time twice
 
 
-CASES = first_of((8, po.TS1, FACTORISATIONS[0]), (3, po.TS1, FACTORISATIONS[0]))
-CASES += [(3, po.TS0, f) for f in FACTORISATIONS[1:]]
+CASES = list(itertools.product((1, 3, 5, 8), (po.TS0, po.TS1), range(3)))
+IN_EVERY_RUN = [(8, po.TS1, 0), (3, po.TS0, 1), (3, po.TS0, 2)]
 TS = np.array([0.0, 0.11, 0.5, 0.51, 0.515, 1.3, 2.0])
 
 
@@ -145,11 +146,13 @@ def same(one, other, nu, at=slice(None), tolerance=1e-9):
 
 
 @pytest.mark.parametrize(
-    ("nu", "constraint", "factorisation"), CASES, ids=lambda x: str(x) if isinstance(x, int) else name(x)
+    ("nu", "constraint", "index"),
+    [case if case in IN_EVERY_RUN else pytest.param(*case, marks=pytest.mark.thorough) for case in CASES],
+    ids=[f"{nu}-{name(constraint)}-{NAMES[index]}" for nu, constraint, index in CASES],
 )
-def test_strategies_agree(nu, constraint, factorisation):
+def test_strategies_agree(nu, constraint, index):
     solutions = [
-        lotka(nu, constraint, factorisation, strategy, 1e-6)
+        lotka(nu, constraint, FACTORISATIONS[index], strategy, 1e-6 if nu > 1 else 1e-3)
         for strategy in (po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother())
     ]
     filtered, points, interval = solutions
@@ -157,7 +160,8 @@ def test_strategies_agree(nu, constraint, factorisation):
     same(points, interval, nu)
     same(points, filtered, nu, at=-1)
     same(interval, interval.evaluate(TS), nu)
-    assert np.mean(interval.std[1:-1]) < 0.99 * np.mean(filtered.std[1:-1])  # there is something to smooth
+    # There is something to smooth; with u' alone, which the equation has told already, only between the steps.
+    assert np.mean(interval.std[1:-1]) < (0.99 if nu > 1 else 0.999) * np.mean(filtered.std[1:-1])
 
 
 def test_high_order_and_tight_tolerance():

@@ -54,9 +54,12 @@ def test_reverse_mode():
 
 
 EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"quickstart", "reverse_mode"})
+IN_EVERY_RUN = {"your_own_parts", "coming_from", "equations_of_all_kinds", "stiffness", "taylor_coefficients"}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.thorough) for name in EXAMPLES]
+)
 def test_examples_run_at_small_size(name):
     """At full size: `nox -s examples`."""
     assert run([f"examples/{name}.py"], PROBODE_SMALL="1")

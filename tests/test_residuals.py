@@ -383,6 +383,7 @@ def test_lifted_equations_are_time_derivatives(problem):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_lifting_makes_longer_steps():
     ode, controller = po.ODE(lotka_volterra), po.IntegralController(1e-6, 1e-6)
     steps = []

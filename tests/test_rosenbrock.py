@@ -82,6 +82,7 @@ def test_steps_are_as_long_as_the_nonlinear_part_allows():
     assert steps[1] < steps[0] / 5
 
 
+@pytest.mark.thorough
 def test_leaving_one_out_uses_the_prior_of_every_step():
     # With a linear equation all steps have the same rate, which a prior can be given beforehand.
     linear = po.ODE(lambda t, u, args: MATRIX @ u + jnp.cos(t))
@@ -92,6 +93,7 @@ def test_leaving_one_out_uses_the_prior_of_every_step():
     np.testing.assert_allclose(stds[1], stds[0], rtol=1e-9, atol=1e-18)
 
 
+@pytest.mark.thorough
 def test_gradients():
     def quantities(x):
         solver = po.Solver(

@@ -55,6 +55,7 @@ def fitzhugh_nagumo(t, y, args):
     return jnp.concatenate([0.01 * diffusion(u) + 10 * (u - u**3 - v), 0.1 * diffusion(v) + 2 * (u - 0.5 * v + 0.1)])
 
 
+@pytest.mark.thorough
 def test_errors_are_as_large_as_they_say():
     x = jnp.linspace(0, 1, 30)
     u0 = jnp.concatenate([jnp.cos(3 * jnp.pi * x), 0.3 * jnp.cos(jnp.pi * x)])
@@ -189,6 +190,7 @@ def test_a_solve_without_convergence_is_no_answer():
     assert patient.stats["num_rejected_steps"] > 5
 
 
+@pytest.mark.thorough
 def test_preconditioner():
     laplacian = 0.02 * LAPLACIAN
 

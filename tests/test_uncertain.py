@@ -104,6 +104,7 @@ def test_a_nonlinear_equation_to_first_order():
     np.testing.assert_allclose(own.std[0] ** 2, np.diagonal(covariance), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_gradients_with_respect_to_mean_and_spread():
     def std(x):
         u0 = po.Normal(x[:2], x[2] * jnp.asarray(FACTOR))
