@@ -20,6 +20,7 @@ import numpy as np
 
 
 OPTION = "xla_cpu_small_while_loop_byte_threshold"
+SUMS = "--xla_cpu_experimental_ynn_fusion_type"  # what probode sets with it
 BATCH = 10  # XLA runs out of memory maps after many programs: a process does only so many
 
 
@@ -190,7 +191,7 @@ def workloads() -> dict:
 
 def in_process(what: str, threshold: int | None) -> dict:
     """The result of `what` from a process of its own."""
-    flags = "" if threshold is None else f"--xla_backend_extra_options={OPTION}={threshold}"
+    flags = "" if threshold is None else f"--xla_backend_extra_options={OPTION}={threshold} {SUMS}=-reduce"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_X64": "1", "PROBODE_SMALL_LOOPS": "0"}
     command = [sys.executable, "-m", "benchmarks.small_loops", "--child", what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,9 +1,10 @@
-"""Compilation of small loops into native functions: an option of XLA on CPU, worth a factor of three to ten here.
+"""Compilation of small loops into native functions: options of XLA on CPU, worth a factor of three to ten here.
 
 XLA runs a loop operation by operation, at some 20 to 50 ns for each, unless one iteration is small; then the whole loop
 becomes one native function. Small means that the bytes read and written by all operations of body and condition, once,
 stay below a threshold: 1024 by default, where a step of a solver needs 20,000 upwards. Loops with sorts, scatters or
-calls into libraries (large matrix products, factorisations) are left alone whatever their size.
+calls into libraries (large matrix products, factorisations) are left alone whatever their size. Sums are such calls too
+where arrays are larger, as with a few hundred lanes of ``jax.vmap``, unless a second option keeps them in XLA.
 """
 
 import os
@@ -14,6 +15,8 @@ from .checks import as_integer
 
 
 OPTION = "xla_cpu_small_while_loop_byte_threshold"
+# Every release that pyproject.toml allows knows it; XLA stops at options that it does not know.
+SUMS = "--xla_cpu_experimental_ynn_fusion_type"
 VARIABLE = "PROBODE_SMALL_LOOPS"
 _EXTRA = "--xla_backend_extra_options="
 
@@ -21,10 +24,12 @@ _EXTRA = "--xla_backend_extra_options="
 def compile_small_loops(max_bytes: int = 1_000_000) -> None:
     """Let XLA compile loops of at most ``max_bytes`` per iteration into native functions, in the whole process.
 
+    Sums then stay in XLA, instead of going to a library that loops cannot call; many lanes of ``jax.vmap`` need that.
+
     Importing ``probode`` does so unless JAX has already started its backend or the environment variable
-    ``PROBODE_SMALL_LOOPS`` is 0; call this to be told when it is too late. A threshold that is already in ``XLA_FLAGS``
-    is left as it is. ``python -m benchmarks.small_loops`` shows what the option does to results (round-off) and to
-    other libraries' loops (nothing, or faster).
+    ``PROBODE_SMALL_LOOPS`` is 0; call this to be told when it is too late. With a threshold that is already in
+    ``XLA_FLAGS`` all is left as it is. ``python -m benchmarks.small_loops`` shows what the options do to results
+    (round-off) and to other libraries' loops (nothing, or faster).
 
     Raises ``RuntimeError`` if JAX has started its backend without the option: it is read once, so import ``probode``
     or call this before the first array is made, or set ``XLA_FLAGS`` yourself. ``ValueError`` for a threshold that is
@@ -42,7 +47,8 @@ def compile_small_loops(max_bytes: int = 1_000_000) -> None:
             "Import probode or call it before the first JAX array is made, or start Python with "
             f"XLA_FLAGS={_EXTRA}{OPTION}={max_bytes}."
         )
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EXTRA}{OPTION}={max_bytes}".strip()
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {_EXTRA}{OPTION}={max_bytes}"
+    os.environ["XLA_FLAGS"] = (flags if SUMS in flags else f"{flags} {SUMS}=-reduce").strip()
 
 
 def compiles_small_loops() -> bool:

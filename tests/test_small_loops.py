@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import probode
-from probode.small_loops import OPTION
+from probode.small_loops import OPTION, SUMS
 
 
 IS_NATIVE = """
@@ -42,6 +42,29 @@ def test_what_importing_and_the_variable_do(before, environment, native):
     assert run(f"{before}\n{IS_NATIVE}", **environment) == [native]
 
 
+MANY_LANES = """
+import jax, jax.numpy as jnp
+solver = probode.Solver(
+    probode.IWP(3), probode.TS0(probode.ODE(lambda t, u, args: -u)), factorisation=probode.Isotropic(),
+    loop=probode.ForwardLoop(),
+)
+solve = jax.vmap(lambda u0: solver.solve(u0, 0.0, 1.0, throw=False).mean)
+program = jax.jit(solve).lower(jnp.ones((300, 2))).compile().as_text()
+print("ynn_fusion" in program)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "calls"),
+    [
+        ("", "False"),
+        ("--xla_cpu_experimental_ynn_fusion_type=reduce", "True"),  # somebody's own wish is left as it is
+    ],
+)
+def test_sums_over_many_lanes_stay_in_the_loop(flags, calls):
+    assert run(f"import probode\n{MANY_LANES}", XLA_FLAGS=flags) == [calls]
+
+
 def test_calling_too_late_says_so():
     code = """
 import jax.numpy as jnp
@@ -57,8 +80,8 @@ except RuntimeError as error:
 
 def test_twice_is_once():
     code = "import os, probode; probode.compile_small_loops(); print(os.environ['XLA_FLAGS'])"
-    (flags,) = run(code)
-    assert flags.count(OPTION) == 1
+    flags = " ".join(run(code))
+    assert flags.count(OPTION) == 1 and flags.count(SUMS) == 1
 
 
 @pytest.mark.parametrize("max_bytes", [0, -1, True])
