@@ -41,15 +41,27 @@ def _ours():
     problem = PROBLEMS["lotka_volterra"]
     ode = probode.ODE(problem.vector_field)
     strategies = (probode.Filter(), probode.FixedPointSmoother(), probode.FixedIntervalSmoother())
-    for method, nu in (("EK0", 3), ("EK0", 5), ("EK0 twice", 4), ("EK0 twice", 5), ("EK1", 4)):
+    integral = probode.IntegralController(TOLERANCE, TOLERANCE)
+    pi = probode.PIController(TOLERANCE, TOLERANCE)
+    for method, nu, error, controller in (
+        ("EK0", 3, probode.ResidualError(), integral),
+        ("EK0", 5, probode.ResidualError(), integral),
+        ("EK0 twice", 4, probode.ResidualError(), integral),
+        ("EK0 twice", 5, probode.ResidualError(), integral),
+        ("EK0 twice", 4, probode.StateError(), pi),
+        ("EK0 twice", 5, probode.StateError(), pi),
+        ("EK1", 4, probode.ResidualError(), integral),
+    ):
         constraint, factorisation = peers.probode_method(method, ode)
+        label = f"probode {method}({nu}) {'state ' if isinstance(error, probode.StateError) else ''}"
         for strategy in strategies:
             solver = probode.Solver(
                 probode.IWP(nu),
                 constraint,
                 factorisation=factorisation,
                 strategy=strategy,
-                controller=probode.IntegralController(TOLERANCE, TOLERANCE),
+                error=error,
+                controller=controller,
                 loop=probode.ForwardLoop(max_steps=2048),
             )
 
@@ -57,7 +69,7 @@ def _ours():
                 solution = solver.solve(problem.u0, 0.0, 50.0, args=problem.args, save_at=TIMES, throw=False)
                 return solution.mean, solution.std
 
-            yield f"probode {method}({nu}) {type(strategy).__name__}", solve
+            yield label + type(strategy).__name__, solve
 
 
 def _theirs():
@@ -67,7 +79,9 @@ def _theirs():
     problem = PROBLEMS["lotka_volterra"]
     for method, nu, error in (
         ("TS0", 3, "residual"),
+        ("TS0", 3, "state"),
         ("TS0", 5, "residual"),
+        ("TS0", 5, "state"),
         ("TS1", 4, "residual"),
         ("TS1", 6, "state"),
     ):
