@@ -18,9 +18,9 @@ import time
 
 import numpy as np
 
+from probode.small_loops import OPTION, SUMS
 
-OPTION = "xla_cpu_small_while_loop_byte_threshold"
-SUMS = "--xla_cpu_experimental_ynn_fusion_type"  # what probode sets with it
+
 BATCH = 10  # XLA runs out of memory maps after many programs: a process does only so many
 
 

@@ -41,8 +41,8 @@ does not, and ours is as accurate as our value. Tried: EK1 of orders 4 to 6."""
 LANES = """Lanes fill the SIMD registers, but each takes more than twice the attempts of Tsit5's, and an attempt costs
 the factors of a covariance. Tried: blocks of 1 to 1000, lanes in the first and in the last axis, sorting by cost; XLA's
 sums in place of a library's, which made plain vmap five times faster and blocks no faster."""
-DIMENSION = """Bound by memory from 1e5 components on, where the ratio of what is read and written is 2; below, arrays
-lie in the cache and our fixed work per step counts."""
+DIMENSION = """Bound by memory from 1e5 components on, where the ratio of what is read and written is 2 (times varied
+between 1 and 2 on a shared machine); below, arrays lie in the cache and our fixed work per step counts."""
 COMPILATION = """The loop holds two unrolled QR factorisations, Tsit5's seven evaluations of a small field. Tried: loops
 instead (slower at run time), Taylor series of one size for all orders."""
 
@@ -151,7 +151,7 @@ def targets(results: Results) -> list[Target]:
         entry("1000 lanes", "probdiffeq vmap", 30, results.against(*lanes, "probode", "probdiffeq"), LANES),
         entry("1000 lanes", "Tsit5 vmap", 1 / 3.5, results.against(*lanes, "probode", "diffrax"), LANES),
         entry("1000 lanes, plain vmap", "probdiffeq vmap", 5, plain_vmap, LANES),
-        entry("smoother, 100 times", "probdiffeq", 8, results.smoothing("smoothing", SMOOTHERS)),
+        entry("smoother, 100 times, 1e-5", "probdiffeq", 8, results.smoothing("smoothing", SMOOTHERS)),
         entry("  without XLA's option", "probdiffeq", 5, results.smoothing("smoothing_plain", SMOOTHERS), PLAIN),
         entry(
             "likelihood and gradient, 100 data",

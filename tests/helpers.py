@@ -29,8 +29,13 @@ def pendulum(t, u, du, args):
 
 def first_of(*cases):
     """The first of many cases in every run; the others, other configurations of it, in the sessions of nox."""
-    others = (case if type(case) is tuple else (case,) for case in cases[1:])
-    return [cases[0], *(pytest.param(*case, marks=pytest.mark.thorough) for case in others)]
+    return [cases[0], *left_to_nox(*cases[1:])]
+
+
+def left_to_nox(*cases):
+    """Cases that only the sessions of nox run."""
+    cases = (case if type(case) is tuple else (case,) for case in cases)
+    return [pytest.param(*case, marks=pytest.mark.thorough) for case in cases]
 
 
 def name(part):

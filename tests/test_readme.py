@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from .helpers import left_to_nox
+
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,13 +55,11 @@ def test_reverse_mode():
     assert abs(gradient[0] - 0.4402384) < 1e-5 and abs(gradient[1] - 0.02346068) < 1e-5
 
 
-EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"quickstart", "reverse_mode"})
+EXAMPLES = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"quickstart", "reverse_mode"}
 IN_EVERY_RUN = {"your_own_parts", "coming_from", "equations_of_all_kinds", "stiffness", "taylor_coefficients"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.thorough) for name in EXAMPLES]
-)
+@pytest.mark.parametrize("name", [*sorted(IN_EVERY_RUN), *left_to_nox(*sorted(EXAMPLES - IN_EVERY_RUN))])
 def test_examples_run_at_small_size(name):
     """At full size: `nox -s examples`."""
     assert run([f"examples/{name}.py"], PROBODE_SMALL="1")

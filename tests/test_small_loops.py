@@ -61,7 +61,7 @@ print("ynn_fusion" in program)
         ("--xla_cpu_experimental_ynn_fusion_type=reduce", "True"),  # somebody's own wish is left as it is
     ],
 )
-def test_sums_over_many_lanes_stay_in_the_loop(flags, calls):
+def test_sums_over_many_lanes_stay_in_xla(flags, calls):
     assert run(f"import probode\n{MANY_LANES}", XLA_FLAGS=flags) == [calls]
 
 
@@ -80,8 +80,8 @@ except RuntimeError as error:
 
 def test_twice_is_once():
     code = "import os, probode; probode.compile_small_loops(); print(os.environ['XLA_FLAGS'])"
-    flags = " ".join(run(code))
-    assert flags.count(OPTION) == 1 and flags.count(SUMS) == 1
+    threshold, sums = run(code)
+    assert threshold.count(OPTION) == 1 and sums == f"{SUMS}=-reduce"
 
 
 @pytest.mark.parametrize("max_bytes", [0, -1, True])
