@@ -21,6 +21,7 @@ PARTS = [
     ["lanes"],
     ["dimension"],
     ["calibration"],
+    ["calibration", "--further"],
     ["inference"],
     ["tempering"],
 ]

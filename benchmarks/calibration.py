@@ -1,5 +1,6 @@
 """Calibration of the uncertainty on a set of problems: `python -m benchmarks.calibration` writes and prints the table.
 
+`--further`: an equation of second order, a stiff one, and EK1 with block-diagonal covariances, in a table of their own.
 References by extrapolation (Gragg, Bulirsch & Stoer) in extended precision, from saved time to saved time.
 """
 
@@ -9,6 +10,8 @@ import argparse
 import csv
 import functools
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,29 +40,58 @@ def logistic(u):
     return (u[0] * (1 - u[0]),)
 
 
+def henon_heiles(u):
+    x, y, dx, dy = u
+    return dx, dy, -x - 2 * x * y, -y - x**2 + y**2
+
+
+def stiff_van_der_pol(u):
+    return u[1], 50.0 * (1 - u[0] ** 2) * u[1] - u[0]
+
+
+class Problem(NamedTuple):
+    """A system of first order, its start and end; whether its second half is the derivative of the first, which is then
+    solved as an equation of second order; and the longest step of the reference."""
+
+    field: Callable
+    start: tuple[float, ...]
+    end: float
+    second_order: bool = False
+    longest: float = 0.05
+
+    def equation(self):
+        """The equation as it is solved, and its initial value."""
+        import probode
+
+        start, half = jnp.array(self.start), len(self.start) // 2
+        if not self.second_order:
+            return probode.ODE(lambda t, u, args: jnp.stack(self.field(u))), start
+        ode = probode.ODE(lambda t, u, du, args: jnp.stack(self.field(jnp.concatenate([u, du]))[half:]), order=2)
+        return ode, (start[:half], start[half:])
+
+    def reference(self, times):
+        """The solution at sorted times, in extended precision inside."""
+        u, out = np.array(self.start, np.longdouble), [np.array(self.start)]
+        for a, b in itertools.pairwise(times):
+            parts = max(1, int(np.ceil((b - a) / self.longest)))
+            for _ in range(parts):
+                u = _extrapolated(self.field, u, (np.longdouble(b) - np.longdouble(a)) / parts)
+            out.append(u.astype(float))
+        return np.array(out)[:, : len(self.start) // 2 if self.second_order else None]
+
+
 PROBLEMS = {
-    "lotka_volterra": (lotka_volterra, (20.0, 20.0), 50.0),
-    "fitzhugh_nagumo": (fitzhugh_nagumo, (-1.0, 1.0), 20.0),
-    "rigid_body": (rigid_body, (1.0, 0.0, 0.9), 20.0),
-    "van_der_pol_1": (van_der_pol, (2.0, 0.0), 10.0),
-    "logistic": (logistic, (0.1,), 10.0),
+    "lotka_volterra": Problem(lotka_volterra, (20.0, 20.0), 50.0),
+    "fitzhugh_nagumo": Problem(fitzhugh_nagumo, (-1.0, 1.0), 20.0),
+    "rigid_body": Problem(rigid_body, (1.0, 0.0, 0.9), 20.0),
+    "van_der_pol_1": Problem(van_der_pol, (2.0, 0.0), 10.0),
+    "logistic": Problem(logistic, (0.1,), 10.0),
+}
+FURTHER = {
+    "henon_heiles": Problem(henon_heiles, (0.0, 0.1, 0.5, 0.0), 50.0, second_order=True),
+    "van_der_pol_50": Problem(stiff_van_der_pol, (2.0, 0.0), 45.0, longest=0.01),
 }
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
-
-
-def reference(field, u0, longest=0.05):
-    """The solution at sorted times as a function of them, in extended precision inside."""
-
-    def at(times):
-        u, out = np.array(u0, np.longdouble), [np.array(u0)]
-        for a, b in itertools.pairwise(times):
-            parts = max(1, int(np.ceil((b - a) / longest)))
-            for _ in range(parts):
-                u = _extrapolated(field, u, (np.longdouble(b) - np.longdouble(a)) / parts)
-            out.append(u.astype(float))
-        return np.array(out)
-
-    return at
 
 
 def _extrapolated(field, u, h, rows=9):
@@ -104,38 +136,50 @@ def solvers(nu):
         "EK0 dynamic, per component": ek(probode.TS0, probode.BlockDiagonal(), probode.DynamicCalibration()),
         "EK0 twice dynamic, per component": ek(twice, probode.BlockDiagonal(), probode.DynamicCalibration()),
         "EK0 twice leave one out": ek(twice, probode.BlockDiagonal(), probode.LeaveOneOutCalibration()),
+        "EK1 dynamic, per component": ek(probode.TS1, probode.BlockDiagonal(), probode.DynamicCalibration()),
+        "EK1 leave one out, per component": ek(probode.TS1, probode.BlockDiagonal(), probode.LeaveOneOutCalibration()),
     }
+
+
+def cases(further):
+    """Names of problems, and of the configurations to solve them with."""
+    configurations = list(solvers(2))
+    per_component = configurations[-2:]
+    if not further:
+        return {name: configurations[:-2] for name in PROBLEMS}
+    return dict.fromkeys(FURTHER, configurations[:2]) | dict.fromkeys(PROBLEMS, per_component)
 
 
 def main() -> None:
     """Run the sweep, write the table, print a summary."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="orders 3 and 5, three tolerances")
-    parser.add_argument("--problem", action="append", choices=list(PROBLEMS))
+    parser.add_argument("--further", action="store_true", help="second order, stiff, EK1 per component")
     options = parse(parser)
 
     import probode
 
     jax.config.update("jax_enable_x64", True)
     entries = []
-    for name in options.problem or PROBLEMS:
-        field, u0, t1 = PROBLEMS[name]
-        ode = probode.ODE(lambda t, u, args, field=field: jnp.stack(field(u)))
+    for name, labels in cases(options.further).items():
+        problem = (PROBLEMS | FURTHER)[name]
+        ode, u0 = problem.equation()
         for nu in (3, 5) if options.quick else (2, 3, 4, 5):
-            for label, build in solvers(nu).items():
+            for label in labels:
                 report = probode.calibration_report(
-                    build(ode),
-                    reference(field, u0),
-                    u0=jnp.array(u0),
+                    solvers(nu)[label](ode),
+                    problem.reference,
+                    u0=u0,
                     t0=0.0,
-                    t1=t1,
+                    t1=problem.end,
                     tolerances=(1e-4, 1e-6, 1e-8) if options.quick else TOLERANCES,
                     show=False,
                 )
                 print(f"\n{name}, {label}, nu = {nu}\n{report}", flush=True)
                 entries += [(name, label, nu, *row) for row in _rows(report)]
     options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / "calibration.csv").open("w", newline="") as file:
+    table = "calibration_further.csv" if options.further else "calibration.csv"
+    with (options.output / table).open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
             "problem method nu rtol steps error terminal trajectory smoothed inclination successful".split()
@@ -152,11 +196,15 @@ def _rows(report):
 
 def _summary(entries):
     print(f"\n{'method':34} {'cases':>5} {'in [1e-2, 10]':>14} {'in [1e-2, 100]':>15}   5 % .. 95 % (trajectory)")
-    for method in dict.fromkeys(entry[1] for entry in entries):
-        chi = np.array([float(entry[7]) for entry in entries if entry[1] == method])
+    groups = {}
+    for problem, method, *_, trajectory, _, _, _ in entries:
+        group = f"{method}, {problem}" if problem in FURTHER else method
+        groups.setdefault(group, []).append(float(trajectory))
+    for group, chi in groups.items():
+        chi = np.array(chi)
         shares = [np.mean((chi >= 1e-2) & (chi <= top)) for top in (10, 100)]
         low, high = np.nanquantile(chi, [0.05, 0.95])
-        print(f"{method:34} {chi.size:5d} {shares[0]:14.2f} {shares[1]:15.2f}   {low:.1e} .. {high:.1e}")
+        print(f"{group:34} {chi.size:5d} {shares[0]:14.2f} {shares[1]:15.2f}   {low:.1e} .. {high:.1e}")
 
 
 if __name__ == "__main__":

@@ -116,9 +116,9 @@ def stiff(d: int) -> dict:
     return {"probode EK1(3) dense": (solve, (u0,)), "diffrax Kvaerno5": (kvaerno5, (u0,))}
 
 
-def slope(per_step: dict[int, float]) -> float:
-    """The exponent of the growth with the dimension, by least squares."""
-    return float(np.polyfit(np.log(list(per_step)), np.log(list(per_step.values())), 1)[0])
+def slope(measured: dict[int, float]) -> float:
+    """The exponent of the growth with the size, by least squares."""
+    return float(np.polyfit(np.log(list(measured)), np.log(list(measured.values())), 1)[0])
 
 
 def main() -> None:

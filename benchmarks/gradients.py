@@ -3,7 +3,7 @@
 Lotka-Volterra on [0, 10] at rtol 1e-5: the sum of the end point, differentiated in initial values and parameters; each
 package with a loop that can be differentiated. Van der Pol with mu = 1000 on [0, 0.7]: the end point, differentiated in
 mu; every configuration at several tolerances, to be compared where the gradient has an error of 1e-6. And the memory of
-a gradient through 10,000 steps.
+a gradient through a hundred to 100,000 steps, in a table of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from . import peers
 from .problems import PROBLEMS
-from .timing import Table, compare, parse
+from .timing import Table, compare, parse, result_file, write_rows
 
 
 # By the sensitivity equations: SciPy's Radau, LSODA and BDF at 1e-12 agree to nine digits.
@@ -128,7 +128,7 @@ def _diffrax(problem, t1, rtol, method, direct):
     return solve
 
 
-def memory() -> dict[int, float]:
+def memory() -> dict[int, int]:
     """Temporary bytes of a gradient through a `CheckpointedLoop` of so many steps."""
     import probode
 
@@ -151,8 +151,11 @@ def main() -> None:
 
     jax.config.update("jax_enable_x64", True)
     table = Table("gradients", options.output)
-    for steps, size in memory().items():
+    sizes = memory()
+    for steps, size in sizes.items():
         print(f"gradient through a CheckpointedLoop({steps}): {size} bytes of temporary memory", flush=True)
+    rows = [{"steps": steps, "bytes": size, **table.shared} for steps, size in sizes.items()]
+    write_rows(result_file("gradient_memory", options.output), rows)
     for name, timing in compare(lotka_volterra()).items():
         table.add("Lotka-Volterra", name, timing)
     for name, timing in compare(van_der_pol(), repeats=5).items():

@@ -31,7 +31,9 @@ def test_maximum_likelihood_oracle(factorisation, sliver):
     np.testing.assert_allclose(calibrated.std, plain.std * np.sqrt(0.0428314233992825), rtol=1e-12, atol=1e-20)
 
 
-@pytest.mark.parametrize("strategy", [po.Filter(), po.FixedIntervalSmoother(), po.FixedPointSmoother()], ids=name)
+@pytest.mark.parametrize(
+    "strategy", first_of(po.FixedIntervalSmoother(), po.Filter(), po.FixedPointSmoother()), ids=name
+)
 @factorisations
 def test_evidence_is_that_of_the_reported_covariances(factorisation, strategy):
     # Solving with the calibrated scale as the prior's own must give the same posterior and the same evidence.
@@ -183,7 +185,7 @@ def test_relinearising_sees_the_whole_covariance():
 
 
 @factorisations
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", first_of(1, 2))
 def test_state_error_is_the_posterior_deviation_of_the_noise(factorisation, order):
     """Against the dense formula ``Q_00 - Q_0z (Q_zz)^-1 Q_z0`` under the local scale."""
     if order == 1:

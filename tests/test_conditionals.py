@@ -29,7 +29,7 @@ from probode.gaussians import (
     standard,
 )
 
-from .helpers import central_differences, condition, first_of, relative
+from .helpers import central_differences, condition, first_of, left_to_nox, relative
 
 
 class Case(NamedTuple):
@@ -507,7 +507,8 @@ def forty_digits_chain(case, chain):
         yield tuple(np.asarray(a, float) for a in out)
 
 
-CHAINS = [(DENSE, 6), (DENSE, 4), (DENSE, 1), (SQUARE, 8), (SECOND_ORDER, 4), (MATRICES, 3), (SCANNED, 8)]
+CHAINS = [(DENSE, 4), (SECOND_ORDER, 4), (MATRICES, 3)]
+CHAINS += left_to_nox((DENSE, 6), (DENSE, 1), (SQUARE, 8), (SCANNED, 8))
 
 
 @pytest.mark.parametrize(("case", "earlier_rows"), CHAINS)
@@ -675,7 +676,7 @@ def widened(*trees):
 
 
 @hypothesis.given(st.data())
-@pytest.mark.parametrize("case", [DENSE, SECOND_ORDER, MATRICES, SCANNED])
+@pytest.mark.parametrize("case", [DENSE, MATRICES, *left_to_nox(SECOND_ORDER, SCANNED)])
 def test_single_precision(case, data):
     x = data.draw(problems(case))
     x = x._replace(noise=x.noise / np.sqrt(case.dim) + np.eye(case.dim), scale=np.clip(x.scale, 0.5, 2))

@@ -50,7 +50,7 @@ def test_two_evaluations_are_the_update_made_twice():
     np.testing.assert_allclose(factor.T @ factor, covariance, rtol=1e-9, atol=1e-18)
 
 
-@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=name)
+@pytest.mark.parametrize("constraint", first_of(*CONSTRAINTS), ids=name)
 @pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
 def test_many_evaluations_solve_the_equation_at_the_posterior(constraint, factorisation):
     solution = solver(constraint, factorisation=factorisation, evaluations=40).solve_grid(U0, GRID)

@@ -100,7 +100,7 @@ def test_zeroth_order():
     np.testing.assert_array_equal(equation.matrix, np.concatenate([np.zeros((2, 2)), np.eye(2)], axis=1))
 
 
-@pytest.mark.parametrize("cubature", RULES, ids=name)
+@pytest.mark.parametrize("cubature", first_of(*RULES), ids=name)
 @pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
 def test_affine_fields_are_taken_as_they_are(factorisation, cubature):
     a = on_grid(po.TS1(po.ODE(affine)), factorisation=factorisation)

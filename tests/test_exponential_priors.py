@@ -17,10 +17,10 @@ from jax.flatten_util import ravel_pytree
 import probode as po
 from probode.factorisations import Layout
 
-from .helpers import FACTORISATIONS, central_differences, covariance, first_of, logistic, name
+from .helpers import FACTORISATIONS, central_differences, covariance, first_of, left_to_nox, logistic, name
 
 
-ORDERS = (1, 2, 3, 4, 5, 8)
+ORDERS = (1, 3, 8, *left_to_nox(2, 4, 5))
 LENGTHS = (1e-3, 0.3, 1.0, 7.0, 100.0)  # of a step, in time constants
 
 
@@ -666,7 +666,7 @@ def test_samples_have_the_joint_covariance(case):
     assert np.max(np.abs(expected)) > 0
 
 
-@pytest.mark.parametrize("case", SAMPLED)
+@pytest.mark.parametrize("case", first_of(*SAMPLED))
 def test_marginals_are_those_of_the_joint_covariance(case):
     prior, factorisation = SAMPLED[case]
     nu, d, times = prior.num_derivatives, 2, np.array([0.0, 0.3, 0.3, 0.4, 1.5])

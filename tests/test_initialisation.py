@@ -6,7 +6,7 @@ import pytest
 
 import probode as po
 
-from .helpers import FACTORISATIONS, check_jacobians, lotka_volterra, name, pendulum, relative
+from .helpers import FACTORISATIONS, check_jacobians, first_of, lotka_volterra, name, pendulum, relative
 
 
 U0 = jnp.array([20.0, 20.0])
@@ -40,7 +40,7 @@ def test_an_equation_of_second_order_counts_from_what_it_is_given():
 
 
 @pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
-@pytest.mark.parametrize("constraint", [po.TS0, po.TS1])
+@pytest.mark.parametrize("constraint", first_of(po.TS1, po.TS0), ids=name)
 def test_the_steps_find_the_derivatives(constraint, factorisation):
     parts = {"factorisation": factorisation, "controller": po.IntegralController(1e-7, 1e-7)}
     own = solver(po.Diffuse(1, scale=10.0), constraint=constraint(po.ODE(lotka_volterra)), **parts)

@@ -32,7 +32,7 @@ SEEN = np.array([2, 4])
 DATA = po.Observations(GRID[SEEN], np.array([[0.4], [1.0]]), 0.1, observe=square)
 
 
-@pytest.mark.parametrize("data", [None, DATA], ids=["equation", "data"])
+@pytest.mark.parametrize("data", first_of(DATA, None), ids=["data", "equation"])
 def test_the_limit_is_the_most_probable_trajectory(data):
     # It minimises the prior's quadratic form where the equation holds: z(x) = 0 and x - m = C H(x)^T multiplier; with
     # data it minimises that and their squares: x - m = C (H^T multiplier + h'(x)^T (y - h(x)) / noise^2).

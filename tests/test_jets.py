@@ -13,7 +13,7 @@ import probode.jets
 from probode.jets import taylor_derivatives
 from probode.taylor_rules import MissingRule
 
-from .helpers import central_differences, relative
+from .helpers import central_differences, left_to_nox, relative
 
 
 T0 = 0.3
@@ -270,7 +270,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("name", ["products", "second order", *left_to_nox(*list(GRADIENTS)[2:])])
 def test_gradients_in_both_modes_also_at_zero(name):
     make_field, k, num = GRADIENTS[name]
     fn = flat_derivatives(make_field, k, num)

@@ -31,7 +31,7 @@ ON_GRID = po.IntegralController(1e3, 1e3, stop_at=GRID[1:], dt_min=1.0)
 UNTIL = float(GRID[-1])
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "some"])
+@pytest.mark.parametrize("mask", first_of(MASK, None), ids=["some", "all"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS[:2], ids=lambda f: f.__name__)
 def test_the_density_given_the_whole_equation(likelihood, mask):
     made = solver(controller=ON_GRID)
@@ -82,7 +82,7 @@ def prey(t, u, args):
     return u[:1]
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
 def test_derivatives(likelihood):
     stops = np.array([0.25, 0.8, 1.2, 1.8])
     controller = po.IntegralController(1e3, 1e3, stop_at=stops, dt_min=2.0)

@@ -220,7 +220,7 @@ def swinging(index):
     return po.Residual(residual)
 
 
-@pytest.mark.parametrize("index", [1, 2, 3])
+@pytest.mark.parametrize("index", first_of(3, 2, 1))
 def test_a_pendulum_of_any_index(index):
     controller = po.IntegralController(1e-8, 1e-8)
     solver = po.Solver(po.IWP(4), po.TS1(swinging(index)), controller=controller)
@@ -267,7 +267,7 @@ def test_energy_is_kept_for_a_hundred_periods():
 # --- The derivatives at the start
 
 
-@pytest.mark.parametrize("nu", [1, 4, 9])
+@pytest.mark.parametrize("nu", first_of(4, 1, 9))
 def test_consistent_derivatives_are_those_of_the_ode(nu):
     def field(t, u, args):
         return jnp.stack([jnp.sin(t) * u[0] + t**2, -u[0] * u[1]])
@@ -353,7 +353,7 @@ def test_errors():
 # --- Time derivatives of the equation
 
 
-@pytest.mark.parametrize("problem", ["ode", "second order", "residual"])
+@pytest.mark.parametrize("problem", first_of("residual", "second order", "ode"))
 def test_lifted_equations_are_time_derivatives(problem):
     def curve(t):
         return jnp.stack([jnp.sin(2 * t), jnp.exp(-t)])
@@ -395,7 +395,7 @@ def test_lifting_makes_longer_steps():
     assert steps[0] == steps[1] and steps[2] < steps[0] / 2
 
 
-@pytest.mark.parametrize("levels", [0, 1, 3])
+@pytest.mark.parametrize("levels", first_of(1, 0, 3))
 def test_conditioning_a_diffuse_start_makes_exact_what_the_equation_determines(levels):
     ode = po.ODE(lotka_volterra)
     exact = po.Solver(po.IWP(4), po.TS1(ode)).initialise(U0, 0.0).mean
@@ -488,7 +488,7 @@ def test_whatever_is_linearised_to_first_order_can_be_iterated(wrap):
     assert relative(end(wrap(ode)), end(po.TS1(ode, **iterated))) > 1e-3
 
 
-@pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
+@pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 def test_noise_that_is_small_changes_little_and_is_seen(factorisation):
     plain = po.TS1(po.ODE(lotka_volterra))
     exact, quiet, loud = (

@@ -7,7 +7,17 @@ import pytest
 
 import probode as po
 
-from .helpers import CONSTRAINTS, FACTORISATIONS, covariance, logistic, lotka_volterra, name, pendulum, relative
+from .helpers import (
+    CONSTRAINTS,
+    FACTORISATIONS,
+    covariance,
+    left_to_nox,
+    logistic,
+    lotka_volterra,
+    name,
+    pendulum,
+    relative,
+)
 
 
 def decay(t, u, args):
@@ -84,7 +94,7 @@ def test_against_a_plain_numpy_kalman_filter():
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=name)
-@pytest.mark.parametrize("nu", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("nu", [2, 5, *left_to_nox(1, 3, 4)])
 def test_convergence_order_on_grids(constraint, nu):
     solver = po.Solver(
         po.IWP(nu), constraint(po.ODE(logistic)), factorisation=po.Isotropic(), calibration=po.NoCalibration()
@@ -95,7 +105,7 @@ def test_convergence_order_on_grids(constraint, nu):
     assert abs(np.log2(errors[0] / errors[1]) - (nu + 1)) < 0.3
 
 
-@pytest.mark.parametrize("nu", range(1, 12))
+@pytest.mark.parametrize("nu", [1, 8, 11, *left_to_nox(2, 3, 4, 5, 6, 7, 9, 10)])
 def test_every_order_solves(nu):
     solver = po.Solver(
         po.IWP(nu),

@@ -28,7 +28,7 @@ class OrnsteinUhlenbeck(po.AbstractPrior):
         return Transition(layout.broadcast(matrix), layout.lift(root, 1.0), jnp.ones(()))
 
 
-@pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
+@pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 def test_a_prior_that_knows_the_equation_is_exact(factorisation):
     solver = po.Solver(
         OrnsteinUhlenbeck(2, -1.5), po.TS1(po.ODE(lambda t, u, args: -1.5 * u)), factorisation=factorisation
