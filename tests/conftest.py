@@ -2,6 +2,10 @@
 
 import os
 
+
+# LAPACK's threads are read when JAX is imported. Beside another worker they spend their time waiting for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import pytest
