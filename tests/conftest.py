@@ -3,7 +3,7 @@
 import os
 
 
-# LAPACK's threads are read when JAX is imported. Beside another worker they spend their time waiting for each other.
+# How many threads LAPACK takes is read when JAX is imported. Beside another worker they wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
