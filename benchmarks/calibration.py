@@ -132,6 +132,8 @@ def solvers(nu):
     return {
         "EK1 leave one out": ek(probode.TS1, probode.Dense(), probode.LeaveOneOutCalibration()),
         "EK1 dynamic": ek(probode.TS1, probode.Dense(), probode.DynamicCalibration()),
+        "EK1 leave one out, memory": ek(probode.TS1, probode.Dense(), probode.LeaveOneOutCalibration(memory=0.5)),
+        "EK1 dynamic, memory": ek(probode.TS1, probode.Dense(), probode.DynamicCalibration(memory=0.5)),
         "EK1 mle": ek(probode.TS1, probode.Dense(), probode.MLECalibration()),
         "EK0 dynamic, per component": ek(probode.TS0, probode.BlockDiagonal(), probode.DynamicCalibration()),
         "EK0 twice dynamic, per component": ek(twice, probode.BlockDiagonal(), probode.DynamicCalibration()),
@@ -146,7 +148,8 @@ def cases(further):
     neglecting = ("EK1 dynamic, per component", "EK1 leave one out, per component")
     if not further:
         return dict.fromkeys(PROBLEMS, tuple(label for label in solvers(2) if label not in neglecting))
-    return dict.fromkeys(FURTHER, ("EK1 leave one out", "EK1 dynamic")) | dict.fromkeys(PROBLEMS, neglecting)
+    coupled = ("EK1 leave one out", "EK1 dynamic", "EK1 leave one out, memory", "EK1 dynamic, memory")
+    return dict.fromkeys(FURTHER, coupled) | dict.fromkeys(PROBLEMS, neglecting)
 
 
 def main() -> None:

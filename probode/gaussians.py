@@ -83,13 +83,15 @@ class Innovation(eqx.Module):
 
     ``factor``: square root of ``H Q H^T``, ``(*batch, m, m)``; ``whitened``: ``(H Q H^T)^(-1/2) z``; ``scale``: its
     root mean square per batch element, the local (quasi-maximum-likelihood) scale of Schober et al. (2019), infinite
-    for a residual without noise to explain it. ``unit``: what an output scale of one is in these units.
+    for a residual without noise to explain it. ``unit``: what an output scale of one is in these units. ``last``: what
+    the last step's was, zero before the first; set when the step is accepted.
     """
 
     factor: Float[Array, "*batch m m"]
     whitened: Float[Array, "*batch m cols"]
     scale: Float[Array, "*batch"]
     unit: Float[Array, "*batch"]
+    last: Float[Array, "*batch"] | None = None
 
 
 def batched(fn: Callable) -> Callable:

@@ -4,6 +4,7 @@ The equations are those of the square-root Kalman filter on the state ``x = (u, 
 observation ``z(t, x) = 0`` (Tronarp et al. 2019; Kraemer & Hennig 2020).
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -196,7 +197,8 @@ def accept(
     parts: Step, state: State, t: Float[Array, ""], attempted: Attempt, past: Conditional | None, args: PyTree
 ) -> tuple[State, Update]:
     """Condition the prediction on the equation: the state at ``t``, and what has led to it."""
-    scale = parts.calibration.scale(attempted.innovation)
+    last = jnp.where(state.evidence.number > 0, state.output_scale * attempted.innovation.unit, 0)
+    scale = parts.calibration.scale(dataclasses.replace(attempted.innovation, last=last))
     if attempted.update is None:
         update, equation, before = _conditioned(parts, state, t, attempted, scale, past, args)
     else:

@@ -69,8 +69,8 @@ class Subspace(AbstractFactorisation):
     below 2 in adaptive solves of diffusion, FitzHugh-Nagumo and Burgers' equations with 60 components and a rank of 10.
 
     For ``IWP`` with a scalar output scale, ``TS1`` of an ``ODE`` of order one, ``Filter``, ``StateError`` (the default
-    here) and calibrations that neither look at gains nor linearise again. The log likelihood is not known (NaN).
-    Raises ``ValueError`` or ``TypeError`` for other parts, or a basis that is not of full rank.
+    here) and calibrations that do not look at gains, linearise again or remember. The log likelihood is not known
+    (NaN). Raises ``ValueError`` or ``TypeError`` for other parts, or a basis that is not of full rank.
 
     >>> import jax.numpy as jnp, probode
     >>> probode.Subspace(jnp.eye(100, 5)).basis.shape
@@ -165,8 +165,8 @@ class Subspace(AbstractFactorisation):
         jacobian = constraint.problem.jacobian
         need(isinstance(jacobian, ExactJacobian), jacobian, "it takes exact products by itself, so leave jacobian out")
         need(isinstance(strategy, Filter), strategy, "it cannot smooth, so use strategy=Filter()")
-        static = not (calibration.leaves_one_out or calibration.relinearise)
-        need(static, calibration, "use DynamicCalibration(), MLECalibration() or NoCalibration()")
+        plain = not (calibration.leaves_one_out or calibration.relinearise or calibration.memory)
+        need(plain, calibration, "use DynamicCalibration(), MLECalibration() or NoCalibration()")
         need(isinstance(error, StateError), error, "use error=StateError()")
 
     def std(self, factor: Float[Array, "rows dim"]) -> Float[Array, "m d"]:

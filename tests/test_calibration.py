@@ -1,5 +1,7 @@
 """Calibrations: against theory, dense formulas, and each other."""
 
+from math import factorial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 import probode as po
 from probode.gaussians import innovate, push
 
-from .helpers import FACTORISATIONS, first_of, lotka_volterra, name
+from .helpers import FACTORISATIONS, first_of, left_to_nox, lotka_volterra, name
 
 
 DECAY = po.ODE(lambda t, u, args: -u)
@@ -154,8 +156,79 @@ def test_leave_one_out_leaves_the_mean_alone_and_needs_the_steps(factorisation):
     np.testing.assert_allclose(kept.std, both.std, rtol=1e-9)
 
 
+def scales_of_a_quadrature(nu, order, memory, steps):
+    """The scales of ``u^(order) = t^k / k!`` with ``u^(nu + 1) = 1``, unit steps: plain covariances, from ``u = 0``."""
+    n, k = nu + 1, nu + 1 - order
+    a = np.array([[1 / factorial(j - i) if j >= i else 0 for j in range(n)] for i in range(n)])
+    noise = [[1 / ((2 * nu + 1 - i - j) * factorial(nu - i) * factorial(nu - j)) for j in range(n)] for i in range(n)]
+    mean, covariance, variances = np.zeros(n), np.zeros((n, n)), []
+    for t in range(1, steps + 1):
+        mean, covariance = a @ mean, a @ covariance @ a.T
+        z = mean[order] - t**k / factorial(k)
+        local = z**2 / noise[order][order]
+        variances.append((1 - memory) * local + memory * variances[-1] if variances else local)
+        covariance = covariance + variances[-1] * np.array(noise)
+        gain = covariance[:, order] / covariance[order, order]
+        mean, covariance = mean - gain * z, covariance - np.outer(gain, covariance[order])
+    return np.sqrt(variances)
+
+
+@pytest.mark.parametrize(
+    ("nu", "order", "memory"), [(3, 1, 0.0), (3, 1, 0.5), *left_to_nox((4, 2, 0.0), (4, 2, 0.5), (2, 1, 0.25))]
+)
+@pytest.mark.parametrize("calibration", first_of(po.DynamicCalibration, po.LeaveOneOutCalibration), ids=name)
+def test_scales_with_and_without_memory(nu, order, memory, calibration):
+    k = nu + 1 - order
+
+    def field(t, u, *rest):
+        return jnp.full_like(u, t**k / factorial(k))
+
+    start = (jnp.zeros(1),) * order
+    solver = po.Solver(po.IWP(nu), po.TS0(po.ODE(field, order=order)), calibration=calibration(memory=memory))
+    solution = solver.solve_grid(start[0] if order == 1 else start, np.arange(31.0))
+    scales, expected = solution.output_scale[1:], scales_of_a_quadrature(nu, order, memory, 30)
+    if calibration is po.DynamicCalibration:
+        np.testing.assert_allclose(scales[0], expected[0], rtol=1e-9)
+    np.testing.assert_allclose(scales / scales[0], expected / expected[0], rtol=1e-9)
+    # An even number of derivatives above the equation's: without memory, the loop of scale and gain never settles.
+    ratios = np.abs(np.log(scales[-4:] / scales[-5:-1]))
+    assert np.all(ratios > 0.5) if (nu - order) % 2 == 0 and memory == 0 else np.all(ratios < 1e-3)
+
+
+def henon_heiles(t, u, du, args):
+    return jnp.stack([-u[0] - 2 * u[0] * u[1], -u[1] - u[0] ** 2 + u[1] ** 2])
+
+
+def test_with_a_memory_the_error_follows_the_tolerance():
+    start, ode = (jnp.array([0.0, 0.1]), jnp.array([0.5, 0.0])), po.ODE(henon_heiles, order=2)
+
+    def end(nu, tolerance, calibration):
+        control = po.IntegralController(jnp.asarray(tolerance), jnp.asarray(tolerance))
+        parts = {"calibration": calibration, "controller": control, "loop": po.ForwardLoop(4096)}
+        return po.Solver(po.IWP(nu), po.TS0(ode), **parts).solve(start, 0.0, 50.0)
+
+    exact = end(8, 1e-11, po.NoCalibration()).mean
+    errors, steps = {}, {}
+    for memory in (0.0, 0.5):
+        ends = [end(4, tolerance, po.DynamicCalibration(memory=memory)) for tolerance in (1e-7, 1e-8, 1e-9)]
+        errors[memory] = np.array([np.max(np.abs(solution.mean - exact)) for solution in ends])
+        steps[memory] = np.array([solution.stats["num_accepted_steps"] for solution in ends])
+    assert np.all(errors[0.5] < 50 * np.array([1e-7, 1e-8, 1e-9]))
+    assert np.all(steps[0.5] < 0.95 * steps[0.0])
+    # What it is for: alternating scales make gains that drift.
+    assert errors[0.0][-1] > 20 * errors[0.5][-1] and errors[0.0][-1] > errors[0.0][0] / 10
+
+
+@pytest.mark.parametrize("calibration", [po.DynamicCalibration, po.LeaveOneOutCalibration], ids=name)
+@pytest.mark.parametrize("memory", [1.0, -0.1, float("nan")])
+def test_a_memory_is_a_share(calibration, memory):
+    with pytest.raises(ValueError, match=rf"{calibration.__name__}\(memory\) must be a number in \[0, 1\)"):
+        calibration(memory=memory)
+
+
 def test_a_constant_field_has_nothing_to_calibrate():
-    for calibration in (po.DynamicCalibration(), po.MLECalibration(), po.LeaveOneOutCalibration()):
+    half = po.DynamicCalibration(memory=0.5), po.LeaveOneOutCalibration(memory=0.5)
+    for calibration in (po.DynamicCalibration(), po.MLECalibration(), po.LeaveOneOutCalibration(), *half):
         solution = solve(po.ODE(lambda t, u, args: jnp.ones_like(u)), jnp.zeros(2), TENTHS, calibration=calibration)
         np.testing.assert_allclose(solution.mean[:, 0], TENTHS, atol=1e-15)
         assert np.all(np.isfinite(solution.std)) and np.isfinite(solution.log_likelihood)

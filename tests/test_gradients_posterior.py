@@ -9,7 +9,7 @@ import pytest
 
 import probode as po
 
-from .helpers import CONSTRAINTS, FACTORISATIONS, central_differences, name, relative
+from .helpers import CONSTRAINTS, FACTORISATIONS, central_differences, left_to_nox, name, relative
 from .test_gradients import PARAMETERS, rates_field
 
 
@@ -50,6 +50,7 @@ CASES += [(c, po.Dense(), 8, SMOOTHERS[0], NONE) for c in CONSTRAINTS]
 CASES += [(c, po.Isotropic(), 2, SMOOTHERS[1], po.MLECalibration()) for c in CONSTRAINTS]
 CASES += [(po.TS1, po.BlockDiagonal(), 2, SMOOTHERS[0], c) for c in (po.MLECalibration(), po.DynamicCalibration())]
 CASES += [(po.TS1, po.Dense(), 2, SMOOTHERS[0], po.LeaveOneOutCalibration())]
+CASES += left_to_nox((po.TS1, po.BlockDiagonal(), 2, SMOOTHERS[0], po.DynamicCalibration(memory=0.5)))
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,10 @@ def test_going_on_from_disk_is_bit_equal(strategy, tmp_path):
 
 
 @strategies
-def test_going_on_takes_the_steps_of_one_solve(strategy):
+@pytest.mark.parametrize("calibration", first_of(po.MLECalibration(), po.DynamicCalibration(memory=0.5)), ids=name)
+def test_going_on_takes_the_steps_of_one_solve(strategy, calibration):
     # `stop_at` makes the single solve end a step where the first part ends.
-    solver = make(strategy, po.MLECalibration())
+    solver = make(strategy, calibration)
     stopping = eqx.tree_at(lambda s: s.controller.stop_at, solver, jnp.array([1.0]), is_leaf=lambda x: x is None)
     whole = stopping.solve(U0, 0.0, 2.0)
     first = solver.solve(U0, 0.0, 1.0)

@@ -253,6 +253,7 @@ ODE = po.ODE(logistic)
         (po.IWP(2), po.TS1(po.ODE(logistic, jacobian=lambda t, u, args: u)), {}, "leave jacobian out"),
         (po.IWP(2), po.TS1(ODE), {"strategy": po.FixedIntervalSmoother()}, "strategy=Filter"),
         (po.IWP(2), po.TS1(ODE), {"calibration": po.LeaveOneOutCalibration()}, "DynamicCalibration"),
+        (po.IWP(2), po.TS1(ODE), {"calibration": po.DynamicCalibration(memory=0.5)}, "MLECalibration"),
         (po.IWP(2), po.TS1(ODE), {"error": po.ResidualError()}, "StateError"),
     ],
 )

@@ -47,6 +47,7 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
         ),
         pytest.param(testing.check_strategy, po.FixedIntervalSmoother(), marks=pytest.mark.thorough),
         pytest.param(testing.check_calibration, MaximumLikelihood(), marks=pytest.mark.thorough),
+        pytest.param(testing.check_calibration, po.DynamicCalibration(memory=0.5), marks=pytest.mark.thorough),
         (testing.check_error, po.ResidualError()),
         pytest.param(testing.check_error, po.StateError(), marks=pytest.mark.thorough),
         (testing.check_controller, po.PIController()),

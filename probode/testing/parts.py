@@ -258,7 +258,7 @@ def check_calibration(calibration: AbstractCalibration, *, scale_free: bool = Tr
         predicted = Normal(layout.pack(jnp.asarray(rng.normal(size=(3, 2)))), jnp.zeros_like(transition.noise))
         equation = TS0(ODE(_field)).linearise(jnp.asarray(0.1), predicted, layout, None)
         unit = jnp.broadcast_to(transition.magnitude, shape)
-        innovation = innovate(equation, transition.noise, unit)
+        innovation = dataclasses.replace(innovate(equation, transition.noise, unit), last=2 * unit)
         scale = calibration.scale(innovation)
         hold(jnp.shape(scale) == shape, f"{name}: a scale for every element of the batch", f"{jnp.shape(scale)}")
         hold(scale > 0, f"{name}: scales are positive")
