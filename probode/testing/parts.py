@@ -1,5 +1,6 @@
 """Conformance checks of single parts, one function for every abstract class."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
