@@ -1,6 +1,7 @@
 """Calibration of the uncertainty on a set of problems: `python -m benchmarks.calibration` writes and prints the table.
 
-`--further`: an equation of second order, a stiff one, and EK1 with block-diagonal covariances, in a table of their own.
+`--further`: an equation of second order, a stiff one, EK1 with block-diagonal covariances, and scales with a memory, in a
+table of their own.
 References by extrapolation (Gragg, Bulirsch & Stoer) in extended precision, from saved time to saved time.
 """
 
@@ -146,10 +147,11 @@ def solvers(nu):
 def cases(further):
     """Problems by name, each with the names of the configurations to solve it with."""
     neglecting = ("EK1 dynamic, per component", "EK1 leave one out, per component")
+    remembering = ("EK1 leave one out, memory", "EK1 dynamic, memory")
     if not further:
-        return dict.fromkeys(PROBLEMS, tuple(label for label in solvers(2) if label not in neglecting))
-    coupled = ("EK1 leave one out", "EK1 dynamic", "EK1 leave one out, memory", "EK1 dynamic, memory")
-    return dict.fromkeys(FURTHER, coupled) | dict.fromkeys(PROBLEMS, neglecting)
+        return dict.fromkeys(PROBLEMS, tuple(label for label in solvers(2) if label not in neglecting + remembering))
+    coupled = ("EK1 leave one out", "EK1 dynamic", *remembering)
+    return dict.fromkeys(FURTHER, coupled) | dict.fromkeys(PROBLEMS, neglecting + remembering)
 
 
 def main() -> None:
@@ -157,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="orders 3 and 5, three tolerances")
     parser.add_argument("--problem", action="append", choices=[*PROBLEMS, *FURTHER])
-    parser.add_argument("--further", action="store_true", help="second order, stiff, EK1 per component")
+    parser.add_argument("--further", action="store_true", help="second order, stiff, EK1 per component, memory")
     options = parse(parser)
 
     import probode

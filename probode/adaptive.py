@@ -87,11 +87,11 @@ def solve_keeping_steps(
         left = strategy.remember(solve.current.distribution)
         new, past, effect, moved = try_step(solve, left, none)
         row, _ = ravel_pytree(row_of(new.current, past, effect))
-        return new, rows.at[solve.num_accepted_steps].set(row, pred=moved)
+        return new, rows.at[new.num_accepted_steps].set(row, pred=moved)
 
-    carry = solve, jnp.zeros((control.loop.max_steps, first.size), first.dtype)
+    carry = solve, jnp.zeros((control.loop.max_steps + 1, first.size), first.dtype).at[0].set(first)
     solve, rows = control.loop.run(lambda carry: running(carry[0]), body, carry, buffers=lambda carry: carry[1])
-    rows, reached = _repeat_last(jnp.concatenate([first[None], rows]), solve.num_accepted_steps)
+    rows, reached = _repeat_last(rows, solve.num_accepted_steps)
     return _ended(solve, t1), jax.vmap(unpack)(rows), reached
 
 

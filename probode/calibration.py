@@ -16,6 +16,11 @@ from .gaussians import Innovation
 from .linalg import safe_sqrt
 
 
+# How many times the local scale a remembered one may be. Scales that alternate do so within a factor of ten; those of
+# a stiff problem fall by many orders of magnitude in a few steps, and lagging behind them would spoil the mean.
+_REMEMBERED = 10.0
+
+
 class Evidence(eqx.Module):
     """What the log marginal likelihood of the equation is made of, one row per batch element.
 
@@ -135,12 +140,13 @@ class DynamicCalibration(AbstractCalibration):
     """A scale of its own for every step, the local quasi-maximum-likelihood estimate; one per component under
     ``BlockDiagonal``. The default: adapts to problems whose stiffness or activity changes. Schober et al. (2019).
 
-    ``memory``: ``scale^2 = (1 - memory) local^2 + memory last^2``, ``last`` the scale of the step before. Zero is the
-    estimate of the source, where each residual sets the gain that shapes the next one. If ``num_derivatives`` minus the
-    order of the equation is even (``IWP(3)`` for ``u' = f``, ``IWP(4)`` for ``u'' = f``), this tends to scales that
-    alternate from step to step, and the mean converges more slowly. ``memory=0.5`` ends that. ``relinearise``:
-    linearise the equation again with the noise of that scale. ``stop_gradient``: treat the scales as constants in
-    derivatives. Raises ``ValueError`` for a memory outside ``[0, 1)``.
+    ``memory``: ``scale^2 = (1 - memory) local^2 + memory last^2``, ``last`` the scale of the step before, or ten times
+    the local one if that is less. Zero is the estimate of the source, where each residual sets the gain that shapes the
+    next one. If ``num_derivatives`` minus the order of the equation is even (``IWP(3)`` for ``u' = f``, ``IWP(4)`` for
+    ``u'' = f``), this tends to scales that alternate from step to step, and the mean converges more slowly.
+    ``memory=0.5`` ends that. ``relinearise``: linearise the equation again with the noise of that scale.
+    ``stop_gradient``: treat the scales as constants in derivatives. Raises ``ValueError`` for a memory outside
+    ``[0, 1)``.
 
     >>> import probode
     >>> probode.DynamicCalibration(relinearise=True, memory=0.5)
@@ -242,11 +248,12 @@ class MeanSquare(eqx.Module):
 
 def _local(innovation, memory):
     """The local scale, with what is to be remembered of the last step's, if there was one."""
+    local, last = innovation.scale, innovation.last
     if not memory:
-        return innovation.scale
-    known = (innovation.last > 0) & jnp.isfinite(innovation.last)
-    last = jnp.where(known, innovation.last, 1)
-    mixed = jnp.hypot((1 - memory) ** 0.5 * innovation.scale, memory**0.5 * last)
+        return local
+    known = (local > 0) & (last > 0) & jnp.isfinite(last)
+    local, last = jnp.where(known, local, 1), jnp.where(known, last, 1)
+    mixed = jnp.hypot((1 - memory) ** 0.5 * local, memory**0.5 * jnp.minimum(last, _REMEMBERED * local))
     return jnp.where(known, mixed, innovation.scale)
 
 
