@@ -1,8 +1,8 @@
 """Calibration of the uncertainty on a set of problems: `python -m benchmarks.calibration` writes and prints the table.
 
-`--further`: an equation of second order, a stiff one, EK1 with block-diagonal covariances, and scales with a memory, in a
-table of their own.
-References by extrapolation (Gragg, Bulirsch & Stoer) in extended precision, from saved time to saved time.
+`--further`: an equation of second order, a stiff one, EK1 with block-diagonal covariances, and scales with a memory, in
+a table of their own. References by extrapolation (Gragg, Bulirsch & Stoer) in extended precision, from saved time to
+saved time.
 """
 
 from __future__ import annotations
