@@ -6,6 +6,8 @@ import os
 # How many threads LAPACK takes is read when JAX is imported. Beside another worker they wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import gc
+
 import hypothesis
 import jax
 import pytest
@@ -16,6 +18,9 @@ if os.environ.get("PROBODE_TEST_OPTIMISED", "0") != "1":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 jax.config.update("jax_enable_x64", os.environ.get("PROBODE_TEST_FLOAT32", "0") != "1")
+
+# Tracing makes objects by the million, and few of them are garbage.
+gc.set_threshold(200_000, 20, 100)
 
 hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=20, deadline=None, derandomize=True, print_blob=True)
