@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from . import inputs
 from .adaptive import AdaptiveState
 from .checks import as_float, as_integer, is_traced, require
+from .linalg import compiled
 from .solution import Solution
 from .solver import Request, Solver, bind, check_request, solve_adaptive
 
@@ -83,7 +84,7 @@ def solve_ensemble(
     return _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh)
 
 
-@eqx.filter_jit
+@compiled
 def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
     devices = 1 if mesh is None else mesh.size
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from .checks import as_integer, as_scalar, require
 from .constraints import AbstractConstraint
 from .gaussians import Normal, seen_from
-from .linalg import safe_divide
+from .linalg import compiled, safe_divide
 from .observations import Observations
 from .solution import Solution
 from .solver import Solver
@@ -97,7 +97,7 @@ def solve_grid_iterated(
     return _iterate(solver, u0, grid, args, data, first, jnp.asarray(tolerance, first.t.dtype), number)
 
 
-@eqx.filter_jit
+@compiled
 def _iterate(solver, u0, grid, args, data, first, tolerance, number):
     def sizes(means):
         return jnp.max(jnp.abs(jax.vmap(first.layout.unpack)(means)), axis=(0, 2))

@@ -6,7 +6,6 @@ Axes: ``d`` components, ``r`` directions of a basis ``W`` with orthonormal colum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .checks import as_integer, as_scalar
 from .factorisations import Dense, layout_of
-from .linalg import product, safe_divide, safe_norm, triangularise
+from .linalg import compiled, product, safe_divide, safe_norm, triangularise
 from .problems import ODE, flat_field
 
 
@@ -157,7 +156,7 @@ def rightmost_basis(
     return _rightmost(ode, t, layout.ravel(u), args, key, layout, rank, rounds, degree)
 
 
-@eqx.filter_jit
+@compiled
 def _rightmost(ode, t, u, args, key, layout, rank, rounds, degree):
     field = flat_field(ode, layout, args)
     times = jax.vmap(jax.linearize(lambda u: field(t, u[None]), u)[1], 1, 1)

@@ -10,7 +10,6 @@ that fails has the log likelihood minus infinity, and a gradient of zero.
 import dataclasses
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from . import inputs
 from .controllers import IntegralController
 from .gaussians import look_back, realise, standard
+from .linalg import compiled
 from .observations import Observations
 from .solution import Result, SaveAt, Solution
 from .solver import Solver, bind
@@ -92,7 +92,7 @@ def dalton_log_likelihood(
     return _if_successful(joint, joint.data_log_likelihood + joint.log_likelihood - alone.log_likelihood)
 
 
-@eqx.filter_jit
+@compiled
 def _log_density(path: Trajectory, data: Observations, args: PyTree) -> Float[Array, ""]:
     """Of the data given a chain of states that holds their times, from the last to the first."""
     rows, t = path.rows, path.rows.t

@@ -4,6 +4,9 @@ A covariance is held by any right square root ``F`` with ``cov = F^T F``; reduci
 that filtering needs. The elimination below is smooth where a pivot vanishes, so plain differentiation of it is exact.
 """
 
+import functools as ft
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -56,6 +59,22 @@ def safe_divide(x: Array, y: Array) -> Array:
 def detach(tree: PyTree) -> PyTree:
     """The same numbers, without derivatives."""
     return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+def compiled(fn: Callable) -> Callable:
+    """``equinox.filter_jit``, with all products of matrices in the full precision of their numbers.
+
+    GPUs and TPUs round the factors of a product to ten bits or less by default. In a vector field of a linear equation
+    that is noise which no step is short enough for. What a user has chosen (``jax.default_matmul_precision``) stays.
+    """
+
+    @ft.wraps(fn)
+    def precise(*args, **kwargs):
+        chosen = jax.config.jax_default_matmul_precision
+        with jax.default_matmul_precision("highest" if chosen is None else chosen):
+            return fn(*args, **kwargs)
+
+    return eqx.filter_jit(precise)
 
 
 def product(a: Float[Array, "i j"], x: Float[Array, "j *rest"]) -> Float[Array, "i *rest"]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .checks import as_float, require
 from .factorisations import AbstractFactorisation, Dense, Layout, layout_of
 from .gaussians import Normal, Transition, batched, certain, predict, push, spread, square
-from .linalg import kron_apply
+from .linalg import compiled, kron_apply
 from .priors import AbstractPrior
 from .solution import Posterior
 
@@ -117,7 +116,7 @@ def _chain(
     return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
 
 
-@eqx.filter_jit
+@compiled
 def _marginals(prior, ts, initial, layout):
     def move(x: Normal, moved: Transition, _) -> Normal:
         magnitude = jnp.broadcast_to(moved.magnitude, layout.batch_shape)
@@ -126,7 +125,7 @@ def _marginals(prior, ts, initial, layout):
     return _chain(prior, ts, layout, square(initial), move)
 
 
-@eqx.filter_jit
+@compiled
 def _sample(prior, key, ts, initial, layout, shape):
     number = math.prod(shape)
     *batch, _, cols = initial.mean.shape

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from .checks import as_float, as_scalar
 from .factorisations import Layout
 from .gaussians import Normal, batched
-from .linalg import substitute, triangularise
+from .linalg import compiled, substitute, triangularise
 from .solution import Result, SaveAt, Solution
 from .solver import Solver
 
@@ -152,7 +152,7 @@ def _geometric_mean(x):
     return np.exp(np.mean(np.log(np.maximum(x, 1e-300))))
 
 
-@eqx.filter_jit
+@compiled
 def _whitened(marginals, truth, layout):
     def one(state, u):
         error = layout.unpack(state.mean)[0] - u

@@ -13,6 +13,7 @@ from . import describe, plots
 from .checks import as_float, as_integer, is_traced, require
 from .factorisations import Layout
 from .gaussians import Normal, spread
+from .linalg import compiled
 from .trajectory import Trajectory, evaluate, sample_at
 
 
@@ -87,7 +88,7 @@ class Moments(eqx.Module):
     std: PyTree[Float[Array, "..."]]
 
 
-@eqx.filter_jit
+@compiled
 def moments(layout: Layout, state: Normal, k: int) -> Moments:
     """Mean and standard deviation of ``u^(k)``, for any number of leading axes (time, lanes) of ``state``."""
 
@@ -306,18 +307,18 @@ class Solution(eqx.Module):
         )
 
 
-@eqx.filter_jit
+@compiled
 def _evaluate(path, t):
     states, _ = evaluate(path, jnp.atleast_1d(t))
     return states if t.ndim else jax.tree.map(lambda x: x[0], states)
 
 
-@eqx.filter_jit
+@compiled
 def _moves_at(spread, path, t):
     return spread.at(path, t)
 
 
-@eqx.filter_jit
+@compiled
 def _sample(marginals, layout, key, shape, moves):
     mean, factor = marginals.mean, marginals.factor
     # The initial value moves all components together, whatever the factorisation keeps.
@@ -331,7 +332,7 @@ def _sample(marginals, layout, key, shape, moves):
     return _draws(one, key, shape)
 
 
-@eqx.filter_jit
+@compiled
 def _sample_path(path, layout, key, shape, ts, missing, moves):
     def one(key):
         states = _moved(sample_at(path, key, ts), moves, key)

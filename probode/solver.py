@@ -23,6 +23,7 @@ from .errors import AbstractErrorEstimate, ResidualError, StateError
 from .factorisations import AbstractFactorisation, Dense, Layout
 from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
+from .linalg import compiled
 from .loops import AbstractLoop, BoundedLoop
 from .observations import Observations
 from .priors import AbstractPrior
@@ -237,12 +238,12 @@ def _state(solver, u0, t0, args, layout, data=None) -> State:
     return start(_steps(solver, data), t0, distribution, layout, args)
 
 
-@eqx.filter_jit
+@compiled
 def _init(solver, u0, t0, args, layout):
     return _state(solver, u0, t0, args, layout)
 
 
-@eqx.filter_jit
+@compiled
 def _step(solver, state, dt, args):
     parts = _steps(solver)
     state, *_ = unconditional(parts, adopt(parts, state, args), state.t + dt, args)
@@ -295,7 +296,7 @@ def check_request(
     return Request(u0, t0, t1, ts, dt0, layout, keep, data, progress)
 
 
-@eqx.filter_jit
+@compiled
 def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     """Answer a request."""
     u0, t0, t1, ts, layout, keep = request.u0, request.t0, request.t1, request.ts, request.layout, request.keep
@@ -330,7 +331,7 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     return answer(keep, ts, rows, reached, ended, layout, solver.prior, solver.calibration, solver.loop, dense=dense)
 
 
-@eqx.filter_jit
+@compiled
 def _solve_uncertain(solver, request, args, directions):
     def solve(u0):
         return solve_adaptive(solver, eqx.tree_at(lambda r: r.u0, request, u0), args)
@@ -338,7 +339,7 @@ def _solve_uncertain(solver, request, args, directions):
     return push_forward(solve, request.u0, directions)
 
 
-@eqx.filter_jit
+@compiled
 def _solve_grid(solver, u0, directions, grid, args, layout, data):
     if directions is not None:
         return push_forward(lambda u0: _solve_grid(solver, u0, None, grid, args, layout, None), u0, directions)

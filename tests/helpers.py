@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import probode as po
 from probode import gaussians
@@ -46,6 +47,15 @@ def relative(x, reference):
     """Largest deviation relative to the largest entry of the reference."""
     x, reference = np.asarray(x), np.asarray(reference)
     return np.max(np.abs(x - reference)) / np.max(np.abs(reference))
+
+
+def equations(jaxpr):
+    """All operations of a program, those of loops, branches and inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+            if isinstance(inner, Jaxpr | ClosedJaxpr):
+                yield from equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
 
 
 def central_differences(fn, x, step=1e-5):

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import probode
+
+from .helpers import equations
 
 
 D = 1000
@@ -14,14 +15,9 @@ ADVECTION = probode.ODE(lambda t, u, args: 0.1 * (jnp.roll(u, 1) - u))
 
 
 def sizes(jaxpr):
-    """The sizes of all arrays that a program makes, loops and branches included."""
-    for equation in jaxpr.eqns:
-        yield from (np.prod(out.aval.shape, dtype=int) for out in equation.outvars if hasattr(out.aval, "shape"))
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
-            if isinstance(inner, ClosedJaxpr):
-                inner = inner.jaxpr
-            if isinstance(inner, Jaxpr):
-                yield from sizes(inner)
+    """The sizes of all arrays that a program makes."""
+    outs = [out.aval for equation in equations(jaxpr) for out in equation.outvars]
+    return [np.prod(aval.shape, dtype=int) for aval in outs if hasattr(aval, "shape")]
 
 
 def solver(constraint, factorisation, **parts):

@@ -11,6 +11,8 @@ from .helpers import (
     CONSTRAINTS,
     FACTORISATIONS,
     covariance,
+    equations,
+    first_of,
     left_to_nox,
     logistic,
     lotka_volterra,
@@ -369,3 +371,24 @@ def test_the_one_liner_smooths():
     both = po.solve_ivp(lotka_volterra, (0.0, 2.0), u0, t_eval=ts, dense_output=True)
     np.testing.assert_allclose(both.std, dense.evaluate(ts).std, rtol=1e-9, atol=1e-16)
     assert np.all(both.std <= one.std)  # less of it, by the residuals that the steps predict of each other
+
+
+@pytest.mark.parametrize("constraint", first_of(po.TS1, po.TS0), ids=name)
+def test_products_of_matrices_have_the_precision_of_their_numbers(constraint):
+    """GPUs round factors to ten bits by default: noise in a linear field that no step is short enough for."""
+    a = jnp.linspace(-1, 0, 400, dtype=jnp.float32).reshape(20, 20)
+    ode = po.ODE(lambda t, u, args: a @ u)
+    solver = po.Solver(po.IWP(2), constraint(ode), strategy=po.FixedIntervalSmoother(), loop=po.BoundedLoop(16))
+
+    def solve(u0):
+        solution = solver.solve(u0, 0.0, 1.0, save_at=po.SaveAt(t1=True, dense=True), throw=False)
+        return solution.evaluate(0.5).std, solution.sample(jax.random.key(0), (3,))
+
+    def precisions():
+        program = jax.make_jaxpr(jax.vmap(jax.jacrev(solve)))(jnp.ones((2, 20), jnp.float32))
+        products = [x for x in equations(program.jaxpr) if x.primitive.name == "dot_general"]
+        return {None if x.params["precision"] is None else x.params["precision"][0] for x in products}
+
+    assert precisions() == {jax.lax.Precision.HIGHEST}
+    with jax.default_matmul_precision("high"):
+        assert precisions() == {jax.lax.Precision.HIGH}
