@@ -122,5 +122,7 @@ def write_rows(file: pathlib.Path, rows: Sequence[dict]) -> None:
 
 
 def result_file(name: str, output: pathlib.Path) -> pathlib.Path:
-    """Where the rows of a benchmark go: without the option to a file of their own."""
+    """Where the rows of a benchmark go: without the option, or on an accelerator, to a file of their own."""
+    backend = jax.default_backend()
+    name = name if backend == "cpu" else f"{name}_{backend}"
     return output / f"{name}{'' if small_loops() else '_plain'}.csv"
