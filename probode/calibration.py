@@ -185,7 +185,8 @@ class LeaveOneOutCalibration(AbstractCalibration):
     both, others the first alone. One factor per component under ``BlockDiagonal``. Meant for ``TS1``
     with ``Dense``, or ``TS0(ode, evaluations=2)`` with ``BlockDiagonal``: no statistic of the residuals can see the
     errors that ``TS0`` evaluated once, or a Jacobian without its coupling of components, accumulates.
-    ``stop_gradient``: treat all scales as constants. ``memory``: see ``DynamicCalibration``.
+    ``stop_gradient``: treat all scales as constants. ``memory``: see ``DynamicCalibration``; the mean is more accurate
+    for it, but the uncertainty can be too small by a factor of seven (Lotka-Volterra, ``IWP(3)``).
 
     >>> import probode
     >>> probode.LeaveOneOutCalibration().leaves_one_out
