@@ -151,8 +151,12 @@ def same(one, other, nu, at=slice(None), tolerance=1e-9):
     ids=[f"{nu}-{name(constraint)}-{NAMES[index]}" for nu, constraint, index in IN_EVERY_RUN + OTHERS],
 )
 def test_strategies_agree(nu, constraint, index):
+    rtol = 1e-6 if nu > 1 else 1e-3
+    if nu == 8 and (constraint, index) != (po.TS1, 0):
+        # Unstable without the whole Jacobian: at tighter tolerances the number of steps is a matter of rounding.
+        rtol = 1e-4
     solutions = [
-        lotka(nu, constraint, FACTORISATIONS[index], strategy, 1e-6 if nu > 1 else 1e-3)
+        lotka(nu, constraint, FACTORISATIONS[index], strategy, rtol)
         for strategy in (po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother())
     ]
     filtered, points, interval = solutions
