@@ -10,7 +10,6 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
@@ -121,6 +120,8 @@ def eliminate(
     reflection that maps ``(s, b)`` to ``(r, 0)``, ``s = |upper_jj|``, ``r = sqrt(s^2 + b.b)``; it needs no choice of
     sign, hence no branch. Where ``r = 0`` the column is zero and is passed over with zero derivative.
     """
+    sign = jnp.where(jnp.diagonal(upper) < 0, -1, 1).astype(upper.dtype)
+    upper = upper * sign[:, None]
     if jnp.finfo(upper.dtype).bits < 64:
         # Squares of entries below 1e-19 underflow in float32; scaling columns commutes with the elimination.
         size = jnp.maximum(jnp.max(jnp.abs(upper), axis=0), jnp.max(jnp.abs(dense), axis=0, initial=0))
@@ -184,15 +185,12 @@ def _(primals, tangents):
 
 def _reflect(t, s, u, bb):
     """Row ``j`` of ``R`` and the row ``g`` in ``B <- B - b g^T``: ``t`` is the row of ``T``, ``u = b^T B``."""
-    # Not the absolute value: at zero it has no derivative.
-    t, s = jnp.where(s < 0, -t, t), jnp.where(s < 0, -s, s)
     square = s**2 + bb
     empty = square == 0
-    # 1 / r and 1 / (r + s): one array, since every operation of its own has its price where loops are not native.
-    inverse = jnp.where(empty, 0, 1 / (jnp.sqrt(jnp.where(empty, 1, square)) + s * np.arange(2)))
+    inverse = jnp.where(empty, 0, 1 / jnp.sqrt(jnp.where(empty, 1, square)))  # 1 / r
     # Without a pivot there is nothing to eliminate: what else the row holds stays.
-    row = jnp.where(empty, t, (s * t + u) * inverse[0])
-    return row, (t + row) * inverse[1]
+    row = jnp.where(empty, t, (s * t + u) * inverse)
+    return row, (t + row) * (inverse / (1 + s * inverse))
 
 
 def _eliminate_one(dense, x):

@@ -113,9 +113,7 @@ def test_adaptive_likelihoods_agree_with_the_solution(likelihood):
     data = po.Observations(TS, values, 0.1, mask=np.array([True, True, False, True]))
     deviation = (values - made.solve(u0, 0.0, 2.0, args=rates, save_at=TS).mean)[np.array([0, 1, 3])] / 0.1
     expected = -jnp.sum(deviation**2) / 2 - 6 * np.log(0.1 * np.sqrt(2 * np.pi))
-    # Of thirty draws of parameters and data, half differ by more than 5e-7 for Dalton's: its noise of round-off.
-    atol = 1e-5 if dalton else 0
-    np.testing.assert_allclose(likelihood(made, u0, 0.0, 2.0, data, args=rates), expected, rtol=1e-6, atol=atol)
+    np.testing.assert_allclose(likelihood(made, u0, 0.0, 2.0, data, args=rates), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
