@@ -13,12 +13,12 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .gaussians import Conditional, Influence, Normal
+from .gaussians import Conditional, Influence, Normal, carried
 from .linalg import detach
 from .progress import tell
 from .solution import Result
 from .step_sizes import Control, error_norm, next_time
-from .steps import State, Step, accept, attempt, no_influence
+from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
 
@@ -80,27 +80,27 @@ def solve_keeping_steps(
     """
     running, try_step = _stepping(parts, control, solve, t1, args)
     none = no_influence(parts, solve.current, args) if influence else None
-    first, unpack = ravel_pytree(row_of(solve.current, strategy.remember(solve.current.distribution), none))
+    no_past = nothing_of_the_past(parts, strategy.remember(solve.current.distribution), solve.current, args)
+    first, unpack = ravel_pytree(row_of(solve.current, no_past, none))
+    no_past, unpack_past = ravel_pytree(no_past)
 
-    def body(carry):
-        solve, rows = carry
+    def body(solve, rows):
         left = strategy.remember(solve.current.distribution)
-        new, past, effect, moved = try_step(solve, left, none)
-        row, _ = ravel_pytree(row_of(new.current, past, effect))
+        new, past, effect, moved = try_step(solve, no_past, lambda past, t: left, none)
+        row, _ = ravel_pytree(row_of(new.current, unpack_past(past), effect))
         return new, rows.at[new.num_accepted_steps].set(row, pred=moved)
 
-    carry = solve, jnp.zeros((control.loop.max_steps + 1, first.size), first.dtype).at[0].set(first)
-    solve, rows = control.loop.run(lambda carry: running(carry[0]), body, carry, buffers=lambda carry: carry[1])
+    rows = jnp.zeros((control.loop.max_steps + 1, first.size), first.dtype).at[0].set(first)
+    solve, rows = _repeat(control.loop, running, body, solve, rows)
     rows, reached = _repeat_last(rows, solve.num_accepted_steps)
     return _ended(solve, t1), jax.vmap(unpack)(rows), reached
 
 
 class _Passing(eqx.Module):
     solve: AdaptiveState
-    past: Conditional | None  # of the last state kept, in the coordinates of the current one
+    past: Float[Array, " flat"]  # of the last state kept, in the coordinates of the current one
     passed: Int[Array, ""]  # how many of the times lie behind
     kept: Int[Array, ""]  # in how many steps
-    rows: Any  # (times, 2, flat), which the loop wraps in a buffer
 
 
 def solve_keeping_times(
@@ -119,41 +119,84 @@ def solve_keeping_times(
     """
     direction = _direction(solve, t1)
     running, try_step = _stepping(parts, control, solve, t1, args)
-    start = strategy.remember(solve.current.distribution)
-    first, unpack = ravel_pytree(row_of(solve.current, start))
+
+    def remember(state):
+        return ravel_pytree(carried(strategy.remember(state.distribution)))
+
+    def row_with(state, past):
+        return row_of(state, unpack_past(past))
+
+    start, unpack_past = remember(solve.current)
+    first, unpack = ravel_pytree(row_with(solve.current, start))
     ahead = jnp.append(lax.stop_gradient(ts) * direction, jnp.inf)
 
     def passed(t):
         t = lax.stop_gradient(t) * direction
         return jnp.searchsorted(ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
 
-    def body(carry):
+    def body(carry, rows):
         solve = carry.solve
         if ts.size == 0:
-            new, past, _, _ = try_step(solve, carry.past)
-            return _Passing(new, past, carry.passed, carry.kept, carry.rows)
+            new, past, _, _ = try_step(solve, carry.past, lambda past, t: unpack_past(past))
+            return _Passing(new, past, carry.passed, carry.kept), rows
 
         def leaving(past, t):
             holds = ahead[carry.passed] <= lax.stop_gradient(t) * direction
-            return _choose(holds, strategy.remember(solve.current.distribution), past)
+            return unpack_past(jnp.where(holds, remember(solve.current)[0], past))
 
-        new, past, _, _ = try_step(solve, carry.past, leaving=leaving)
+        new, past, _, _ = try_step(solve, carry.past, leaving)
         behind = passed(new.t)
         keep = behind > carry.passed
         # One flat row: the price of an iteration is that of its instructions.
-        row, _ = ravel_pytree((row_of(solve.current, carry.past), row_of(new.current, past)))
-        rows = carry.rows.at[carry.kept].set(row.reshape(2, -1), pred=keep)
-        past = _choose(keep, strategy.remember(new.current.distribution), past)
-        return _Passing(new, past, behind, carry.kept + keep.astype(jnp.int32), rows)
+        row, _ = ravel_pytree((row_with(solve.current, carry.past), row_with(new.current, past)))
+        rows = rows.at[carry.kept].set(row.reshape(2, -1), pred=keep)
+        past = jnp.where(keep, remember(new.current)[0], past)
+        return _Passing(new, past, behind, carry.kept + keep.astype(jnp.int32)), rows
 
-    zero, rows = jnp.zeros((), jnp.int32), jnp.zeros((ts.size, 2, first.size), first.dtype)
-    init = _Passing(solve, start, passed(solve.t), zero, rows)
-    carry = control.loop.run(lambda carry: running(carry.solve), body, init, buffers=lambda carry: carry.rows)
+    init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
+    rows = jnp.zeros((ts.size, 2, first.size), first.dtype)
+    carry, rows = _repeat(control.loop, lambda carry: running(carry.solve), body, init, rows)
     solve = _ended(carry.solve, t1)
-    last, _ = ravel_pytree(row_of(solve.current, carry.past))
-    rows = jnp.concatenate([first[None], carry.rows.reshape(-1, first.size), last[None]])
+    last, _ = ravel_pytree(row_with(solve.current, carry.past))
+    rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])
     rows, reached = _repeat_last(rows.at[2 * carry.kept + 1].set(last), 2 * carry.kept + 1)
     return solve, jax.vmap(unpack)(rows), reached
+
+
+def _repeat(loop, cond, body, init, rows):
+    """``body(carry, rows)`` while ``cond(carry)``, where ``rows`` are only written to."""
+    # Every array that a loop carries is an operation of its own to XLA on CPUs, and where ten of them are ready at once
+    # it wakes another thread, which takes longer than a step: up to half of the time, where loops are not native.
+    pack, unpack = _scalars_together(init)
+
+    def packed(carry):
+        new, rows = body(unpack(carry[0]), carry[1])
+        return pack(new), rows
+
+    carry = pack(init), rows
+    carry, rows = loop.run(lambda carry: cond(unpack(carry[0])), packed, carry, buffers=lambda carry: carry[1])
+    return unpack(carry), rows
+
+
+def _scalars_together(like):
+    """A function that puts the numbers of a tree like this one into one array for every dtype, and its inverse."""
+    leaves, tree = jax.tree.flatten(like)
+    places, alone = {}, []
+    for i, leaf in enumerate(leaves):
+        number = eqx.is_array(leaf) and leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.number)
+        (places.setdefault(leaf.dtype, []) if number else alone).append(i)
+
+    def pack(carry):
+        leaves = jax.tree.leaves(carry)
+        return [jnp.stack([leaves[i] for i in group]) for group in places.values()], [leaves[i] for i in alone]
+
+    def unpack(packed):
+        leaves = dict(zip(alone, packed[1], strict=True))
+        for group, numbers in zip(places.values(), packed[0], strict=True):
+            leaves |= {i: numbers[k] for k, i in enumerate(group)}
+        return jax.tree.unflatten(tree, [leaves[i] for i in sorted(leaves)])
+
+    return pack, unpack
 
 
 def _repeat_last(rows, last):
@@ -165,7 +208,7 @@ def _repeat_last(rows, last):
 def _stepping(parts, control, solve, t1, args):
     """Whether a solve goes on, and its next attempt: the solve after it, its past, its influence, whether it moved.
 
-    ``leaving(past, t)``: what to take along from the current state on a step to ``t``.
+    ``past``: flat, before and after; ``leaving(past, t)``: what to take along on a step to ``t``.
     """
     t0, direction, layout = solve.t, _direction(solve, t1), solve.current.layout
     max_steps = control.loop.max_steps
@@ -182,7 +225,7 @@ def _stepping(parts, control, solve, t1, args):
         unfinished = (t1 - solve.t) * direction > 0
         return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
 
-    def try_step(solve, past, influence=None, leaving=lambda past, t: past):
+    def try_step(solve, past, leaving, influence=None):
         active = running(solve)
         now = solve.current
         t, dt, clipped, floor = next_time(control.controller, now.t, solve.dt, t1, direction, t0)
@@ -195,17 +238,22 @@ def _stepping(parts, control, solve, t1, args):
         finite = jnp.isfinite(norm)
         good = good & finite & active
 
-        def accepted(now, past, influence):
+        left = leaving(past, t)
+
+        def accepted(now, past, left, influence):
             # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
             inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, direction * floor))
             values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
             mean = jnp.where(good, attempted.mean, detach(now.distribution.mean))
             values = eqx.tree_at(lambda a: a.mean, values, mean)
             at = _with_derivative(values, attempting, inputs)
-            state, update = accept(parts, now, inputs[1], at, leaving(past, inputs[1]), args)
-            return state, update.past, None if influence is None else update.influence
+            state, update = accept(parts, now, inputs[1], at, left, args)
+            return state, ravel_pytree(update.past)[0], None if influence is None else update.influence
 
-        current, past, influence = lax.cond(good, accepted, lambda *old: old, now, past, influence)
+        def rejected(now, past, left, influence):
+            return now, past, influence
+
+        current, past, influence = lax.cond(good, accepted, rejected, now, past, left, influence)
         # A step cut short by t1 or stop_at says little about the next one.
         proposed = jnp.where(good & clipped, jnp.maximum(proposed, solve.dt), proposed)
         proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))

@@ -126,7 +126,7 @@ def _discretise(
     dim = n * p
     change = jnp.reshape(jnp.swapaxes(change, 1, 2), (dim, dim))
     rows = jnp.reshape(jnp.transpose(jnp.reshape(g, (-1, n, p, p)), (0, 3, 1, 2)), (-1, dim))
-    root = triangularise(jnp.zeros((dim, dim), dtype), rows)
+    root = triangularise(None, rows)
 
     # Twice the step: exp(2 M) and exp(M) Q exp(M)^T + Q, and new units.
     units = jnp.asarray(np.repeat(0.5 ** np.arange(n)[::-1], p), dtype)

@@ -226,7 +226,7 @@ class Layout(eqx.Module):
                 f"expected {expected}, got {shapes}."
             )
         self.require_coupling("output_scale is a matrix, which correlates the components")
-        return triangularise(jnp.zeros((d, d), self.dtype), jnp.asarray(scale, self.dtype))
+        return triangularise(None, jnp.asarray(scale, self.dtype))
 
     def broadcast(self, matrix: Float[Array, "p q"]) -> Float[Array, "*batch p q"]:
         """The same matrix for every batch element."""

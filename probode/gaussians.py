@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .linalg import eliminate, kron_apply, kron_apply_right, product, safe_norm, substitute, triangularise
+from .linalg import (
+    eliminate,
+    is_written_out,
+    kron_apply,
+    kron_apply_right,
+    product,
+    safe_norm,
+    substitute,
+    triangularise,
+)
 
 
 class Normal(eqx.Module):
@@ -40,12 +49,13 @@ class Conditional(eqx.Module):
     ``w | v ~ N(shift + cross^T v, own^T own)``. Coordinates are those of ``Normal``, standard normal given the data so
     far, so ``cross`` and ``own`` are blocks of an orthogonal matrix: nothing is ever inverted, however small a
     covariance. (Smoothing by orthogonal transformations: Paige & Saunders, 1977.) ``shift``: ``(*batch, p, cols)``;
-    ``cross``: ``(*batch, rows, p)``; ``own``: ``(*batch, p, p)``, upper triangular.
+    ``cross``: ``(*batch, rows, p)``; ``own``: ``(*batch, q, p)``, without rows where ``v`` tells everything, and upper
+    triangular for large ``p``.
     """
 
     shift: Float[Array, "*batch p cols"]
     cross: Float[Array, "*batch rows p"]
-    own: Float[Array, "*batch p p"]
+    own: Float[Array, "*batch q p"]
 
 
 class Transition(eqx.Module):
@@ -164,7 +174,7 @@ def predict(
     triangle, left = eliminate(upper, dense)
     dim = noise.shape[1]
     if past is not None:
-        past = Conditional(past.shift, triangle[:, dim:], triangularise(past.own, left))
+        past = Conditional(past.shift, triangle[:, dim:], _more_of_its_own(past, left))
     return Normal(x.mean, triangle[:, :dim]), past
 
 
@@ -272,7 +282,8 @@ def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditiona
     state = Normal(x.mean - product(gain.T, whitened), factor)
     if past is not None:
         shift = past.shift - product(triangle[:m, n:].T, whitened)
-        past = Conditional(shift, pad_rows(triangle[m:, n:], x.factor.shape[0]), triangularise(past.own, joint.left))
+        cross = pad_rows(triangle[m:, n:], x.factor.shape[0])
+        past = Conditional(shift, cross, _more_of_its_own(past, joint.left))
     observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - p)))
     influence = Influence(whitened, gain, observed, jnp.ones((), gain.dtype))
     return Update(pad(state, x.factor.shape[0]), past, influence, jnp.diagonal(triangle)[:m])
@@ -314,6 +325,21 @@ def seen_from(
     return equation.residual + product(equation.matrix, (mean - point)[: equation.matrix.shape[1]])
 
 
+def _more_of_its_own(past, left):
+    """Square root of what a later state does not tell of the past, after a step that leaves these rows."""
+    # A few rows more cost less than their elimination.
+    few = past.own.shape[0] == 0 and is_written_out(left.shape[1])
+    return left if few else _both(past.own, left)
+
+
+def _both(own, rows):
+    """The triangle of an ``own`` of ``Conditional`` and other rows."""
+    p = rows.shape[1]
+    if own.shape[0] == p and not is_written_out(p):
+        return triangularise(own, rows)
+    return triangularise(None, jnp.concatenate([own, rows]))
+
+
 def _beside(upper, dense, past, more=None):
     """The stack with the columns of ``past`` at its side, and the rows ``more`` below it, zero where they end."""
     if past is not None:
@@ -338,8 +364,7 @@ def pad(x: Normal, rows: int) -> Normal:
 @batched
 def square(x: Normal) -> Normal:
     """``x`` with a square, upper triangular factor."""
-    dim = x.factor.shape[1]
-    return Normal(x.mean, triangularise(jnp.zeros((dim, dim), x.factor.dtype), x.factor))
+    return Normal(x.mean, triangularise(None, x.factor))
 
 
 def certain(mean: Float[Array, "*batch dim cols"]) -> Normal:
@@ -358,7 +383,14 @@ def identity(x: Normal) -> Conditional:
     """The coordinates of ``x`` in its own terms."""
     rows, cols = x.factor.shape[0], x.mean.shape[1]
     eye = jnp.eye(rows, dtype=x.factor.dtype)
-    return Conditional(jnp.zeros((rows, cols), x.mean.dtype), eye, jnp.zeros_like(eye))
+    return Conditional(jnp.zeros((rows, cols), x.mean.dtype), eye, eye[:0])
+
+
+def carried(past: Conditional | None) -> Conditional | None:
+    """The same, of the shape that it has after any number of steps."""
+    if past is None:
+        return None
+    return Conditional(past.shift, past.cross, pad_rows(past.own, past.own.shape[-1]))
 
 
 @batched
@@ -372,7 +404,7 @@ def standard(x: Normal) -> Normal:
 def look_back(later: Normal, past: Conditional) -> Normal:
     """The earlier state's coordinates, from the distribution of the later one's."""
     mean = past.shift + product(past.cross.T, later.mean)
-    return Normal(mean, triangularise(past.own, product(later.factor, past.cross)))
+    return Normal(mean, _both(past.own, product(later.factor, past.cross)))
 
 
 @batched

@@ -72,7 +72,7 @@ def solve_innovation(
         return x[1] - at.jvp(x[0])
 
     # Exact on the subspace; on the complement as if J were the slope, unless the user knows better.
-    root = triangularise(jnp.zeros((r, r), z.dtype), fa[:, r : 2 * r] - fa[:, :r] @ at.inner.T)
+    root = triangularise(None, fa[:, r : 2 * r] - fa[:, :r] @ at.inner.T)
     if preconditioner is None:
         variance = jnp.sum((fc[:, 1] - at.slope * fc[:, 0]) ** 2)
         of_complement = lambda v: safe_divide(v, variance)  # noqa: E731

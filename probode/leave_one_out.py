@@ -49,7 +49,7 @@ def _before(influence: Influence, matrix: Float[Array, "p p"], later: _Later) ->
     score = later.score + product(influence.matrix.T, _pull(influence, later))
     rest = later.root - product(product(later.root, influence.gain.T), influence.matrix)
     stack = jnp.concatenate([influence.matrix, rest])
-    root = triangularise(jnp.zeros_like(later.root), kron_apply_right(stack, matrix.T))
+    root = triangularise(None, kron_apply_right(stack, matrix.T))
     return _Later(kron_apply(matrix.T, score), root)
 
 

@@ -104,9 +104,12 @@ def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -
     return jnp.reshape(out, (rows, dim))
 
 
-def triangularise(upper: Float[Array, "dim dim"], dense: Float[Array, "rows dim"]) -> Float[Array, "dim dim"]:
-    """Upper-triangular ``R`` with ``R^T R = upper^T upper + dense^T dense``; see ``eliminate``."""
-    triangle, _ = eliminate(upper, dense)
+def triangularise(upper: Float[Array, "dim dim"] | None, dense: Float[Array, "rows dim"]) -> Float[Array, "dim dim"]:
+    """Upper-triangular ``R`` with ``R^T R = upper^T upper + dense^T dense``, ``None`` for zero; see ``eliminate``."""
+    dim = dense.shape[1]
+    if upper is None and dense.dtype.itemsize == 8 and is_written_out(dim):
+        return _written_out(None, dense)[0]
+    triangle, _ = eliminate(jnp.zeros((dim, dim), dense.dtype) if upper is None else upper, dense)
     return triangle
 
 
@@ -129,6 +132,11 @@ def eliminate(
         triangle, left = _eliminate(upper / size, dense / size)
         return triangle * size, left * size[upper.shape[0] :]
     return _eliminate(upper, dense)
+
+
+def is_written_out(n: int) -> bool:
+    """Whether ``n`` columns are eliminated one by one in the program, which costs operations rather than arithmetic."""
+    return n**2 <= _UNROLLED_ENTRIES
 
 
 def _eliminate(upper, dense):
@@ -156,11 +164,11 @@ def _eliminate_panel(upper, dense):
 
 
 def _written_out(upper, dense):
-    rows, n = [], upper.shape[0]
-    for j, t in enumerate(upper):
+    rows, n = [], dense.shape[1] if upper is None else upper.shape[0]
+    for j in range(n):
         b = dense[:, j]
         u = _combine_rows(b, dense)
-        row, g = _reflect(t, t[j], u, u[j])
+        row, g = _project(u, u[j]) if upper is None else _reflect(upper[j], upper[j, j], u, u[j])
         rows.append(row)
         dense = dense - b[:, None] * g
     return jnp.triu(jnp.stack(rows)), dense[:, n:]
@@ -191,6 +199,14 @@ def _reflect(t, s, u, bb):
     # Without a pivot there is nothing to eliminate: what else the row holds stays.
     row = jnp.where(empty, t, (s * t + u) * inverse)
     return row, (t + row) * (inverse / (1 + s * inverse))
+
+
+def _project(u, bb):
+    """The same for a row of zeros, ``t = 0``."""
+    empty = bb == 0
+    inverse = jnp.where(empty, 0, 1 / jnp.sqrt(jnp.where(empty, 1, bb)))
+    row = u * inverse
+    return row, row * inverse
 
 
 def _eliminate_one(dense, x):

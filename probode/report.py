@@ -164,7 +164,7 @@ def _whitened(marginals, truth, layout):
 @batched
 def _whiten(state, error):
     m = error.shape[0]
-    root = triangularise(jnp.zeros((m, m), error.dtype), state.factor[:, :m])
+    root = triangularise(None, state.factor[:, :m])
     whitened = substitute(root, error)
     return jnp.where((jnp.diagonal(root)[:, None] == 0) & (error != 0), jnp.inf, whitened)
 

@@ -30,7 +30,7 @@ from .priors import AbstractPrior
 from .progress import AbstractProgress
 from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .step_sizes import Control, first_step
-from .steps import State, Step, adopt, no_influence, start, unconditional
+from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start
 
@@ -352,7 +352,7 @@ def _solve_grid(solver, u0, directions, grid, args, layout, data):
         return state, row_of(state, past, influence=influence if influences else None)
 
     none = no_influence(parts, state, args) if influences else None
-    first = row_of(state, remember(state.distribution), influence=none)
+    first = row_of(state, nothing_of_the_past(parts, remember(state.distribution), state, args), influence=none)
     final, rows = lax.scan(body, state, grid[1:])
     rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
     result = Result.where(is_finite(rows.distribution), Result.successful, Result.nonfinite)

@@ -32,6 +32,7 @@ from .gaussians import (
     innovate,
     join,
     pad,
+    pad_rows,
     push,
     realise,
     seen_from,
@@ -178,6 +179,21 @@ def no_influence(parts: Step, state: State, args: PyTree) -> Influence:
     return Influence(jnp.zeros((*batch, m, cols), dtype), zeros, zeros, jnp.zeros(batch, dtype))
 
 
+def nothing_of_the_past(parts: Step, past: Conditional | None, state: State, args: PyTree) -> Conditional | None:
+    """Zeros of the shape in which a step returns ``past``, the coordinates of the state that it leaves."""
+    if past is None:
+        return None
+
+    def step(x, past):
+        equation = parts.constraint.linearise(state.t, x, state.layout, args)
+        *batch, dim, _ = x.mean.shape
+        noise, scale = jnp.zeros((*batch, dim, dim), x.mean.dtype), jnp.zeros(batch, x.mean.dtype)
+        return condition(join(x, noise, scale, equation, past), x, equation, past).past
+
+    shapes = eqx.filter_eval_shape(step, state.distribution, past)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
 def attempt(
     parts: Step, distribution: Normal, t: Float[Array, ""], dt: Float[Array, ""], layout: Layout, args: PyTree
 ) -> Attempt:
@@ -314,6 +330,8 @@ def unconditional(
         lambda s: (s.t, s.distribution, s.prior), state, (t, drifted, attempted.prior), is_leaf=lambda x: x is None
     )
     no_influence = jax.tree.map(jnp.zeros_like, update.influence)
+    if past is not None:
+        past = Conditional(past.shift, past.cross, pad_rows(past.own, update.past.own.shape[-2]))
     return jax.tree.map(
         lambda a, b: jnp.where(short, a, b), (waited, past, no_influence), (stepped, update.past, update.influence)
     )

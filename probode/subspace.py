@@ -224,7 +224,7 @@ class Subspace(AbstractFactorisation):
         whitened = safe_sqrt(jnp.vdot(z, y) / d)[None, None]
 
         # The covariance; and of u, what the noise of the step alone leaves.
-        root = triangularise(jnp.zeros((r, r), z.dtype), at.coupling)
+        root = triangularise(None, at.coupling)
         root = root if r < d else jnp.zeros_like(root)
         new_c = _left_of(triangularise(scale_c * qc, fc), at.slope, self.norm)
         new_a = _given_subspace(fa, scale_a * qa, at.inner, jnp.abs(new_c[0, 0]) * root)

@@ -72,9 +72,7 @@ class Trajectory(eqx.Module):
 
     def marginal(self, i: int | Array) -> Normal:
         """The posterior at the ``i``-th row, with a square factor."""
-        row = _row(self.rows.distribution, i)
-        state = row if self.smoothed is None else realise(_row(self.smoothed, i), row)
-        return pad(state, state.mean.shape[-2])
+        return _posterior(_row(self.rows.distribution, i), _row(self.smoothed, i))
 
     def prior_of(self, i: int | Array) -> AbstractPrior:
         """The prior of the step that ends at the ``i``-th row."""
@@ -118,26 +116,35 @@ def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Floa
 
 def _evaluate(path, t):
     i, at_left, at_right = _locate(path, t)
-    here, predicted, past = _between(path, _row(path.rows.distribution, i), i, t, path.rows.t[i + 1])
+    ends = path.rows.t, path.rows.distribution, path.smoothed, path.rows.output_scale, path.rows.prior
+    ends = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 2), ends)
+    (t_left, x_left, known_left, scale_left, _), (t_right, x_right, known_right, scale_right, prior) = (
+        _row(ends, end) for end in (0, 1)
+    )
+    left, right = _posterior(x_left, known_left), _posterior(x_right, known_right)
+    prior = path.prior if prior is None else prior
+    here, predicted, past = _between(path.layout, prior, scale_right, x_left, t - t_left, t_right - t)
     if path.smoothed is not None:
-        here = realise(look_back(coordinates_of(path.marginal(i + 1), predicted), past), here)
+        here = realise(look_back(coordinates_of(right, predicted), past), here)
     # At an end: a step of no length, which still has a derivative.
-    end = jnp.where(at_left, i, i + 1)
-    there = push(path.marginal(end), path.prior_of(i + 1).transition(t - path.rows.t[end], path.layout).matrix)
-    at_end = at_left | at_right
-    return jax.tree.map(lambda a, b: jnp.where(at_end, a, b), there, here), path.rows.output_scale[end]
+    end, t_end, scale = _choose(at_left, (left, t_left, scale_left), (right, t_right, scale_right))
+    there = push(end, prior.transition(t - t_end, path.layout).matrix)
+    return _choose(at_left | at_right, there, here), scale
 
 
 def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batch dim cols"]:
     """One joint sample of the states in all rows."""
-    mean, factor = path.rows.distribution.mean, path.rows.distribution.factor
-    noise = jax.random.normal(key, (*factor.shape[:-1], mean.shape[-1]), mean.dtype)
+    mean, factor, past = path.rows.distribution.mean, path.rows.distribution.factor, path.rows.past
+
+    def noise(key, root):
+        return jax.random.normal(key, (*root.shape[:-1], mean.shape[-1]), mean.dtype)
+
     if path.smoothed is None:
-        coordinates = noise
+        coordinates = noise(key, factor)
     else:
         # What is drawn for a row turns the row before it into a sample; the last row needs a draw of its own.
-        xs = path.rows.past, noise
-        last = jax.random.normal(jax.random.fold_in(key, 1), noise.shape[1:], mean.dtype)
+        xs = past, noise(key, past.own)
+        last = noise(jax.random.fold_in(key, 1), factor[-1])
         coordinates = backwards(lambda x, w: draw(*x, w), last, xs, path.reached)
     return mean + jax.vmap(spread)(factor, coordinates)
 
@@ -158,8 +165,9 @@ def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -
         t_right = jnp.where(same, t_later, path.rows.t[i + 1])
         x_right = jnp.where(same, x_later, rows[i + 1])
         again = t == t_right
-        here, predicted, past = _between(path, certain(rows[i]), i, t, t_right)
-        noise = jax.random.normal(key, here.mean.shape, here.mean.dtype)
+        prior, scale, left = path.prior_of(i + 1), path.rows.output_scale[i + 1], certain(rows[i])
+        here, predicted, past = _between(path.layout, prior, scale, left, t - path.rows.t[i], t_right - t)
+        noise = jax.random.normal(key, (*past.own.shape[:-1], here.mean.shape[-1]), here.mean.dtype)
         known = coordinates_of(certain(x_right), predicted)
         x = here.mean + spread(here.factor, draw(past, noise, known.mean))
         x = jnp.where(again, x_right, jnp.where(at_left, rows[i], jnp.where(at_right, rows[i + 1], x)))
@@ -178,24 +186,27 @@ def _locate(path, t):
     return i, t == path.rows.t[i], t == path.rows.t[i + 1]
 
 
-def _between(path, left, i, t, t_right):
-    """Inside step ``i``: the state at ``t``, that at ``t_right``, both from the left, and the first given the second.
-
-    Meaningless, but finite, where one of the two steps has no length.
-    """
-    scale, prior = path.rows.output_scale[i + 1], path.prior_of(i + 1)
+def _between(layout, prior, scale, left, before, after):
+    """The state a time ``before`` later than ``left``, that a time ``after`` later still, and the first given the
+    second. Meaningless, but finite, where one of the two is zero."""
 
     def step(x, dt, past):
-        transition = prior.transition(jnp.where(dt == 0, 1, dt), path.layout)
+        transition = prior.transition(jnp.where(dt == 0, 1, dt), layout)
         return predict(push(x, transition.matrix), transition.noise, scale * transition.magnitude, past)
 
-    here, _ = step(left, t - path.rows.t[i], None)
-    predicted, past = step(here, t_right - t, identity(here))
+    here, _ = step(left, before, None)
+    predicted, past = step(here, after, identity(here))
     return here, predicted, past
 
 
+def _posterior(x, known):
+    """A state given all data, with a square factor: ``known`` are its coordinates then, or ``None`` for a filter."""
+    state = x if known is None else realise(known, x)
+    return pad(state, state.mean.shape[-2])
+
+
 @batched
-def draw(past: Conditional, noise: Float[Array, "p cols"], later: Float[Array, "rows cols"]) -> Float[Array, "p cols"]:
+def draw(past: Conditional, noise: Float[Array, "q cols"], later: Float[Array, "rows cols"]) -> Float[Array, "p cols"]:
     """A sample of an earlier state's coordinates, given a later one's, from standard normal noise."""
     return past.shift + product(past.cross.T, later) + product(past.own.T, noise)
 
@@ -233,6 +244,10 @@ def column(flags: Bool[Array, " rows"], like: Array) -> Array:
 def _direction(path):
     first, last = path.rows.t[0], path.rows.t[-1]
     return jnp.where(last >= first, 1, -1).astype(first.dtype)
+
+
+def _choose(flag, these, those):
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)
 
 
 def _row(tree, i):
