@@ -84,7 +84,9 @@ def next_time(
 ) -> tuple[Array, Array, Array, Array]:
     """Where the next attempt goes: its time and signed length, whether it was cut to hit a time, the shortest length.
 
-    The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off.
+    The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off. With
+    ``stop_at`` two equal steps go there, rather than a whole one and what is left: the residual of a very short step is
+    round-off, and so would be what it adds to a likelihood.
     """
     noise = jnp.maximum(round_off(t), round_off(t1 - t0) * 1e-3)
     ahead = t1
@@ -95,11 +97,16 @@ def next_time(
         nearest = stops[jnp.argmin(jnp.where(usable, distance, jnp.inf))]
         ahead = jnp.where(jnp.any(usable), nearest, t1)
     room = (ahead - t) * direction
-    clipped = dt >= room - noise
-    new_t = jnp.where(clipped, ahead, t + direction * dt)
-    signed = jnp.where(clipped, ahead - t, direction * dt)
     floor = noise if controller.dt_min is None else jnp.maximum(noise, controller.dt_min.astype(t.dtype))
-    return new_t, signed, clipped, lax.stop_gradient(floor)
+    to_the_end = dt >= room - noise
+    cut = to_the_end
+    if controller.stop_at is not None:
+        half = lax.stop_gradient(room / 2)
+        in_two = ~to_the_end & (dt > half) & (half >= floor)
+        dt, cut = jnp.where(in_two, half, dt), to_the_end | in_two
+    new_t = jnp.where(to_the_end, ahead, t + direction * dt)
+    signed = jnp.where(to_the_end, ahead - t, direction * dt)
+    return new_t, signed, cut, lax.stop_gradient(floor)
 
 
 def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Any) -> Float[Array, ""]:

@@ -162,6 +162,16 @@ def test_stops_are_hit():
     assert 0.4 in np.asarray(back.t) and 1.3 in np.asarray(back.t)
 
 
+@pytest.mark.parametrize("direction", [1, -1])
+def test_two_equal_steps_go_to_a_stop(direction):
+    # No step has an error, so each is as long as it may be.
+    solver = make(po.TS0, nu=2, field=lambda t, u, args: jnp.ones_like(u), stop_at=[0.301 * direction], dt_max=0.1)
+    t = solver.solve(jnp.zeros(1), 0.0, 1.0 * direction, dt0=0.1, save_at=po.SaveAt(t0=True, steps=True)).t
+    expected = [0, 0.1, 0.2, 0.2505, 0.301, 0.401, 0.501, 0.601, 0.701, 0.801, 0.9005, 1]
+    np.testing.assert_allclose(t[: len(expected)] * direction, expected, rtol=1e-12)
+    assert np.all(t[len(expected) :] == direction)
+
+
 def test_a_jump_in_the_forcing():
     # u' = 1 for t < 1, then -1: with the stop the corner is exact
     def field(t, u, args):
