@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .gaussians import Conditional, Influence, Normal, carried
 from .linalg import detach
+from .loops import repeat
 from .progress import tell
 from .solution import Result
 from .step_sizes import Control, error_norm, next_time
@@ -91,7 +92,7 @@ def solve_keeping_steps(
         return new, rows.at[new.num_accepted_steps].set(row, pred=moved)
 
     rows = jnp.zeros((control.loop.max_steps + 1, first.size), first.dtype).at[0].set(first)
-    solve, rows = _repeat(control.loop, running, body, solve, rows)
+    solve, rows = repeat(control.loop, running, body, solve, rows)
     rows, reached = _repeat_last(rows, solve.num_accepted_steps)
     return _ended(solve, t1), jax.vmap(unpack)(rows), reached
 
@@ -155,48 +156,12 @@ def solve_keeping_times(
 
     init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
     rows = jnp.zeros((ts.size, 2, first.size), first.dtype)
-    carry, rows = _repeat(control.loop, lambda carry: running(carry.solve), body, init, rows)
+    carry, rows = repeat(control.loop, lambda carry: running(carry.solve), body, init, rows)
     solve = _ended(carry.solve, t1)
     last, _ = ravel_pytree(row_with(solve.current, carry.past))
     rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])
     rows, reached = _repeat_last(rows.at[2 * carry.kept + 1].set(last), 2 * carry.kept + 1)
     return solve, jax.vmap(unpack)(rows), reached
-
-
-def _repeat(loop, cond, body, init, rows):
-    """``body(carry, rows)`` while ``cond(carry)``, where ``rows`` are only written to."""
-    # Every array that a loop carries is an operation of its own to XLA on CPUs, and where ten of them are ready at once
-    # it wakes another thread, which takes longer than a step: up to half of the time, where loops are not native.
-    pack, unpack = _scalars_together(init)
-
-    def packed(carry):
-        new, rows = body(unpack(carry[0]), carry[1])
-        return pack(new), rows
-
-    carry = pack(init), rows
-    carry, rows = loop.run(lambda carry: cond(unpack(carry[0])), packed, carry, buffers=lambda carry: carry[1])
-    return unpack(carry), rows
-
-
-def _scalars_together(like):
-    """A function that puts the numbers of a tree like this one into one array for every dtype, and its inverse."""
-    leaves, tree = jax.tree.flatten(like)
-    places, alone = {}, []
-    for i, leaf in enumerate(leaves):
-        number = eqx.is_array(leaf) and leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.number)
-        (places.setdefault(leaf.dtype, []) if number else alone).append(i)
-
-    def pack(carry):
-        leaves = jax.tree.leaves(carry)
-        return [jnp.stack([leaves[i] for i in group]) for group in places.values()], [leaves[i] for i in alone]
-
-    def unpack(packed):
-        leaves = dict(zip(alone, packed[1], strict=True))
-        for group, numbers in zip(places.values(), packed[0], strict=True):
-            leaves |= {i: numbers[k] for k, i in enumerate(group)}
-        return jax.tree.unflatten(tree, [leaves[i] for i in sorted(leaves)])
-
-    return pack, unpack
 
 
 def _repeat_last(rows, last):

@@ -9,6 +9,9 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from .checks import as_integer
 
@@ -94,3 +97,39 @@ class ForwardLoop(AbstractLoop):
             "Use Solver(..., loop=BoundedLoop()) or CheckpointedLoop()."
         )
         return eqxi.nondifferentiable_backward(final, msg=message, symbolic=True)
+
+
+def repeat(loop: AbstractLoop, cond: Callable, body: Callable, init: PyTree, rows: Array) -> tuple[PyTree, Array]:
+    """``body(carry, rows)`` while ``cond(carry)``, where ``rows`` are only written to: the last of both."""
+    # Every array that a loop carries is an operation of its own to XLA on CPUs, and where ten of them are ready at once
+    # it wakes another thread, which takes longer than a step: up to half of the time, where loops are not native.
+    pack, unpack = _scalars_together(init)
+
+    def packed(carry):
+        new, rows = body(unpack(carry[0]), carry[1])
+        return pack(new), rows
+
+    carry = pack(init), rows
+    carry, rows = loop.run(lambda carry: cond(unpack(carry[0])), packed, carry, buffers=lambda carry: carry[1])
+    return unpack(carry), rows
+
+
+def _scalars_together(like):
+    """A function that puts the numbers of a tree like this one into one array for every dtype, and its inverse."""
+    leaves, tree = jax.tree.flatten(like)
+    places, alone = {}, []
+    for i, leaf in enumerate(leaves):
+        number = eqx.is_array(leaf) and leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.number)
+        (places.setdefault(leaf.dtype, []) if number else alone).append(i)
+
+    def pack(carry):
+        leaves = jax.tree.leaves(carry)
+        return [jnp.stack([leaves[i] for i in group]) for group in places.values()], [leaves[i] for i in alone]
+
+    def unpack(packed):
+        leaves = dict(zip(alone, packed[1], strict=True))
+        for group, numbers in zip(places.values(), packed[0], strict=True):
+            leaves |= {i: numbers[k] for k, i in enumerate(group)}
+        return jax.tree.unflatten(tree, [leaves[i] for i in sorted(leaves)])
+
+    return pack, unpack

@@ -8,7 +8,7 @@ import pytest
 
 import probode as po
 
-from .helpers import first_of, lotka_volterra, name
+from .helpers import equations, first_of, lotka_volterra, name
 
 
 U0 = jnp.array([20.0, 20.0])
@@ -50,6 +50,15 @@ def test_save_times_never_change_the_steps():
         other = solver.solve(U0, 0.0, 2.0, save_at=save_at)
         np.testing.assert_array_equal(other.mean[-1], end.mean[0])
         assert other.stats["num_steps"] == end.stats["num_steps"]
+
+
+@pytest.mark.parametrize("strategy", [po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother()], ids=name)
+def test_the_loop_carries_few_arrays(strategy):
+    # Each is an operation more in every iteration, and ten of them at once wake another thread.
+    solver = eqx.tree_at(lambda s: s.strategy, make(loop=po.ForwardLoop(256)), strategy)
+    program = jax.make_jaxpr(lambda u0: solver.solve(u0, 0.0, 2.0, save_at=[0.5, 1.0], throw=False).mean)(U0)
+    loops = [equation for equation in equations(program.jaxpr) if equation.primitive.name == "while"]
+    assert max(len(loop.outvars) for loop in loops) <= 10
 
 
 def test_steps_are_kept_and_padded():
