@@ -128,7 +128,7 @@ def lotka(nu, constraint, factorisation, strategy, rtol, save_at=TS):
     # At high order the first residuals are round-off, and a scale made of them is a matter of how programs round.
     calibration = po.DynamicCalibration() if nu < 8 else po.NoCalibration()
     parts = {"factorisation": factorisation, "strategy": strategy, "calibration": calibration}
-    parts["loop"] = po.ForwardLoop(4096)
+    parts["loop"] = po.ForwardLoop(512)
     controller = po.IntegralController(rtol, rtol)
     made = po.Solver(po.IWP(nu), constraint(po.ODE(lotka_volterra)), controller=controller, **parts)
     return made.solve(jnp.array([20.0, 20.0]), 0.0, 2.0, save_at=save_at)
@@ -151,8 +151,12 @@ def same(one, other, nu, at=slice(None), tolerance=1e-9):
     ids=[f"{nu}-{name(constraint)}-{NAMES[index]}" for nu, constraint, index in IN_EVERY_RUN + OTHERS],
 )
 def test_strategies_agree(nu, constraint, index):
+    # Without the whole Jacobian order eight is unstable: whatever the length of the steps, errors (and round-off) of
+    # the eighth derivative double in each. Sixteen steps do not make 1e-9 of round-off, a hundred do.
+    stable = nu < 8 or (constraint, index) == (po.TS1, 0)
+    tolerance = (1e-6 if nu > 1 else 1e-3) if stable else 1e-4
     solutions = [
-        lotka(nu, constraint, FACTORISATIONS[index], strategy, 1e-6 if nu > 1 else 1e-3)
+        lotka(nu, constraint, FACTORISATIONS[index], strategy, tolerance)
         for strategy in (po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother())
     ]
     filtered, points, interval = solutions
