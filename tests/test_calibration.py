@@ -199,6 +199,7 @@ def henon_heiles(t, u, du, args):
     return jnp.stack([-u[0] - 2 * u[0] * u[1], -u[1] - u[0] ** 2 + u[1] ** 2])
 
 
+@pytest.mark.thorough
 def test_with_a_memory_the_error_follows_the_tolerance():
     start, ode = (jnp.array([0.0, 0.1]), jnp.array([0.5, 0.0])), po.ODE(henon_heiles, order=2)
 
@@ -241,6 +242,7 @@ def test_a_memory_is_a_share(calibration, memory):
         calibration(memory=memory)
 
 
+@pytest.mark.thorough
 def test_a_constant_field_has_nothing_to_calibrate():
     half = po.DynamicCalibration(memory=0.5), po.LeaveOneOutCalibration(memory=0.5)
     for calibration in (po.DynamicCalibration(), po.MLECalibration(), po.LeaveOneOutCalibration(), *half):

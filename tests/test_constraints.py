@@ -115,6 +115,7 @@ def test_gradients_through_evaluations(constraint, evaluations):
     check_jacobians(quantities, x)
 
 
+@pytest.mark.thorough
 def test_lanes_that_reject_have_finite_gradients():
     """A vector field that is infinite at zero, where a careless implementation would evaluate rejected lanes."""
     own = solver(

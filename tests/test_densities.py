@@ -30,6 +30,7 @@ def normal(value, centre, args):
     return -(((value - centre) / 0.2) ** 2) / 2 - np.log(0.2 * np.sqrt(2 * np.pi))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
 def test_where_the_solution_is_certain_the_likelihood_is_exact(likelihood):
     ts = np.array([0.3, 0.31, 1.0, 2.0])
@@ -83,6 +84,7 @@ def test_one_time_is_laplaces_method():
     np.testing.assert_allclose(solution.data_log_likelihood, evidence, rtol=1e-8)
 
 
+@pytest.mark.thorough
 def test_the_iterated_smoother_is_laplaces_method_of_all_data():
     made = solver(po.FixedIntervalSmoother())
     data = po.Observations(GRID[SEEN], COUNTS, log_density=poisson, mask=MASK)
@@ -144,6 +146,7 @@ def test_far_from_the_mode(factorisation):
     assert np.max(np.abs(residual) / (1 + counts[0])) < 1e-8
 
 
+@pytest.mark.thorough
 def test_what_is_missing_has_no_derivative_that_is_none():
     # of values that are zero where nothing was measured, the density of this law is minus infinity
     def evidence(rate):

@@ -234,6 +234,7 @@ def components(moved, layout):
     return full(moved.matrix), full(covariance(moved.magnitude * moved.noise))
 
 
+@pytest.mark.thorough
 def test_layouts_agree_where_the_parameters_allow_it():
     nu, d, dt = 2, 3, jnp.asarray(0.4)
     scale, rates = jnp.asarray([1.0, 2.0, 0.5]), jnp.asarray([-1.0, -30.0, 0.0])
@@ -460,6 +461,7 @@ def test_derivatives_through_a_solve():
         np.testing.assert_allclose(mode(fn)(x), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "prior",
     first_of(po.IOUP(3, jnp.asarray([[-0.5, 0.1], [0.0, -50.0]])), po.Matern(3, 2.0)),

@@ -128,6 +128,7 @@ def test_save_times_are_differentiable():
     np.testing.assert_allclose(tangent, slopes, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_lanes_with_different_numbers_of_steps():
     solver = adaptive_solver()
     xs = jnp.asarray(PARAMETERS) * jnp.array([[1.0], [0.3], [2.5]])

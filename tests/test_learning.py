@@ -63,6 +63,7 @@ def test_intervals_of_a_parameter_cover_it_as_often_as_they_say():
     assert np.mean(std) < 0.5 * deviation
 
 
+@pytest.mark.thorough
 def test_a_latent_force_in_one_pass():
     # x' = -x + force, where nobody knows the force but that it is smooth; its posterior is that of a linear problem.
     ts, noise = np.linspace(0.25, 6.0, 24), 0.02

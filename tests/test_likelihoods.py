@@ -59,6 +59,7 @@ def certain():
     return po.Solver(prior, po.TS1(po.ODE(linear)), calibration=po.NoCalibration(), controller=ON_GRID)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
 def test_all_agree_where_the_solution_is_certain(likelihood):
     ts = np.array([0.3, 0.31, 2.0])

@@ -206,6 +206,7 @@ def test_trees_scalars_and_time_running_backwards():
     np.testing.assert_allclose(slope, solution.evaluate(0.3).derivative(1).mean["b"][0], rtol=1e-11)
 
 
+@pytest.mark.thorough
 def test_times_not_reached_have_no_answer():
     for strategy in (po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother()):
         made = po.Solver(po.IWP(3), po.TS1(po.ODE(lambda t, u, args: u**2)), strategy=strategy, loop=po.ForwardLoop(64))

@@ -36,6 +36,7 @@ def test_the_residual_of_an_ode_is_the_ode(factorisation):
     same(on_grid(explicit, **parts), on_grid(implicit, **parts))
 
 
+@pytest.mark.thorough
 def test_one_member_in_a_stack_is_that_member():
     ode = po.TS1(po.ODE(lotka_volterra))
     same(on_grid(ode), on_grid(po.Stack(ode)))
@@ -298,6 +299,7 @@ def test_an_inconsistent_start_is_refused():
 # --- Derivatives
 
 
+@pytest.mark.thorough
 def test_gradients_through_a_dae():
     def residual(t, u, du, args):
         return du[0] + args[0] * u[0] * u[1], u[1] ** 3 + u[1] - args[1] * u[0] - 1.0

@@ -53,6 +53,7 @@ def test_linear_equations_are_exact_in_any_number_of_steps(grid):
     np.testing.assert_allclose(end, jax.scipy.linalg.expm(3.0 * matrix) @ U0, rtol=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 def test_it_solves_and_smooths_under_every_factorisation(factorisation):
     times, solutions = np.array([0.0, 0.013, 0.4, 1.0]), []

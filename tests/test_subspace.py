@@ -95,6 +95,7 @@ def cosines(n, r):
     return modes, np.array([rate[i] + rate[j] for i, j in pairs]), wave, rate
 
 
+@pytest.mark.thorough
 def test_ten_thousand_components():
     n, diffusivity = 100, 0.02
     modes, rates, wave, rate = cosines(n, 40)
@@ -180,6 +181,7 @@ def test_single_precision():
     assert relative(single.mean, double.mean) < 1e-3 and relative(single.std, double.std) < 0.1
 
 
+@pytest.mark.thorough
 def test_a_solve_without_convergence_is_no_answer():
     short = po.Subspace(MODES[:, :2], tol=1e-10, max_krylov=2)
     grid = solver(short).solve_grid(U0, jnp.linspace(0.0, 1.0, 5))

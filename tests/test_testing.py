@@ -38,17 +38,18 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
             lambda part: testing.check_constraint(part, U0, first_order=True),
             po.TS1(po.Residual(lambda t, u, du, args: du - field(t, u, args))),
         ),
-        (
+        pytest.param(
             lambda part: testing.check_constraint(part, (U0, 2 * U0)),
             po.Stack(
                 po.TS1(po.Residual(lambda t, u, du, _: u @ u + du @ du - 5 * U0 @ U0, order=1)),
                 po.TS1(po.ODE(lambda t, u, du, _: -u, order=2)),
             ),
+            marks=pytest.mark.thorough,
         ),
         pytest.param(testing.check_strategy, po.FixedIntervalSmoother(), marks=pytest.mark.thorough),
         pytest.param(testing.check_calibration, MaximumLikelihood(), marks=pytest.mark.thorough),
         pytest.param(testing.check_calibration, po.DynamicCalibration(memory=0.5), marks=pytest.mark.thorough),
-        (testing.check_error, po.ResidualError()),
+        pytest.param(testing.check_error, po.ResidualError(), marks=pytest.mark.thorough),
         pytest.param(testing.check_error, po.StateError(), marks=pytest.mark.thorough),
         (testing.check_controller, po.PIController()),
         (testing.check_loop, po.BoundedLoop(50)),
