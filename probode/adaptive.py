@@ -193,7 +193,7 @@ def _stepping(parts, control, solve, t1, args):
     def try_step(solve, past, leaving, influence=None):
         active = running(solve)
         now = solve.current
-        t, dt, clipped, floor = next_time(control.controller, now.t, solve.dt, t1, direction, t0)
+        t, dt, clipped, floor = next_time(control, now.t, solve.dt, t1, direction, t0)
         dt = jnp.where(active, dt, direction)
 
         attempted = detach(attempting(detach(now.distribution), detach(t), detach(dt)))

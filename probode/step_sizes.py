@@ -23,12 +23,16 @@ from .steps import State, round_off
 
 
 class Control(eqx.Module):
-    """The parts of a solver that choose the steps, and who is told how far they got."""
+    """The parts of a solver that choose the steps, and who is told how far they got.
+
+    ``in_two``: whether two equal steps go to a time that must be hit, not a whole one and what is left.
+    """
 
     error: AbstractErrorEstimate
     controller: AbstractController
     loop: AbstractLoop
     progress: AbstractProgress | None = None
+    in_two: bool = eqx.field(static=True, default=False)
 
 
 @functools.cache
@@ -80,14 +84,13 @@ def first_step(control: Control, state: State, span: Float[Array, ""], order: in
 
 
 def next_time(
-    controller: AbstractController, t: Array, dt: Array, t1: Array, direction: Array, t0: Array
+    control: Control, t: Array, dt: Array, t1: Array, direction: Array, t0: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Where the next attempt goes: its time and signed length, whether it was cut to hit a time, the shortest length.
 
-    The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off. With
-    ``stop_at`` two equal steps go there, rather than a whole one and what is left: the residual of a very short step is
-    round-off, and so would be what it adds to a likelihood.
+    The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off.
     """
+    controller = control.controller
     noise = jnp.maximum(round_off(t), round_off(t1 - t0) * 1e-3)
     ahead = t1
     if controller.stop_at is not None:
@@ -100,7 +103,7 @@ def next_time(
     floor = noise if controller.dt_min is None else jnp.maximum(noise, controller.dt_min.astype(t.dtype))
     to_the_end = dt >= room - noise
     cut = to_the_end
-    if controller.stop_at is not None:
+    if control.in_two:
         half = lax.stop_gradient(room / 2)
         in_two = ~to_the_end & (dt > half) & (half >= floor)
         dt, cut = jnp.where(in_two, half, dt), to_the_end | in_two

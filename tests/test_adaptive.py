@@ -172,10 +172,11 @@ def test_stops_are_hit():
 
 
 @pytest.mark.parametrize("direction", [1, -1])
-def test_two_equal_steps_go_to_a_stop(direction):
+def test_two_equal_steps_go_to_a_datum(direction):
     # No step has an error, so each is as long as it may be.
-    solver = make(po.TS0, nu=2, field=lambda t, u, args: jnp.ones_like(u), stop_at=[0.301 * direction], dt_max=0.1)
-    t = solver.solve(jnp.zeros(1), 0.0, 1.0 * direction, dt0=0.1, save_at=po.SaveAt(t0=True, steps=True)).t
+    solver = make(po.TS0, nu=2, field=lambda t, u, args: jnp.ones_like(u), dt_max=0.1)
+    data, steps = po.Observations([0.301 * direction], jnp.ones((1, 1)), 1.0), po.SaveAt(t0=True, steps=True)
+    t = solver.solve(jnp.zeros(1), 0.0, 1.0 * direction, dt0=0.1, data=data, save_at=steps).t
     expected = [0, 0.1, 0.2, 0.2505, 0.301, 0.401, 0.501, 0.601, 0.701, 0.801, 0.9005, 1]
     np.testing.assert_allclose(t[: len(expected)] * direction, expected, rtol=1e-12)
     assert np.all(t[len(expected) :] == direction)
