@@ -27,6 +27,7 @@ from .cubature import SphericalCubature as SphericalCubature
 from .cubature import UnscentedTransform as UnscentedTransform
 from .ensembles import solve_ensemble as solve_ensemble
 from .errors import AbstractErrorEstimate as AbstractErrorEstimate
+from .errors import LocalError as LocalError
 from .errors import ResidualError as ResidualError
 from .errors import StateError as StateError
 from .exponential import IOUP as IOUP

@@ -17,11 +17,16 @@ from .gaussians import Conditional, Influence, Normal, carried
 from .linalg import detach
 from .loops import repeat
 from .progress import tell
+from .residuals import with_defects
 from .solution import Result
-from .step_sizes import Control, error_norm, next_time
+from .step_sizes import Control, error_norm, next_time, trusted
 from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
+
+
+# An error so far below the tolerance is followed by a step that is longer by half or more.
+_QUIET = 0.1
 
 
 class AdaptiveState(eqx.Module):
@@ -186,6 +191,24 @@ def _stepping(parts, control, solve, t1, args):
         t1,
     )
 
+    def size_of_error(now, t, dt, attempted):
+        def size(innovation):
+            return error_norm(control, layout, now, dt, attempted, innovation)
+
+        def seeing():
+            prior = parts.prior if attempted.prior is None else attempted.prior
+            at = attempted.transition, attempted.equation, attempted.innovation
+            return size(with_defects(parts.constraint, prior, now.distribution, t, dt, *at, layout, args))
+
+        if not control.error.needs_defects:
+            return size(attempted.innovation)
+        if attempted.equation.whole:
+            return seeing()
+        # Where the field is frozen its evaluations are most of the cost; where the residual is as large as usual, the
+        # step is no longer than its neighbours, and sees as much.
+        blind = size(attempted.innovation)
+        return lax.cond(blind < _QUIET, seeing, lambda: blind)
+
     def running(solve):
         unfinished = (t1 - solve.t) * direction > 0
         return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
@@ -197,7 +220,7 @@ def _stepping(parts, control, solve, t1, args):
         dt = jnp.where(active, dt, direction)
 
         attempted = detach(attempting(detach(now.distribution), detach(t), detach(dt)))
-        norm = error_norm(control, layout, detach(now), detach(dt), attempted)
+        norm = detach(size_of_error(detach(now), detach(t), detach(dt), attempted))
         length = jnp.abs(detach(dt))
         good, proposed, memory = control.controller.propose(length, norm, layout.num_derivatives + 1, solve.controller)
         finite = jnp.isfinite(norm)
@@ -219,6 +242,7 @@ def _stepping(parts, control, solve, t1, args):
             return now, past, influence
 
         current, past, influence = lax.cond(good, accepted, rejected, now, past, left, influence)
+        proposed = trusted(proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
         proposed = jnp.where(good & clipped, jnp.maximum(proposed, solve.dt), proposed)
         proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from .checks import as_integer, as_scalar, require
 from .factorisations import Layout
 from .gaussians import Linearisation, Normal, batched
-from .problems import ODE, AbstractProblem, Residual
+from .problems import ODE, AbstractProblem, Residual, flat_residual
 
 
 def evaluations_field() -> Any:
@@ -76,6 +76,12 @@ class AbstractConstraint(eqx.Module):
         ``predicted.factor`` is a square root of the predicted covariance without the noise of the step, not triangular.
         """
 
+    def residual(
+        self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree
+    ) -> Float[Array, "*batch m cols"]:
+        """``z`` alone, as ``linearise`` gives it; worth a method of its own where that takes no Jacobian."""
+        return self.linearise(t, predicted, layout, args).residual
+
 
 class TS0(AbstractConstraint):
     """``z`` with the vector field frozen at the prediction: ``H = E_k``. No Jacobian; for problems that are not stiff.
@@ -120,6 +126,10 @@ class TS1(AbstractConstraint):
 
     def linearise(self, t, predicted, layout, args):
         return self.problem.first_order(t, layout.unpack(predicted.mean), layout, args)
+
+    def residual(self, t, predicted, layout, args):
+        us = layout.unpack(predicted.mean)[: self.problem.order + 1]
+        return layout.pack(flat_residual(self.problem, layout, args)(t, us)[None])
 
 
 class Noisy(AbstractConstraint):
@@ -171,7 +181,10 @@ class Noisy(AbstractConstraint):
         equation = self.constraint.linearise(t, predicted, layout, args)
         own = layout.broadcast(self.std.astype(layout.dtype) * jnp.eye(equation.residual.shape[-2], dtype=layout.dtype))
         noise = own if equation.noise is None else jnp.concatenate([equation.noise, own], axis=-2)
-        return Linearisation(equation.matrix, equation.residual, noise=noise)
+        return Linearisation(equation.matrix, equation.residual, noise=noise, whole=equation.whole)
+
+    def residual(self, t, predicted, layout, args):
+        return self.constraint.residual(t, predicted, layout, args)
 
 
 class Stack(AbstractConstraint):
@@ -224,10 +237,15 @@ class Stack(AbstractConstraint):
 
         matrix = jnp.concatenate([widen(equation.matrix) for equation in equations], axis=-2)
         residual = jnp.concatenate([equation.residual for equation in equations], axis=-2)
+        whole = all(equation.whole for equation in equations)
         if all(equation.noise is None for equation in equations):
-            return Linearisation(matrix, residual)
+            return Linearisation(matrix, residual, whole=whole)
         noises = [_noise_of(equation) for equation in equations]
-        return Linearisation(matrix, residual, noise=batched(jax.scipy.linalg.block_diag)(*noises))
+        return Linearisation(matrix, residual, noise=batched(jax.scipy.linalg.block_diag)(*noises), whole=whole)
+
+    def residual(self, t, predicted, layout, args):
+        residuals = [constraint.residual(t, predicted, layout, args) for constraint in self.constraints]
+        return jnp.concatenate(residuals, axis=-2)
 
 
 class _Together(eqx.Module):

@@ -167,7 +167,7 @@ def _average(constraint, linearise, t, predicted: Normal, layout: Layout, args) 
     # An ODE's own derivative enters it linearly, and stays at the prediction.
     matrix, residual = (jnp.tensordot(weights, x, axes=1) for x in (equations.matrix, equations.residual))
     if not constraint.noise:
-        return Linearisation(matrix, residual, block=equations.block)
+        return Linearisation(matrix, residual, block=equations.block, whole=equations.whole)
     moved = jax.vmap(layout.pack)(points - us)[..., : matrix.shape[-1], :]
     unexplained = equations.residual - residual - matrix @ moved
     if unexplained.shape[-1] > 1:
@@ -176,7 +176,7 @@ def _average(constraint, linearise, t, predicted: Normal, layout: Layout, args) 
             "leaves unexplained differs between them: use noise=False, BlockDiagonal() or Dense()."
         )
     rows = jnp.sqrt(weights).reshape(-1, *[1] * (unexplained.ndim - 1)) * unexplained
-    return Linearisation(matrix, residual, noise=jnp.moveaxis(rows[..., 0], 0, -2))
+    return Linearisation(matrix, residual, noise=jnp.moveaxis(rows[..., 0], 0, -2), whole=equations.whole)
 
 
 def _directions(predicted: Normal, number: int, layout: Layout) -> Float[Array, "N number d"]:

@@ -76,8 +76,10 @@ class Linearisation(eqx.Module):
     ``matrix`` is ``H`` on the leading rows of the state, ``(*batch, m, p)`` with ``p <= dim``; ``residual`` is ``z`` at
     the point, ``(*batch, m, cols)``. ``block = k`` says that ``H`` is the identity on the ``k``-th derivative and ends
     with it: ``z`` can replace that derivative as a coordinate of the state, which is fast. ``None`` promises nothing.
-    ``noise``: right square root of the covariance of what ``z`` is off by, ``(*batch, rows, m)``, where the equation is
-    not exact; then ``block`` is ``None``. ``left``: right square root of the covariance of ``u`` given the equation
+    ``whole``: whether ``matrix`` is the whole derivative of ``z``, so that what it leaves out is of second order; not so
+    where the field is frozen, or of its Jacobian only the diagonal is kept. ``noise``: right square root of the
+    covariance of what ``z`` is off by, ``(*batch, rows, m)``, where the equation is not exact; then ``block`` is
+    ``None``. ``left``: right square root of the covariance of ``u`` given the equation
     under the noise of the step alone, ``(rows, k)``, from a factorisation with an algebra of its own.
     """
 
@@ -86,6 +88,7 @@ class Linearisation(eqx.Module):
     block: int | None = eqx.field(static=True, default=None)
     noise: Float[Array, "*batch rows m"] | None = None
     left: Float[Array, "more k"] | None = None
+    whole: bool = eqx.field(static=True, default=False)
 
 
 class Innovation(eqx.Module):
@@ -94,7 +97,9 @@ class Innovation(eqx.Module):
     ``factor``: square root of ``H Q H^T``, ``(*batch, m, m)``; ``whitened``: ``(H Q H^T)^(-1/2) z``; ``scale``: its
     root mean square per batch element, the local (quasi-maximum-likelihood) scale of Schober et al. (2019), infinite
     for a residual without noise to explain it. ``unit``: what an output scale of one is in these units. ``last``: what
-    the last step's was, zero before the first; set when the step is accepted.
+    the last step's was, zero before the first; set when the step is accepted. ``inside``, ``remainder``: residuals of
+    the corrected mean, at a time inside the step and at its end, whitened in the same way; only where an error estimate
+    asks for them (``residuals.with_defects``).
     """
 
     factor: Float[Array, "*batch m m"]
@@ -102,6 +107,8 @@ class Innovation(eqx.Module):
     scale: Float[Array, "*batch"]
     unit: Float[Array, "*batch"]
     last: Float[Array, "*batch"] | None = None
+    inside: Float[Array, "*batch m cols"] | None = None
+    remainder: Float[Array, "*batch m cols"] | None = None
 
 
 def batched(fn: Callable) -> Callable:
@@ -134,6 +141,33 @@ def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Floa
     scale = safe_norm(whitened) / math.sqrt(whitened.size)
     unexplained = jnp.any((jnp.diagonal(factor)[:, None] == 0) & (equation.residual != 0))
     return Innovation(factor, whitened, jnp.where(unexplained, jnp.inf, scale), unit)
+
+
+@batched
+def smoothing_weights(
+    equation: Linearisation, factor: Float[Array, "m m"], whitened: Float[Array, "m cols"]
+) -> Float[Array, "p cols"]:
+    """``H^T (H Q H^T)^-1 z`` from the whitened residual: ``Q`` times it is the mean of the noise given the residual.
+
+    (The adjoint variable of the disturbance smoother: de Jong 1989, "Smoothing and interpolation with the state-space
+    model".)
+    """
+    # ``factor`` is upper triangular; with rows and columns in reverse order its transpose is.
+    solution = substitute(factor[::-1, ::-1].T, whitened[::-1])[::-1]
+    return product(equation.matrix.T, solution)
+
+
+@batched
+def noise_mean(noise: Float[Array, "dim dim"], weights: Float[Array, "p cols"]) -> Float[Array, "dim cols"]:
+    """``Q w`` for ``Q = noise^T noise`` and weights ``w`` of the leading rows of the state, zero for the others."""
+    p = weights.shape[0]
+    return product(noise.T, product(noise[:, :p], weights))
+
+
+@batched
+def pull_back(matrix: Float[Array, "q q"], weights: Float[Array, "dim cols"]) -> Float[Array, "dim cols"]:
+    """``A^T w``: weights of a later state as weights of the one that ``A`` makes it from."""
+    return kron_apply(matrix.T, weights)
 
 
 def _observed(equation, noise, columns=0):

@@ -122,7 +122,7 @@ class ODE(AbstractProblem):
         k = self.order
         f, jacobian = self.jacobian.evaluate(flat_field(self, layout, args), t, us[:k], layout, args)
         blocks = [-layout.project(block) for block in jacobian] + [layout.identity()]
-        return _linearisation(blocks, us[k] - f, layout, block=k)
+        return _linearisation(blocks, us[k] - f, layout, block=k, whole=_is_whole(layout))
 
 
 class Residual(AbstractProblem):
@@ -172,7 +172,7 @@ class Residual(AbstractProblem):
     def first_order(self, t, us, layout, args):
         us = us[: self.order + 1]
         value, jacobian = self.jacobian.evaluate(flat_residual(self, layout, args), t, us, layout, args)
-        return _linearisation([layout.project(block) for block in jacobian], value, layout, block=None)
+        return _linearisation([layout.project(block) for block in jacobian], value, layout, block=None, whole=_is_whole(layout))
 
 
 class _Lifted(eqx.Module):
@@ -212,17 +212,22 @@ def flat_field(ode: ODE, layout: Layout, args: PyTree) -> Callable:
     return field
 
 
-def flat_residual(problem: Residual, layout: Layout, args: PyTree) -> Callable:
+def flat_residual(problem: AbstractProblem, layout: Layout, args: PyTree) -> Callable:
     """The residual as ``r(t, us)`` on a stack ``us`` of shape ``(order+1, d)``, returning ``(m,)``."""
 
     def residual(t: Float[Array, ""], us: Float[Array, "derivatives d"]) -> Float[Array, " m"]:
-        return layout.ravel(problem.residual(t, *(layout.unravel(u) for u in us), args))
+        return layout.ravel(problem.residual_of(t, tuple(layout.unravel(u) for u in us), args))
 
     return residual
 
 
-def _linearisation(blocks, value, layout, block):
-    return Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack(value[None]), block=block)
+def _linearisation(blocks, value, layout, block, whole=False):
+    return Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack(value[None]), block=block, whole=whole)
+
+
+def _is_whole(layout):
+    """Whether nothing of a Jacobian is left out."""
+    return layout.size == 1 or not layout.factorisation.keeps_diagonal
 
 
 def _require_signature(fn, name, letter, t0, values, args):

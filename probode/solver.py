@@ -20,7 +20,7 @@ from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
 from .constraints import AbstractConstraint
 from .controllers import AbstractController, IntegralController
-from .errors import AbstractErrorEstimate, ResidualError, StateError
+from .errors import AbstractErrorEstimate, LocalError, StateError
 from .factorisations import AbstractFactorisation, Dense, Layout
 from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
@@ -40,8 +40,8 @@ class Solver(eqx.Module):
     """A probabilistic ODE solver, composed of parts; any part can be replaced by a subclass of its base.
 
     ``prior`` (what solutions look like) and ``constraint`` (the equation and its linearisation) are required. Defaults:
-    ``Dense()``, ``Filter()``, ``DynamicCalibration()``, ``ResidualError()`` (or ``StateError()``, unless the constraint
-    is one ODE, or under ``Subspace``), ``IntegralController()``, ``BoundedLoop()``, ``TaylorMode()``. Raises
+    ``Dense()``, ``Filter()``, ``DynamicCalibration()``, ``LocalError()`` (``StateError()`` under ``Subspace``),
+    ``IntegralController()``, ``BoundedLoop()``, ``TaylorMode()``. Raises
     ``TypeError`` for a part of the wrong kind, ``ValueError`` where parts do not fit together, as an equation of higher
     order than the prior.
 
@@ -81,8 +81,7 @@ class Solver(eqx.Module):
         self.strategy = _part("strategy", strategy, AbstractStrategy)
         self.calibration = _part("calibration", calibration, AbstractCalibration)
         if error is None:
-            plain = constraint.determines_derivative and not factorisation.own_algebra
-            error = ResidualError() if plain else StateError()
+            error = StateError() if factorisation.own_algebra else LocalError()
         self.error = _part("error", error, AbstractErrorEstimate)
         self.controller = _part("controller", controller, AbstractController)
         self.loop = _part("loop", loop, AbstractLoop)

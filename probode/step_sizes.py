@@ -16,10 +16,17 @@ from jaxtyping import Array, Float
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
+from .gaussians import Innovation
 from .linalg import safe_divide
 from .loops import AbstractLoop
 from .progress import AbstractProgress
 from .steps import State, round_off
+
+
+# The largest share of the span that a first step takes unless the user says how long it is.
+_FIRST_SHARE = 1 / 50
+# How many times as long as the step before a step may be.
+_GROWTH = 3.0
 
 
 class Control(eqx.Module):
@@ -65,7 +72,7 @@ def first_step(control: Control, state: State, span: Float[Array, ""], order: in
     With ``c_k`` the size of ``u^(k) / k!`` against the tolerances, the first term that the Taylor polynomial leaves out
     is extrapolated geometrically, ``c_(nu+1) = c_nu^2 / c_(nu-1)``; its residual reaches the tolerance in a step that
     later ones can keep up with, or what is left of the last term kept. At most the time in which ``u`` changes by its
-    own size. A first step that would reach the end takes it.
+    own size, and a fiftieth of the span: derivatives at one point do not know what happens elsewhere.
     """
     nu, (u0, *_) = state.layout.num_derivatives, (u := state.layout.unpack(state.distribution.mean))
     weight = _weight(control.controller, jnp.abs(u0))
@@ -77,10 +84,20 @@ def first_step(control: Control, state: State, span: Float[Array, ""], order: in
     term = jnp.maximum(extrapolated, kept)
     # The residual of the term h^(nu+1) is as many times larger.
     residual = math.comb(nu + 1, order) ** (1 / (nu + 1))
-    term = jnp.where(term < span, term * sustained_share(nu, order) / residual, term)
+    term = term * sustained_share(nu, order) / residual
     candidates = jnp.stack([term, safe_divide(c[0], c[1])])
     dt = jnp.min(jnp.where((candidates > 0) & jnp.isfinite(candidates), candidates, span))
-    return jnp.minimum(dt, span)
+    return jnp.minimum(dt, _FIRST_SHARE * span)
+
+
+def trusted(proposed: Float[Array, ""], dt: Float[Array, ""]) -> Float[Array, ""]:
+    """What of a proposal for the step after one of length ``dt`` may be tried.
+
+    Where nothing happens the error is zero and says nothing about how far it stays so: with an evaluation at the end of
+    a step and one inside, steps that are three times as long as the last leave no larger gaps between two evaluations
+    than a Runge-Kutta method whose steps grow tenfold.
+    """
+    return jnp.minimum(proposed, _GROWTH * dt)
 
 
 def next_time(
@@ -112,10 +129,13 @@ def next_time(
     return new_t, signed, cut, lax.stop_gradient(floor)
 
 
-def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Any) -> Float[Array, ""]:
+def error_norm(
+    control: Control, layout: Layout, now: State, dt: Array, attempted: Any, innovation: Innovation
+) -> Float[Array, ""]:
     """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
-    before, after = (layout.unpack(mean)[0] for mean in (now.distribution.mean, attempted.mean))
-    error = control.error.estimate(dt, attempted.transition, attempted.equation, attempted.innovation, layout)
+    error = control.error.estimate(dt, attempted.transition, attempted.equation, innovation, layout)
+    error = jnp.reshape(error, (-1, layout.size))
+    before, after = (layout.unpack(mean)[: error.shape[0]] for mean in (now.distribution.mean, attempted.mean))
     controller = control.controller
     size = jnp.maximum(jnp.abs(before), jnp.abs(after))
     weight = _weight(controller, size)

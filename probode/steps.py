@@ -39,6 +39,7 @@ from .gaussians import (
 )
 from .observations import Observations
 from .priors import AbstractPrior
+from .residuals import informative, with_floor, without_round_off
 from .solution import Moments, moments
 
 
@@ -205,7 +206,7 @@ def attempt(
         return layout.factorisation.attempt(parts, predicted, t, transition, layout, args)
     equation = without_round_off(parts.constraint.linearise(t, predicted, layout, args), predicted.mean)
     unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
-    innovation = innovate(equation, transition.noise, unit)
+    innovation = with_floor(innovate(equation, transition.noise, unit), equation, predicted.mean)
     return Attempt(transition, predicted.mean, equation, innovation, prior)
 
 
@@ -219,7 +220,7 @@ def accept(
         update, equation, before = _conditioned(parts, state, t, attempted, scale, past, args)
     else:
         update, equation = attempted.update, attempted.equation
-    whitened, counts = update.influence.whitened, _informative(equation, attempted.mean)
+    whitened, counts = update.influence.whitened, informative(equation, attempted.mean)
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
     update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
@@ -274,34 +275,13 @@ def _conditioned(parts, state, t, attempted, scale, past, args):
 
 def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
     # The residual of the prediction as the equation about another point tells it.
-    new = constraint.linearise(t, Normal(point.mean, predicted.factor), layout, args)
-    if not constraint.relinearise:
-        new = eqx.tree_at(lambda e: e.matrix, new, equation.matrix)
+    point = Normal(point.mean, predicted.factor)
+    if constraint.relinearise:
+        new = constraint.linearise(t, point, layout, args)
+    else:
+        new = eqx.tree_at(lambda e: e.residual, equation, constraint.residual(t, point, layout, args))
     residual = seen_from(predicted.mean, point.mean, new)
     return without_round_off(eqx.tree_at(lambda e: e.residual, new, residual), predicted.mean)
-
-
-def without_round_off(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Linearisation:
-    """The equation without residuals that are round-off."""
-    # Residuals at round-off carry no information, but gain and scale of a short step grow like dt^-j for the j-th
-    # derivative: they would ruin what is known of the high ones. Only the value is dropped, not its derivative.
-    z = equation.residual
-    small = jnp.abs(z) <= 8 * jnp.finfo(z.dtype).eps * _terms(equation, mean)
-    return eqx.tree_at(lambda e: e.residual, equation, z - lax.stop_gradient(jnp.where(small, z, 0)))
-
-
-def _informative(equation, mean):
-    # A residual at the round-off of its own terms says nothing about the scale either.
-    floor = 100 * jnp.finfo(mean.dtype).eps * jnp.max(_terms(equation, mean))
-    return jnp.max(jnp.abs(equation.residual)) > floor
-
-
-def _terms(equation, mean):
-    """The size of the residual's terms: the derivative that the equation is about, or all that it depends on."""
-    m, p = equation.matrix.shape[-2:]
-    if equation.block is None:
-        return jnp.abs(equation.matrix) @ jnp.abs(mean[..., :p, :])
-    return jnp.abs(mean[..., p - m : p, :])
 
 
 def round_off(t: Float[Array, ""]) -> Float[Array, ""]:

@@ -41,7 +41,8 @@ from .krylov import linearised, solve_innovation
 from .linalg import safe_divide, safe_norm, safe_sqrt, triangularise
 from .priors import IWP, AbstractPrior
 from .problems import ODE, flat_field
-from .steps import Attempt, Step, without_round_off
+from .residuals import without_round_off
+from .steps import Attempt, Step
 from .strategies import AbstractStrategy, Filter
 
 

@@ -1,0 +1,119 @@
+"""Residuals of an equation: what of them is round-off, and what they are where the prediction has been corrected.
+
+A residual of the prediction tells how wrong the prediction was. What a step leaves wrong is seen from the residuals of
+the corrected mean, its defects: at the end of the step they are what the linearisation left out, inside it they tell
+whether the solution does something there that neither end shows.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .constraints import AbstractConstraint
+from .factorisations import Layout
+from .gaussians import (
+    Innovation,
+    Linearisation,
+    Normal,
+    Transition,
+    batched,
+    noise_mean,
+    pull_back,
+    push,
+    smoothing_weights,
+)
+from .linalg import product, safe_divide, safe_norm, substitute
+from .priors import AbstractPrior
+
+
+# Where inside a step the equation is held against the mean, as a share of its length: about where the defect of a
+# polynomial is largest, and no simple fraction, since a field with a period may vanish at both ends and half-way.
+INSIDE = 0.6
+# A residual is exact to so many units of round-off of its terms.
+_ROUND_OFF = 8
+
+
+def without_round_off(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Linearisation:
+    """The equation without residuals that are round-off."""
+    # Residuals at round-off carry no information, but gain and scale of a short step grow like dt^-j for the j-th
+    # derivative: they would ruin what is known of the high ones. Only the value is dropped, not its derivative.
+    return eqx.tree_at(lambda e: e.residual, equation, _beyond_round_off(equation.residual, equation, mean))
+
+
+def _beyond_round_off(z, equation, mean):
+    small = jnp.abs(z) <= _ROUND_OFF * jnp.finfo(z.dtype).eps * terms(equation, mean)
+    return z - lax.stop_gradient(jnp.where(small, z, 0))
+
+
+def informative(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Bool[Array, ""]:
+    """Whether a residual is more than the round-off of its own terms, so that it says something about the scale."""
+    floor = 100 * jnp.finfo(mean.dtype).eps * jnp.max(terms(equation, mean))
+    return jnp.max(jnp.abs(equation.residual)) > floor
+
+
+def terms(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Float[Array, "*batch m cols"]:
+    """The size of the terms that a residual is the sum of, to first order: ``|H| |x|``.
+
+    For a stiff field they are far larger than the derivative that they add up to, and so is their round-off.
+    """
+    p = equation.matrix.shape[-1]
+    return batched(product)(jnp.abs(equation.matrix), jnp.abs(mean[..., :p, :]))
+
+
+def with_floor(
+    innovation: Innovation, equation: Linearisation, mean: Float[Array, "*batch dim cols"]
+) -> Innovation:
+    """The innovation with a local scale no smaller than what explains the round-off of the residual.
+
+    A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, and what
+    a smoother makes of it is divided by nothing.
+    """
+    std = safe_norm(innovation.factor, axis=-2)[..., None]
+    unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
+    floor = lax.stop_gradient(jnp.sqrt(jnp.mean(unknown**2, axis=(-2, -1))))
+    return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
+
+
+def with_defects(
+    constraint: AbstractConstraint,
+    prior: AbstractPrior,
+    before: Normal,
+    t: Float[Array, ""],
+    dt: Float[Array, ""],
+    transition: Transition,
+    equation: Linearisation,
+    innovation: Innovation,
+    layout: Layout,
+    args: PyTree,
+) -> Innovation:
+    """The innovation of a step of length ``dt`` to ``t``, with the residuals of the corrected mean.
+
+    Corrected under the noise of the step alone: ``m - Q H^T (H Q H^T)^-1 z`` at the end, and inside what the prior
+    makes of the same noise (one evaluation of the equation each). At the end only where the linearisation is ``whole``.
+    """
+    predicted = push(before, transition.matrix)
+    weights = smoothing_weights(equation, innovation.factor, innovation.whitened)
+
+    def residual(t, mean):
+        z = constraint.residual(t, Normal(mean, predicted.factor), layout, args)
+        return _beyond_round_off(z, equation, mean)
+
+    whiten = batched(substitute)
+    to_inside, to_end = prior.transition(INSIDE * dt, layout), prior.transition((1 - INSIDE) * dt, layout)
+    share = (to_inside.magnitude / transition.magnitude) ** 2
+    rows = predicted.mean.shape[-2] - weights.shape[-2]
+    of_state = jnp.concatenate([weights, jnp.zeros_like(predicted.mean[..., :rows, :])], axis=-2)
+    noise = noise_mean(to_inside.noise, pull_back(to_end.matrix, of_state))
+    time_inside, mean_inside = t - (1 - INSIDE) * dt, push(before, to_inside.matrix).mean - share * noise
+    if not equation.whole:
+        return dataclasses.replace(innovation, inside=whiten(innovation.factor, residual(time_inside, mean_inside)))
+    corrected = predicted.mean - noise_mean(transition.noise, weights)
+    # Both at once: the equation is traced, and compiled, a single time.
+    times, means = jnp.stack([time_inside, t]), jnp.stack([mean_inside, corrected])
+    defects = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))
+    return dataclasses.replace(innovation, inside=defects[0], remainder=defects[1])
+
