@@ -63,7 +63,7 @@ class Configuration(NamedTuple):
         first = "TS0" not in self.name
         if family.residual:
             return first and whole and not isinstance(self.parts.get("error"), po.ResidualError)
-        return (first and whole or not family.stiff) and self.prior(1.0).num_derivatives >= family.order
+        return ((first and whole) or not family.stiff) and self.prior(1.0).num_derivatives >= family.order
 
     def families(self, number: int) -> list[Family]:
         """All that fit, or a sample that depends on the name alone."""
@@ -183,18 +183,23 @@ def attempt(configuration: Configuration, family: Family, draw: Draw) -> Outcome
             return Outcome(po.Result[solution.result].split(".")[0], attempts)
         posterior = solution.evaluate(jnp.asarray(times, dtype)) if keeps else solution
         derivative = posterior.derivative(1)
-        returned = (posterior.mean, posterior.std, derivative.mean, derivative.std)
-        returned += (solution.output_scale, solution.log_likelihood)
-        returned = [np.asarray(x, float) for x in returned]
+        returned = {
+            "mean": posterior.mean,
+            "std": posterior.std,
+            "derivative": jnp.stack([derivative.mean, derivative.std]),
+            "output_scale": solution.output_scale,
+            "log_likelihood": solution.log_likelihood,
+        }
+        returned = {name: np.asarray(x, float) for name, x in returned.items()}
     except Exception as error:  # what a user would see is what is counted
         return Outcome(f"raised {type(error).__name__}: {str(error)[:100]}")
-    nonfinite = sum(int(np.sum(~np.isfinite(x))) for x in returned)
-    mean, std = returned[0] / scale, returned[1] / scale
+    nonfinite = {name: int(np.sum(~np.isfinite(x))) for name, x in returned.items()}
+    mean, std = returned["mean"] / scale, returned["std"] / scale
+    return _judged(family, draw, mean, std, attempts, nonfinite, np.finfo(dtype).eps)
+
+
+def _judged(family, draw, mean, std, attempts, nonfinite, eps):
     right = family.right(draw)[-len(mean) :]
-    return _judged(family, draw, mean, std, right, attempts, nonfinite, np.finfo(dtype).eps)
-
-
-def _judged(family, draw, mean, std, right, attempts, nonfinite, eps):
     largest = np.max(np.abs(np.where(np.isfinite(right), right, 0)), initial=np.max(np.abs(draw.start[0])))
     floor = max(100 * eps, family.accuracy) * largest
     error = np.where(np.isnan(mean - right), np.inf, np.abs(mean - right))
@@ -203,22 +208,28 @@ def _judged(family, draw, mean, std, right, attempts, nonfinite, eps):
     # Errors that the reference may have itself count for nothing.
     wrong = (error > WRONG_TOLERANCES * tolerance + floor) & ~(error <= WRONG_STDS * std)
     chi2 = np.max(np.mean(error**2 / (std**2 + (floor / 100) ** 2), axis=1))
+    # Where to look: at what is flagged, if something is.
+    flagged = wrong if np.any(wrong) else zero if np.any(zero) else np.isfinite(error)
+    worst = np.unravel_index(np.argmax(np.where(flagged, np.minimum(error / tolerance, 1e300), -1)), error.shape)
+    words = _described(draw, mean, std, right, *worst)
+    words += "".join(f"; {count} of {name} not finite" for name, count in nonfinite.items() if count)
     return Outcome(
         "successful",
         attempts,
         float(np.max(error / tolerance)),
         float(chi2),
-        nonfinite,
+        sum(nonfinite.values()),
         int(np.sum(zero)),
         bool(np.any(wrong)),
-        _described(draw, mean, std, right, np.unravel_index(np.argmax(error / tolerance), error.shape)),
+        words,
     )
 
 
-def _described(draw, mean, std, right, worst):
-    row, component = worst
+def _described(draw, mean, std, right, row, component):
+    worst = row, component
     at = draw.times[len(draw.times) - len(mean) + row]
-    numbers = f"rtol {draw.rtol:.1e}, atol {draw.atol / draw.scale:.1e} scales, unit {draw.unit:g}, scale {draw.scale:g}"
+    units = f"unit {draw.unit:g}, scale {draw.scale:g}"
+    numbers = f"rtol {draw.rtol:.1e}, atol {draw.atol / draw.scale:.1e} scales, {units}"
     got = f"got v{component}({at:.6g}) = {mean[worst]:.8g} +- {std[worst]:.1e}, right {right[worst]:.8g}"
     return f"{numbers}, p {draw.parameters}, v(0) {draw.start.tolist()}, end {draw.times[-1]:.6g}: {got}"
 
@@ -249,12 +260,13 @@ def summarised(configuration: Configuration, family: Family, outcomes: list[Outc
         "zero_std": sum(outcome.zero_std for outcome in good),
         "wrong": sum(outcome.wrong for outcome in good),
         "raised": sum(outcome.result.startswith("raised") for outcome in outcomes),
+        "out_of_steps": sum("max_steps" in outcome.result for outcome in outcomes),
         "draws_to_look_at": " ".join(flagged),
     }
 
 
-def run(configuration: Configuration, family: Family, number: int, *, seed: int = SEED, only: int | None = None) -> dict:
-    """All draws of a family under one configuration: a row, printed with what is wrong."""
+def run(configuration: Configuration, family: Family, number: int, *, seed=SEED, only=None) -> dict:
+    """The first draws of a family, or `only` one, under one configuration: a row, printed with what is wrong."""
     draws = family.draws(number, seed, configuration.single)
     draws = draws if only is None else draws[only:]
     outcomes = [attempt(configuration, family, draw) for draw in draws]
@@ -271,18 +283,19 @@ def run(configuration: Configuration, family: Family, number: int, *, seed: int 
 
 def summary(rows: list[dict]) -> str:
     """Counts over all rows, apart where no solver can be sure, and of the default."""
-    groups = {
-        "well posed": [row for row in rows if row["well_posed"] == "yes"],
-        "  the default": [row for row in rows if row["well_posed"] == "yes" and row["configuration"] == "default"],
-        "not well posed": [row for row in rows if row["well_posed"] == "no"],
-        "  the default": [row for row in rows if row["well_posed"] == "no" and row["configuration"] == "default"],
-    }
-    lines = [f"{'':<18}{'solves':>8}{'successful':>12}{'wrong':>8}{'nonfinite':>11}{'zero std':>10}{'raised':>8}"]
-    for name, group in groups.items():
+    lines = [f"{'':<24}{'solves':>8}{'successful':>12}{'wrong':>8}{'nonfinite':>11}{'zero std':>10}{'raised':>8}"]
+    for name, posed, which in (
+        ("well posed", "yes", ("",)),
+        ("  the default", "yes", ("default",)),
+        ("  float32", "yes", ("float32",)),
+        ("not well posed", "no", ("",)),
+        ("  the default", "no", ("default",)),
+    ):
+        group = [row for row in rows if row["well_posed"] == posed and row["configuration"].startswith(which)]
         solves = sum(row["solves"] for row in group)
         share = sum(row["solves"] * float(row["successful"]) for row in group) / max(solves, 1)
         counts = [sum(row[name] for row in group) for name in ("wrong", "nonfinite", "zero_std", "raised")]
-        lines.append(f"{name:<18}{solves:>8}{share:>12.3f}{counts[0]:>8}{counts[1]:>11}{counts[2]:>10}{counts[3]:>8}")
+        lines.append(f"{name:<24}{solves:>8}{share:>12.3f}{counts[0]:>8}{counts[1]:>11}{counts[2]:>10}{counts[3]:>8}")
     return "\n".join(lines)
 
 

@@ -311,7 +311,12 @@ _FAMILIES = [
         lambda rng: (rng.uniform(0.5, 2), [_log_uniform(rng, 1e-3, 0.5)], rng.uniform(0.5, 15)),
         lambda p, start, x: _columns(start[0, 0] / (start[0, 0] + (1 - start[0, 0]) * np.exp(-p * x))),
     ),
-    Family("flame", flame, lambda rng: ([0.0], [v := _log_uniform(rng, 0.02, 0.5)], rng.uniform(0.2, 2) / v), _of_flame),
+    Family(
+        "flame",
+        flame,
+        lambda rng: ([0.0], [v := _log_uniform(rng, 0.02, 0.5)], rng.uniform(0.2, 2) / v),
+        _of_flame,
+    ),
     Family(
         "lotka_volterra",
         problems.lotka_volterra,
@@ -389,7 +394,7 @@ _FAMILIES = [
     Family(
         "lorenz",
         lorenz,
-        lambda rng: ([10.0, 28.0, 8 / 3], rng.normal(size=3) + [1.0, 1.0, 20.0], rng.uniform(0.5, 6)),
+        lambda rng: ([10.0, 28.0, 8 / 3], rng.normal([1.0, 1.0, 20.0]), rng.uniform(0.5, 6)),
         accuracy=1e-10,
     ),
     Family("dae", cubic_dae, _draw_dae, _of_cubic_dae, residual=True, accuracy=1e-13),
