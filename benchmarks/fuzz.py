@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import fuzz_pulses, fuzz_stiff
-from .fuzz_families import FAMILIES, Draw, Family
+from .fuzz_draws import Draw, Family
+from .fuzz_families import FAMILIES
 from .timing import parse, result_file, write_rows
 
 
@@ -174,6 +175,8 @@ def attempt(configuration: Configuration, family: Family, draw: Draw) -> Outcome
     keeps = isinstance(configuration.parts.get("strategy"), po.FixedIntervalSmoother)
     inside = configuration.saves and not keeps
     save_at = po.SaveAt(ts=jnp.asarray(times[:-1], dtype), t1=True) if inside else None
+    if np.any(np.isnan(family.right(draw))):
+        return Outcome("no reference")
     try:
         solution = configuration.solver(family, draw).solve(
             u0 if family.order > 1 else u0[0], 0.0, times[-1], args=args, save_at=save_at, throw=False
