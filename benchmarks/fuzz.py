@@ -26,6 +26,7 @@ SEED = 0
 MAX_STEPS = 8192  # every solve ends; a smoother that keeps its steps gets fewer
 KEPT_STEPS = 2048
 WRONG_TOLERANCES, WRONG_STDS = 1000, 100
+SHOWN = 3  # of what is flagged in a row of the table, which has the numbers of all
 
 
 class Configuration(NamedTuple):
@@ -278,9 +279,9 @@ def run(configuration: Configuration, family: Family, number: int, *, seed=SEED,
     counts = ("nonfinite", "zero_std", "wrong", "raised")
     line = "".join(f"{row[name]:>11}" for name in columns) + "".join(f"{row[name]:>10}" for name in counts)
     print(f"{family.name:<18}{configuration.name:<56}{line}", flush=True)
-    for draw, outcome in zip(draws, outcomes, strict=True):
-        if outcome.flagged or only is not None:
-            print(f"    draw {draw.index}: {outcome.words or outcome.result}", flush=True)
+    pairs = [pair for pair in zip(draws, outcomes, strict=True) if pair[1].flagged or only is not None]
+    for draw, outcome in pairs[:SHOWN]:
+        print(f"    draw {draw.index}: {outcome.words or outcome.result}", flush=True)
     return row
 
 
