@@ -24,6 +24,8 @@ PARTS = [
     ["calibration", "--further"],
     ["inference"],
     ["tempering"],
+    ["fuzz"],
+    ["fuzz", "--stiff"],
 ]
 QUICK = [
     ["work_precision", "--quick"],

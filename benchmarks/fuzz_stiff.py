@@ -1,0 +1,244 @@
+"""End points of stiff problems, and of those in `problems`, by the default method: `python -m benchmarks.fuzz --stiff`.
+
+Errors count in tolerances, `atol` being a thousandth of `rtol` times the size of the smallest component that matters.
+Equations and end values: test set for IVP solvers (Mazzia & Magherini, 2008); Hairer & Wanner (1996). Beside Kvaerno5.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import problems
+from .timing import result_file, write_rows
+
+
+MAX_STEPS, QUICK_STEPS = 2**15, 2**14
+RTOLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+LARGE = 20  # with more components, only a prior of order four
+
+# POLLU (Verwer, 1994), 25 reactions of 20 species: rate, species multiplied, species lost, species made.
+REACTIONS = (
+    (0.35, (1,), (1,), (2, 3)),
+    (26.6, (2, 4), (2, 4), (1,)),
+    (1.23e4, (5, 2), (5, 2), (6, 1)),
+    (8.6e-4, (7,), (7,), (5, 5, 8)),
+    (8.2e-4, (7,), (7,), (8,)),
+    (1.5e4, (7, 6), (7, 6), (8, 5)),
+    (1.3e-4, (9,), (9,), (10, 8, 5)),
+    (2.4e4, (9, 6), (9, 6), (11,)),
+    (1.65e4, (11, 2), (11, 2), (10, 12, 1)),
+    (9e3, (11, 1), (11, 1), (13,)),
+    (0.022, (13,), (13,), (11, 1)),
+    (1.2e4, (10, 2), (10, 2), (14, 1)),
+    (1.88, (14,), (14,), (7, 5)),
+    (1.63e4, (1, 6), (1, 6), (15,)),
+    (4.8e6, (3,), (3,), (4,)),
+    (3.5e-4, (4,), (4,), (16,)),
+    (0.0175, (4,), (4,), (3,)),
+    (1e8, (16,), (16,), (6, 6)),
+    (4.44e11, (16,), (16,), (3,)),
+    (1.24e3, (17, 6), (17, 6), (18, 5)),
+    (2.1, (19,), (19,), (2,)),
+    (5.78, (19,), (19,), (1, 3)),
+    (0.0474, (1, 4), (1, 4), (19,)),
+    (1.78e3, (19, 1), (19, 1), (20,)),
+    (3.12, (20,), (20,), (1, 19)),
+)
+
+
+@functools.lru_cache
+def _changes() -> np.ndarray:
+    """What each reaction adds to each species."""
+    changes = np.zeros((20, len(REACTIONS)))
+    for j, (_, _, lost, made) in enumerate(REACTIONS):
+        np.add.at(changes[:, j], np.array(lost) - 1, -1)
+        np.add.at(changes[:, j], np.array(made) - 1, 1)
+    return changes
+
+
+def pollu(t, u, args):
+    """Air pollution."""
+    rates = [rate * math.prod(u[i - 1] for i in species) for rate, species, _, _ in REACTIONS]
+    return jnp.asarray(_changes()) @ jnp.stack(rates)
+
+
+def oregonator(t, u, args):
+    """The Belousov-Zhabotinskii reaction."""
+    x, y, z = u[0], u[1], u[2]
+    return jnp.stack([77.27 * (y + x * (1 - 8.375e-6 * x - y)), (z - (1 + x) * y) / 77.27, 0.161 * (x - z)])
+
+
+def e5(t, u, args):
+    """Four species, whose sizes span twenty orders of magnitude."""
+    a, b, c, mc = 7.89e-10, 1.1e7, 1.13e3, 1.13e9
+    w, x, y, z = u[0], u[1], u[2], u[3]
+    first, second, third, back = a * w, b * w * y, mc * x * y, c * z
+    return jnp.stack([-first - second, first - third, first - second - third + back, second - back])
+
+
+class Case(NamedTuple):
+    """A problem, and the size of its smallest component that matters."""
+
+    problem: problems.Problem
+    small: float = 1.0
+
+
+def _case(name, field, u0, t1, u1, small=1.0, args=None):
+    arrays = np.array(u0, float), 0.0, t1, np.array(u1, float)
+    return Case(problems.Problem(name, field, *arrays, stiff=True, source=__doc__, args=args), small)
+
+
+VAN_DER_POL = {  # at t = 2
+    1e0: (0.3233166670461544, -1.8329745679858171),
+    1e1: (-1.5818408231740375, 0.9784489158356899),
+    1e2: (1.939358532782655, -0.7008150573580799),
+    1e3: (1.7632345402034444, -0.8356886816777198),
+    1e4: (1.7185872080192515, -0.8796821912416953),
+    1e5: (1.708407821418, -0.8904134976480),
+    1e6: (1.706167732170, -0.8928097010249),
+}
+OREGONATOR_END = 1.000814870318523, 1228.178521549917, 132.0554942846706
+POLLU_START = np.zeros(20)
+POLLU_START[[1, 3, 6, 7, 8, 16]] = 0.2, 0.04, 0.1, 0.3, 0.01, 0.007
+POLLU_END = (
+    0.056462554800228076, 0.1342484130422332, 4.139734331099455e-09, 0.005523140207484434, 2.0189772623022325e-07,
+    1.4645418634939742e-07, 0.07784249118998039, 0.3245075353396031, 0.007494013383880403, 1.622293157301578e-08,
+    1.1358638332570862e-08, 0.0022305059757213603, 0.00020871628827986592, 1.396921016840175e-05, 0.008964884856898385,
+    4.3528463693301616e-18, 0.006899219696263417, 0.0001007803037365948, 1.7721465139700122e-06, 5.682943292316542e-05,
+)  # fmt: skip
+
+
+def cases() -> dict[str, Case]:
+    """By name."""
+    rates = problems.PROBLEMS["robertson"].args
+    own = [
+        _case("pollu", pollu, POLLU_START, 60.0, POLLU_END, 1e-6),
+        _case("oregonator", oregonator, (1.0, 2.0, 3.0), 360.0, OREGONATOR_END),
+        _case(
+            "robertson_1e11",
+            problems.robertson,
+            (1.0, 0.0, 0.0),
+            1e11,
+            (2.0833401499338e-08, 8.3333607712648e-14, 0.99999997916651873),
+            1e-10,
+            rates,
+        ),
+        # The published values of the middle two differ, though the equation keeps their difference at the fourth.
+        _case("e5", e5, (1.76e-3, 0.0, 0.0, 0.0), 1e13, (0.0, 8.86123352128e-23, 8.86123352128e-23, 0.0), 1e-20),
+        *(
+            _case(f"van_der_pol_2_{mu:.0e}", problems.van_der_pol, (2.0, 0.0), 2.0, end, args=mu)
+            for mu, end in VAN_DER_POL.items()
+        ),
+    ]
+    small = {"robertson": 1e-6, "hires": 1e-2}
+    others = [Case(problem, small.get(name, 1.0)) for name, problem in problems.PROBLEMS.items()]
+    return {case.problem.name: case for case in own + others}
+
+
+class End(NamedTuple):
+    """The end point, its standard deviation, attempts, and how it went."""
+
+    u: np.ndarray
+    std: np.ndarray
+    attempts: int
+    result: str
+
+
+def ours(problem: problems.Problem, order: int, rtol: float, atol: float, max_steps: int) -> End:
+    """`TS1`, everything else at its default but for the number of steps."""
+    import probode as po
+
+    controller, loop = po.IntegralController(rtol, atol), po.ForwardLoop(max_steps)
+    solver = po.Solver(po.IWP(order), po.TS1(po.ODE(problem.vector_field)), controller=controller, loop=loop)
+    solution = solver.solve(problem.u0, problem.t0, problem.t1, args=problem.args, throw=False)
+    good = solution.result == po.Result.successful
+    words = "successful" if good else po.Result[solution.result].split(". ")[0]
+    return End(np.asarray(solution.mean[-1]), np.asarray(solution.std[-1]), int(solution.stats["num_steps"]), words)
+
+
+def kvaerno5(problem: problems.Problem, rtol: float, atol: float) -> End:
+    """diffrax's solver for stiff problems, with the same tolerances."""
+    import diffrax
+
+    start, end, dt0, u0 = jnp.asarray(problem.t0), jnp.asarray(problem.t1), None, jnp.asarray(problem.u0)
+    controller = diffrax.PIDController(rtol=jnp.asarray(rtol), atol=jnp.asarray(atol))
+    args = jax.tree.map(jnp.asarray, problem.args)
+    parts = {"args": args, "stepsize_controller": controller, "max_steps": 2**17, "throw": False}
+    term, method = diffrax.ODETerm(problem.vector_field), diffrax.Kvaerno5()
+    solution = diffrax.diffeqsolve(term, method, start, end, dt0, u0, **parts)
+    good = bool(solution.result == diffrax.RESULTS.successful)
+    u = np.asarray(solution.ys[-1])
+    return End(u, np.full_like(u, np.nan), int(solution.stats["num_steps"]), "successful" if good else "stopped")
+
+
+def compared(case: Case, order: int, rtol: float, max_steps: int) -> dict:
+    """A row of the table."""
+    atol = 1e-3 * rtol * case.small
+    right = case.problem.u1
+    own, peer = ours(case.problem, order, rtol, atol, max_steps), kvaerno5(case.problem, rtol, atol)
+    error, theirs = (np.abs(end.u - right) for end in (own, peer))
+    tolerance = atol + rtol * np.abs(right)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        chi2 = np.mean((error / own.std) ** 2)
+    return {
+        "problem": case.problem.name,
+        "order": order,
+        "rtol": rtol,
+        "atol": f"{atol:.1e}",
+        "attempts": own.attempts,
+        "error": f"{np.max(error / tolerance):.3g}",
+        "chi2": f"{chi2:.3g}",
+        "result": own.result,
+        "kvaerno5_attempts": peer.attempts,
+        "kvaerno5_error": f"{np.max(theirs / tolerance):.3g}",
+        "kvaerno5_result": peer.result,
+    }
+
+
+def summary(rows: list[dict]) -> str:
+    """How often the error is what was asked for, and attempts beside those of the peer."""
+    lines = []
+    for order in sorted({row["order"] for row in rows}):
+        own = [row for row in rows if row["order"] == order]
+        good = [row for row in own if row["result"] == "successful"]
+        near = sum(0.01 <= float(row["error"]) <= 10 for row in good)
+        below = sum(float(row["error"]) <= 10 for row in good)
+        both = [row for row in good if row["kvaerno5_result"] == "successful"]
+        ratios = [row["attempts"] / row["kvaerno5_attempts"] for row in both] or [math.nan]
+        theirs = sum(row["kvaerno5_result"] == "successful" and float(row["kvaerno5_error"]) <= 10 for row in own)
+        lines.append(
+            f"IWP({order}): {len(good)} of {len(own)} successful, {near} with errors in [0.01, 10] tolerances, {below} "
+            f"below 10 (Kvaerno5 {theirs}); attempts over Kvaerno5's: median {np.median(ratios):.2f}, "
+            f"{np.min(ratios):.2f} .. {np.max(ratios):.2f}"
+        )
+    return "\n".join(lines)
+
+
+def table(output: pathlib.Path, quick: bool = False) -> None:
+    """All problems at all tolerances; quick: the small ones, at two."""
+    rows = []
+    print(
+        f"{'problem':<24}{'order':>6}{'rtol':>8}{'attempts':>10}{'error':>10}{'chi2':>10}{'Kvaerno5':>10}{'error':>10}"
+    )
+    for case in cases().values():
+        size = case.problem.dim
+        for order in (4,) if quick or size > LARGE else (4, 5):
+            for rtol in (1e-3, 1e-6) if quick else RTOLS:
+                if quick and size > LARGE:
+                    continue
+                row = compared(case, order, rtol, QUICK_STEPS if quick else MAX_STEPS)
+                rows.append(row)
+                names = ("problem", "order", "rtol", "attempts", "error", "chi2", "kvaerno5_attempts", "kvaerno5_error")
+                widths = (24, 6, 8, 10, 10, 10, 10, 10)
+                line = "".join(f"{row[name]!s:>{width}}" for name, width in zip(names, widths, strict=True))
+                print(line, "" if row["result"] == "successful" else row["result"], flush=True)
+        jax.clear_caches()
+    write_rows(result_file("stiff_end_points", output), rows)
+    print(summary(rows))
