@@ -18,7 +18,7 @@ from .linalg import detach
 from .loops import repeat
 from .progress import tell
 from .solution import Result
-from .step_sizes import Control, error_norm, next_time
+from .step_sizes import Control, error_norm, next_time, shortest_near_zero
 from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
@@ -176,7 +176,9 @@ def _stepping(parts, control, solve, t1, args):
     ``past``: flat, before and after; ``leaving(past, t)``: what to take along on a step to ``t``.
     """
     t0, direction, layout = solve.t, _direction(solve, t1), solve.current.layout
-    max_steps = control.loop.max_steps
+    max_steps, smallest = control.loop.max_steps, shortest_near_zero(solve.dt)
+    # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.
+    harmless = direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
 
     # Traced once; what the user's functions close over becomes an input that can be differentiated.
     attempting = eqx.filter_closure_convert(
@@ -193,7 +195,7 @@ def _stepping(parts, control, solve, t1, args):
     def try_step(solve, past, leaving, influence=None):
         active = running(solve)
         now = solve.current
-        t, dt, clipped, floor = next_time(control, now.t, solve.dt, t1, direction, t0)
+        t, dt, clipped, floor = next_time(control, now.t, solve.dt, t1, direction, smallest)
         dt = jnp.where(active, dt, direction)
 
         attempted = detach(attempting(detach(now.distribution), detach(t), detach(dt)))
@@ -207,7 +209,7 @@ def _stepping(parts, control, solve, t1, args):
 
         def accepted(now, past, left, influence):
             # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
-            inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, direction * floor))
+            inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, harmless))
             values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
             mean = jnp.where(good, attempted.mean, detach(now.distribution.mean))
             values = eqx.tree_at(lambda a: a.mean, values, mean)
@@ -220,9 +222,12 @@ def _stepping(parts, control, solve, t1, args):
 
         current, past, influence = lax.cond(good, accepted, rejected, now, past, left, influence)
         # A step cut short by t1 or stop_at says little about the next one.
-        proposed = jnp.where(good & clipped, jnp.maximum(proposed, solve.dt), proposed)
+        kept = jnp.where(clipped, jnp.maximum(proposed, solve.dt), proposed)
+        # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.
+        proposed = jnp.where(good, kept, jnp.minimum(proposed, length - floor / 2))
         proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))
-        stuck = active & ~good & (length <= floor)
+        # What was asked for, too: the length of the shortest step is rounded to one between two times.
+        stuck = active & ~good & (jnp.minimum(solve.dt, length) <= floor)
         failure = Result.where(finite, Result.step_size_too_small, Result.nonfinite)
         new = AdaptiveState(
             current,

@@ -83,33 +83,48 @@ def first_step(control: Control, state: State, span: Float[Array, ""], order: in
     return jnp.minimum(dt, span)
 
 
+def shortest_near_zero(first: Float[Array, ""]) -> Float[Array, ""]:
+    """The length below which a step near ``t = 0`` is hopeless, from that of a solve's first attempt.
+
+    Near zero the times are as dense as floating-point numbers are, and would let steps shrink for hundreds of attempts.
+    """
+    limits = jnp.finfo(first.dtype)
+    return lax.stop_gradient(jnp.maximum(limits.eps**2 * first, limits.tiny))
+
+
 def next_time(
-    control: Control, t: Array, dt: Array, t1: Array, direction: Array, t0: Array
+    control: Control, t: Array, dt: Array, t1: Array, direction: Array, smallest: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Where the next attempt goes: its time and signed length, whether it was cut to hit a time, the shortest length.
 
-    The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off.
+    The step reaches for the next time that must be hit; it is stretched, or divided in two equal ones, never followed
+    by a sliver of round-off. ``smallest``: the shortest length where ``t = 0``; elsewhere it is a few units of
+    round-off of ``t``. The length is the difference of two times that have been rounded, and never zero.
     """
-    controller = control.controller
-    noise = jnp.maximum(round_off(t), round_off(t1 - t0) * 1e-3)
+    controller, eps = control.controller, jnp.finfo(t.dtype).eps
+    floor = jnp.maximum(4 * eps * jnp.abs(t), smallest)
     ahead = t1
     if controller.stop_at is not None:
         stops = controller.stop_at.astype(t.dtype)
         distance = (stops - t) * direction
-        usable = (distance > noise) & ((t1 - stops) * direction > noise)
+        usable = (distance > round_off(t)) & ((t1 - stops) * direction > round_off(t1))
         nearest = stops[jnp.argmin(jnp.where(usable, distance, jnp.inf))]
         ahead = jnp.where(jnp.any(usable), nearest, t1)
     room = (ahead - t) * direction
-    floor = noise if controller.dt_min is None else jnp.maximum(noise, controller.dt_min.astype(t.dtype))
-    to_the_end = dt >= room - noise
-    cut = to_the_end
-    if control.in_two:
-        half = lax.stop_gradient(room / 2)
-        in_two = ~to_the_end & (dt > half) & (half >= floor)
-        dt, cut = jnp.where(in_two, half, dt), to_the_end | in_two
+    if controller.dt_min is not None:
+        floor = jnp.maximum(floor, controller.dt_min.astype(t.dtype))
+    dt = jnp.maximum(dt, floor)
+    noise = round_off(jnp.maximum(jnp.abs(t), jnp.abs(ahead)))
+    # A step that is stretched by more could be rejected, shortened and stretched again for ever.
+    to_the_end = dt >= room - jnp.minimum(noise, dt / 1024)
+    half = lax.stop_gradient(room / 2)
+    in_two = ~to_the_end & (dt > half) & (half >= floor)
+    if not control.in_two:
+        in_two = in_two & (dt > room - noise)
+    dt = jnp.where(in_two, half, dt)
     new_t = jnp.where(to_the_end, ahead, t + direction * dt)
-    signed = jnp.where(to_the_end, ahead - t, direction * dt)
-    return new_t, signed, cut, lax.stop_gradient(floor)
+    # Not `dt`: the vector field is evaluated at the times, so the step has to lie between them.
+    return new_t, new_t - t, to_the_end | in_two, lax.stop_gradient(floor)
 
 
 def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Any) -> Float[Array, ""]:
