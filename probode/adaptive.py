@@ -4,6 +4,7 @@ The controller decides on values without derivatives; an accepted attempt gets i
 those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
 """
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +14,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .gaussians import Conditional, Influence, Normal, carried
+from .gaussians import Conditional, Influence, carried
 from .linalg import detach
 from .loops import repeat
 from .progress import tell
@@ -53,9 +54,16 @@ def row_of(state: State, past: Conditional | None, influence: Influence | None =
     return Row(state.t, state.distribution, state.output_scale, past, influence, state.prior)
 
 
-def is_finite(distribution: Normal) -> Bool[Array, ""]:
-    """Whether every mean and every covariance is a real number."""
-    return jnp.all(jnp.isfinite(distribution.mean)) & jnp.all(jnp.isfinite(distribution.factor))
+def is_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number of a tree is a real one."""
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return ft.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in numbers], jnp.array(True))
+
+
+def is_usable(state: State) -> Bool[Array, ""]:
+    """Whether the state and what is told of it are real numbers. (Statistics are the calibration's own business, and
+    data that cannot be are told by their evidence.)"""
+    return is_finite((state.distribution, state.output_scale, state.evidence))
 
 
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
@@ -214,17 +222,25 @@ def _stepping(parts, control, solve, t1, args):
             mean = jnp.where(good, attempted.mean, detach(now.distribution.mean))
             values = eqx.tree_at(lambda a: a.mean, values, mean)
             at = _with_derivative(values, attempting, inputs)
-            state, update = accept(parts, now, inputs[1], at, left, args)
-            return state, ravel_pytree(update.past)[0], None if influence is None else update.influence
+
+            def conditioned(now, t, at, left):
+                state, update = accept(parts, now, t, at, left, args)
+                return state, ravel_pytree(update.past)[0], None if influence is None else update.influence
+
+            inputs = now, inputs[1], at, left
+            after, fine = _with_verdict(eqx.filter_closure_convert(conditioned, *inputs), inputs)
+            return *_choose(fine, after, (now, past, influence)), fine
 
         def rejected(now, past, left, influence):
-            return now, past, influence
+            return now, past, influence, True
 
-        current, past, influence = lax.cond(good, accepted, rejected, now, past, left, influence)
+        current, past, influence, fine = lax.cond(good, accepted, rejected, now, past, left, influence)
+        spoilt, good, finite = good & ~fine, good & fine, finite & fine
         # A step cut short by t1 or stop_at says little about the next one.
         kept = jnp.where(clipped, jnp.maximum(proposed, solve.dt), proposed)
         # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.
-        proposed = jnp.where(good, kept, jnp.minimum(proposed, length - floor / 2))
+        shorter = jnp.where(spoilt, length / 2, length - floor / 2)
+        proposed = jnp.where(good, kept, jnp.minimum(proposed, shorter))
         proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))
         # What was asked for, too: the length of the shortest step is rounded to one between two times.
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= floor)
@@ -232,7 +248,7 @@ def _stepping(parts, control, solve, t1, args):
         new = AdaptiveState(
             current,
             proposed,
-            _choose(active, lax.stop_gradient(memory), solve.controller),
+            _choose(active & fine, lax.stop_gradient(memory), solve.controller),
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck, failure, solve.result),
@@ -263,6 +279,39 @@ def _(primals, tangents):
     _, tangent = eqx.filter_jvp(lambda fn, inputs: fn(*inputs), (fn, inputs), (t_fn, t_inputs))
     # Not `values` themselves: a second derivative has to see the first one.
     return _with_derivative(values, fn, inputs), tangent
+
+
+@eqx.filter_custom_jvp
+def _with_verdict(fn, inputs):
+    """What conditioning returns, the state first, and whether this is finite: only then it has a derivative.
+
+    An attempt can be fine where what conditioning makes of it is not: a further evaluation of the equation may leave
+    its domain, a covariance the range of floating-point numbers.
+    """
+    out = fn(*inputs)
+    return out, lax.stop_gradient(is_usable(out[0]))
+
+
+@_with_verdict.def_jvp
+def _(primals, tangents):
+    # Zero times NaN is NaN: what is not to count must neither come out of the derivative nor, backwards, go into it.
+    def is_none(x):
+        return x is None
+
+    moving = jax.tree.map(lambda t, x: None if t is None else x, tangents, primals, is_leaf=is_none)
+    still = jax.tree.map(lambda t, x: x if t is None else None, tangents, primals, is_leaf=is_none)
+
+    def run(moving):
+        fn, inputs = eqx.combine(moving, still)
+        return fn(*inputs)
+
+    out, derivative = jax.linearize(run, moving)
+    fine = lax.stop_gradient(is_usable(out[0]))
+
+    def where_fine(tree):
+        return jax.tree.map(lambda x: jnp.where(fine, x, 0) if eqx.is_inexact_array(x) else None, tree)
+
+    return (out, fine), (where_fine(derivative(where_fine(tangents))), None)
 
 
 def _choose(flag, these, those):

@@ -39,7 +39,8 @@ class Result(eqx.Enumeration):
     )
     nonfinite = (
         "The solve stopped because the vector field, its derivative or the state became infinite or NaN however short "
-        "the step. The solution may blow up or leave the domain of the vector field: shorten the interval."
+        "the step. The solution may blow up or leave the domain of the vector field: shorten the interval. Or its "
+        "derivatives leave the range of the numbers, in float32 those of short times: choose other units, or float64."
     )
     step_size_too_small = (
         "The solve stopped because the step had to become shorter than dt_min or the round-off of the time. "
