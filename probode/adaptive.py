@@ -4,6 +4,7 @@ The controller decides on values without derivatives; an accepted attempt gets i
 those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
 """
 
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -13,13 +14,13 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .gaussians import Conditional, Influence, Normal, carried
+from .gaussians import Conditional, Influence, carried
 from .linalg import detach
 from .loops import repeat
 from .progress import tell
 from .residuals import with_defects
 from .solution import Result
-from .step_sizes import Control, error_norm, next_time, trusted
+from .step_sizes import Control, error_norm, next_time, shortest_near_zero, surprise, trusted
 from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
@@ -27,6 +28,8 @@ from .trajectory import Row
 
 # An error so far below the tolerance is followed by a step that is longer by half or more.
 _QUIET = 0.1
+# How many tolerances the mean may move beyond what the noise of a step explains, under a scale that does not follow.
+_SURPRISE = float(__import__("os").environ.get("SUR", "3"))
 
 
 class AdaptiveState(eqx.Module):
@@ -58,9 +61,16 @@ def row_of(state: State, past: Conditional | None, influence: Influence | None =
     return Row(state.t, state.distribution, state.output_scale, past, influence, state.prior)
 
 
-def is_finite(distribution: Normal) -> Bool[Array, ""]:
-    """Whether every mean and every covariance is a real number."""
-    return jnp.all(jnp.isfinite(distribution.mean)) & jnp.all(jnp.isfinite(distribution.factor))
+def is_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number of a tree is a real one."""
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return ft.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in numbers], jnp.array(True))
+
+
+def is_usable(state: State) -> Bool[Array, ""]:
+    """Whether the state and what is told of it are real numbers. (Statistics are the calibration's own business, and
+    data that cannot be are told by their evidence.)"""
+    return is_finite((state.distribution, state.output_scale, state.evidence))
 
 
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
@@ -181,7 +191,9 @@ def _stepping(parts, control, solve, t1, args):
     ``past``: flat, before and after; ``leaving(past, t)``: what to take along on a step to ``t``.
     """
     t0, direction, layout = solve.t, _direction(solve, t1), solve.current.layout
-    max_steps = control.loop.max_steps
+    max_steps, smallest = control.loop.max_steps, shortest_near_zero(solve.dt)
+    # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.
+    harmless = direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
 
     # Traced once; what the user's functions close over becomes an input that can be differentiated.
     attempting = eqx.filter_closure_convert(
@@ -216,7 +228,7 @@ def _stepping(parts, control, solve, t1, args):
     def try_step(solve, past, leaving, influence=None):
         active = running(solve)
         now = solve.current
-        t, dt, clipped, floor = next_time(control, now.t, solve.dt, t1, direction, t0)
+        t, dt, clipped, floor = next_time(control, now.t, solve.dt, t1, direction, smallest)
         dt = jnp.where(active, dt, direction)
 
         attempted = detach(attempting(detach(now.distribution), detach(t), detach(dt)))
@@ -230,28 +242,44 @@ def _stepping(parts, control, solve, t1, args):
 
         def accepted(now, past, left, influence):
             # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
-            inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, direction * floor))
+            inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, harmless))
             values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
             mean = jnp.where(good, attempted.mean, detach(now.distribution.mean))
             values = eqx.tree_at(lambda a: a.mean, values, mean)
             at = _with_derivative(values, attempting, inputs)
-            state, update = accept(parts, now, inputs[1], at, left, args)
-            return state, ravel_pytree(update.past)[0], None if influence is None else update.influence
+
+            def conditioned(now, t, at, left):
+                state, update = accept(parts, now, t, at, left, args)
+                likely = True
+                if not parts.calibration.is_local:
+                    likely = surprise(control, layout, detach(now), detach(at), detach(update)) <= _SURPRISE
+                effect = None if influence is None else update.influence
+                return state, ravel_pytree(update.past)[0], effect, likely
+
+            inputs = now, inputs[1], at, left
+            (*after, likely), fine = _with_verdict(eqx.filter_closure_convert(conditioned, *inputs), inputs)
+            return *_choose(fine & likely, tuple(after), (now, past, influence)), fine, likely
 
         def rejected(now, past, left, influence):
-            return now, past, influence
+            return now, past, influence, True, True
 
-        current, past, influence = lax.cond(good, accepted, rejected, now, past, left, influence)
+        current, past, influence, fine, likely = lax.cond(good, accepted, rejected, now, past, left, influence)
+        spoilt, good, finite = good & ~(fine & likely), good & fine & likely, finite & fine
         proposed = trusted(proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
-        proposed = jnp.where(good & clipped, jnp.maximum(proposed, solve.dt), proposed)
+        kept = jnp.where(clipped, jnp.maximum(proposed, solve.dt), proposed)
+        # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.
+        shorter = jnp.where(spoilt, length / 2, length - floor / 2)
+        proposed = jnp.where(good, kept, jnp.minimum(proposed, shorter))
         proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))
-        stuck = active & ~good & (length <= floor)
-        failure = Result.where(finite, Result.step_size_too_small, Result.nonfinite)
+        # What was asked for, too: the length of the shortest step is rounded to one between two times.
+        stuck = active & ~good & (jnp.minimum(solve.dt, length) <= floor)
+        failure = Result.where(likely, Result.step_size_too_small, Result.scale_mismatch)
+        failure = Result.where(finite, failure, Result.nonfinite)
         new = AdaptiveState(
             current,
             proposed,
-            _choose(active, lax.stop_gradient(memory), solve.controller),
+            _choose(active & fine & likely, lax.stop_gradient(memory), solve.controller),
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck, failure, solve.result),
@@ -282,6 +310,39 @@ def _(primals, tangents):
     _, tangent = eqx.filter_jvp(lambda fn, inputs: fn(*inputs), (fn, inputs), (t_fn, t_inputs))
     # Not `values` themselves: a second derivative has to see the first one.
     return _with_derivative(values, fn, inputs), tangent
+
+
+@eqx.filter_custom_jvp
+def _with_verdict(fn, inputs):
+    """What conditioning returns, the state first, and whether this is finite: only then it has a derivative.
+
+    An attempt can be fine where what conditioning makes of it is not: a further evaluation of the equation may leave
+    its domain, a covariance the range of floating-point numbers.
+    """
+    out = fn(*inputs)
+    return out, lax.stop_gradient(is_usable(out[0]))
+
+
+@_with_verdict.def_jvp
+def _(primals, tangents):
+    # Zero times NaN is NaN: what is not to count must neither come out of the derivative nor, backwards, go into it.
+    def is_none(x):
+        return x is None
+
+    moving = jax.tree.map(lambda t, x: None if t is None else x, tangents, primals, is_leaf=is_none)
+    still = jax.tree.map(lambda t, x: x if t is None else None, tangents, primals, is_leaf=is_none)
+
+    def run(moving):
+        fn, inputs = eqx.combine(moving, still)
+        return fn(*inputs)
+
+    out, derivative = jax.linearize(run, moving)
+    fine = lax.stop_gradient(is_usable(out[0]))
+
+    def where_fine(tree):
+        return jax.tree.map(lambda x: jnp.where(fine, x, 0) if eqx.is_inexact_array(x) else None, tree)
+
+    return (out, fine), (where_fine(derivative(where_fine(tangents))), None)
 
 
 def _choose(flag, these, those):

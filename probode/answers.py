@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .adaptive import AdaptiveState
+from .adaptive import AdaptiveState, is_finite
 from .calibration import AbstractCalibration
 from .factorisations import Layout
 from .leave_one_out import left_out_squares
 from .loops import AbstractLoop
 from .priors import AbstractPrior
-from .solution import Solution
+from .solution import Result, Solution
 from .trajectory import Row, column, evaluate, rescale, trajectory
 
 
@@ -63,6 +63,9 @@ def answer(
     if keep.t1 and not keep.steps:
         kept.append(jax.tree.map(lambda x: x[None], row(path.last)))
     t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
+    # Every state on the way is finite; what a calibration or smoothing makes of them may not be.
+    spoilt = (ended.result == Result.successful) & ~is_finite((marginals, output_scale, factor))
+    result = Result.where(spoilt, Result.nonfinite, ended.result)
     if keep.ts:
         start = int(keep.t0)
         # Times that were not reached have no answer.
@@ -87,7 +90,7 @@ def answer(
         marginals,
         output_scale,
         log_likelihood,
-        ended.result,
+        result,
         stats,
         ended,
         layout,

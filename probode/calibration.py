@@ -60,8 +60,10 @@ class AbstractCalibration(eqx.Module):
 
     Scales are in the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale. ``relinearise``:
     whether the equation is linearised once more when the scale is known, for linearisations that look at the
-    covariance. ``memory``: not zero if the scale depends on ``innovation.last``. ``leaves_one_out``: whether it has a
-    method ``leave_one_out`` for solves that keep their steps.
+    covariance. ``memory``: not zero if the scale depends on ``innovation.last``. ``is_local``: whether
+    ``scale`` follows ``innovation.scale``, so that the noise of a step explains its residual; otherwise steps whose
+    residual it does not explain are refused. ``leaves_one_out``: whether it has a method ``leave_one_out`` for solves
+    that keep their steps.
 
     >>> import probode
     >>> probode.NoCalibration().finalise(None) is None  # all covariances stay as they are
@@ -70,6 +72,7 @@ class AbstractCalibration(eqx.Module):
 
     relinearise = False
     memory = 0.0
+    is_local = False
     leaves_one_out = False
 
     @abstractmethod
@@ -156,6 +159,7 @@ class DynamicCalibration(AbstractCalibration):
     relinearise: bool = eqx.field(static=True, default=False)
     stop_gradient: bool = eqx.field(static=True, default=False)
     memory: float = eqx.field(static=True, default=0.0)
+    is_local = True
 
     def __check_init__(self):
         _check_memory(self)
@@ -195,6 +199,7 @@ class LeaveOneOutCalibration(AbstractCalibration):
 
     stop_gradient: bool = eqx.field(static=True, default=False)
     memory: float = eqx.field(static=True, default=0.0)
+    is_local = True
     leaves_one_out = True
 
     def __check_init__(self):

@@ -127,8 +127,9 @@ def check_data(data: Any, calibration: AbstractCalibration, certain_start: bool)
 def data_between(data: Observations, t0, t1, layout: Layout) -> Observations:
     """Data whose times lie in the interval, in its direction, further apart than round-off."""
     ts = save_times(data.ts if is_traced(data.ts) else np.asarray(data.ts), t0, t1, layout, "the times of the data")
-    apart = abs(ts[1:] - ts[:-1]) > 1000 * np.finfo(layout.dtype).eps * abs(t1 - t0)
-    apart = apart & (abs(ts[1:] - ts[:-1]) > 1000 * np.finfo(layout.dtype).eps * abs(ts[1:]))
+    xp = jnp if is_traced(ts) else np
+    later = xp.maximum(abs(ts[1:]), abs(ts[:-1]))
+    apart = abs(ts[1:] - ts[:-1]) > 1000 * np.finfo(layout.dtype).eps * later
     ts = require(ts, apart, "the times of the data must be further apart than round-off")
     return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(ts))
 

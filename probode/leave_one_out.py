@@ -36,7 +36,10 @@ def left_out_squares(
     nothing = _Later(jnp.zeros_like(mean), jnp.zeros((*factor.shape[:-2], mean.shape[-2], mean.shape[-2]), mean.dtype))
     later = backwards(lambda x, later: _before(*x, later), nothing, (rows.influence, matrices), reached)
     weight = jnp.where(column(reached, rows.influence.weight), rows.influence.weight, 0)
-    return jax.vmap(_square)(rows.influence, later), weight
+    squares = jax.vmap(_square)(rows.influence, later)
+    # One that is not a number would be the mean of all.
+    known = jnp.isfinite(squares)
+    return jnp.where(known, squares, 0), jnp.where(known, weight, 0)
 
 
 def _pull(influence, later):
@@ -49,8 +52,14 @@ def _before(influence: Influence, matrix: Float[Array, "p p"], later: _Later) ->
     score = later.score + product(influence.matrix.T, _pull(influence, later))
     rest = later.root - product(product(later.root, influence.gain.T), influence.matrix)
     stack = jnp.concatenate([influence.matrix, rest])
-    root = triangularise(None, kron_apply_right(stack, matrix.T))
-    return _Later(kron_apply(matrix.T, score), root)
+    return _Later(kron_apply(matrix.T, score), _triangle(kron_apply_right(stack, matrix.T)))
+
+
+def _triangle(rows):
+    """The triangle of a root of information, whose squares overflow where an innovation has next to no variance."""
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=0))
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    return triangularise(None, rows / size) * size
 
 
 @batched

@@ -39,12 +39,18 @@ class Result(eqx.Enumeration):
     )
     nonfinite = (
         "The solve stopped because the vector field, its derivative or the state became infinite or NaN however short "
-        "the step. The solution may blow up or leave the domain of the vector field: shorten the interval."
+        "the step. The solution may blow up or leave the domain of the vector field: shorten the interval. Or its "
+        "derivatives leave the range of the numbers, in float32 those of short times: choose other units, or float64."
     )
     step_size_too_small = (
         "The solve stopped because the step had to become shorter than dt_min or the round-off of the time. "
         "The solution may be singular there: shorten the interval, loosen the tolerances, lower dt_min, use float64, "
         "or name the times at which the equation jumps with stop_at."
+    )
+    scale_mismatch = (
+        "The solve stopped because the output scale does not explain the residuals: the equation jumps, or the solution "
+        "is far rougher in some places than in others, and the mean would be lost. Use DynamicCalibration(), whose "
+        "scale follows, name the times of jumps with stop_at, or tighten the tolerances."
     )
 
 

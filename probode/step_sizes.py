@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
-from .gaussians import Innovation
-from .linalg import safe_divide
+from .gaussians import Innovation, Update, batched, noise_mean, smoothing_weights
+from .linalg import product, safe_divide
 from .loops import AbstractLoop
 from .progress import AbstractProgress
 from .steps import State, round_off
@@ -100,33 +100,48 @@ def trusted(proposed: Float[Array, ""], dt: Float[Array, ""]) -> Float[Array, ""
     return jnp.minimum(proposed, _GROWTH * dt)
 
 
+def shortest_near_zero(first: Float[Array, ""]) -> Float[Array, ""]:
+    """The length below which a step near ``t = 0`` is hopeless, from that of a solve's first attempt.
+
+    Near zero the times are as dense as floating-point numbers are, and would let steps shrink for hundreds of attempts.
+    """
+    limits = jnp.finfo(first.dtype)
+    return lax.stop_gradient(jnp.maximum(limits.eps**2 * first, limits.tiny))
+
+
 def next_time(
-    control: Control, t: Array, dt: Array, t1: Array, direction: Array, t0: Array
+    control: Control, t: Array, dt: Array, t1: Array, direction: Array, smallest: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Where the next attempt goes: its time and signed length, whether it was cut to hit a time, the shortest length.
 
-    The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off.
+    The step reaches for the next time that must be hit; it is stretched, or divided in two equal ones, never followed
+    by a sliver of round-off. ``smallest``: the shortest length where ``t = 0``; elsewhere it is a few units of
+    round-off of ``t``. The length is the difference of two times that have been rounded, and never zero.
     """
-    controller = control.controller
-    noise = jnp.maximum(round_off(t), round_off(t1 - t0) * 1e-3)
+    controller, eps = control.controller, jnp.finfo(t.dtype).eps
+    floor = jnp.maximum(4 * eps * jnp.abs(t), smallest)
     ahead = t1
     if controller.stop_at is not None:
         stops = controller.stop_at.astype(t.dtype)
         distance = (stops - t) * direction
-        usable = (distance > noise) & ((t1 - stops) * direction > noise)
+        usable = (distance > round_off(t)) & ((t1 - stops) * direction > round_off(t1))
         nearest = stops[jnp.argmin(jnp.where(usable, distance, jnp.inf))]
         ahead = jnp.where(jnp.any(usable), nearest, t1)
     room = (ahead - t) * direction
-    floor = noise if controller.dt_min is None else jnp.maximum(noise, controller.dt_min.astype(t.dtype))
-    to_the_end = dt >= room - noise
-    cut = to_the_end
-    if control.in_two:
-        half = lax.stop_gradient(room / 2)
-        in_two = ~to_the_end & (dt > half) & (half >= floor)
-        dt, cut = jnp.where(in_two, half, dt), to_the_end | in_two
+    if controller.dt_min is not None:
+        floor = jnp.maximum(floor, controller.dt_min.astype(t.dtype))
+    dt = jnp.maximum(dt, floor)
+    noise = round_off(jnp.maximum(jnp.abs(t), jnp.abs(ahead)))
+    # A step that is stretched by more could be rejected, shortened and stretched again for ever.
+    to_the_end = dt >= room - jnp.minimum(noise, dt / 1024)
+    half = lax.stop_gradient(room / 2)
+    in_two = ~to_the_end & (dt > half) & (half >= floor)
+    if not control.in_two:
+        in_two = in_two & (dt > room - noise)
+    dt = jnp.where(in_two, half, dt)
     new_t = jnp.where(to_the_end, ahead, t + direction * dt)
-    signed = jnp.where(to_the_end, ahead - t, direction * dt)
-    return new_t, signed, cut, lax.stop_gradient(floor)
+    # Not `dt`: the vector field is evaluated at the times, so the step has to lie between them.
+    return new_t, new_t - t, to_the_end | in_two, lax.stop_gradient(floor)
 
 
 def error_norm(
@@ -135,15 +150,30 @@ def error_norm(
     """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
     error = control.error.estimate(dt, attempted.transition, attempted.equation, innovation, layout)
     error = jnp.reshape(error, (-1, layout.size))
-    before, after = (layout.unpack(mean)[: error.shape[0]] for mean in (now.distribution.mean, attempted.mean))
-    controller = control.controller
-    size = jnp.maximum(jnp.abs(before), jnp.abs(after))
-    weight = _weight(controller, size)
-    # Without an absolute tolerance a component that is zero, and stays zero, has no error.
-    scaled = jnp.where(error == 0, 0, error / weight)
-    norm = control.error.norm(scaled)
+    norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error)
     finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.mean))
     return jnp.where(finite, norm, jnp.inf)
+
+
+def surprise(control: Control, layout: Layout, now: State, attempted: Any, update: Update) -> Float[Array, ""]:
+    """How far conditioning has moved ``u`` beyond what the noise of the step explains, against the tolerances.
+
+    The error estimates look at the noise of a step alone, as if the state before were known. Where the prior's scale
+    does not follow the residuals, a residual that it does not expect is explained by moving the past instead.
+    """
+    equation, innovation = attempted.equation, attempted.innovation
+    explained = noise_mean(attempted.transition.noise, smoothing_weights(equation, innovation.factor, innovation.whitened))
+    influence = update.influence
+    moved = batched(lambda gain, z: product(gain.T, z))(influence.gain, influence.whitened)
+    beyond = layout.unpack(moved - explained)[:1]
+    return _against_tolerances(control, layout, now.distribution.mean, attempted.mean, beyond)
+
+
+def _against_tolerances(control, layout, before, after, error):
+    before, after = (layout.unpack(mean)[: error.shape[0]] for mean in (before, after))
+    weight = _weight(control.controller, jnp.maximum(jnp.abs(before), jnp.abs(after)))
+    # Without an absolute tolerance a component that is zero, and stays zero, has no error.
+    return control.error.norm(jnp.where(error == 0, 0, error / weight))
 
 
 def _weight(controller, size):

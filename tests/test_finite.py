@@ -1,0 +1,170 @@
+"""Numbers that are none: a solve that is called successful has none of them, in nothing that it returns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import probode as po
+
+from .helpers import first_of, left_to_nox, lotka_volterra, name
+
+
+def square_root(t, u, args):
+    return -2 * jnp.sqrt(args * u)  # u = (1 - sqrt(a) t)^2, which touches the border of the field's domain
+
+
+def parts(solver):
+    return (
+        f"{name(solver.constraint)}, {name(solver.factorisation)}, {name(solver.strategy)}, {name(solver.calibration)}"
+    )
+
+
+def assert_no_nan(solution, key=jax.random.key(0)):
+    """Every number that a solution returns is a real one."""
+    told = [solution.t, solution.marginals, solution.output_scale, solution.log_likelihood, solution.state]
+    told += [(d.mean, d.std) for d in map(solution.derivative, range(solution.layout.num_derivatives + 1))]
+    if solution.is_dense:
+        ts = jnp.concatenate([jnp.linspace(solution.t[0], solution.t[-1], 30), (solution.t[1:] + solution.t[:-1]) / 2])
+        between = solution.evaluate(ts)
+        told += [(d.mean, d.std) for d in map(between.derivative, range(solution.layout.num_derivatives + 1))]
+    if solution.is_smoothed:
+        told.append(solution.sample(key, (3,)))
+    for leaf in jax.tree.leaves(told):
+        assert np.all(np.isfinite(leaf))
+
+
+@pytest.mark.parametrize(
+    "strategy", first_of(po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother()), ids=name
+)
+@pytest.mark.parametrize("left", [1e-6, 0.0])
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        po.TS0(po.ODE(square_root), evaluations=2),
+        po.TS1(po.ODE(square_root), evaluations=2),
+        *left_to_nox(
+            po.TS0(po.ODE(square_root), evaluations=4),
+            po.TS1(po.ODE(square_root), evaluations=2, relinearise=True),
+            po.TS1(po.ODE(square_root), evaluations=4, relinearise=True),
+        ),
+    ],
+    ids=lambda c: f"{name(c)}{c.evaluations}",
+)
+def test_a_further_evaluation_outside_the_domain(constraint, left, strategy):
+    # The prediction lies in the domain of the field, the mean that it is corrected to does not.
+    end = (1 - left) / np.sqrt(2)
+    solver = po.Solver(po.IWP(4), constraint, strategy=strategy)
+    solution = solver.solve(jnp.ones(1), 0.0, end, args=2.0, throw=False, save_at=po.SaveAt(ts=[end / 2], t1=True))
+    assert solution.result in (po.Result.successful, po.Result.nonfinite)
+    assert np.all(np.isfinite(solution.mean)) and np.all(np.isfinite(solution.std))
+    np.testing.assert_allclose(solution.mean[0], 0.25, rtol=1e-3)
+    np.testing.assert_allclose(solution.mean[1], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("constraint", [po.TS0, *left_to_nox(po.TS1)], ids=name)
+@pytest.mark.parametrize("mode", [jax.jacrev, *left_to_nox(jax.jacfwd)], ids=lambda mode: mode.__name__)
+def test_the_derivative_of_a_step_that_was_spoilt(constraint, mode):
+    # In lanes both branches run, and zero times what is not a number is none.
+    end, a = 0.995 / np.sqrt(2), jnp.array([1.0, 2.0])
+    solver = po.Solver(po.IWP(4), constraint(po.ODE(square_root), evaluations=2), loop=po.BoundedLoop(64))
+
+    def at_end(a):
+        return solver.solve(jnp.ones(1), 0.0, end, args=a, throw=False, dt0=end).mean[0, 0]
+
+    slopes = jax.vmap(mode(at_end))(a)
+    np.testing.assert_allclose(slopes, -end / np.sqrt(a) * (1 - np.sqrt(a) * end), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(slopes, [mode(at_end)(x) for x in a], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "strategy", [po.Filter(), po.FixedPointSmoother(), *left_to_nox(po.FixedIntervalSmoother())], ids=name
+)
+@pytest.mark.parametrize("unit", [1e-9, 1e-3])
+def test_single_precision(strategy, unit):
+    # In nanoseconds the scale of the fourth derivative leaves the range of float32.
+    unit = jnp.float32(unit)
+    flame = po.ODE(lambda t, u, unit: (u**2 - u**3) / unit)
+    solver = po.Solver(po.IWP(4), po.TS1(flame), strategy=strategy)
+    ts = jnp.linspace(0.05, 1, 20, dtype=jnp.float32) * 40 * unit
+    solution = solver.solve(jnp.array([0.05], jnp.float32), 0.0, ts[-1], args=unit, save_at=ts, throw=False)
+    assert solution.result == (po.Result.nonfinite if unit < 1e-6 else po.Result.successful)
+    assert np.all(np.isfinite(solution.state.current.distribution.mean))
+    reached = np.asarray(ts <= solution.state.t)
+    assert np.all(np.isfinite(solution.mean[reached])) and np.all(np.isfinite(solution.std[reached]))
+    if unit > 1e-6:
+        np.testing.assert_allclose(solution.mean[-1], 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("nu", [3, 4])
+def test_an_innovation_without_variance_when_leaving_one_out(nu):
+    # A component that has decayed, and one whose equation has nothing to say before its kink.
+    kwargs = dict(factorisation=po.BlockDiagonal(), controller=po.IntegralController(1e-8, 1e-10))
+    kwargs |= dict(strategy=po.FixedIntervalSmoother(), calibration=po.LeaveOneOutCalibration())
+    decay = po.Solver(po.IWP(nu), po.TS1(po.ODE(lambda t, u, a: -a * u)), **kwargs)
+    ts, a = jnp.array([0.001, 0.5, 1.0]), jnp.array([1.0, 400.0])
+    solution = decay.solve(jnp.ones(2), 0.0, 1.0, args=a, save_at=ts)
+    np.testing.assert_allclose(solution.mean, np.exp(-ts[:, None] * a), rtol=1e-6, atol=1e-12)
+    assert_no_nan(solution)
+    kinks = po.Solver(po.IWP(nu), po.TS1(po.ODE(lambda t, u, c: jnp.sign(c - t) + 0 * u)), **kwargs)
+    solution = kinks.solve(jnp.zeros(2), 0.0, 1.0, args=jnp.array([0.3, 0.6]))
+    np.testing.assert_allclose(solution.mean[-1], [-0.4, 0.2], atol=1e-6)
+    assert_no_nan(solution)
+
+
+class Nothing(po.AbstractCalibration):
+    """Divides by the number of steps that it has been told of, which is none."""
+
+    def init(self, shape, dtype):
+        return jnp.zeros(shape, dtype)
+
+    def scale(self, innovation):
+        return innovation.unit
+
+    def update(self, statistics, whitened, informative):
+        return statistics
+
+    def finalise(self, statistics):
+        return statistics / statistics
+
+
+def test_a_calibration_that_ends_in_nothing():
+    solver = po.Solver(po.IWP(2), po.TS1(po.ODE(lambda t, u, args: -u)), calibration=Nothing())
+    assert solver.solve(1.0, 0.0, 1.0, throw=False).result == po.Result.nonfinite
+    assert solver.solve_grid(1.0, np.linspace(0, 1, 5)).result == po.Result.nonfinite
+
+
+CONFIGURATIONS = [
+    po.Solver(po.IWP(4), po.TS1(po.ODE(lotka_volterra)), strategy=po.FixedIntervalSmoother()),
+    *left_to_nox(
+        *[
+            po.Solver(po.IWP(nu), constraint, factorisation=factorisation, strategy=strategy, calibration=calibration)
+            for nu, constraint, factorisation, strategy, calibration in [
+                (2, po.TS0(po.ODE(lotka_volterra)), po.Isotropic(), po.FixedIntervalSmoother(), po.MLECalibration()),
+                (
+                    5,
+                    po.TS0(po.ODE(lotka_volterra), evaluations=2),
+                    po.BlockDiagonal(),
+                    po.FixedIntervalSmoother(),
+                    po.LeaveOneOutCalibration(),
+                ),
+                (3, po.TS1(po.ODE(lotka_volterra)), po.Dense(), po.FixedPointSmoother(), po.NoCalibration()),
+                (3, po.TS1(po.ODE(lotka_volterra)), po.Dense(), po.Filter(), po.DynamicCalibration(memory=0.5)),
+            ]
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, *left_to_nox(jnp.float32)], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("solver", CONFIGURATIONS, ids=parts)
+def test_everything_that_is_returned(solver, dtype):
+    u0 = jnp.array([20.0, 20.0], dtype)
+    for save_at in (po.SaveAt(t0=True, ts=[0.5, 1.5, 1.5], t1=True), po.SaveAt(t0=True, steps=True), None):
+        solution = solver.solve(u0, 0.0, 2.0, save_at=save_at)
+        assert solution.result == po.Result.successful
+        assert_no_nan(solution)
+        rest = solver.solve(jnp.array([10.0, 10.0], dtype), 0.0, 2.0, save_at=save_at)  # where nothing moves
+        np.testing.assert_allclose(rest.mean, 10, rtol=1e-6)
+        assert_no_nan(rest)
+    assert_no_nan(solver.solve_grid(u0, np.linspace(0, 2, 9)))
