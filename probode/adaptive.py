@@ -29,7 +29,7 @@ from .trajectory import Row
 # An error so far below the tolerance is followed by a step that is longer by half or more.
 _QUIET = 0.1
 # How many tolerances the mean may move beyond what the noise of a step explains, under a scale that does not follow.
-_SURPRISE = float(__import__("os").environ.get("SUR", "3"))
+_SURPRISE = 10.0
 
 
 class AdaptiveState(eqx.Module):

@@ -19,7 +19,7 @@ from .linalg import safe_norm
 
 # Errors of single steps add up: with this factor the error at the end lies near the tolerance (measured, see the
 # benchmark ``fuzz --stiff``).
-_SAFETY = 2.0
+_SAFETY = 5.0
 
 
 def rms_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
@@ -65,7 +65,7 @@ class LocalError(AbstractErrorEstimate):
     """What a step leaves wrong in ``(u, ..., u^(k-1))``, the initial values of an equation of order ``k``. The default.
 
     Where the linearisation is the whole derivative of the equation (``TS1`` or ``SLR1`` under ``Dense``, any residual):
-    ``2 s sqrt(diag(Cov(u | z))) + (2^(nu+1) - 1) |Q H^T (H Q H^T)^-1 r|``. The first term is the standard deviation of
+    ``5 s sqrt(diag(Cov(u | z))) + (2^(nu+1) - 1) |Q H^T (H Q H^T)^-1 r|``. The first term is the standard deviation of
     ``u`` after the step under its noise alone, as in ``StateError``: damped as the method is, so that stiff components
     at rest do not hold up the solve. In the second, ``r`` is the residual of the corrected mean at the end of the step,
     which the linearisation left out; what it does to ``u`` enters the derivatives too, and a polynomial of degree

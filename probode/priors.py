@@ -24,7 +24,8 @@ class AbstractPrior(eqx.Module):
     """A Gauss-Markov process on ``u`` and its first ``num_derivatives`` derivatives.
 
     ``differs_by_step``: whether it has a method ``at(t, us, problem, layout, args)`` for the prior of the step that
-    leaves the derivatives ``us``, ``(n, d)``, at ``t``.
+    leaves the derivatives ``us``, ``(n, d)``, at ``t``. ``is_polynomial``: whether the process goes on as its Taylor
+    polynomial but for noise; otherwise the first step is no longer than the two agree.
 
     >>> import probode
     >>> probode.IWP(2).num_derivatives, probode.IWP(2).differs_by_step
@@ -33,6 +34,7 @@ class AbstractPrior(eqx.Module):
 
     num_derivatives: eqx.AbstractVar[int]
     differs_by_step = False
+    is_polynomial = False
 
     @abstractmethod
     def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:
@@ -58,6 +60,7 @@ class IWP(AbstractPrior):
 
     num_derivatives: int = eqx.field(static=True)
     output_scale: PyTree[Float[Array, "..."]]
+    is_polynomial = True
 
     def __init__(self, num_derivatives: int, *, output_scale: PyTree = 1.0):
         self.num_derivatives = as_integer(num_derivatives, "IWP(num_derivatives)", 1)

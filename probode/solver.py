@@ -24,7 +24,7 @@ from .errors import AbstractErrorEstimate, LocalError, StateError
 from .factorisations import AbstractFactorisation, Dense, Layout
 from .gaussians import Normal, pad
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
-from .linalg import compiled
+from .linalg import compiled, detach
 from .loops import AbstractLoop, BoundedLoop
 from .observations import Observations
 from .priors import AbstractPrior
@@ -309,7 +309,8 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     resumed = isinstance(u0, AdaptiveState)
     state = adopt(parts, u0.current, args) if resumed else _state(solver, u0, t0, args, layout, request.data)
     if request.dt0 is None:
-        dt = u0.dt if resumed else first_step(control, state, t1 - t0, solver.constraint.order)
+        prior = solver.prior if state.prior is None else state.prior
+        dt = u0.dt if resumed else first_step(control, detach(state), detach(prior), t1 - t0, solver.constraint.order)
     else:
         dt = jnp.abs(request.dt0)
     if solver.controller.dt_min is not None:

@@ -16,9 +16,10 @@ from jaxtyping import Array, Float
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
-from .gaussians import Innovation, Update, batched, noise_mean, smoothing_weights
+from .gaussians import Innovation, Update, batched, noise_mean, push, smoothing_weights
 from .linalg import product, safe_divide
 from .loops import AbstractLoop
+from .priors import AbstractPrior
 from .progress import AbstractProgress
 from .steps import State, round_off
 
@@ -66,13 +67,16 @@ def sustained_share(num_derivatives: int, order: int) -> float:
     return float(growth ** (-1 / (num_derivatives + 1)))
 
 
-def first_step(control: Control, state: State, span: Float[Array, ""], order: int) -> Float[Array, ""]:
+def first_step(
+    control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], order: int
+) -> Float[Array, ""]:
     """A first step, in any unit of time, from the derivatives at hand, for an equation of that order.
 
     With ``c_k`` the size of ``u^(k) / k!`` against the tolerances, the first term that the Taylor polynomial leaves out
     is extrapolated geometrically, ``c_(nu+1) = c_nu^2 / c_(nu-1)``; its residual reaches the tolerance in a step that
     later ones can keep up with, or what is left of the last term kept. At most the time in which ``u`` changes by its
-    own size, and a fiftieth of the span: derivatives at one point do not know what happens elsewhere.
+    own size, and a fiftieth of the span: derivatives at one point do not know what happens elsewhere. A prior that
+    does not extrapolate by the polynomial, but returns to its mean, is followed no further than it agrees with it.
     """
     nu, (u0, *_) = state.layout.num_derivatives, (u := state.layout.unpack(state.distribution.mean))
     weight = _weight(control.controller, jnp.abs(u0))
@@ -80,14 +84,24 @@ def first_step(control: Control, state: State, span: Float[Array, ""], order: in
     c = [control.error.norm(safe_divide(u[k], weight) / math.factorial(k)) for k in range(nu + 1)]
     extrapolated = safe_divide(c[nu - 1] ** (1 / (nu + 1)), c[nu] ** (2 / (nu + 1)))
     kept = safe_divide(jnp.ones_like(c[nu]), c[nu] ** (1 / nu))
-    span = jnp.abs(span)
+    direction, span = jnp.where(span < 0, -1, 1), jnp.abs(span)
     term = jnp.maximum(extrapolated, kept)
     # The residual of the term h^(nu+1) is as many times larger.
     residual = math.comb(nu + 1, order) ** (1 / (nu + 1))
     term = term * sustained_share(nu, order) / residual
     candidates = jnp.stack([term, safe_divide(c[0], c[1])])
     dt = jnp.min(jnp.where((candidates > 0) & jnp.isfinite(candidates), candidates, span))
-    return jnp.minimum(dt, _FIRST_SHARE * span)
+    dt = jnp.minimum(dt, _FIRST_SHARE * span)
+    if prior.is_polynomial:
+        return dt
+
+    def forgets(dt):
+        matrix = prior.transition(direction * dt, state.layout).matrix
+        predicted = state.layout.unpack(push(state.distribution, matrix).mean)[0]
+        polynomial = sum((direction * dt) ** k / math.factorial(k) * u[k] for k in range(nu + 1))
+        return control.error.norm((predicted - polynomial) / weight) > 1
+
+    return lax.while_loop(lambda dt: forgets(dt) & (dt > 1e-12 * span), lambda dt: dt / 2, lax.stop_gradient(dt))
 
 
 def trusted(proposed: Float[Array, ""], dt: Float[Array, ""]) -> Float[Array, ""]:
