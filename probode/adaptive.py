@@ -18,7 +18,7 @@ from .gaussians import Conditional, Influence, carried
 from .linalg import detach
 from .loops import repeat
 from .progress import tell
-from .residuals import with_defects
+from .residuals import not_silent, scale_inside, with_defects
 from .solution import Result
 from .step_sizes import Control, error_norm, next_time, shortest_near_zero, surprise, trusted
 from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
@@ -203,23 +203,27 @@ def _stepping(parts, control, solve, t1, args):
         t1,
     )
 
-    def size_of_error(now, t, dt, attempted):
+    def measured(now, t, dt, attempted):
+        """The size of an attempt's error, and its innovation as far as it had to be looked at for that."""
+
         def size(innovation):
             return error_norm(control, layout, now, dt, attempted, innovation)
 
-        def seeing():
+        def seen(_):
             prior = parts.prior if attempted.prior is None else attempted.prior
             at = attempted.transition, attempted.equation, attempted.innovation
-            return size(with_defects(parts.constraint, prior, now.distribution, t, dt, *at, layout, args))
+            innovation = with_defects(parts.constraint, prior, now.distribution, t, dt, *at, layout, args)
+            return size(innovation), scale_inside(innovation, attempted.equation, layout)
 
+        unseen = jnp.zeros_like(attempted.innovation.scale)
         if not control.error.needs_defects:
-            return size(attempted.innovation)
+            return size(attempted.innovation), unseen
         if attempted.equation.whole:
-            return seeing()
+            return seen(None)
         # Where the field is frozen its evaluations are most of the cost; where the residual is as large as usual, the
         # step is no longer than its neighbours, and sees as much.
         blind = size(attempted.innovation)
-        return lax.cond(blind < _QUIET, seeing, lambda: blind)
+        return lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
 
     def running(solve):
         unfinished = (t1 - solve.t) * direction > 0
@@ -232,7 +236,8 @@ def _stepping(parts, control, solve, t1, args):
         dt = jnp.where(active, dt, direction)
 
         attempted = detach(attempting(detach(now.distribution), detach(t), detach(dt)))
-        norm = detach(size_of_error(detach(now), detach(t), detach(dt), attempted))
+        norm, inside = detach(measured(detach(now), detach(t), detach(dt), attempted))
+        attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, inside))
         length = jnp.abs(detach(dt))
         good, proposed, memory = control.controller.propose(length, norm, layout.num_derivatives + 1, solve.controller)
         finite = jnp.isfinite(norm)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from .factorisations import Layout
 from .gaussians import Innovation, Linearisation, Transition, noise_mean, posterior_noise, smoothing_weights
-from .linalg import safe_norm
+from .linalg import safe_norm, safe_sqrt
 
 
 # Errors of single steps add up: with this factor the error at the end lies near the tolerance (measured, see the
@@ -88,7 +88,7 @@ class LocalError(AbstractErrorEstimate):
     def estimate(self, dt, transition, equation, innovation, layout):
         scale = innovation.scale
         if innovation.inside is not None:
-            scale = jnp.maximum(scale, jnp.sqrt(jnp.mean(innovation.inside**2, axis=(-2, -1))))
+            scale = jnp.maximum(scale, safe_sqrt(jnp.mean(innovation.inside**2, axis=(-2, -1))))
         scale = scale[..., None, None]
         size = layout.identity().shape[-1]
         order = max(1, equation.matrix.shape[-1] // size - 1)

@@ -6,10 +6,12 @@ whether the solution does something there that neither end shows.
 """
 
 import dataclasses
+import functools as ft
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -26,7 +28,7 @@ from .gaussians import (
     push,
     smoothing_weights,
 )
-from .linalg import product, safe_divide, safe_norm, substitute
+from .linalg import product, safe_divide, safe_norm, safe_sqrt, substitute
 from .priors import AbstractPrior
 
 
@@ -117,3 +119,33 @@ def with_defects(
     defects = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))
     return dataclasses.replace(innovation, inside=defects[0], remainder=defects[1])
 
+
+
+def scale_inside(innovation: Innovation, equation: Linearisation, layout: Layout) -> Float[Array, "*batch"]:
+    """The local scale that explains the residual of the corrected mean inside the step, given the one at its end."""
+    order = max(1, equation.matrix.shape[-1] // layout.identity().shape[-1] - 1)
+    share = _std_inside(max(0, layout.num_derivatives - order))
+    return safe_sqrt(jnp.mean(innovation.inside**2, axis=(-2, -1))) / share
+
+
+@ft.cache
+def _std_inside(m: int) -> float:
+    """Standard deviation of an ``m`` times integrated Wiener process at ``INSIDE``, given that at 1, over that at 1.
+
+    Its covariance is ``int_0^min(s,t) ((s - x) (t - x))^m dx / m!^2``; the bridge has ``C(s,s) - C(s,1)^2 / C(1,1)``.
+    """
+    here = np.poly1d([-1, INSIDE]) ** m
+    both = (here * np.poly1d([-1, 1]) ** m).integ()(INSIDE)
+    own, whole = INSIDE ** (2 * m + 1) / (2 * m + 1), 1 / (2 * m + 1)
+    return float(np.sqrt((own - both**2 / whole) / whole))
+
+
+def not_silent(innovation: Innovation, inside: Float[Array, "*batch"]) -> Innovation:
+    """The innovation with the scale found inside the step where the residual at its end vanished.
+
+    The polynomial of the prediction may satisfy an equation by accident, as that of ``u' = v`` in the first step from
+    exact derivatives, where ``v`` itself is wrong: a scale of round-off would call such a component exact.
+    """
+    silent = jnp.all(innovation.whitened == 0, axis=(-2, -1))
+    scale = jnp.where(silent, jnp.maximum(innovation.scale, inside), innovation.scale)
+    return dataclasses.replace(innovation, scale=scale)
