@@ -62,8 +62,9 @@ def is_finite(tree: PyTree) -> Bool[Array, ""]:
 
 def is_usable(state: State) -> Bool[Array, ""]:
     """Whether the state and what is told of it are real numbers. (Statistics are the calibration's own business, and
-    data that cannot be are told by their evidence.)"""
-    return is_finite((state.distribution, state.output_scale, state.evidence))
+    data that cannot be are told by their evidence. An algebra of a factorisation's own need not know the evidence.)"""
+    evidence = None if state.layout.factorisation.own_algebra else state.evidence
+    return is_finite((state.distribution, state.output_scale, evidence))
 
 
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:

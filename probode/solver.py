@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from . import describe, inputs
-from .adaptive import AdaptiveState, begin, is_finite, row_of, solve_keeping_steps, solve_keeping_times
+from .adaptive import AdaptiveState, begin, is_finite, is_usable, row_of, solve_keeping_steps, solve_keeping_times
 from .answers import Keep, answer
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
@@ -206,7 +206,7 @@ class Solver(eqx.Module):
 def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
     """``u0`` as a tuple of derivatives (or the state that it is), and the layout of its state."""
     problem, nu = solver.constraint.problem, solver.prior.num_derivatives
-    return inputs.initial_value(u0, problem, nu, solver.factorisation, solver.controller)
+    return inputs.initial_value(u0, problem, nu, solver.factorisation, solver.controller, solver.calibration)
 
 
 def _certain_part(solver, u0):
@@ -358,7 +358,7 @@ def _solve_grid(solver, u0, directions, grid, args, layout, data):
     first = row_of(state, nothing_of_the_past(parts, remember(state.distribution), state, args), influence=none)
     final, rows = lax.scan(body, state, grid[1:])
     rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
-    finite = is_finite((rows.distribution, rows.output_scale, final.evidence))
+    finite = is_usable(final) & is_finite((rows.distribution, rows.output_scale))
     result = Result.where(finite, Result.successful, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)

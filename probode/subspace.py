@@ -42,7 +42,7 @@ from .linalg import safe_divide, safe_norm, safe_sqrt, triangularise
 from .priors import IWP, AbstractPrior
 from .problems import ODE, flat_field
 from .steps import Attempt, Step, without_round_off
-from .strategies import AbstractStrategy, Filter
+from .strategies import AbstractStrategy
 
 
 class Subspace(AbstractFactorisation):
@@ -164,7 +164,7 @@ class Subspace(AbstractFactorisation):
         need(constraint.order == 1, constraint.problem, "write the equation as one of order one")
         jacobian = constraint.problem.jacobian
         need(isinstance(jacobian, ExactJacobian), jacobian, "it takes exact products by itself, so leave jacobian out")
-        need(isinstance(strategy, Filter), strategy, "it cannot smooth, so use strategy=Filter()")
+        need(not strategy.smooths, strategy, "it cannot smooth, so use strategy=Filter()")
         plain = not (calibration.leaves_one_out or calibration.relinearise or calibration.memory)
         need(plain, calibration, "use DynamicCalibration(), MLECalibration() or NoCalibration()")
         need(isinstance(error, StateError), error, "use error=StateError()")
