@@ -19,7 +19,7 @@ from .linalg import detach
 from .loops import repeat
 from .progress import tell
 from .solution import Result
-from .step_sizes import Control, error_norm, next_time, shortest_near_zero
+from .step_sizes import Control, error_norm, next_time, shortest_near_zero, tolerance_in_range
 from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
@@ -245,6 +245,7 @@ def _stepping(parts, control, solve, t1, args):
         proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))
         # What was asked for, too: the length of the shortest step is rounded to one between two times.
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= floor)
+        tiny = good & ~tolerance_in_range(control, detach(layout.unpack(attempted.mean)[0]))
         failure = Result.where(finite, Result.step_size_too_small, Result.nonfinite)
         new = AdaptiveState(
             current,
@@ -252,7 +253,7 @@ def _stepping(parts, control, solve, t1, args):
             _choose(active & fine, lax.stop_gradient(memory), solve.controller),
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
-            Result.where(stuck, failure, solve.result),
+            Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
         )
         if control.progress is not None:
             tell(control.progress, _share(now.t, t0, t1), jnp.where(running(new), _share(current.t, t0, t1), 1))

@@ -47,6 +47,11 @@ class Result(eqx.Enumeration):
         "The solution may be singular there: shorten the interval, loosen the tolerances, lower dt_min, use float64, "
         "or name the times at which the equation jumps with stop_at."
     )
+    tolerance_out_of_range = (
+        "The solve stopped because what rtol and atol allow for a component, or on a grid the eighth digit of all, "
+        "became so small that the squares of such errors are no numbers (1e-148 in float64, 1e-35 in float32). Choose "
+        "other units, or a larger atol."
+    )
 
 
 class SaveAt(eqx.Module):

@@ -30,7 +30,7 @@ from .observations import Observations
 from .priors import AbstractPrior
 from .progress import AbstractProgress
 from .solution import Result, SaveAt, Solution, raise_unless_successful
-from .step_sizes import Control, first_step
+from .step_sizes import Control, first_step, smallest_error
 from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start
@@ -359,7 +359,10 @@ def _solve_grid(solver, u0, directions, grid, args, layout, data):
     final, rows = lax.scan(body, state, grid[1:])
     rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
     finite = is_usable(final) & is_finite((rows.distribution, rows.output_scale))
-    result = Result.where(finite, Result.successful, Result.nonfinite)
+    sizes = jnp.max(jnp.abs(jax.vmap(lambda mean: layout.unpack(mean)[0])(rows.distribution.mean)), axis=1)
+    tiny = jnp.any((sizes > 0) & (sizes < 1e8 * smallest_error(layout.dtype)))
+    result = Result.where(tiny, Result.tolerance_out_of_range, Result.successful)
+    result = Result.where(finite, result, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
     keep = Keep(t0=True, ts=False, steps=True, t1=False, dense=True)
