@@ -20,7 +20,7 @@ from .loops import repeat
 from .progress import tell
 from .residuals import not_silent, scale_inside, with_defects
 from .solution import Result
-from .step_sizes import Control, error_norm, next_time, shortest_near_zero, surprise, trusted
+from .step_sizes import Control, error_norm, next_time, shortest_near_zero, surprise, tolerance_in_range, trusted
 from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
@@ -69,8 +69,9 @@ def is_finite(tree: PyTree) -> Bool[Array, ""]:
 
 def is_usable(state: State) -> Bool[Array, ""]:
     """Whether the state and what is told of it are real numbers. (Statistics are the calibration's own business, and
-    data that cannot be are told by their evidence.)"""
-    return is_finite((state.distribution, state.output_scale, state.evidence))
+    data that cannot be are told by their evidence. An algebra of a factorisation's own need not know the evidence.)"""
+    evidence = None if state.layout.factorisation.own_algebra else state.evidence
+    return is_finite((state.distribution, state.output_scale, evidence))
 
 
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
@@ -281,13 +282,14 @@ def _stepping(parts, control, solve, t1, args):
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= floor)
         failure = Result.where(likely, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
+        tiny = good & ~tolerance_in_range(control, detach(layout.unpack(attempted.mean)[0]))
         new = AdaptiveState(
             current,
             proposed,
             _choose(active & fine & likely, lax.stop_gradient(memory), solve.controller),
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
-            Result.where(stuck, failure, solve.result),
+            Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
         )
         if control.progress is not None:
             tell(control.progress, _share(now.t, t0, t1), jnp.where(running(new), _share(current.t, t0, t1), 1))

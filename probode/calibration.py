@@ -63,7 +63,8 @@ class AbstractCalibration(eqx.Module):
     covariance. ``memory``: not zero if the scale depends on ``innovation.last``. ``is_local``: whether
     ``scale`` follows ``innovation.scale``, so that the noise of a step explains its residual; otherwise steps whose
     residual it does not explain are refused. ``leaves_one_out``: whether it has a method ``leave_one_out`` for solves
-    that keep their steps.
+    that keep their steps. ``rescales``: whether ``finalise`` returns a factor. It would also scale what a user knows,
+    as the noise of data: data and an uncertain ``u0`` are then refused.
 
     >>> import probode
     >>> probode.NoCalibration().finalise(None) is None  # all covariances stay as they are
@@ -74,6 +75,13 @@ class AbstractCalibration(eqx.Module):
     memory = 0.0
     is_local = False
     leaves_one_out = False
+
+    @property
+    def rescales(self) -> bool:
+        """Whether all covariances are multiplied by a factor when the solve has ended."""
+        # Asked of the method itself, so that no class can forget to declare it. Nothing is computed.
+        dtype = jnp.zeros(()).dtype
+        return eqx.filter_eval_shape(lambda part: part.finalise(part.init((), dtype)), self) is not None
 
     @abstractmethod
     def init(self, shape: tuple[int, ...], dtype) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .adaptive import AdaptiveState
-from .calibration import AbstractCalibration, LeaveOneOutCalibration, MLECalibration
+from .calibration import AbstractCalibration
 from .checks import as_float, as_scalar, is_traced, require
 from .controllers import AbstractController
 from .factorisations import AbstractFactorisation, Layout, layout_of
@@ -23,7 +23,7 @@ from .observations import Observations
 from .problems import AbstractProblem
 from .solution import SaveAt, Solution
 from .steps import State
-from .strategies import AbstractStrategy, FixedPointSmoother
+from .strategies import AbstractStrategy
 from .uncertain import UncertainEnd
 
 
@@ -38,10 +38,11 @@ def initial_value(
     num_derivatives: int,
     factorisation: AbstractFactorisation,
     controller: AbstractController,
+    calibration: AbstractCalibration,
 ) -> tuple[Any, Layout]:
     """``u0`` as a tuple ``(u, ..., u^(k-1))``, an ``InitialState`` or an ``AdaptiveState``, and its layout."""
     if isinstance(u0, AdaptiveState):
-        _check_resumed(u0, num_derivatives, factorisation, controller)
+        _check_resumed(u0, num_derivatives, factorisation, controller, calibration)
         return u0, u0.current.layout
     if isinstance(u0, Solution):
         raise TypeError("u0 is a Solution: pass its .state to go on from where it ended.")
@@ -112,7 +113,7 @@ def require_observations(data: Any) -> None:
 def check_data(data: Any, calibration: AbstractCalibration, certain_start: bool) -> None:
     """Raises where data have no place in a solve."""
     require_observations(data)
-    if isinstance(calibration, (MLECalibration, LeaveOneOutCalibration)):
+    if calibration.rescales:
         raise ValueError(
             f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also what was learnt "
             "from data with a noise that you know. Use NoCalibration() or DynamicCalibration()."
@@ -153,9 +154,9 @@ def stopping_at(controller: AbstractController, ts) -> AbstractController:
 
 def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:
     """Dense output needs the steps, which a smoother for fixed points does not keep."""
-    if save_at.dense and isinstance(strategy, FixedPointSmoother):
+    if save_at.dense and strategy.smooths and not strategy.keeps_steps:
         raise ValueError(
-            "SaveAt(dense=True) keeps every step, FixedPointSmoother() only the times asked for: "
+            f"SaveAt(dense=True) keeps every step, {type(strategy).__name__}() only the times asked for: "
             "use strategy=FixedIntervalSmoother()."
         )
 
@@ -197,7 +198,7 @@ def _check_initial_state(u0, layout):
         )
 
 
-def _check_resumed(u0, num_derivatives, factorisation, controller):
+def _check_resumed(u0, num_derivatives, factorisation, controller, calibration):
     layout = u0.current.layout
     if layout.num_derivatives != num_derivatives:
         raise ValueError(
@@ -211,3 +212,11 @@ def _check_resumed(u0, num_derivatives, factorisation, controller):
         )
     if jax.tree.structure(u0.controller) != jax.tree.structure(controller.init(layout.dtype)):
         raise ValueError("The state to go on from was made with another kind of controller than this solver's.")
+    collected = eqx.filter_eval_shape(lambda c: c.init(layout.batch_shape, layout.dtype), calibration)
+    shapes = (jax.tree.structure(collected), [x.shape for x in jax.tree.leaves(collected)])
+    statistics = u0.current.statistics
+    if shapes != (jax.tree.structure(statistics), [jnp.shape(x) for x in jax.tree.leaves(statistics)]):
+        raise ValueError(
+            "The state to go on from was made with a calibration that collects other statistics than this solver's, "
+            f"{type(calibration).__name__}()."
+        )

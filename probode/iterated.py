@@ -20,7 +20,6 @@ from .linalg import compiled, safe_divide
 from .observations import Observations
 from .solution import Solution
 from .solver import Solver
-from .strategies import FixedIntervalSmoother
 
 
 class Along(AbstractConstraint):
@@ -81,7 +80,7 @@ def solve_grid_iterated(
     >>> bool(solution.stats["last_move"] < 1e-8)
     True
     """
-    if not isinstance(solver.strategy, FixedIntervalSmoother):
+    if not (solver.strategy.smooths and solver.strategy.keeps_steps):
         raise ValueError(
             "solve_grid_iterated iterates a smoother: pass a Solver with strategy=FixedIntervalSmoother()."
         )

@@ -52,6 +52,11 @@ class Result(eqx.Enumeration):
         "is far rougher in some places than in others, and the mean would be lost. Use DynamicCalibration(), whose "
         "scale follows, name the times of jumps with stop_at, or tighten the tolerances."
     )
+    tolerance_out_of_range = (
+        "The solve stopped because what rtol and atol allow for a component, or on a grid the eighth digit of all, "
+        "became so small that the squares of such errors are no numbers (1e-148 in float64, 1e-35 in float32). Choose "
+        "other units, or a larger atol."
+    )
 
 
 class SaveAt(eqx.Module):

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from . import describe, inputs
-from .adaptive import AdaptiveState, begin, is_finite, row_of, solve_keeping_steps, solve_keeping_times
+from .adaptive import AdaptiveState, begin, is_finite, is_usable, row_of, solve_keeping_steps, solve_keeping_times
 from .answers import Keep, answer
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
@@ -30,7 +30,7 @@ from .observations import Observations
 from .priors import AbstractPrior
 from .progress import AbstractProgress
 from .solution import Result, SaveAt, Solution, raise_unless_successful
-from .step_sizes import Control, first_step
+from .step_sizes import Control, first_step, smallest_error
 from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start
@@ -205,7 +205,7 @@ class Solver(eqx.Module):
 def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
     """``u0`` as a tuple of derivatives (or the state that it is), and the layout of its state."""
     problem, nu = solver.constraint.problem, solver.prior.num_derivatives
-    return inputs.initial_value(u0, problem, nu, solver.factorisation, solver.controller)
+    return inputs.initial_value(u0, problem, nu, solver.factorisation, solver.controller, solver.calibration)
 
 
 def _certain_part(solver, u0):
@@ -358,8 +358,11 @@ def _solve_grid(solver, u0, directions, grid, args, layout, data):
     first = row_of(state, nothing_of_the_past(parts, remember(state.distribution), state, args), influence=none)
     final, rows = lax.scan(body, state, grid[1:])
     rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
-    finite = is_finite((rows.distribution, rows.output_scale, final.evidence))
-    result = Result.where(finite, Result.successful, Result.nonfinite)
+    finite = is_usable(final) & is_finite((rows.distribution, rows.output_scale))
+    sizes = jnp.max(jnp.abs(jax.vmap(lambda mean: layout.unpack(mean)[0])(rows.distribution.mean)), axis=1)
+    tiny = jnp.any((sizes > 0) & (sizes < 1e8 * smallest_error(layout.dtype)))
+    result = Result.where(tiny, Result.tolerance_out_of_range, Result.successful)
+    result = Result.where(finite, result, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
     keep = Keep(t0=True, ts=False, steps=True, t1=False, dense=True)

@@ -8,6 +8,7 @@ them in the elimination that it needs anyway. The chain of kept states is smooth
 from abc import abstractmethod
 
 import equinox as eqx
+import jax.numpy as jnp
 
 from .gaussians import Conditional, Normal, identity
 
@@ -16,6 +17,7 @@ class AbstractStrategy(eqx.Module):
     """Which states are kept, and what of them is carried along.
 
     ``keeps_steps``: whether every accepted step is kept, and can be evaluated in between, or just the times asked for.
+    ``smooths``: whether it remembers anything, so that later times have a say in earlier ones.
 
     >>> import probode
     >>> [part.keeps_steps for part in (probode.Filter(), probode.FixedPointSmoother(), probode.FixedIntervalSmoother())]
@@ -23,6 +25,13 @@ class AbstractStrategy(eqx.Module):
     """
 
     keeps_steps: eqx.AbstractClassVar[bool]
+
+    @property
+    def smooths(self) -> bool:
+        """Whether each time is estimated from the whole solve, or from the past alone."""
+        # Asked of the method itself, so that no class can forget to declare it. Nothing is computed.
+        kept = Normal(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
+        return eqx.filter_eval_shape(lambda strategy: strategy.remember(kept), self) is not None
 
     @abstractmethod
     def remember(self, kept: Normal) -> Conditional | None:

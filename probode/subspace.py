@@ -43,7 +43,7 @@ from .priors import IWP, AbstractPrior
 from .problems import ODE, flat_field
 from .residuals import without_round_off
 from .steps import Attempt, Step
-from .strategies import AbstractStrategy, Filter
+from .strategies import AbstractStrategy
 
 
 class Subspace(AbstractFactorisation):
@@ -165,7 +165,7 @@ class Subspace(AbstractFactorisation):
         need(constraint.order == 1, constraint.problem, "write the equation as one of order one")
         jacobian = constraint.problem.jacobian
         need(isinstance(jacobian, ExactJacobian), jacobian, "it takes exact products by itself, so leave jacobian out")
-        need(isinstance(strategy, Filter), strategy, "it cannot smooth, so use strategy=Filter()")
+        need(not strategy.smooths, strategy, "it cannot smooth, so use strategy=Filter()")
         plain = not (calibration.leaves_one_out or calibration.relinearise or calibration.memory)
         need(plain, calibration, "use DynamicCalibration(), MLECalibration() or NoCalibration()")
         need(isinstance(error, StateError), error, "use error=StateError()")

@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from .calibration import LeaveOneOutCalibration, MLECalibration
+from .calibration import AbstractCalibration
 from .checks import as_float
 from .factorisations import AbstractFactorisation
 from .gaussians import Normal, square
@@ -52,9 +52,9 @@ def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
     return jax.vmap(unravel)(factor)
 
 
-def check_uncertain(factorisation: AbstractFactorisation, calibration: Any, size: int) -> None:
+def check_uncertain(factorisation: AbstractFactorisation, calibration: AbstractCalibration, size: int) -> None:
     """Raises where an uncertain initial value has no place."""
-    if isinstance(calibration, (MLECalibration, LeaveOneOutCalibration)):
+    if calibration.rescales:
         raise ValueError(
             f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also that of an "
             "uncertain u0, which you know. Use DynamicCalibration() or NoCalibration()."

@@ -242,6 +242,12 @@ CASES = [
         ValueError,
         "state.*(Dense|Isotropic)",
     ),
+    (
+        "resume-another-calibration",
+        lambda: solve(solution().state, 1.0, 2.0, calibration=po.MLECalibration()),
+        ValueError,
+        r"state.*statistics.*MLECalibration\(\)",
+    ),
     ("solve-a-step-state", lambda: solve(solver().init(U, 0.0)), TypeError, "state of init or step.*Solution.state"),
     ("grid-from-a-running-solve", lambda: solver().solve_grid(solution().state, [1.0, 2.0]), ValueError, "solve_grid"),
     ("step-of-u0", lambda: solver().step(U, 0.1), TypeError, "init"),

@@ -41,3 +41,29 @@ def test_a_calibration_that_collects_statistics(factorisation):
     np.testing.assert_allclose(calibrated.std, plain.std * jnp.sqrt(0.0428314233992825), rtol=1e-12)
     # whatever the prior's own scale, the calibrated uncertainty is the same
     np.testing.assert_allclose(solve(MaximumLikelihood(), 7.0).std, calibrated.std, rtol=1e-11)
+
+
+@pytest.mark.parametrize("factorisation", first_of(po.Dense(), po.BlockDiagonal()), ids=name)
+def test_one_that_rescales_has_no_place_beside_what_is_known(factorisation):
+    # It would scale the noise of data, and the spread of an uncertain start, by what it has found.
+    def solver(calibration):
+        constraint = po.TS1(po.ODE(lambda t, u, args: -u))
+        return po.Solver(po.IWP(3), constraint, calibration=calibration, factorisation=factorisation)
+
+    assert [c.rescales for c in (po.NoCalibration(), po.DynamicCalibration())] == [False, False]
+    data = po.Observations(jnp.array([0.5, 1.0]), jnp.array([0.6, 0.37]), 0.1, observe=lambda t, u, args: u)
+    known = solver(po.NoCalibration())
+    learnt = known.solve(known.initialise(po.Normal(1.0, 0.3), 0.0), 0.0, 1.0, data=data)
+    # u(1) = u0 exp(-1), with the precision of the start and of both data.
+    precision = 0.3**-2 + (np.exp(-0.5) / 0.1) ** 2 + (np.exp(-1) / 0.1) ** 2
+    np.testing.assert_allclose(learnt.std[-1], np.exp(-1) / np.sqrt(precision), rtol=1e-2)
+    for calibration in (MaximumLikelihood(), po.MLECalibration(), po.LeaveOneOutCalibration()):
+        assert calibration.rescales
+        refused = solver(calibration)
+        start = refused.initialise(po.Normal(1.0, 0.3), 0.0)
+        with pytest.raises(ValueError, match="rescales all covariances"):
+            refused.solve(start, 0.0, 1.0, data=data)
+        with pytest.raises(ValueError, match="rescales all covariances"):
+            refused.solve_grid(start, np.linspace(0, 1, 5), data=data)
+        with pytest.raises(ValueError, match="rescales all covariances"):
+            refused.solve(po.Normal(1.0, 0.3), 0.0, 1.0)
