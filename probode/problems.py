@@ -172,7 +172,8 @@ class Residual(AbstractProblem):
     def first_order(self, t, us, layout, args):
         us = us[: self.order + 1]
         value, jacobian = self.jacobian.evaluate(flat_residual(self, layout, args), t, us, layout, args)
-        return _linearisation([layout.project(block) for block in jacobian], value, layout, block=None, whole=_is_whole(layout))
+        blocks = [layout.project(block) for block in jacobian]
+        return _linearisation(blocks, value, layout, block=None, whole=_is_whole(layout))
 
 
 class _Lifted(eqx.Module):

@@ -66,9 +66,7 @@ def terms(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Flo
     return batched(product)(jnp.abs(equation.matrix), jnp.abs(mean[..., :p, :]))
 
 
-def with_floor(
-    innovation: Innovation, equation: Linearisation, mean: Float[Array, "*batch dim cols"]
-) -> Innovation:
+def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Innovation:
     """The innovation with a local scale no smaller than what explains the round-off of the residual.
 
     A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, and what
@@ -118,7 +116,6 @@ def with_defects(
     times, means = jnp.stack([time_inside, t]), jnp.stack([mean_inside, corrected])
     defects = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))
     return dataclasses.replace(innovation, inside=defects[0], remainder=defects[1])
-
 
 
 def scale_inside(innovation: Innovation, equation: Linearisation, layout: Layout) -> Float[Array, "*batch"]:

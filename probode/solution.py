@@ -48,9 +48,9 @@ class Result(eqx.Enumeration):
         "or name the times at which the equation jumps with stop_at."
     )
     scale_mismatch = (
-        "The solve stopped because the output scale does not explain the residuals: the equation jumps, or the solution "
-        "is far rougher in some places than in others, and the mean would be lost. Use DynamicCalibration(), whose "
-        "scale follows, name the times of jumps with stop_at, or tighten the tolerances."
+        "The solve stopped because the output scale does not explain the residuals: the equation jumps, or the "
+        "solution is far rougher in some places than in others, and the mean would be lost. Use DynamicCalibration(), "
+        "whose scale follows, name the times of jumps with stop_at, or tighten the tolerances."
     )
     tolerance_out_of_range = (
         "The solve stopped because what rtol and atol allow for a component, or on a grid the eighth digit of all, "

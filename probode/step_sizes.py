@@ -175,9 +175,9 @@ def surprise(control: Control, layout: Layout, now: State, attempted: Any, updat
     The error estimates look at the noise of a step alone, as if the state before were known. Where the prior's scale
     does not follow the residuals, a residual that it does not expect is explained by moving the past instead.
     """
-    equation, innovation = attempted.equation, attempted.innovation
-    explained = noise_mean(attempted.transition.noise, smoothing_weights(equation, innovation.factor, innovation.whitened))
-    influence = update.influence
+    innovation, influence = attempted.innovation, update.influence
+    weights = smoothing_weights(attempted.equation, innovation.factor, innovation.whitened)
+    explained = noise_mean(attempted.transition.noise, weights)
     moved = batched(lambda gain, z: product(gain.T, z))(influence.gain, influence.whitened)
     beyond = layout.unpack(moved - explained)[:1]
     return _against_tolerances(control, layout, now.distribution.mean, attempted.mean, beyond)
