@@ -76,11 +76,11 @@ class Linearisation(eqx.Module):
     ``matrix`` is ``H`` on the leading rows of the state, ``(*batch, m, p)`` with ``p <= dim``; ``residual`` is ``z`` at
     the point, ``(*batch, m, cols)``. ``block = k`` says that ``H`` is the identity on the ``k``-th derivative and ends
     with it: ``z`` can replace that derivative as a coordinate of the state, which is fast. ``None`` promises nothing.
-    ``whole``: whether ``matrix`` is the whole derivative of ``z``, so that what it leaves out is of second order; not so
-    where the field is frozen, or of its Jacobian only the diagonal is kept. ``noise``: right square root of the
-    covariance of what ``z`` is off by, ``(*batch, rows, m)``, where the equation is not exact; then ``block`` is
-    ``None``. ``left``: right square root of the covariance of ``u`` given the equation
-    under the noise of the step alone, ``(rows, k)``, from a factorisation with an algebra of its own.
+    ``noise``: right square root of the covariance of what ``z`` is off by, ``(*batch, rows, m)``, where the equation is
+    not exact; then ``block`` is ``None``. ``left``: right square root of the covariance of ``u`` given the equation
+    under the noise of the step alone, ``(rows, k)``, from a factorisation with an algebra of its own. ``whole``:
+    whether ``matrix`` is the whole derivative of ``z``, so that what it leaves out is of second order; it is not where
+    the field is frozen, or only the diagonal of its Jacobian is kept.
     """
 
     matrix: Float[Array, "*batch m p"]
