@@ -15,6 +15,15 @@ from .solution import Solution
 from .trajectory import Row, column, evaluate, rescale, trajectory
 
 
+def _steps(rows, reached, max_steps):
+    """The rows of all steps, padded with the last one; where a state has started anew, that one."""
+    if rows.anew is None:
+        return jnp.arange(1, reached.size)
+    replaced = jnp.append(rows.anew[1:], False)
+    ends = (reached & ~replaced)[1:]
+    return 1 + jnp.nonzero(ends, size=max_steps, fill_value=jnp.sum(reached) - 2)[0]
+
+
 class Keep(eqx.Module):
     """What to keep of a solve, known at compile time."""
 
@@ -59,7 +68,7 @@ def answer(
     if keep.ts:
         kept.append((ts, *evaluate(path, ts)))
     elif keep.steps:
-        kept.append(jax.vmap(row)(jnp.arange(1, reached.size)))
+        kept.append(jax.vmap(row)(_steps(rows, reached, loop.max_steps)))
     if keep.t1 and not keep.steps:
         kept.append(jax.tree.map(lambda x: x[None], row(path.last)))
     t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)

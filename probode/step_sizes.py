@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
+from .initialisation import AbstractInitialisation
 from .linalg import safe_divide
 from .loops import AbstractLoop
 from .progress import AbstractProgress
@@ -25,14 +26,23 @@ from .steps import State, round_off
 class Control(eqx.Module):
     """The parts of a solver that choose the steps, and who is told how far they got.
 
-    ``in_two``: whether two equal steps go to a time that must be hit, not a whole one and what is left.
+    ``initialisation``: how derivatives start anew at the controller's ``stop_at``. ``through``: further times that must
+    be hit, at which nothing happens to the equation: those of data. ``in_two``: whether two equal steps go to a time
+    that must be hit, not a whole one and what is left.
     """
 
     error: AbstractErrorEstimate
     controller: AbstractController
     loop: AbstractLoop
+    initialisation: AbstractInitialisation
     progress: AbstractProgress | None = None
+    through: Float[Array, " times"] | None = None
     in_two: bool = eqx.field(static=True, default=False)
+
+    def stops(self, dtype) -> Float[Array, " times"] | None:
+        """The times at which the equation may jump, if there are any."""
+        stops = self.controller.stop_at
+        return None if stops is None else stops.astype(dtype)
 
 
 @functools.cache
@@ -83,6 +93,29 @@ def first_step(control: Control, state: State, span: Float[Array, ""], order: in
     return jnp.minimum(dt, span)
 
 
+def bounded_step(control: Control, dt: Float[Array, ""]) -> Float[Array, ""]:
+    """A first step within the bounds of the controller."""
+    if control.controller.dt_min is not None:
+        dt = jnp.maximum(dt, control.controller.dt_min.astype(dt.dtype))
+    if control.controller.dt_max is not None:
+        dt = jnp.minimum(dt, control.controller.dt_max.astype(dt.dtype))
+    return dt
+
+
+def indistinguishable(t: Float[Array, ""], span: Float[Array, ""]) -> Float[Array, ""]:
+    """How far apart times near ``t`` may be and still be the same, in an interval of that length."""
+    return jnp.maximum(round_off(t), round_off(span) * 1e-3)
+
+
+def nearest(
+    hits: Float[Array, " times"], t: Float[Array, ""], t1: Float[Array, ""], direction: Array, noise: Array
+) -> Float[Array, ""]:
+    """The first of the times behind ``t`` that a step must not cross, or ``t1``."""
+    distance = (hits - t) * direction
+    usable = (distance > noise) & ((t1 - hits) * direction > noise)
+    return jnp.where(jnp.any(usable), hits[jnp.argmin(jnp.where(usable, distance, jnp.inf))], t1)
+
+
 def next_time(
     control: Control, t: Array, dt: Array, t1: Array, direction: Array, t0: Array
 ) -> tuple[Array, Array, Array, Array]:
@@ -91,14 +124,9 @@ def next_time(
     The step reaches for the next time that must be hit; it is stretched, never followed by a sliver of round-off.
     """
     controller = control.controller
-    noise = jnp.maximum(round_off(t), round_off(t1 - t0) * 1e-3)
-    ahead = t1
-    if controller.stop_at is not None:
-        stops = controller.stop_at.astype(t.dtype)
-        distance = (stops - t) * direction
-        usable = (distance > noise) & ((t1 - stops) * direction > noise)
-        nearest = stops[jnp.argmin(jnp.where(usable, distance, jnp.inf))]
-        ahead = jnp.where(jnp.any(usable), nearest, t1)
+    noise = indistinguishable(t, t1 - t0)
+    hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.through) if x is not None]
+    ahead = nearest(jnp.concatenate(hits), t, t1, direction, noise) if hits else t1
     room = (ahead - t) * direction
     floor = noise if controller.dt_min is None else jnp.maximum(noise, controller.dt_min.astype(t.dtype))
     to_the_end = dt >= room - noise

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .calibration import AbstractCalibration, Evidence
 from .checks import as_integer
@@ -195,10 +195,19 @@ def nothing_of_the_past(parts: Step, past: Conditional | None, state: State, arg
 
 
 def attempt(
-    parts: Step, distribution: Normal, t: Float[Array, ""], dt: Float[Array, ""], layout: Layout, args: PyTree
+    parts: Step,
+    distribution: Normal,
+    t: Float[Array, ""],
+    dt: Float[Array, ""],
+    layout: Layout,
+    args: PyTree,
+    since: Float[Array, ""] | None = None,
 ) -> Attempt:
-    """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation."""
-    prior = own_prior(parts, t - dt, distribution, layout, args)
+    """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation.
+
+    ``since``: the time at which the step starts, where it matters on which side of it.
+    """
+    prior = own_prior(parts, t - dt if since is None else since, distribution, layout, args)
     transition = (parts.prior if prior is None else prior).transition(dt, layout)
     predicted = push(distribution, transition.matrix)
     if layout.factorisation.own_algebra:
@@ -210,13 +219,26 @@ def attempt(
 
 
 def accept(
-    parts: Step, state: State, t: Float[Array, ""], attempted: Attempt, past: Conditional | None, args: PyTree
+    parts: Step,
+    state: State,
+    t: Float[Array, ""],
+    attempted: Attempt,
+    past: Conditional | None,
+    args: PyTree,
+    seen_at: Float[Array, ""] | None = None,
+    anew: Bool[Array, ""] | None = None,
 ) -> tuple[State, Update]:
-    """Condition the prediction on the equation: the state at ``t``, and what has led to it."""
-    last = jnp.where(state.evidence.number > 0, state.output_scale * attempted.innovation.unit, 0)
+    """Condition the prediction on the equation: the state at ``t``, and what has led to it.
+
+    ``seen_at``: the time of the equation, where it matters on which side of ``t``; ``anew``: whether the last step's
+    scale is to be forgotten, since it belongs to what was before a jump.
+    """
+    remembered = state.evidence.number > 0 if anew is None else (state.evidence.number > 0) & ~anew
+    last = jnp.where(remembered, state.output_scale * attempted.innovation.unit, 0)
     scale = parts.calibration.scale(dataclasses.replace(attempted.innovation, last=last))
     if attempted.update is None:
-        update, equation, before = _conditioned(parts, state, t, attempted, scale, past, args)
+        at = t if seen_at is None else seen_at
+        update, equation, before = _conditioned(parts, state, at, attempted, scale, past, args)
     else:
         update, equation = attempted.update, attempted.equation
     whitened, counts = update.influence.whitened, _informative(equation, attempted.mean)
