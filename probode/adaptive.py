@@ -28,10 +28,17 @@ from .strategies import AbstractStrategy
 from .trajectory import Row
 
 
+class Start(eqx.Module):
+    """Where a state has started anew last: the time, and for which batch elements no residual has been seen since."""
+
+    t: Float[Array, ""]
+    unseen: Bool[Array, "*batch"]
+
+
 class AdaptiveState(eqx.Module):
     """A running adaptive solve: the solver's state, the next step's length, and the controller's memory.
 
-    ``anew``: whether the state has just started anew at a stop; ``None`` in a solve without any.
+    ``anew``: the last stop at which the state has started anew; ``None`` in a solve without stops.
 
     >>> import probode
     >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0).state.t.item()
@@ -44,7 +51,7 @@ class AdaptiveState(eqx.Module):
     num_steps: Int[Array, ""]
     num_accepted_steps: Int[Array, ""]
     result: Result
-    anew: Bool[Array, ""] | None = None
+    anew: Start | None = None
 
     def __repr__(self):
         return f"AdaptiveState(current={self.current!r})"
@@ -69,7 +76,9 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     """A solve before its first attempt."""
     zero = jnp.zeros((), jnp.int32)
     result = Result.where(is_finite(state.distribution), Result.successful, Result.initial_state_nonfinite)
-    anew = None if control.controller.stop_at is None else jnp.zeros((), bool)
+    anew = None
+    if control.controller.stop_at is not None:
+        anew = Start(jnp.full((), jnp.nan, dt.dtype), jnp.zeros(state.layout.batch_shape, bool))
     return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, anew)
 
 
@@ -267,7 +276,7 @@ def _stepping(parts, control, solve, t1, args):
             mean = jnp.where(good, attempted.mean, detach(now.distribution.mean))
             values = eqx.tree_at(lambda a: a.mean, values, mean)
             known = _with_derivative(values, attempting, inputs)
-            sides = () if stops is None else (at, solve.anew)
+            sides = () if stops is None else (at, solve.anew.unseen)
             state, update = accept(parts, now, when, known, left, args, *sides)
             return state, ravel_pytree(update.past)[0], None if influence is None else update.influence
 
@@ -287,7 +296,7 @@ def _stepping(parts, control, solve, t1, args):
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck, failure, solve.result),
-            None if stops is None else solve.anew & ~good,
+            None if stops is None else Start(solve.anew.t, solve.anew.unseen & (~good | (current.output_scale == 0))),
         )
         if control.progress is not None:
             tell(control.progress, _share(now.t, t0, t1), jnp.where(running(new), _share(current.t, t0, t1), 1))
@@ -328,15 +337,19 @@ def starting_anew(
         current = eqx.tree_at(lambda s: s.distribution, now, x)
         until = nearest(stops, now.t, t1, direction, noise) - now.t
         dt = bounded_step(control, first_step(control, current, until, constraint.order))
-        return AdaptiveState(
-            current,
-            jnp.where(anew, lax.stop_gradient(dt), solve.dt),
-            _choose(anew, control.controller.init(t1.dtype), solve.controller),
-            solve.num_steps,
-            solve.num_accepted_steps,
-            solve.result,
-            solve.anew | anew,
-        ), past, anew
+        return (
+            AdaptiveState(
+                current,
+                jnp.where(anew, lax.stop_gradient(dt), solve.dt),
+                _choose(anew, control.controller.init(t1.dtype), solve.controller),
+                solve.num_steps,
+                solve.num_accepted_steps,
+                solve.result,
+                _choose(anew, Start(lax.stop_gradient(now.t), jnp.ones_like(solve.anew.unseen)), solve.anew),
+            ),
+            past,
+            anew,
+        )
 
     return pass_stop
 

@@ -389,7 +389,7 @@ def _go_on(parts, control, begun, before, t1, args, *, choose_dt):
         return begun
     if before.anew is not None:
         begun = eqx.tree_at(lambda s: s.anew, begun, before.anew)
-    new, *_ = passing_stop(begun, None, ~begun.anew)
+    new, *_ = passing_stop(begun, None, begun.anew.t != begun.t)
     return new if choose_dt else eqx.tree_at(lambda s: s.dt, new, begun.dt)
 
 

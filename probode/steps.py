@@ -226,12 +226,12 @@ def accept(
     past: Conditional | None,
     args: PyTree,
     seen_at: Float[Array, ""] | None = None,
-    anew: Bool[Array, ""] | None = None,
+    anew: Bool[Array, "*batch"] | None = None,
 ) -> tuple[State, Update]:
     """Condition the prediction on the equation: the state at ``t``, and what has led to it.
 
-    ``seen_at``: the time of the equation, where it matters on which side of ``t``; ``anew``: whether the last step's
-    scale is to be forgotten, since it belongs to what was before a jump.
+    ``seen_at``: the time of the equation, where it matters on which side of ``t``. ``anew``: whether the state has
+    started anew behind a jump, and no residual has been seen since. The scale of the step before is forgotten then.
     """
     remembered = state.evidence.number > 0 if anew is None else (state.evidence.number > 0) & ~anew
     last = jnp.where(remembered, state.output_scale * attempted.innovation.unit, 0)
@@ -241,6 +241,8 @@ def accept(
         update, equation, before = _conditioned(parts, state, at, attempted, scale, past, args)
     else:
         update, equation = attempted.update, attempted.equation
+    if anew is not None:
+        update = _unless_silent(update, anew & (scale == 0), state, attempted, past)
     whitened, counts = update.influence.whitened, _informative(equation, attempted.mean)
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
@@ -262,6 +264,23 @@ def accept(
         last_move,
         data_evidence,
     ), update
+
+
+def _unless_silent(update, silent, state, attempted, past):
+    """The update, or the prediction where derivatives are still those of the start, and there was no residual.
+
+    They move with ``u`` just as the equation wants it. So the innovation of a step without noise has no variance, and
+    round-off in its place would tell about ``u``, falsely.
+    """
+    predicted = push(state.distribution, attempted.transition.matrix)
+    if past is not None:
+        past = Conditional(past.shift, past.cross, pad_rows(past.own, update.past.own.shape[-2]))
+    influence = jax.tree.map(jnp.zeros_like, update.influence)
+    nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, jnp.zeros_like(update.pivots))
+    axes = jnp.ndim(silent)
+    return jax.tree.map(
+        lambda a, b: jnp.where(jnp.reshape(silent, silent.shape + (1,) * (a.ndim - axes)), a, b), nothing, update
+    )
 
 
 def _conditioned(parts, state, t, attempted, scale, past, args):

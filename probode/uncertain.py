@@ -93,6 +93,7 @@ def spread_start(start: Callable[[PyTree], Normal], u0: PyTree, directions: PyTr
 
 def value_and_moves(fn: Callable[[PyTree], PyTree], u0: PyTree, directions: PyTree) -> tuple[PyTree, PyTree]:
     """``fn(u0)``, and how it moves along each of the directions, along a leading axis."""
+
     # One and the same run gives values and tangents: what is at round-off differs between compiled programs.
     def along(direction):
         return eqx.filter_jvp(fn, (u0,), (direction,))
