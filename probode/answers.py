@@ -12,16 +12,7 @@ from .leave_one_out import left_out_squares
 from .loops import AbstractLoop
 from .priors import AbstractPrior
 from .solution import Solution
-from .trajectory import Row, column, evaluate, rescale, trajectory
-
-
-def _steps(rows, reached, max_steps):
-    """The rows of all steps, padded with the last one; where a state has started anew, that one."""
-    if rows.anew is None:
-        return jnp.arange(1, reached.size)
-    replaced = jnp.append(rows.anew[1:], False)
-    ends = (reached & ~replaced)[1:]
-    return 1 + jnp.nonzero(ends, size=max_steps, fill_value=jnp.sum(reached) - 2)[0]
+from .trajectory import Row, column, evaluate, rescale, rows_of_steps, trajectory
 
 
 class Keep(eqx.Module):
@@ -68,7 +59,8 @@ def answer(
     if keep.ts:
         kept.append((ts, *evaluate(path, ts)))
     elif keep.steps:
-        kept.append(jax.vmap(row)(_steps(rows, reached, loop.max_steps)))
+        number = reached.size - 1 if rows.anew is None else loop.max_steps
+        kept.append(jax.vmap(row)(rows_of_steps(rows, reached, number)))
     if keep.t1 and not keep.steps:
         kept.append(jax.tree.map(lambda x: x[None], row(path.last)))
     t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)

@@ -97,6 +97,18 @@ def trajectory(
     return Trajectory(rows, reached, smoothed, prior, layout, dense)
 
 
+def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Array:
+    """The numbers of the rows with which steps end, ``number`` of them, the last one repeated.
+
+    Where a state has started anew behind a jump there are two rows: the second one.
+    """
+    if rows.anew is None:
+        return jnp.arange(1, number + 1)
+    replaced = jnp.append(rows.anew[1:], False)
+    ends = (reached & ~replaced)[1:]
+    return 1 + jnp.nonzero(ends, size=number, fill_value=jnp.sum(reached) - 2)[0]
+
+
 def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
     """All covariances times ``factor^2``, means untouched."""
     column = factor[..., None, None]
