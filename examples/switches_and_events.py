@@ -21,7 +21,8 @@ jax.config.update("jax_enable_x64", True)
 
 # %% [markdown]
 # A room that cools, and a heater that is on for one hour in three. No prior expects a kink: a solver that is not told
-# finds each by rejecting steps, and the long step before it may miss a short pulse altogether. `stop_at` names them.
+# finds each by rejecting steps, and the long step before it may miss a short pulse altogether. `stop_at` names them:
+# steps end there, and the derivatives behind a switch start anew from the equation that holds from then on.
 
 
 # %%
@@ -63,9 +64,9 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# `stop_at` finds every switch and no step crosses one. But the derivatives that the state brings to it are those from
-# before, and it takes short steps to learn the new ones. Where a problem is a sequence of smooth ones, solve the
-# pieces: each starts from its own derivatives, and from the last one's uncertainty.
+# `stop_at` finds every switch and no step crosses one. It does not matter what the equation says of the time of a
+# switch itself: the step before it sees it from the left, the next one from the right. That is what solving the pieces
+# one by one does, each from its own derivatives and from the last one's uncertainty.
 
 
 # %%

@@ -1,10 +1,13 @@
 """The adaptive loop: every iteration attempts a step; what it has to keep of it depends on the times asked for.
 
 The controller decides on values without derivatives; an accepted attempt gets its derivative back. So gradients are
-those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
+those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them. At the times in
+the controller's ``stop_at``, where the equation may jump, the state starts anew: such a time has two rows, the state
+before the jump and the one behind it.
 """
 
 import functools as ft
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -14,13 +17,27 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .gaussians import Conditional, Influence, carried
+from .gaussians import Conditional, Influence, Normal, carried, pad_rows
 from .linalg import detach
 from .loops import repeat
 from .progress import tell
 from .residuals import not_silent, scale_inside, with_defects
+from .restarts import beside, is_jump, start_anew
 from .solution import Result
-from .step_sizes import Control, error_norm, next_time, shortest_near_zero, surprise, tolerance_in_range, trusted
+from .step_sizes import (
+    FIRST_SHARE,
+    GROWTH,
+    Control,
+    bounded_step,
+    error_norm,
+    first_step,
+    nearest,
+    next_time,
+    shortest_near_zero,
+    surprise,
+    tolerance_in_range,
+    trusted,
+)
 from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
@@ -32,8 +49,17 @@ _QUIET = 0.1
 _SURPRISE = 10.0
 
 
+class Start(eqx.Module):
+    """Where a state has started anew last: the time, and for which batch elements no residual has been seen since."""
+
+    t: Float[Array, ""]
+    unseen: Bool[Array, "*batch"]
+
+
 class AdaptiveState(eqx.Module):
     """A running adaptive solve: the solver's state, the next step's length, and the controller's memory.
+
+    ``anew``: the last stop at which the state has started anew; ``None`` in a solve without stops.
 
     >>> import probode
     >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0).state.t.item()
@@ -46,6 +72,7 @@ class AdaptiveState(eqx.Module):
     num_steps: Int[Array, ""]
     num_accepted_steps: Int[Array, ""]
     result: Result
+    anew: Start | None = None
 
     def __repr__(self):
         return f"AdaptiveState(current={self.current!r})"
@@ -78,7 +105,10 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     """A solve before its first attempt."""
     zero = jnp.zeros((), jnp.int32)
     result = Result.where(is_finite(state.distribution), Result.successful, Result.initial_state_nonfinite)
-    return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result)
+    anew = None
+    if control.controller.stop_at is not None:
+        anew = Start(jnp.full((), jnp.nan, dt.dtype), jnp.zeros(state.layout.batch_shape, bool))
+    return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, anew)
 
 
 def solve_keeping_steps(
@@ -93,24 +123,51 @@ def solve_keeping_steps(
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
     """Solve to ``t1``; the rows at the start and after every accepted step, and which of them are real.
 
-    There are ``max_steps + 1`` rows; those not reached repeat the last one. With ``influence`` the rows have theirs.
+    There are ``max_steps + 1`` rows, and one more for every stop, at which a row of its own follows on that of the step
+    (``Row.anew``); those not reached repeat the last one. With ``influence`` the rows have theirs.
     """
     running, try_step = _stepping(parts, control, solve, t1, args)
+    passing_stop = starting_anew(parts, control, solve, t1, args)
     none = no_influence(parts, solve.current, args) if influence else None
     no_past = nothing_of_the_past(parts, strategy.remember(solve.current.distribution), solve.current, args)
     first, unpack = ravel_pytree(row_of(solve.current, no_past, none))
-    no_past, unpack_past = ravel_pytree(no_past)
+    like_past, (no_past, unpack_past) = no_past, ravel_pytree(no_past)
 
-    def body(solve, rows):
+    def step(solve, rows, number):
+        """The solve and the rows after an attempt, and the number of its row."""
         left = strategy.remember(solve.current.distribution)
         new, past, effect, moved = try_step(solve, no_past, lambda past, t: left, none)
         row, _ = ravel_pytree(row_of(new.current, unpack_past(past), effect))
-        return new, rows.at[new.num_accepted_steps].set(row, pred=moved)
+        return new, rows.at[number(new)].set(row, pred=moved), moved
 
-    rows = jnp.zeros((control.loop.max_steps + 1, first.size), first.dtype).at[0].set(first)
-    solve, rows = repeat(control.loop, running, body, solve, rows)
-    rows, reached = _repeat_last(rows, solve.num_accepted_steps)
-    return _ended(solve, t1), jax.vmap(unpack)(rows), reached
+    def body(solve, rows):
+        return step(solve, rows, lambda new: new.num_accepted_steps)[:2]
+
+    def body_with_stops(carry, rows):
+        solve, stops = carry
+        new, rows, moved = step(solve, rows, lambda new: new.num_accepted_steps + stops)
+        new, past, anew = passing_stop(new, carried(strategy.remember(new.current.distribution)), moved)
+        if past is not None:
+            past = Conditional(past.shift, past.cross, pad_rows(past.own, like_past.own.shape[-2]))
+        row, _ = ravel_pytree(row_of(new.current, past, none))
+        stops = stops + anew.astype(jnp.int32)
+        return (new, stops), rows.at[new.num_accepted_steps + stops].set(row, pred=anew)
+
+    def start(number):
+        return jnp.zeros((number, first.size), first.dtype).at[0].set(first)
+
+    number = control.loop.max_steps + 1
+    if passing_stop is None:
+        solve, rows = repeat(control.loop, running, body, solve, start(number))
+        rows, reached = _repeat_last(rows, solve.num_accepted_steps)
+        return _ended(solve, t1), jax.vmap(unpack)(rows), reached
+    number += control.controller.stop_at.size
+    init = solve, jnp.zeros((), jnp.int32)
+    (solve, stops), rows = repeat(control.loop, lambda carry: running(carry[0]), body_with_stops, init, start(number))
+    rows, reached = _repeat_last(rows, solve.num_accepted_steps + stops)
+    rows = jax.vmap(unpack)(rows)
+    again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
+    return _ended(solve, t1), eqx.tree_at(lambda r: r.anew, rows, again, is_leaf=lambda x: x is None), reached
 
 
 class _Passing(eqx.Module):
@@ -132,10 +189,13 @@ def solve_keeping_times(
     """Solve to ``t1``; the rows at the start, at both ends of the steps that hold one of ``ts``, and at the end.
 
     The prior tells what happens inside a step; what lies between the steps kept is marginalised as it is passed. There
-    are ``2 times + 2`` rows; those not reached, as the flags say, repeat the last one.
+    are ``2 times + 2`` rows; those not reached, as the flags say, repeat the last one. In a solve with stops there are
+    ``3 times + 2``: a step that is kept has a third row, with which the next one starts.
     """
     direction = _direction(solve, t1)
     running, try_step = _stepping(parts, control, solve, t1, args)
+    passing_stop = starting_anew(parts, control, solve, t1, args)
+    width = 2 if passing_stop is None else 3
 
     def remember(state):
         return ravel_pytree(carried(strategy.remember(state.distribution)))
@@ -147,6 +207,10 @@ def solve_keeping_times(
     first, unpack = ravel_pytree(row_with(solve.current, start))
     ahead = jnp.append(lax.stop_gradient(ts) * direction, jnp.inf)
 
+    def passing(solve, past, moved):
+        solve, past, _ = passing_stop(solve, unpack_past(past), moved)
+        return solve, ravel_pytree(past)[0]
+
     def passed(t):
         t = lax.stop_gradient(t) * direction
         return jnp.searchsorted(ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
@@ -154,29 +218,36 @@ def solve_keeping_times(
     def body(carry, rows):
         solve = carry.solve
         if ts.size == 0:
-            new, past, _, _ = try_step(solve, carry.past, lambda past, t: unpack_past(past))
+            new, past, _, moved = try_step(solve, carry.past, lambda past, t: unpack_past(past))
+            if passing_stop is not None:
+                new, past = passing(new, past, moved)
             return _Passing(new, past, carry.passed, carry.kept), rows
 
         def leaving(past, t):
             holds = ahead[carry.passed] <= lax.stop_gradient(t) * direction
             return unpack_past(jnp.where(holds, remember(solve.current)[0], past))
 
-        new, past, _, _ = try_step(solve, carry.past, leaving)
+        new, past, _, moved = try_step(solve, carry.past, leaving)
         behind = passed(new.t)
         keep = behind > carry.passed
         # One flat row: the price of an iteration is that of its instructions.
-        row, _ = ravel_pytree((row_with(solve.current, carry.past), row_with(new.current, past)))
-        rows = rows.at[carry.kept].set(row.reshape(2, -1), pred=keep)
+        kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
         past = jnp.where(keep, remember(new.current)[0], past)
+        if passing_stop is not None:
+            new, past = passing(new, past, moved)
+            kept.append(row_with(new.current, past))
+            past = jnp.where(keep, remember(new.current)[0], past)
+        row, _ = ravel_pytree(tuple(kept))
+        rows = rows.at[carry.kept].set(row.reshape(width, -1), pred=keep)
         return _Passing(new, past, behind, carry.kept + keep.astype(jnp.int32)), rows
 
     init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
-    rows = jnp.zeros((ts.size, 2, first.size), first.dtype)
+    rows = jnp.zeros((ts.size, width, first.size), first.dtype)
     carry, rows = repeat(control.loop, lambda carry: running(carry.solve), body, init, rows)
     solve = _ended(carry.solve, t1)
     last, _ = ravel_pytree(row_with(solve.current, carry.past))
     rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])
-    rows, reached = _repeat_last(rows.at[2 * carry.kept + 1].set(last), 2 * carry.kept + 1)
+    rows, reached = _repeat_last(rows.at[width * carry.kept + 1].set(last), width * carry.kept + 1)
     return solve, jax.vmap(unpack)(rows), reached
 
 
@@ -192,16 +263,15 @@ def _stepping(parts, control, solve, t1, args):
     ``past``: flat, before and after; ``leaving(past, t)``: what to take along on a step to ``t``.
     """
     t0, direction, layout = solve.t, _direction(solve, t1), solve.current.layout
-    max_steps, smallest = control.loop.max_steps, shortest_near_zero(solve.dt)
+    max_steps, stops, smallest = control.loop.max_steps, control.stops(t1.dtype), shortest_near_zero(solve.dt)
     # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.
     harmless = direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
 
     # Traced once; what the user's functions close over becomes an input that can be differentiated.
     attempting = eqx.filter_closure_convert(
-        lambda distribution, t, dt: attempt(parts, distribution, t, dt, layout, args),
+        lambda distribution, t, dt, *since: attempt(parts, distribution, t, dt, layout, args, *since),
         solve.current.distribution,
-        t1,
-        t1,
+        *[t1] * (2 if stops is None else 3),
     )
 
     def measured(now, t, dt, attempted):
@@ -235,9 +305,14 @@ def _stepping(parts, control, solve, t1, args):
         now = solve.current
         t, dt, clipped, floor = next_time(control, now.t, solve.dt, t1, direction, smallest)
         dt = jnp.where(active, dt, direction)
+        # Where the equation jumps it is that of the step's own side.
+        seen_at, since = t, ()
+        if stops is not None:
+            seen_at = beside(t, -direction, stops)
+            since = (beside(now.t, direction, stops),)
 
-        attempted = detach(attempting(detach(now.distribution), detach(t), detach(dt)))
-        norm, inside = detach(measured(detach(now), detach(t), detach(dt), attempted))
+        attempted = detach(attempting(*detach((now.distribution, seen_at, dt, *since))))
+        norm, inside = detach(measured(detach(now), detach(seen_at), detach(dt), attempted))
         attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, inside))
         length = jnp.abs(detach(dt))
         good, proposed, memory = control.controller.propose(length, norm, layout.num_derivatives + 1, solve.controller)
@@ -248,21 +323,23 @@ def _stepping(parts, control, solve, t1, args):
 
         def accepted(now, past, left, influence):
             # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
-            inputs = (now.distribution, jnp.where(good, t, now.t), jnp.where(good, dt, harmless))
+            when = jnp.where(good, t, now.t)
+            at = when if stops is None else jnp.where(good, seen_at, since[0])
+            inputs = (now.distribution, at, jnp.where(good, dt, harmless), *since)
             values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
             mean = jnp.where(good, attempted.mean, detach(now.distribution.mean))
             values = eqx.tree_at(lambda a: a.mean, values, mean)
-            at = _with_derivative(values, attempting, inputs)
+            known = _with_derivative(values, attempting, inputs)
 
-            def conditioned(now, t, at, left):
-                state, update = accept(parts, now, t, at, left, args)
+            def conditioned(now, t, known, left, *sides):
+                state, update = accept(parts, now, t, known, left, args, *sides)
                 likely = True
                 if not parts.calibration.is_local:
-                    likely = surprise(control, layout, detach(now), detach(at), detach(update)) <= _SURPRISE
+                    likely = surprise(control, layout, detach(now), detach(known), detach(update)) <= _SURPRISE
                 effect = None if influence is None else update.influence
                 return state, ravel_pytree(update.past)[0], effect, likely
 
-            inputs = now, inputs[1], at, left
+            inputs = now, when, known, left, *(() if stops is None else (at, solve.anew.unseen))
             (*after, likely), fine = _with_verdict(eqx.filter_closure_convert(conditioned, *inputs), inputs)
             return *_choose(fine & likely, tuple(after), (now, past, influence)), fine, likely
 
@@ -282,6 +359,7 @@ def _stepping(parts, control, solve, t1, args):
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= floor)
         failure = Result.where(likely, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
+        silent = jnp.all(attempted.innovation.whitened == 0, axis=(-2, -1))
         tiny = good & ~tolerance_in_range(control, detach(layout.unpack(attempted.mean)[0]))
         new = AdaptiveState(
             current,
@@ -290,12 +368,64 @@ def _stepping(parts, control, solve, t1, args):
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
+            None if stops is None else Start(solve.anew.t, solve.anew.unseen & (~good | silent)),
         )
         if control.progress is not None:
             tell(control.progress, _share(now.t, t0, t1), jnp.where(running(new), _share(current.t, t0, t1), 1))
         return new, past, influence, good
 
     return running, try_step
+
+
+def starting_anew(
+    parts: Step, control: Control, solve: AdaptiveState, t1: Float[Array, ""], args: PyTree
+) -> Callable | None:
+    """What happens after an attempt, ``None`` in a solve without stops: from a solve, the coordinates of an earlier
+    state, and whether to look, the solve that starts anew if it is at a stop, these coordinates, and whether it does.
+    """
+    stops, begun, direction = control.stops(t1.dtype), solve, _direction(solve, t1)
+    if stops is None:
+        return None
+    layout, constraint = solve.current.layout, parts.constraint
+    span = jnp.abs(t1 - begun.t)
+
+    def pass_stop(solve, past, moved):
+        now = solve.current
+        here = moved & is_jump(now.t, stops) & ((t1 - now.t) * direction > 0)
+
+        def start(now, past):
+            # Lanes of a vmap come here wherever they are: they differentiate at a point that is known to be fine.
+            t = jnp.where(here, now.t, begun.t)
+            mean = jnp.where(here, now.distribution.mean, begun.current.distribution.mean)
+            x = Normal(mean, now.distribution.factor)
+            behind = beside(t, direction, stops)
+            return start_anew(constraint, control.initialisation, behind, x, past, layout, args)
+
+        x, new_past = lax.cond(here, start, lambda now, past: (now.distribution, past), now, past)
+        # Where no derivatives satisfy the equation together with u, as an algebraic one that jumps, the state goes on.
+        anew = here & is_finite(x)
+        x, past = _choose(anew, (x, new_past), (now.distribution, past))
+        current = eqx.tree_at(lambda s: s.distribution, now, x)
+        until = nearest(stops, now.t, t1, direction) - now.t
+        prior = parts.prior if current.prior is None else current.prior
+        longest = jnp.maximum(FIRST_SHARE * span, GROWTH * solve.dt)
+        dt = first_step(control, detach(current), detach(prior), until, constraint.order, longest)
+        dt = bounded_step(control, dt)
+        return (
+            AdaptiveState(
+                current,
+                jnp.where(anew, lax.stop_gradient(dt), solve.dt),
+                _choose(anew, control.controller.init(t1.dtype), solve.controller),
+                solve.num_steps,
+                solve.num_accepted_steps,
+                solve.result,
+                _choose(anew, Start(lax.stop_gradient(now.t), jnp.ones_like(solve.anew.unseen)), solve.anew),
+            ),
+            past,
+            anew,
+        )
+
+    return pass_stop
 
 
 def _ended(solve, t1):

@@ -12,7 +12,7 @@ from .leave_one_out import left_out_squares
 from .loops import AbstractLoop
 from .priors import AbstractPrior
 from .solution import Result, Solution
-from .trajectory import Row, column, evaluate, rescale, trajectory
+from .trajectory import Row, column, evaluate, rescale, rows_of_steps, trajectory
 
 
 class Keep(eqx.Module):
@@ -59,7 +59,8 @@ def answer(
     if keep.ts:
         kept.append((ts, *evaluate(path, ts)))
     elif keep.steps:
-        kept.append(jax.vmap(row)(jnp.arange(1, reached.size)))
+        number = reached.size - 1 if rows.anew is None else loop.max_steps
+        kept.append(jax.vmap(row)(rows_of_steps(rows, reached, number)))
     if keep.t1 and not keep.steps:
         kept.append(jax.tree.map(lambda x: x[None], row(path.last)))
     t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)

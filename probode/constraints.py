@@ -48,6 +48,7 @@ class AbstractConstraint(eqx.Module):
     ``problem``: the equation that the solve starts from. ``evaluations``: how often it is evaluated in an accepted
     step, at the prediction and then at what the update before has made of it. ``relinearise``: whether these
     evaluations take their own Jacobians (Gauss-Newton) or keep that of the prediction (a chord iteration).
+    ``first_order``: whether the linearisation knows how the equation depends on ``u``.
 
     >>> import probode
     >>> spring = probode.ODE(lambda t, u, du, args: -u, order=2)
@@ -58,6 +59,7 @@ class AbstractConstraint(eqx.Module):
     problem: eqx.AbstractVar[AbstractProblem]
     evaluations = 1
     relinearise = False
+    first_order = True
 
     @property
     def order(self) -> int:
@@ -99,6 +101,7 @@ class TS0(AbstractConstraint):
 
     problem: ODE = problem_field("TS0", ODE, "an ODE")
     evaluations: int = evaluations_field()
+    first_order = False
 
     def linearise(self, t, predicted, layout, args):
         return self.problem.zeroth_order(t, layout.unpack(predicted.mean), layout, args)
@@ -174,6 +177,10 @@ class Noisy(AbstractConstraint):
         return self.constraint.relinearise
 
     @property
+    def first_order(self):
+        return self.constraint.first_order
+
+    @property
     def determines_derivative(self):
         return False
 
@@ -219,6 +226,10 @@ class Stack(AbstractConstraint):
         problems = [constraint.problem for constraint in self.constraints]
         odes = [problem for problem in problems if isinstance(problem, ODE)]
         return odes[0] if odes else Residual(_Together(tuple(problems)), order=self.order)
+
+    @property
+    def first_order(self):
+        return any(constraint.first_order for constraint in self.constraints)
 
     @property
     def determines_derivative(self):

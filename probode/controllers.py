@@ -16,7 +16,8 @@ from .checks import as_float, as_scalar, require
 
 
 class AbstractController(eqx.Module):
-    """Knows numbers, not states. ``dt`` is always the positive length of a step, ``stop_at`` holds times to be hit.
+    """Knows numbers, not states. ``dt`` is always the positive length of a step, ``stop_at`` holds times to be hit, at
+    which the equation jumps.
 
     >>> import probode
     >>> probode.testing.check_controller(probode.PIController())  # or a subclass of your own
@@ -49,8 +50,14 @@ class IntegralController(AbstractController):
     ``PIController(integral=1, proportional=0)``.)
 
     ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``. ``dt_min``, ``dt_max`` bound the steps (the last step
-    before ``t1`` or a ``stop_at`` may be shorter; a rejected step of ``dt_min`` ends the solve). ``stop_at``: times
-    that must be hit, where the equation jumps. Raises ``ValueError`` for negative or vanishing tolerances, factors out
+    before ``t1`` or a ``stop_at`` may be shorter; a rejected step of ``dt_min`` ends the solve).
+
+    ``stop_at``: times, in any order, at which the equation jumps: a switch, a dose, a knot of interpolated data. Such a
+    time belongs to the step before it from the left and to the next one from the right, whatever the equation says of
+    the time itself, also in derivatives with respect to it. The distribution of ``u`` (``u, .., u^(k-1)``) stays, the
+    derivatives behind the jump start anew as at ``t0``, and so do step size and controller. They move with ``u`` as the
+    linearisation says: under ``BlockDiagonal`` or ``Isotropic`` by the part of the Jacobian that is kept, under ``TS0``
+    not at all. Raises ``ValueError`` for negative or vanishing tolerances, factors out
     of order, bounds that are not positive.
 
     >>> import jax.numpy as jnp, probode

@@ -147,6 +147,7 @@ class SLR0(AbstractConstraint):
     cubature: AbstractCubature = _cubature_field()
     noise: bool = eqx.field(static=True, default=False, kw_only=True)
     evaluations: int = evaluations_field()
+    first_order = False
 
     @property
     def determines_derivative(self):

@@ -363,10 +363,10 @@ def _more_of_its_own(past, left):
     """Square root of what a later state does not tell of the past, after a step that leaves these rows."""
     # A few rows more cost less than their elimination.
     few = past.own.shape[0] == 0 and is_written_out(left.shape[1])
-    return left if few else _both(past.own, left)
+    return left if few else both(past.own, left)
 
 
-def _both(own, rows):
+def both(own, rows):
     """The triangle of an ``own`` of ``Conditional`` and other rows."""
     p = rows.shape[1]
     if own.shape[0] == p and not is_written_out(p):
@@ -438,7 +438,7 @@ def standard(x: Normal) -> Normal:
 def look_back(later: Normal, past: Conditional) -> Normal:
     """The earlier state's coordinates, from the distribution of the later one's."""
     mean = past.shift + product(past.cross.T, later.mean)
-    return Normal(mean, _both(past.own, product(later.factor, past.cross)))
+    return Normal(mean, both(past.own, product(later.factor, past.cross)))
 
 
 @batched

@@ -146,12 +146,6 @@ def data_on_grid(data: Observations, grid, layout: Layout) -> Observations:
     return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(nearest))
 
 
-def stopping_at(controller: AbstractController, ts) -> AbstractController:
-    """The controller, hitting further times."""
-    stops = ts if controller.stop_at is None else jnp.concatenate([controller.stop_at, ts])
-    return eqx.tree_at(lambda c: c.stop_at, controller, stops, is_leaf=lambda x: x is None)
-
-
 def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:
     """Dense output needs the steps, which a smoother for fixed points does not keep."""
     if save_at.dense and strategy.smooths and not strategy.keeps_steps:

@@ -39,6 +39,10 @@ class Along(AbstractConstraint):
         return self.constraint.order
 
     @property
+    def first_order(self):
+        return self.constraint.first_order
+
+    @property
     def determines_derivative(self):
         return self.constraint.determines_derivative
 

@@ -34,7 +34,14 @@ def left_out_squares(
     matrices = jax.vmap(matrix)(dt, rows.prior)
     mean, factor = rows.distribution.mean[0], rows.distribution.factor[0]
     nothing = _Later(jnp.zeros_like(mean), jnp.zeros((*factor.shape[:-2], mean.shape[-2], mean.shape[-2]), mean.dtype))
-    later = backwards(lambda x, later: _before(*x, later), nothing, (rows.influence, matrices), reached)
+
+    def before(x, later):
+        influence, matrix, anew = x
+        new = _before(influence, matrix, later)
+        # Behind a jump it is another equation, which is not told from before.
+        return new if anew is None else jax.tree.map(lambda a, b: jnp.where(anew, a, b), nothing, new)
+
+    later = backwards(before, nothing, (rows.influence, matrices, rows.anew), reached)
     weight = jnp.where(column(reached, rows.influence.weight), rows.influence.weight, 0)
     squares = jax.vmap(_square)(rows.influence, later)
     # One that is not a number would be the mean of all.

@@ -21,7 +21,7 @@ from .gaussians import look_back, realise, standard
 from .linalg import compiled
 from .observations import Observations
 from .solution import Result, SaveAt, Solution
-from .solver import Solver, bind
+from .solver import Solver, bind, solve_through
 from .strategies import Filter, FixedPointSmoother
 from .trajectory import Trajectory
 
@@ -44,9 +44,8 @@ def fenrir_log_likelihood(
     inputs.require_observations(data)
     _, layout = bind(solver, u0)
     data = inputs.data_between(data, *inputs.interval(t0, t1, layout), layout)
-    controller = inputs.stopping_at(solver.controller, data.ts)
-    smoother = dataclasses.replace(solver, strategy=FixedPointSmoother(), controller=controller)
-    solution = smoother.solve(u0, t0, t1, args=args, save_at=data.ts, throw=False)
+    smoother = dataclasses.replace(solver, strategy=FixedPointSmoother())
+    solution = solve_through(smoother, data.ts, u0, t0, t1, args, save_at=data.ts)
     return _if_successful(solution, _log_density(solution.trajectory, data, args))
 
 
@@ -88,9 +87,15 @@ def dalton_log_likelihood(
     forward = dataclasses.replace(solver, strategy=Filter())
     joint = forward.solve(u0, t0, t1, args=args, data=data, save_at=SaveAt(t0=True, steps=True), throw=False)
     # So loose that every step goes as far as it may.
-    loose = IntegralController(1e6, 1e6, stop_at=lax.stop_gradient(joint.t))
-    alone = dataclasses.replace(forward, controller=loose).solve(u0, t0, t1, args=args, dt0=t1 - t0, throw=False)
+    loose = IntegralController(1e6, 1e6, stop_at=solver.controller.stop_at, dt_min=_restarting(solver, joint))
+    forward = dataclasses.replace(forward, controller=loose)
+    alone = solve_through(forward, lax.stop_gradient(joint.t), u0, t0, t1, args, dt0=t1 - t0)
     return _if_successful(joint, joint.data_log_likelihood + joint.log_likelihood - alone.log_likelihood)
+
+
+def _restarting(solver, joint):
+    """The shortest step of a solve that starts anew at its stops, where it would choose one: the whole interval."""
+    return None if solver.controller.stop_at is None else lax.stop_gradient(jnp.abs(joint.t[-1] - joint.t[0]))
 
 
 @compiled

@@ -101,7 +101,7 @@ def plot_phase(
 def plot_steps(solution: Any, ax: Any = None) -> Any:
     """The lengths of the accepted steps over time, of a solution that has kept them. Raises ``ValueError`` if not."""
     ax = _axes(ax)
-    t = _steps(solution, "plot_steps")
+    t, _ = _steps(solution, "plot_steps")
     ax.semilogy(t[1:], abs(np.diff(t)), ".-", linewidth=1)
     ax.set_xlabel("time")
     ax.set_ylabel("step")
@@ -124,7 +124,7 @@ def plot_local_error(solution: Any, ax: Any = None) -> Any:
     The largest of all components, of a solution that has kept its steps. Raises ``ValueError`` if not.
     """
     ax = _axes(ax)
-    t = _steps(solution, "plot_local_error")
+    t, ends = _steps(solution, "plot_local_error")
     path, layout = solution.trajectory, solution.layout
 
     def added(i):
@@ -132,7 +132,7 @@ def plot_local_error(solution: Any, ax: Any = None) -> Any:
         scale = path.rows.output_scale[i] * transition.magnitude
         return jnp.max(layout.std(jnp.reshape(scale, (*jnp.shape(scale), 1, 1)) * transition.noise)[0])
 
-    ax.semilogy(t[1:], jax.vmap(added)(jnp.arange(1, t.size)), ".-", linewidth=1)
+    ax.semilogy(t[1:], jax.vmap(added)(jnp.asarray(ends[1:])), ".-", linewidth=1)
     ax.set_xlabel("time")
     ax.set_ylabel("local error (standard deviation)")
     return ax
@@ -238,10 +238,13 @@ def _many_times(solution):
 
 
 def _steps(solution, name):
+    """The times of all steps, and the numbers of the rows that are their ends."""
     path = solution.trajectory
     if not solution.is_dense:
         raise ValueError(
             f"{name} needs the steps of the solve, which were not kept: solve with strategy=FixedIntervalSmoother(), "
             "or with save_at=SaveAt(dense=True)."
         )
-    return np.asarray(path.rows.t)[np.asarray(path.reached)]
+    # Where a state has started anew behind a jump there are two rows: the step ends with the first one.
+    ends = np.flatnonzero(path.reached if path.rows.anew is None else path.reached & ~path.rows.anew)
+    return np.asarray(path.rows.t)[ends], ends

@@ -20,6 +20,7 @@ from .gaussians import Normal, batched
 from .linalg import compiled, substitute, triangularise
 from .solution import Result, SaveAt, Solution
 from .solver import Solver
+from .trajectory import rows_of_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +130,10 @@ def _measure(solution, reference, rtol):
     known, smoothed = chi[later], np.nan
     if path is not None and path.smoothed is not None:
         smoothed, known = _geometric_mean(known), np.array([np.nan])
-        if path.dense and np.array_equal(path.rows.t, solution.t):
-            known = _errors(path.rows.distribution, padded, layout)[0][real][later]
+        ends = np.append(0, rows_of_steps(path.rows, path.reached, real.size - 1))
+        if path.dense and np.array_equal(np.asarray(path.rows.t)[ends], solution.t):
+            filtered = jax.tree.map(lambda x: x[ends], path.rows.distribution)
+            known = _errors(filtered, padded, layout)[0][real][later]
     end = np.ravel(jax.vmap(layout.unpack)(solution.marginals.mean)[real][-1, 0]) - truth[-1]
     decibels = 10 * np.log10(np.maximum(chi[later], 1e-300))
     return (

@@ -14,7 +14,16 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from . import describe, inputs
-from .adaptive import AdaptiveState, begin, is_finite, is_usable, row_of, solve_keeping_steps, solve_keeping_times
+from .adaptive import (
+    AdaptiveState,
+    begin,
+    is_finite,
+    is_usable,
+    row_of,
+    solve_keeping_steps,
+    solve_keeping_times,
+    starting_anew,
+)
 from .answers import Keep, answer
 from .calibration import AbstractCalibration, DynamicCalibration
 from .checks import require
@@ -29,8 +38,9 @@ from .loops import AbstractLoop, BoundedLoop
 from .observations import Observations
 from .priors import AbstractPrior
 from .progress import AbstractProgress
+from .restarts import beside, starts_uncertain
 from .solution import Result, SaveAt, Solution, raise_unless_successful
-from .step_sizes import Control, first_step, smallest_error
+from .step_sizes import FIRST_SHARE, Control, bounded_step, first_step, nearest, smallest_error
 from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start
@@ -126,25 +136,7 @@ class Solver(eqx.Module):
         """
         if not isinstance(progress, AbstractProgress | None):
             raise TypeError(f"progress must be a meter, such as TextProgress() or TqdmProgress(), got {progress!r}.")
-        solver, args = inputs.floats_to_arrays((self, args))
-        u0, directions = _certain_part(self, u0)
-        if data is not None:
-            inputs.check_data(data, self.calibration, directions is None)
-        request = check_request(self, u0, t0, t1, save_at, dt0, data, progress)
-        try:
-            if directions is None:
-                solution = solve_adaptive(solver, request, args)
-            else:
-                solution = _solve_uncertain(solver, request, args, directions)
-        except TypeError as error:
-            if "custom_vjp" not in str(error):
-                raise
-            # JAX's own words for forward mode through something that has a reverse mode only.
-            raise TypeError(
-                f"{type(self.loop).__name__}() cannot be differentiated in forward mode (jax.jvp, jax.jacfwd, an "
-                "uncertain u0). "
-                "Use Solver(..., loop=BoundedLoop()) or ForwardLoop()."
-            ) from error
+        solution = solve_through(self, None, u0, t0, t1, args, save_at, dt0, data, progress)
         return raise_unless_successful(solution) if throw else solution
 
     def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None, data: Observations | None = None) -> Solution:
@@ -202,6 +194,43 @@ class Solver(eqx.Module):
         return _step(solver, state, jnp.asarray(inputs.time(dt, "dt", state.layout)), args)
 
 
+def solve_through(
+    solver: Solver,
+    through: Float[Array, " times"] | None,
+    u0: PyTree,
+    t0: Any,
+    t1: Any,
+    args: PyTree,
+    save_at: Any = None,
+    dt0: Any = None,
+    data: Observations | None = None,
+    progress: AbstractProgress | None = None,
+) -> Solution:
+    """``Solver.solve``, which never raises that it has failed, with steps that end at the times ``through``.
+
+    They are no times of the controller's ``stop_at``: the equation goes on there, and so does the state.
+    """
+    given, (solver, args) = solver, inputs.floats_to_arrays((solver, args))
+    u0, directions = _certain_part(given, u0)
+    if data is not None:
+        inputs.check_data(data, given.calibration, directions is None)
+    request = check_request(given, u0, t0, t1, save_at, dt0, data, progress)
+    request = dataclasses.replace(request, through=through)
+    try:
+        if directions is None:
+            return solve_adaptive(solver, request, args)
+        return _solve_uncertain(solver, request, args, directions)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        # JAX's own words for forward mode through something that has a reverse mode only.
+        raise TypeError(
+            f"{type(given.loop).__name__}() cannot be differentiated in forward mode (jax.jvp, jax.jacfwd, an "
+            "uncertain u0). "
+            "Use Solver(..., loop=BoundedLoop()) or ForwardLoop()."
+        ) from error
+
+
 def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
     """``u0`` as a tuple of derivatives (or the state that it is), and the layout of its state."""
     problem, nu = solver.constraint.problem, solver.prior.num_derivatives
@@ -223,8 +252,11 @@ def _steps(solver: Solver, data: Observations | None = None) -> Step:
     return Step(solver.prior, solver.constraint, solver.calibration, data)
 
 
-def _state(solver, u0, t0, args, layout, data=None) -> State:
-    """The state at ``t0`` from any of the things that ``u0`` may be."""
+def _state(solver, u0, t0, args, layout, data=None, behind=None) -> State:
+    """The state at ``t0`` from any of the things that ``u0`` may be.
+
+    ``behind``: the time of the equation, where it matters on which side of ``t0``.
+    """
     problem = solver.constraint.problem
     # Here the check runs once per compilation, not once per call.
     example = layout.unravel(jnp.zeros(layout.size, layout.dtype))
@@ -234,7 +266,7 @@ def _state(solver, u0, t0, args, layout, data=None) -> State:
         distribution = Normal(mean, u0.factor.astype(layout.dtype))
     else:
         stack = jnp.stack([layout.ravel(u) for u in u0])
-        distribution = solver.initialisation.initialise(problem, t0, stack, layout, args)
+        distribution = solver.initialisation.initialise(problem, t0 if behind is None else behind, stack, layout, args)
     return start(_steps(solver, data), t0, distribution, layout, args)
 
 
@@ -262,6 +294,7 @@ class Request(eqx.Module):
     keep: Keep
     data: Observations | None = None
     progress: AbstractProgress | None = None
+    through: Float[Array, " times"] | None = None  # times at which steps end, where the equation does not jump
 
 
 def check_request(
@@ -299,27 +332,8 @@ def check_request(
 @compiled
 def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     """Answer a request."""
-    u0, t0, t1, ts, layout, keep = request.u0, request.t0, request.t1, request.ts, request.layout, request.keep
-    parts = _steps(solver, request.data)
-    control = Control(solver.error, solver.controller, solver.loop, request.progress)
-    if request.data is not None:
-        # The residual of a very short step is round-off, and so is what it adds to a likelihood.
-        controller = inputs.stopping_at(solver.controller, request.data.ts)
-        control = dataclasses.replace(control, controller=controller, in_two=True)
-    resumed = isinstance(u0, AdaptiveState)
-    state = adopt(parts, u0.current, args) if resumed else _state(solver, u0, t0, args, layout, request.data)
-    if request.dt0 is None:
-        prior = solver.prior if state.prior is None else state.prior
-        dt = u0.dt if resumed else first_step(control, detach(state), detach(prior), t1 - t0, solver.constraint.order)
-    else:
-        dt = jnp.abs(request.dt0)
-    if solver.controller.dt_min is not None:
-        dt = jnp.maximum(dt, solver.controller.dt_min.astype(dt.dtype))
-    if solver.controller.dt_max is not None:
-        dt = jnp.minimum(dt, solver.controller.dt_max.astype(dt.dtype))
-    begun = begin(control, state, dt)
-    if resumed:
-        begun = eqx.tree_at(lambda s: s.controller, begun, u0.controller, is_leaf=lambda x: x is None)
+    t1, ts, layout, keep = request.t1, request.ts, request.layout, request.keep
+    parts, control, begun = _begin(solver, request, args)
     dense = keep.steps or keep.dense or solver.strategy.keeps_steps
     if dense:
         influence = solver.calibration.leaves_one_out
@@ -332,6 +346,54 @@ def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
         times = jnp.zeros(0, layout.dtype) if ts is None else ts
         ended, rows, reached = solve_keeping_times(parts, control, strategy, begun, t1, args, times)
     return answer(keep, ts, rows, reached, ended, layout, solver.prior, solver.calibration, solver.loop, dense=dense)
+
+
+def _begin(solver, request, args):
+    """The parts of a step, those that control it, and the solve before its first attempt."""
+    u0, t0, t1, layout = request.u0, request.t0, request.t1, request.layout
+    parts = _steps(solver, request.data)
+    control = Control(
+        solver.error, solver.controller, solver.loop, solver.initialisation, request.progress, request.through
+    )
+    if request.data is not None:
+        # The residual of a very short step is round-off, and so is what it adds to a likelihood.
+        control = dataclasses.replace(control, through=request.data.ts, in_two=True)
+    stops, behind, until = control.stops(layout.dtype), t0, t1
+    if stops is not None:
+        layout.require_shared_algebra("stop_at")
+        direction = jnp.where(t1 >= t0, 1, -1).astype(t0.dtype)
+        behind, until = beside(t0, direction, stops), nearest(stops, t0, t1, direction)
+    resumed = isinstance(u0, AdaptiveState)
+    if resumed:
+        state = adopt(parts, u0.current, args)
+    else:
+        state = _state(solver, u0, t0, args, layout, request.data, behind)
+    if stops is not None and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
+        distribution = pad(state.distribution, state.distribution.mean.shape[-2])
+        state = eqx.tree_at(lambda s: s.distribution, state, distribution)
+    if request.dt0 is not None:
+        dt = jnp.abs(request.dt0)
+    elif resumed:
+        dt = u0.dt
+    else:
+        prior, longest = solver.prior if state.prior is None else state.prior, FIRST_SHARE * jnp.abs(t1 - t0)
+        dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint.order, longest)
+    begun = begin(control, state, bounded_step(control, dt))
+    if resumed:
+        begun = _go_on(parts, control, begun, u0, t1, args, choose_dt=request.dt0 is None)
+    return parts, control, begun
+
+
+def _go_on(parts, control, begun, before, t1, args, *, choose_dt):
+    """A solve that goes on from another one: behind the jump, if that has ended before one."""
+    begun = eqx.tree_at(lambda s: s.controller, begun, before.controller, is_leaf=lambda x: x is None)
+    passing_stop = starting_anew(parts, control, begun, t1, args)
+    if passing_stop is None:
+        return begun
+    if before.anew is not None:
+        begun = eqx.tree_at(lambda s: s.anew, begun, before.anew)
+    new, *_ = passing_stop(begun, None, begun.anew.t != begun.t)
+    return new if choose_dt else eqx.tree_at(lambda s: s.dt, new, begun.dt)
 
 
 @compiled

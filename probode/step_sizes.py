@@ -17,6 +17,7 @@ from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
 from .gaussians import Innovation, Update, batched, noise_mean, push, smoothing_weights
+from .initialisation import AbstractInitialisation
 from .linalg import product, safe_divide
 from .loops import AbstractLoop
 from .priors import AbstractPrior
@@ -25,22 +26,31 @@ from .steps import State, round_off
 
 
 # The largest share of the span that a first step takes unless the user says how long it is.
-_FIRST_SHARE = 1 / 50
+FIRST_SHARE = 1 / 50
 # How many times as long as the step before a step may be.
-_GROWTH = 3.0
+GROWTH = 3.0
 
 
 class Control(eqx.Module):
     """The parts of a solver that choose the steps, and who is told how far they got.
 
-    ``in_two``: whether two equal steps go to a time that must be hit, not a whole one and what is left.
+    ``initialisation``: how derivatives start anew at the controller's ``stop_at``. ``through``: further times that must
+    be hit, at which nothing happens to the equation: those of data. ``in_two``: whether two equal steps go to a time
+    that must be hit, not a whole one and what is left.
     """
 
     error: AbstractErrorEstimate
     controller: AbstractController
     loop: AbstractLoop
+    initialisation: AbstractInitialisation
     progress: AbstractProgress | None = None
+    through: Float[Array, " times"] | None = None
     in_two: bool = eqx.field(static=True, default=False)
+
+    def stops(self, dtype) -> Float[Array, " times"] | None:
+        """The times at which the equation may jump, if there are any."""
+        stops = self.controller.stop_at
+        return None if stops is None else stops.astype(dtype)
 
 
 @functools.cache
@@ -68,15 +78,15 @@ def sustained_share(num_derivatives: int, order: int) -> float:
 
 
 def first_step(
-    control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], order: int
+    control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], order: int, longest: Any
 ) -> Float[Array, ""]:
     """A first step, in any unit of time, from the derivatives at hand, for an equation of that order.
 
     With ``c_k`` the size of ``u^(k) / k!`` against the tolerances, the first term that the Taylor polynomial leaves out
     is extrapolated geometrically, ``c_(nu+1) = c_nu^2 / c_(nu-1)``; its residual reaches the tolerance in a step that
     later ones can keep up with, or what is left of the last term kept. At most the time in which ``u`` changes by its
-    own size, and a fiftieth of the span: derivatives at one point do not know what happens elsewhere. A prior that
-    does not extrapolate by the polynomial, but returns to its mean, is followed no further than it agrees with it.
+    own size, and ``longest``: derivatives at one point do not know what happens elsewhere. A prior that does not
+    extrapolate by the polynomial, but returns to its mean, is followed no further than it agrees with it.
     """
     nu, (u0, *_) = state.layout.num_derivatives, (u := state.layout.unpack(state.distribution.mean))
     weight = _weight(control.controller, jnp.abs(u0))
@@ -91,7 +101,7 @@ def first_step(
     term = term * sustained_share(nu, order) / residual
     candidates = jnp.stack([term, safe_divide(c[0], c[1])])
     dt = jnp.min(jnp.where((candidates > 0) & jnp.isfinite(candidates), candidates, span))
-    dt = jnp.minimum(dt, _FIRST_SHARE * span)
+    dt = jnp.minimum(dt, longest)
     if prior.is_polynomial:
         return dt
 
@@ -111,7 +121,7 @@ def trusted(proposed: Float[Array, ""], dt: Float[Array, ""]) -> Float[Array, ""
     a step and one inside, steps that are three times as long as the last leave no larger gaps between two evaluations
     than a Runge-Kutta method whose steps grow tenfold.
     """
-    return jnp.minimum(proposed, _GROWTH * dt)
+    return jnp.minimum(proposed, GROWTH * dt)
 
 
 def shortest_near_zero(first: Float[Array, ""]) -> Float[Array, ""]:
@@ -121,6 +131,24 @@ def shortest_near_zero(first: Float[Array, ""]) -> Float[Array, ""]:
     """
     limits = jnp.finfo(first.dtype)
     return lax.stop_gradient(jnp.maximum(limits.eps**2 * first, limits.tiny))
+
+
+def bounded_step(control: Control, dt: Float[Array, ""]) -> Float[Array, ""]:
+    """A first step within the bounds of the controller."""
+    if control.controller.dt_min is not None:
+        dt = jnp.maximum(dt, control.controller.dt_min.astype(dt.dtype))
+    if control.controller.dt_max is not None:
+        dt = jnp.minimum(dt, control.controller.dt_max.astype(dt.dtype))
+    return dt
+
+
+def nearest(
+    hits: Float[Array, " times"], t: Float[Array, ""], t1: Float[Array, ""], direction: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The first of the times behind ``t`` that a step must not cross, or ``t1``."""
+    distance = (hits - t) * direction
+    usable = (distance > round_off(t)) & ((t1 - hits) * direction > round_off(t1))
+    return jnp.where(jnp.any(usable), hits[jnp.argmin(jnp.where(usable, distance, jnp.inf))], t1)
 
 
 def next_time(
@@ -134,13 +162,8 @@ def next_time(
     """
     controller, eps = control.controller, jnp.finfo(t.dtype).eps
     floor = jnp.maximum(4 * eps * jnp.abs(t), smallest)
-    ahead = t1
-    if controller.stop_at is not None:
-        stops = controller.stop_at.astype(t.dtype)
-        distance = (stops - t) * direction
-        usable = (distance > round_off(t)) & ((t1 - stops) * direction > round_off(t1))
-        nearest = stops[jnp.argmin(jnp.where(usable, distance, jnp.inf))]
-        ahead = jnp.where(jnp.any(usable), nearest, t1)
+    hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.through) if x is not None]
+    ahead = nearest(jnp.concatenate(hits), t, t1, direction) if hits else t1
     room = (ahead - t) * direction
     if controller.dt_min is not None:
         floor = jnp.maximum(floor, controller.dt_min.astype(t.dtype))

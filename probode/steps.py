@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .calibration import AbstractCalibration, Evidence
 from .checks import as_integer
@@ -196,10 +196,19 @@ def nothing_of_the_past(parts: Step, past: Conditional | None, state: State, arg
 
 
 def attempt(
-    parts: Step, distribution: Normal, t: Float[Array, ""], dt: Float[Array, ""], layout: Layout, args: PyTree
+    parts: Step,
+    distribution: Normal,
+    t: Float[Array, ""],
+    dt: Float[Array, ""],
+    layout: Layout,
+    args: PyTree,
+    since: Float[Array, ""] | None = None,
 ) -> Attempt:
-    """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation."""
-    prior = own_prior(parts, t - dt, distribution, layout, args)
+    """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation.
+
+    ``since``: the time at which the step starts, where it matters on which side of it.
+    """
+    prior = own_prior(parts, t - dt if since is None else since, distribution, layout, args)
     transition = (parts.prior if prior is None else prior).transition(dt, layout)
     predicted = push(distribution, transition.matrix)
     if layout.factorisation.own_algebra:
@@ -211,15 +220,31 @@ def attempt(
 
 
 def accept(
-    parts: Step, state: State, t: Float[Array, ""], attempted: Attempt, past: Conditional | None, args: PyTree
+    parts: Step,
+    state: State,
+    t: Float[Array, ""],
+    attempted: Attempt,
+    past: Conditional | None,
+    args: PyTree,
+    seen_at: Float[Array, ""] | None = None,
+    anew: Bool[Array, "*batch"] | None = None,
 ) -> tuple[State, Update]:
-    """Condition the prediction on the equation: the state at ``t``, and what has led to it."""
-    last = jnp.where(state.evidence.number > 0, state.output_scale * attempted.innovation.unit, 0)
+    """Condition the prediction on the equation: the state at ``t``, and what has led to it.
+
+    ``seen_at``: the time of the equation, where it matters on which side of ``t``. ``anew``: whether the state has
+    started anew behind a jump, and no residual has been seen since. The scale of the step before is forgotten then.
+    """
+    remembered = state.evidence.number > 0 if anew is None else (state.evidence.number > 0) & ~anew
+    last = jnp.where(remembered, state.output_scale * attempted.innovation.unit, 0)
     scale = parts.calibration.scale(dataclasses.replace(attempted.innovation, last=last))
     if attempted.update is None:
-        update, equation, before = _conditioned(parts, state, t, attempted, scale, past, args)
+        at = t if seen_at is None else seen_at
+        update, equation, before = _conditioned(parts, state, at, attempted, scale, past, args)
     else:
         update, equation = attempted.update, attempted.equation
+    if anew is not None:
+        silent = jnp.all(attempted.innovation.whitened == 0, axis=(-2, -1))
+        update = _unless_silent(update, anew & silent, state, attempted, past)
     whitened, counts = update.influence.whitened, informative(equation, attempted.mean)
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
@@ -241,6 +266,23 @@ def accept(
         last_move,
         data_evidence,
     ), update
+
+
+def _unless_silent(update, silent, state, attempted, past):
+    """The update, or the prediction where derivatives are still those of the start, and there was no residual.
+
+    They move with ``u`` just as the equation wants it. So the innovation of a step without noise has no variance, and
+    round-off in its place would tell about ``u``, falsely.
+    """
+    predicted = push(state.distribution, attempted.transition.matrix)
+    if past is not None:
+        past = Conditional(past.shift, past.cross, pad_rows(past.own, update.past.own.shape[-2]))
+    influence = jax.tree.map(jnp.zeros_like, update.influence)
+    nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, jnp.zeros_like(update.pivots))
+    axes = jnp.ndim(silent)
+    return jax.tree.map(
+        lambda a, b: jnp.where(jnp.reshape(silent, silent.shape + (1,) * (a.ndim - axes)), a, b), nothing, update
+    )
 
 
 def _conditioned(parts, state, t, attempted, scale, past, args):

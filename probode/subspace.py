@@ -70,8 +70,9 @@ class Subspace(AbstractFactorisation):
     below 2 in adaptive solves of diffusion, FitzHugh-Nagumo and Burgers' equations with 60 components and a rank of 10.
 
     For ``IWP`` with a scalar output scale, ``TS1`` of an ``ODE`` of order one, ``Filter``, ``StateError`` (the default
-    here) and calibrations that do not look at gains, linearise again or remember. The log likelihood is not known
-    (NaN). Raises ``ValueError`` or ``TypeError`` for other parts, or a basis that is not of full rank.
+    here) and calibrations that do not look at gains, linearise again or remember; without ``stop_at``: solve the pieces
+    one by one. The log likelihood is not known (NaN). Raises ``ValueError`` or ``TypeError`` for other parts, or a
+    basis that is not of full rank.
 
     >>> import jax.numpy as jnp, probode
     >>> probode.Subspace(jnp.eye(100, 5)).basis.shape

@@ -45,7 +45,8 @@ class Row(eqx.Module):
 
     ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
     kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that
-    step, where it is needed; ``prior``: that of the step, if every step has its own.
+    step, where it is needed; ``prior``: that of the step, if every step has its own; ``anew``: whether the row is that
+    before it, at the same time, started anew behind a jump, ``None`` where nothing jumps.
     """
 
     t: Float[Array, "..."]
@@ -54,6 +55,7 @@ class Row(eqx.Module):
     past: Conditional | None
     influence: Influence | None
     prior: AbstractPrior | None
+    anew: Bool[Array, "..."] | None = None
 
 
 class Trajectory(eqx.Module):
@@ -95,6 +97,18 @@ def trajectory(
     return Trajectory(rows, reached, smoothed, prior, layout, dense)
 
 
+def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Array:
+    """The numbers of the rows with which steps end, ``number`` of them, the last one repeated.
+
+    Where a state has started anew behind a jump there are two rows: the second one.
+    """
+    if rows.anew is None:
+        return jnp.arange(1, number + 1)
+    replaced = jnp.append(rows.anew[1:], False)
+    ends = (reached & ~replaced)[1:]
+    return 1 + jnp.nonzero(ends, size=number, fill_value=jnp.sum(reached) - 2)[0]
+
+
 def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
     """All covariances times ``factor^2``, means untouched."""
     column = factor[..., None, None]
@@ -103,7 +117,7 @@ def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
         # Coordinates are measured in standard deviations.
         past = eqx.tree_at(lambda p: p.shift, past, past.shift / jnp.where(column > 0, column, 1))
     distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)
-    return Row(rows.t, distribution, rows.output_scale * factor, past, rows.influence, rows.prior)
+    return Row(rows.t, distribution, rows.output_scale * factor, past, rows.influence, rows.prior, rows.anew)
 
 
 def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"]]:

@@ -75,7 +75,7 @@ def check_moves(factorisation: AbstractFactorisation, size: int) -> None:
 def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: PyTree) -> Solution:
     """The solution at ``u0`` together with how it moves along the directions."""
 
-    solution, tangent = _value_and_moves(solve, u0, directions)
+    solution, tangent = value_and_moves(solve, u0, directions)
     means = tangent.marginals.mean
     return eqx.tree_at(
         lambda s: (s.marginals, s.state, s.spread),
@@ -87,11 +87,13 @@ def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: Py
 
 def spread_start(start: Callable[[PyTree], Normal], u0: PyTree, directions: PyTree) -> Normal:
     """The state at ``u0`` with how it moves along the directions added to its covariance, triangular."""
-    state, tangent = _value_and_moves(start, u0, directions)
+    state, tangent = value_and_moves(start, u0, directions)
     return square(widen(state, tangent.mean))
 
 
-def _value_and_moves(fn, u0, directions):
+def value_and_moves(fn: Callable[[PyTree], PyTree], u0: PyTree, directions: PyTree) -> tuple[PyTree, PyTree]:
+    """``fn(u0)``, and how it moves along each of the directions, along a leading axis."""
+
     # One and the same run gives values and tangents: what is at round-off differs between compiled programs.
     def along(direction):
         return eqx.filter_jvp(fn, (u0,), (direction,))

@@ -88,19 +88,19 @@ def test_calibrated_scales_can_be_held_constant():
 
 
 def test_adaptive_smoothed_solves_are_those_of_their_frozen_steps():
-    """Save times between the steps, and the steps themselves held fixed through ``stop_at``."""
+    """Save times between the steps, and the steps themselves held fixed through times of data that are not seen."""
     ts = np.array([0.11, 0.5, 0.52, 1.0])
-    controller = po.IntegralController(1e3, 1e3, stop_at=GRID[1:])
+    data = po.Observations(GRID[1:], jnp.zeros((len(GRID) - 1, 2)), 1.0, mask=np.zeros(len(GRID) - 1, bool))
     parts = {
         "strategy": po.FixedPointSmoother(),
         "calibration": NONE,
-        "controller": controller,
+        "controller": po.IntegralController(1e3, 1e3, dt_min=1.0),
         "loop": po.BoundedLoop(16),
     }
     solver = po.Solver(po.IWP(3), po.TS1(po.ODE(rates_field)), **parts)
 
     def fn(x):
-        solution = solver.solve(x[:2], 0.0, 1.0, args=x[2:6], save_at=x[6:])
+        solution = solver.solve(x[:2], 0.0, 1.0, args=x[2:6], save_at=x[6:], data=data)
         means = jnp.concatenate([solution.mean.ravel(), solution.derivative(2).mean.ravel()])
         return jnp.concatenate([means, jnp.log(solution.std[:, 0])])
 

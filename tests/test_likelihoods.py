@@ -26,16 +26,23 @@ from .test_observations import (
 
 
 LIKELIHOODS = (po.fenrir_log_likelihood, po.dalton_log_likelihood, po.filtering_log_likelihood)
-# So loose that the steps are those between the times to be hit.
-ON_GRID = po.IntegralController(1e3, 1e3, stop_at=GRID[1:], dt_min=1.0)
+# So loose that the steps are those between the times to be hit: those of data on the whole grid, some of them unseen.
+ON_GRID = po.IntegralController(1e3, 1e3, dt_min=1.0)
 UNTIL = float(GRID[-1])
+
+
+def on_the_grid(values, mask, seen):
+    """The data with a time for every point of the grid."""
+    everywhere, there = np.zeros((GRID.size, 2)), np.zeros((GRID.size, 2), bool)
+    everywhere[seen], there[seen] = values, True if mask is None else mask
+    return po.Observations(GRID, everywhere, ROOT, mask=there)
 
 
 @pytest.mark.parametrize("mask", first_of(MASK, None), ids=["some", "all"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS[:2], ids=lambda f: f.__name__)
 def test_the_density_given_the_whole_equation(likelihood, mask):
     made = solver(controller=ON_GRID)
-    data = po.Observations(GRID[SEEN], VALUES, ROOT, mask=mask)
+    data = on_the_grid(VALUES, mask, SEEN)
     got = likelihood(made, start(made), 0.0, UNTIL, data)
     mean, covariance, z, y, r = joint(made, mask)
     x, p = given(mean, covariance, z, np.zeros(z.shape[0]))
@@ -46,8 +53,9 @@ def test_the_density_given_the_whole_equation(likelihood, mask):
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS[::-1]), ids=lambda f: f.__name__)
 def test_of_the_end_alone_it_is_the_density_of_what_the_filter_says(likelihood):
     made = solver(controller=ON_GRID)
-    data = po.Observations(GRID[-1:], VALUES[-1:], ROOT)
-    end = made.solve(start(made), 0.0, UNTIL).marginals
+    data = on_the_grid(VALUES[-1:], None, [-1])
+    nothing = on_the_grid(VALUES[-1:], np.zeros((1, 2), bool), [-1])
+    end = made.solve(start(made), 0.0, UNTIL, data=nothing).marginals
     factor = np.asarray(end.factor[-1])[:, :2]
     expected = log_density(VALUES[-1], np.asarray(end.mean[-1, :2, 0]), factor.T @ factor + ROOT.T @ ROOT)
     np.testing.assert_allclose(likelihood(made, start(made), 0.0, UNTIL, data), expected, rtol=1e-9)

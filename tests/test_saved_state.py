@@ -57,15 +57,38 @@ def test_going_on_from_disk_is_bit_equal(strategy, tmp_path):
     assert equal(solver.solve(loaded, 1.0, 2.0, save_at=ts), solver.solve(first.state, 1.0, 2.0, save_at=ts))
 
 
+def stopping_at_one(solver):
+    return eqx.tree_at(lambda s: s.controller.stop_at, solver, jnp.array([1.0]), is_leaf=lambda x: x is None)
+
+
+@strategies
+@pytest.mark.parametrize("calibration", first_of(po.DynamicCalibration(memory=0.5), po.NoCalibration()), ids=name)
+def test_a_solve_with_a_stop_is_that_of_its_pieces(strategy, calibration):
+    """The second one starts from the distribution of ``u`` with which the first one has ended."""
+    solver = make(strategy, calibration)
+    ts = [0.5, 1.0, 1.5, 2.0]
+    whole = stopping_at_one(solver).solve(U0, 0.0, 2.0, save_at=ts)
+    first = solver.solve(U0, 0.0, 1.0)
+    factor = jnp.linalg.qr(first.marginals.factor[0, :, :2], mode="r")
+    second = solver.solve(solver.initialise(po.Normal(first.mean[0], factor), 1.0), 1.0, 2.0, save_at=ts[1:])
+    np.testing.assert_allclose(whole.mean[-1], second.mean[-1], rtol=1e-12)
+    np.testing.assert_allclose(whole.std[-1], second.std[-1], rtol=1e-9)
+    np.testing.assert_allclose(whole.mean[1:], second.mean, rtol=1e-12)
+    np.testing.assert_allclose(whole.std[1:], second.std, rtol=1e-9)
+    np.testing.assert_allclose(whole.log_likelihood, first.log_likelihood + second.log_likelihood, rtol=1e-9)
+    steps = [s.stats["num_steps"] for s in (first, second, whole)]
+    assert steps[0] + steps[1] == steps[2]
+
+
 @strategies
 @pytest.mark.parametrize("calibration", first_of(po.MLECalibration(), po.DynamicCalibration(memory=0.5)), ids=name)
 def test_going_on_takes_the_steps_of_one_solve(strategy, calibration):
-    # `stop_at` makes the single solve end a step where the first part ends.
+    # `stop_at` makes the single solve end a step where the first part ends, and start anew from there.
     solver = make(strategy, calibration)
-    stopping = eqx.tree_at(lambda s: s.controller.stop_at, solver, jnp.array([1.0]), is_leaf=lambda x: x is None)
+    stopping = stopping_at_one(solver)
     whole = stopping.solve(U0, 0.0, 2.0)
     first = solver.solve(U0, 0.0, 1.0)
-    second = solver.solve(first.state, 1.0, 2.0)
+    second = stopping.solve(first.state, 1.0, 2.0)
     np.testing.assert_array_equal(second.mean, whole.mean)
     np.testing.assert_array_equal(second.std, whole.std)
     np.testing.assert_array_equal(second.output_scale, whole.output_scale)

@@ -304,8 +304,11 @@ def test_going_on_is_bitwise_the_uninterrupted_solve():
     np.testing.assert_array_equal(rest.mean, whole.mean)
     np.testing.assert_array_equal(rest.std, whole.std)
     assert part.stats["num_steps"] + rest.stats["num_steps"] == whole.stats["num_steps"]
-    # a stop in between is where a second solve may take over
+    # a stop in between is where a second solve may take over, on either side of it
     first = solver(256).solve(u0, 0.0, 2.5)
+    just_behind = solver(int(first.stats["num_steps"])).solve(u0, 0.0, 5.0, throw=False)
+    assert just_behind.state.t == 2.5
+    np.testing.assert_array_equal(solver(256).solve(just_behind.state, 2.5, 5.0).mean, whole.mean)
     second = solver(256).solve(first.state, 2.5, 5.0)
     np.testing.assert_array_equal(second.mean, whole.mean)
 
