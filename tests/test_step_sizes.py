@@ -105,7 +105,8 @@ def test_a_field_that_fails_ends_the_solve(t0, span, dtype):
     blown_up = solver.solve(jnp.full(1, 2 / span, dtype), t0, t0 + span, throw=False)  # at t0 + span / 2
     assert blown_up.result in (po.Result.nonfinite, po.Result.step_size_too_small)
     assert blown_up.stats["num_steps"] < 1000
-    np.testing.assert_allclose(blown_up.t[0], t0 + span / 2, atol=1e-3 * span)
+    # In single precision the scale of the fourth derivative leaves the range of numbers a little earlier.
+    np.testing.assert_allclose(blown_up.t[0], t0 + span / 2, atol=(1e-3 if dtype == jnp.float64 else 1e-2) * span)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
