@@ -26,7 +26,6 @@ from .restarts import beside, is_jump, start_anew
 from .solution import Result
 from .step_sizes import (
     FIRST_SHARE,
-    GROWTH,
     Control,
     bounded_step,
     error_norm,
@@ -387,7 +386,6 @@ def starting_anew(
     if stops is None:
         return None
     layout, constraint = solve.current.layout, parts.constraint
-    span = jnp.abs(t1 - begun.t)
 
     def pass_stop(solve, past, moved):
         now = solve.current
@@ -408,7 +406,8 @@ def starting_anew(
         current = eqx.tree_at(lambda s: s.distribution, now, x)
         until = nearest(stops, now.t, t1, direction) - now.t
         prior = parts.prior if current.prior is None else current.prior
-        longest = jnp.maximum(FIRST_SHARE * span, GROWTH * solve.dt)
+        # As in a solve that starts here: so one with stops takes the steps of its pieces.
+        longest = FIRST_SHARE * jnp.abs(t1 - now.t)
         dt = first_step(control, detach(current), detach(prior), until, constraint.order, longest)
         dt = bounded_step(control, dt)
         return (

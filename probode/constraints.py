@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from .checks import as_integer, as_scalar, require
 from .factorisations import Layout
 from .gaussians import Linearisation, Normal, batched
-from .problems import ODE, AbstractProblem, Residual, flat_residual
+from .problems import ODE, AbstractProblem, Residual
 
 
 def evaluations_field() -> Any:
@@ -48,7 +48,8 @@ class AbstractConstraint(eqx.Module):
     ``problem``: the equation that the solve starts from. ``evaluations``: how often it is evaluated in an accepted
     step, at the prediction and then at what the update before has made of it. ``relinearise``: whether these
     evaluations take their own Jacobians (Gauss-Newton) or keep that of the prediction (a chord iteration).
-    ``first_order``: whether the linearisation knows how the equation depends on ``u``.
+    ``first_order``: whether the linearisation knows how the equation depends on ``u``. ``is_pointwise``: whether its
+    residual is that of ``problem`` at the mean, so that it can be had without a Jacobian.
 
     >>> import probode
     >>> spring = probode.ODE(lambda t, u, du, args: -u, order=2)
@@ -60,6 +61,7 @@ class AbstractConstraint(eqx.Module):
     evaluations = 1
     relinearise = False
     first_order = True
+    is_pointwise = False
 
     @property
     def order(self) -> int:
@@ -77,12 +79,6 @@ class AbstractConstraint(eqx.Module):
 
         ``predicted.factor`` is a square root of the predicted covariance without the noise of the step, not triangular.
         """
-
-    def residual(
-        self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree
-    ) -> Float[Array, "*batch m cols"]:
-        """``z`` alone, as ``linearise`` gives it; worth a method of its own where that takes no Jacobian."""
-        return self.linearise(t, predicted, layout, args).residual
 
 
 class TS0(AbstractConstraint):
@@ -102,6 +98,7 @@ class TS0(AbstractConstraint):
     problem: ODE = problem_field("TS0", ODE, "an ODE")
     evaluations: int = evaluations_field()
     first_order = False
+    is_pointwise = True
 
     def linearise(self, t, predicted, layout, args):
         return self.problem.zeroth_order(t, layout.unpack(predicted.mean), layout, args)
@@ -126,13 +123,10 @@ class TS1(AbstractConstraint):
     problem: AbstractProblem = problem_field("TS1", AbstractProblem, "an ODE or a Residual")
     evaluations: int = evaluations_field()
     relinearise: bool = relinearise_field()
+    is_pointwise = True
 
     def linearise(self, t, predicted, layout, args):
         return self.problem.first_order(t, layout.unpack(predicted.mean), layout, args)
-
-    def residual(self, t, predicted, layout, args):
-        us = layout.unpack(predicted.mean)[: self.problem.order + 1]
-        return layout.pack(flat_residual(self.problem, layout, args)(t, us)[None])
 
 
 class Noisy(AbstractConstraint):
@@ -190,8 +184,9 @@ class Noisy(AbstractConstraint):
         noise = own if equation.noise is None else jnp.concatenate([equation.noise, own], axis=-2)
         return Linearisation(equation.matrix, equation.residual, noise=noise, whole=equation.whole)
 
-    def residual(self, t, predicted, layout, args):
-        return self.constraint.residual(t, predicted, layout, args)
+    @property
+    def is_pointwise(self):
+        return self.constraint.is_pointwise
 
 
 class Stack(AbstractConstraint):
@@ -253,10 +248,6 @@ class Stack(AbstractConstraint):
             return Linearisation(matrix, residual, whole=whole)
         noises = [_noise_of(equation) for equation in equations]
         return Linearisation(matrix, residual, noise=batched(jax.scipy.linalg.block_diag)(*noises), whole=whole)
-
-    def residual(self, t, predicted, layout, args):
-        residuals = [constraint.residual(t, predicted, layout, args) for constraint in self.constraints]
-        return jnp.concatenate(residuals, axis=-2)
 
 
 class _Together(eqx.Module):

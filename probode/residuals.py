@@ -30,6 +30,7 @@ from .gaussians import (
 )
 from .linalg import product, safe_divide, safe_norm, safe_sqrt, substitute
 from .priors import AbstractPrior
+from .problems import flat_residual
 
 
 # Where inside a step the equation is held against the mean, as a share of its length: about where the defect of a
@@ -37,6 +38,16 @@ from .priors import AbstractPrior
 INSIDE = 0.6
 # A residual is exact to so many units of round-off of its terms.
 _ROUND_OFF = 8
+
+
+def residual_at(
+    constraint: AbstractConstraint, t: Float[Array, ""], point: Normal, layout: Layout, args: PyTree
+) -> Float[Array, "*batch m cols"]:
+    """The residual that ``linearise`` has at a point, without a Jacobian where none is needed for it."""
+    if not constraint.is_pointwise:
+        return constraint.linearise(t, point, layout, args).residual
+    us = layout.unpack(point.mean)[: constraint.order + 1]
+    return layout.pack(flat_residual(constraint.problem, layout, args)(t, us)[None])
 
 
 def without_round_off(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Linearisation:
@@ -99,7 +110,7 @@ def with_defects(
     weights = smoothing_weights(equation, innovation.factor, innovation.whitened)
 
     def residual(t, mean):
-        z = constraint.residual(t, Normal(mean, predicted.factor), layout, args)
+        z = residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
         return _beyond_round_off(z, equation, mean)
 
     whiten = batched(substitute)

@@ -28,7 +28,7 @@ from .steps import State, round_off
 # The largest share of the span that a first step takes unless the user says how long it is.
 FIRST_SHARE = 1 / 50
 # How many times as long as the step before a step may be.
-GROWTH = 3.0
+_GROWTH = 3.0
 
 
 class Control(eqx.Module):
@@ -121,7 +121,7 @@ def trusted(proposed: Float[Array, ""], dt: Float[Array, ""]) -> Float[Array, ""
     a step and one inside, steps that are three times as long as the last leave no larger gaps between two evaluations
     than a Runge-Kutta method whose steps grow tenfold.
     """
-    return jnp.minimum(proposed, GROWTH * dt)
+    return jnp.minimum(proposed, _GROWTH * dt)
 
 
 def shortest_near_zero(first: Float[Array, ""]) -> Float[Array, ""]:

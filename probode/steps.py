@@ -39,7 +39,7 @@ from .gaussians import (
 )
 from .observations import Observations
 from .priors import AbstractPrior
-from .residuals import informative, with_floor, without_round_off
+from .residuals import informative, residual_at, with_floor, without_round_off
 from .solution import Moments, moments
 
 
@@ -321,7 +321,7 @@ def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
     if constraint.relinearise:
         new = constraint.linearise(t, point, layout, args)
     else:
-        new = eqx.tree_at(lambda e: e.residual, equation, constraint.residual(t, point, layout, args))
+        new = eqx.tree_at(lambda e: e.residual, equation, residual_at(constraint, t, point, layout, args))
     residual = seen_from(predicted.mean, point.mean, new)
     return without_round_off(eqx.tree_at(lambda e: e.residual, new, residual), predicted.mean)
 

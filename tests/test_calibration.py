@@ -225,8 +225,8 @@ def test_a_memory_forgets_what_a_stiff_problem_has_left_behind():
 
     def end(nu, tolerance, calibration):
         ode = po.ODE(lambda t, u, args: jnp.stack([u[1], 50 * (1 - u[0] ** 2) * u[1] - u[0]]))
-        control = po.IntegralController(tolerance, tolerance)
-        solver = po.Solver(po.IWP(nu), po.TS1(ode), calibration=calibration, controller=control)
+        parts = {"controller": po.IntegralController(tolerance, tolerance), "error": po.ResidualError()}
+        solver = po.Solver(po.IWP(nu), po.TS1(ode), calibration=calibration, **parts)
         return solver.solve(jnp.array([2.0, 0.0]), 0.0, 30.0)
 
     exact = end(6, 1e-10, po.DynamicCalibration()).mean
