@@ -49,8 +49,10 @@ class IntegralController(AbstractController):
     small one is rejected, again and again. Two small errors are one. (Without this memory:
     ``PIController(integral=1, proportional=0)``.)
 
-    ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``. ``dt_min``, ``dt_max`` bound the steps (the last step
-    before ``t1`` or a ``stop_at`` may be shorter; a rejected step of ``dt_min`` ends the solve).
+    Whatever the controller proposes, a step is at most three times as long as the one before: an error of zero says
+    nothing about what lies further ahead. ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``. ``dt_min``,
+    ``dt_max`` bound the steps (the last step before ``t1`` or a ``stop_at`` may be shorter; a rejected step of
+    ``dt_min`` ends the solve).
 
     ``stop_at``: times, in any order, at which the equation jumps: a switch, a dose, a knot of interpolated data. Such a
     time belongs to the step before it from the left and to the next one from the right, whatever the equation says of
