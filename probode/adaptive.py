@@ -280,9 +280,10 @@ def _stepping(parts, control, solve, t1, args):
             return error_norm(control, layout, now, dt, attempted, innovation)
 
         def seen(_):
-            prior = parts.prior if attempted.prior is None else attempted.prior
+            # Only lengths are decided from it: a derivative would be computed, and compiled, for nothing.
+            constraint, prior = detach((parts.constraint, parts.prior if attempted.prior is None else attempted.prior))
             at = attempted.transition, attempted.equation, attempted.innovation
-            innovation = with_defects(parts.constraint, prior, now.distribution, t, dt, *at, layout, args)
+            innovation = with_defects(constraint, prior, now.distribution, t, dt, *at, layout, detach(args))
             return size(innovation), scale_inside(innovation, attempted.equation, layout)
 
         unseen = jnp.zeros_like(attempted.innovation.scale)
