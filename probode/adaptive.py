@@ -334,7 +334,7 @@ def _stepping(parts, control, solve, t1, args):
             def conditioned(now, t, known, left, *sides):
                 state, update = accept(parts, now, t, known, left, args, *sides)
                 likely = True
-                if not parts.calibration.is_local:
+                if control.doubts_scale:
                     likely = surprise(control, layout, detach(now), detach(known), detach(update)) <= _SURPRISE
                 effect = None if influence is None else update.influence
                 return state, ravel_pytree(update.past)[0], effect, likely
@@ -408,7 +408,7 @@ def starting_anew(
         until = nearest(stops, now.t, t1, direction) - now.t
         prior = parts.prior if current.prior is None else current.prior
         # As in a solve that starts here: so one with stops takes the steps of its pieces.
-        longest = FIRST_SHARE * jnp.abs(t1 - now.t)
+        longest = FIRST_SHARE * jnp.abs(until)
         dt = first_step(control, detach(current), detach(prior), until, constraint.order, longest)
         dt = bounded_step(control, dt)
         return (

@@ -70,8 +70,8 @@ class LocalError(AbstractErrorEstimate):
     at rest do not hold up the solve. In the second, ``r`` is the residual of the corrected mean at the end of the step,
     which the linearisation left out; what it does to ``u`` enters the derivatives too, and a polynomial of degree
     ``nu`` extrapolates an error in equidistant values with up to that factor. Elsewhere (``TS0``, or ``TS1`` with the
-    diagonal of the Jacobian) the residual itself, ``|dt|^(k-j) / (k-j)! s sqrt(diag(H Q H^T))`` for ``u^(j)``: the
-    errors of such steps add up with equal sign, and tolerances are met for this.
+    diagonal of the Jacobian) the residual itself, for ``u`` alone, ``|dt|^k / k! s sqrt(diag(H Q H^T))``: the errors
+    of such steps add up with equal sign, and are near the tolerance in the end for this.
 
     In both, ``s`` is the local scale that explains the residual of the prediction and the one that explains the
     residual of the corrected mean inside the step, whichever is larger: a solution that moves between two ends at which
@@ -93,13 +93,12 @@ class LocalError(AbstractErrorEstimate):
         size = layout.identity().shape[-1]
         order = max(1, equation.matrix.shape[-1] // size - 1)
         if equation.block is not None and not equation.whole:
-            std = layout.std(scale * innovation.factor)[0]
-            return jnp.stack([jnp.abs(dt) ** k / math.factorial(k) * std for k in range(order, 0, -1)])
+            return jnp.abs(dt) ** order / math.factorial(order) * layout.std(scale * innovation.factor)[0]
         left = posterior_noise(equation, transition.noise, order * size)
         if innovation.remainder is None:
             return _SAFETY * layout.std(scale * left)
         weights = smoothing_weights(equation, innovation.factor, innovation.remainder)
-        left_out = layout.unpack(noise_mean(transition.noise, weights))[:order]
+        left_out = layout.unpack(noise_mean(transition.noise, transition.noise, innovation.factor, weights))[:order]
         return _SAFETY * layout.std(scale * left) + (2 ** (layout.num_derivatives + 1) - 1) * jnp.abs(left_out)
 
 

@@ -88,7 +88,7 @@ class Linearisation(eqx.Module):
     block: int | None = eqx.field(static=True, default=None)
     noise: Float[Array, "*batch rows m"] | None = None
     left: Float[Array, "more k"] | None = None
-    whole: bool = eqx.field(static=True, default=False)
+    whole: bool = eqx.field(static=True, default=True)
 
 
 class Innovation(eqx.Module):
@@ -147,27 +147,37 @@ def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Floa
 def smoothing_weights(
     equation: Linearisation, factor: Float[Array, "m m"], whitened: Float[Array, "m cols"]
 ) -> Float[Array, "p cols"]:
-    """``H^T (H Q H^T)^-1 z`` from the whitened residual: ``Q`` times it is the mean of the noise given the residual.
+    """``H^T (H Q H^T)^-1 z`` from the whitened residual, times the largest entry of the factor of ``H Q H^T``.
 
-    (The adjoint variable of the disturbance smoother: de Jong 1989, "Smoothing and interpolation with the state-space
-    model".)
+    ``Q`` times it is the mean of the noise given the residual (the adjoint variable of the disturbance smoother: de
+    Jong 1989, "Smoothing and interpolation with the state-space model"). The inverse of a covariance may not be a
+    number in single precision where its inverse square root is one.
     """
+    factor = factor / _largest(factor)
     # ``factor`` is upper triangular; with rows and columns in reverse order its transpose is.
     solution = substitute(factor[::-1, ::-1].T, whitened[::-1])[::-1]
     return product(equation.matrix.T, solution)
 
 
 @batched
-def noise_mean(noise: Float[Array, "dim dim"], weights: Float[Array, "p cols"]) -> Float[Array, "dim cols"]:
-    """``Q w`` for ``Q = noise^T noise`` and weights ``w`` of the leading rows of the state, zero for the others."""
+def noise_mean(
+    noise: Float[Array, "dim dim"],
+    later: Float[Array, "dim dim"],
+    factor: Float[Array, "m m"],
+    weights: Float[Array, "p cols"],
+) -> Float[Array, "dim cols"]:
+    """``noise^T later w``: the mean of a noise, given the residual that has these ``smoothing_weights`` and factor.
+
+    ``later``: the same noise as the state in which the residual was seen has it, ``noise A^T``.
+    """
     p = weights.shape[0]
-    return product(noise.T, product(noise[:, :p], weights))
+    # In this order: high derivatives, whose noise and weights are no numbers in single precision, do not enter.
+    return product(noise.T, product(later[:, :p] / _largest(factor), weights))
 
 
-@batched
-def pull_back(matrix: Float[Array, "q q"], weights: Float[Array, "dim cols"]) -> Float[Array, "dim cols"]:
-    """``A^T w``: weights of a later state as weights of the one that ``A`` makes it from."""
-    return kron_apply(matrix.T, weights)
+def _largest(factor):
+    size = jnp.max(jnp.abs(factor), initial=0)
+    return jnp.where(size > 0, size, 1)
 
 
 def _observed(equation, noise, columns=0):

@@ -7,6 +7,7 @@ whether the solution does something there that neither end shows.
 
 import dataclasses
 import functools as ft
+import math
 
 import equinox as eqx
 import jax
@@ -24,7 +25,6 @@ from .gaussians import (
     Transition,
     batched,
     noise_mean,
-    pull_back,
     push,
     smoothing_weights,
 )
@@ -85,7 +85,12 @@ def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Arra
     """
     std = safe_norm(innovation.factor, axis=-2)[..., None]
     unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
-    floor = lax.stop_gradient(jnp.sqrt(jnp.mean(unknown**2, axis=(-2, -1))))
+    floor = (
+        lax.stop_gradient(safe_norm(unknown.reshape(*unknown.shape[:-2], -1), axis=-1))
+        / math.prod(unknown.shape[-2:]) ** 0.5
+    )
+    # In the prior's own units it has to be a number, too, which in single precision it may not be.
+    floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
     return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
 
 
@@ -116,13 +121,12 @@ def with_defects(
     whiten = batched(substitute)
     to_inside, to_end = prior.transition(INSIDE * dt, layout), prior.transition((1 - INSIDE) * dt, layout)
     share = (to_inside.magnitude / transition.magnitude) ** 2
-    rows = predicted.mean.shape[-2] - weights.shape[-2]
-    of_state = jnp.concatenate([weights, jnp.zeros_like(predicted.mean[..., :rows, :])], axis=-2)
-    noise = noise_mean(to_inside.noise, pull_back(to_end.matrix, of_state))
+    later = push(Normal(before.mean, to_inside.noise), to_end.matrix).factor
+    noise = noise_mean(to_inside.noise, later, innovation.factor, weights)
     time_inside, mean_inside = t - (1 - INSIDE) * dt, push(before, to_inside.matrix).mean - share * noise
     if not equation.whole:
         return dataclasses.replace(innovation, inside=whiten(innovation.factor, residual(time_inside, mean_inside)))
-    corrected = predicted.mean - noise_mean(transition.noise, weights)
+    corrected = predicted.mean - noise_mean(transition.noise, transition.noise, innovation.factor, weights)
     # Both at once: the equation is traced, and compiled, a single time.
     times, means = jnp.stack([time_inside, t]), jnp.stack([mean_inside, corrected])
     defects = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))

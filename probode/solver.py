@@ -358,6 +358,11 @@ def _begin(solver, request, args):
     if request.data is not None:
         # The residual of a very short step is round-off, and so is what it adds to a likelihood.
         control = dataclasses.replace(control, through=request.data.ts, in_two=True)
+    # What is uncertain at the start, or learnt from data, moves with residuals as it should.
+    doubts = not (
+        solver.calibration.is_local or request.data is not None or isinstance(u0, InitialState | AdaptiveState)
+    )
+    control = dataclasses.replace(control, doubts_scale=doubts)
     stops, behind, until = control.stops(layout.dtype), t0, t1
     if stops is not None:
         layout.require_shared_algebra("stop_at")
@@ -376,7 +381,7 @@ def _begin(solver, request, args):
     elif resumed:
         dt = u0.dt
     else:
-        prior, longest = solver.prior if state.prior is None else state.prior, FIRST_SHARE * jnp.abs(t1 - t0)
+        prior, longest = solver.prior if state.prior is None else state.prior, FIRST_SHARE * jnp.abs(until - t0)
         dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint.order, longest)
     begun = begin(control, state, bounded_step(control, dt))
     if resumed:

@@ -36,7 +36,8 @@ class Control(eqx.Module):
 
     ``initialisation``: how derivatives start anew at the controller's ``stop_at``. ``through``: further times that must
     be hit, at which nothing happens to the equation: those of data. ``in_two``: whether two equal steps go to a time
-    that must be hit, not a whole one and what is left.
+    that must be hit, not a whole one and what is left. ``doubts_scale``: whether a step is refused whose residual the
+    output scale does not explain.
     """
 
     error: AbstractErrorEstimate
@@ -46,6 +47,7 @@ class Control(eqx.Module):
     progress: AbstractProgress | None = None
     through: Float[Array, " times"] | None = None
     in_two: bool = eqx.field(static=True, default=False)
+    doubts_scale: bool = eqx.field(static=True, default=False)
 
     def stops(self, dtype) -> Float[Array, " times"] | None:
         """The times at which the equation may jump, if there are any."""
@@ -200,7 +202,8 @@ def surprise(control: Control, layout: Layout, now: State, attempted: Any, updat
     """
     innovation, influence = attempted.innovation, update.influence
     weights = smoothing_weights(attempted.equation, innovation.factor, innovation.whitened)
-    explained = noise_mean(attempted.transition.noise, weights)
+    noise = attempted.transition.noise
+    explained = noise_mean(noise, noise, innovation.factor, weights)
     moved = batched(lambda gain, z: product(gain.T, z))(influence.gain, influence.whitened)
     beyond = layout.unpack(moved - explained)[:1]
     return _against_tolerances(control, layout, now.distribution.mean, attempted.mean, beyond)
