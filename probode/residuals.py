@@ -85,10 +85,8 @@ def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Arra
     """
     std = safe_norm(innovation.factor, axis=-2)[..., None]
     unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
-    floor = (
-        lax.stop_gradient(safe_norm(unknown.reshape(*unknown.shape[:-2], -1), axis=-1))
-        / math.prod(unknown.shape[-2:]) ** 0.5
-    )
+    flat = jnp.reshape(unknown, (*unknown.shape[:-2], -1))
+    floor = lax.stop_gradient(safe_norm(flat, axis=-1)) / math.sqrt(flat.shape[-1])
     # In the prior's own units it has to be a number, too, which in single precision it may not be.
     floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
     return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
