@@ -74,7 +74,7 @@ def test_an_open_pulse_from_the_right_in_single_precision():
         assert np.all(error < 10 * rtol * 1e-2) and np.all(error < 5 * solution.std[0])
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", first_of(True, False))
 @pytest.mark.parametrize("strategy", first_of(*STRATEGIES[::-1]), ids=name)
 def test_derivatives_with_respect_to_a_switch(strict, strategy):
     def end(tau):
@@ -232,8 +232,15 @@ def with_a_jump(index, strategy, known):
     return ts, made.solve(jnp.asarray(U0), 0.0, 1.0, save_at=ts, data=nothing)
 
 
-@pytest.mark.parametrize("known", [NU, 1])
-@pytest.mark.parametrize("strategy", STRATEGIES[1:], ids=name)
+@pytest.mark.parametrize(
+    ("strategy", "known"),
+    [
+        (po.FixedIntervalSmoother(), 1),
+        (po.FixedPointSmoother(), NU),
+        *left_to_nox((po.FixedIntervalSmoother(), NU), (po.FixedPointSmoother(), 1)),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int) else name(x),
+)
 @pytest.mark.parametrize("index", first_of(*range(3)))
 def test_the_posterior_is_that_of_the_joint_gaussian(index, strategy, known):
     mean, cov, evidence = joint(index, known)
@@ -307,7 +314,7 @@ def test_an_algebraic_equation():
 
 
 def test_lanes_and_steps_of_a_vmap():
-    made = solver(pulse, [5.0, 6.0], rtol=1e-4, loop=po.BoundedLoop(256), strategy=po.FixedIntervalSmoother())
+    made = solver(pulse, [5.0, 6.0], rtol=1e-4, loop=po.BoundedLoop(128), strategy=po.FixedPointSmoother())
 
     def end(u):
         return made.solve(jnp.stack([u, 0.0]), 0.0, 10.0, save_at=[5.5, 10.0]).mean
