@@ -29,7 +29,7 @@ class Result(eqx.Enumeration):
     successful = ""
     max_steps_reached = (
         "The solve stopped because max_steps attempts were made before t1. Pass loop=BoundedLoop(max_steps=...) with "
-        "more steps, loosen the tolerances, or use TS1 if the problem is stiff (a Residual far from linear: with "
+        "more steps, loosen the tolerances, or use TS1 if the problem is stiff (and far from linear: with "
         "evaluations=4, relinearise=True)."
     )
     initial_state_nonfinite = (
