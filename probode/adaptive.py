@@ -359,7 +359,6 @@ def _stepping(parts, control, solve, t1, args):
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= floor)
         failure = Result.where(likely, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
-        silent = jnp.all(attempted.innovation.whitened == 0, axis=(-2, -1))
         tiny = good & ~tolerance_in_range(control, detach(layout.unpack(attempted.mean)[0]))
         new = AdaptiveState(
             current,
@@ -368,7 +367,7 @@ def _stepping(parts, control, solve, t1, args):
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
-            None if stops is None else Start(solve.anew.t, solve.anew.unseen & (~good | silent)),
+            None if stops is None else Start(solve.anew.t, solve.anew.unseen & (~good | attempted.innovation.silent)),
         )
         if control.progress is not None:
             tell(control.progress, _share(now.t, t0, t1), jnp.where(running(new), _share(current.t, t0, t1), 1))

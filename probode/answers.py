@@ -16,7 +16,7 @@ from .trajectory import Row, column, evaluate, rescale, rows_of_steps, trajector
 
 
 class Keep(eqx.Module):
-    """What to keep of a solve, known at compile time."""
+    """Flags for the times at which the solution is stored, known at compile time; see ``SaveAt``."""
 
     t0: bool = eqx.field(static=True)
     ts: bool = eqx.field(static=True)

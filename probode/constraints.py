@@ -25,7 +25,7 @@ def evaluations_field() -> Any:
 
 
 def problem_field(name: str, kind: type, words: str) -> Any:
-    """The equation of a constraint of that name."""
+    """A dataclass field for the equation of a constraint, which refuses other kinds with a hint."""
 
     def convert(value: Any):
         if isinstance(value, kind):
@@ -65,7 +65,7 @@ class AbstractConstraint(eqx.Module):
 
     @property
     def order(self) -> int:
-        """The highest derivative that occurs."""
+        """The order of the highest derivative of ``u`` in the equation."""
         return self.problem.order
 
     @property

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .linalg import (
     eliminate,
@@ -22,6 +22,7 @@ from .linalg import (
     kron_apply_right,
     product,
     safe_norm,
+    safe_sqrt,
     substitute,
     triangularise,
 )
@@ -110,6 +111,16 @@ class Innovation(eqx.Module):
     inside: Float[Array, "*batch m cols"] | None = None
     remainder: Float[Array, "*batch m cols"] | None = None
 
+    @property
+    def silent(self) -> Bool[Array, "*batch"]:
+        """Whether the residual is zero, that is, no more than round-off."""
+        return jnp.all(self.whitened == 0, axis=(-2, -1))
+
+    @property
+    def size_inside(self) -> Float[Array, "*batch"]:
+        """Root mean square of ``inside``."""
+        return safe_sqrt(jnp.mean(self.inside**2, axis=(-2, -1)))
+
 
 def batched(fn: Callable) -> Callable:
     """Map ``fn``, written for one batch element, over the leading axes of its arguments.
@@ -173,6 +184,13 @@ def noise_mean(
     p = weights.shape[0]
     # In this order: high derivatives, whose noise and weights are no numbers in single precision, do not enter.
     return product(noise.T, product(later[:, :p] / _largest(factor), weights))
+
+
+def explained(
+    transition: Transition, equation: Linearisation, factor: Float[Array, "*batch m m"], whitened: Array
+) -> Float[Array, "*batch dim cols"]:
+    """``Q H^T (H Q H^T)^-1 z``: the mean of the noise of a step given a whitened residual at its end."""
+    return noise_mean(transition.noise, transition.noise, factor, smoothing_weights(equation, factor, whitened))
 
 
 def _largest(factor):

@@ -28,7 +28,7 @@ from .gaussians import (
     push,
     smoothing_weights,
 )
-from .linalg import product, safe_divide, safe_norm, safe_sqrt, substitute
+from .linalg import product, safe_divide, safe_norm, substitute
 from .priors import AbstractPrior
 from .problems import flat_residual
 
@@ -135,7 +135,7 @@ def scale_inside(innovation: Innovation, equation: Linearisation, layout: Layout
     """The local scale that explains the residual of the corrected mean inside the step, given the one at its end."""
     order = max(1, equation.matrix.shape[-1] // layout.identity().shape[-1] - 1)
     share = _std_inside(max(0, layout.num_derivatives - order))
-    return safe_sqrt(jnp.mean(innovation.inside**2, axis=(-2, -1))) / share
+    return innovation.size_inside / share
 
 
 @ft.cache
@@ -156,6 +156,5 @@ def not_silent(innovation: Innovation, inside: Float[Array, "*batch"]) -> Innova
     The polynomial of the prediction may satisfy an equation by accident, as that of ``u' = v`` in the first step from
     exact derivatives, where ``v`` itself is wrong: a scale of round-off would call such a component exact.
     """
-    silent = jnp.all(innovation.whitened == 0, axis=(-2, -1))
-    scale = jnp.where(silent, jnp.maximum(innovation.scale, inside), innovation.scale)
+    scale = jnp.where(innovation.silent, jnp.maximum(innovation.scale, inside), innovation.scale)
     return dataclasses.replace(innovation, scale=scale)

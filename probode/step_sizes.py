@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
-from .gaussians import Innovation, Update, batched, noise_mean, push, smoothing_weights
+from .gaussians import Innovation, Update, batched, explained, push
 from .initialisation import AbstractInitialisation
 from .linalg import product, safe_divide
 from .loops import AbstractLoop
@@ -195,17 +195,15 @@ def error_norm(
 
 
 def surprise(control: Control, layout: Layout, now: State, attempted: Any, update: Update) -> Float[Array, ""]:
-    """How far conditioning has moved ``u`` beyond what the noise of the step explains, against the tolerances.
+    """The norm, in tolerances, of the part of an update of ``u`` that the noise of the step does not explain.
 
     The error estimates look at the noise of a step alone, as if the state before were known. Where the prior's scale
     does not follow the residuals, a residual that it does not expect is explained by moving the past instead.
     """
     innovation, influence = attempted.innovation, update.influence
-    weights = smoothing_weights(attempted.equation, innovation.factor, innovation.whitened)
-    noise = attempted.transition.noise
-    explained = noise_mean(noise, noise, innovation.factor, weights)
+    expected = explained(attempted.transition, attempted.equation, innovation.factor, innovation.whitened)
     moved = batched(lambda gain, z: product(gain.T, z))(influence.gain, influence.whitened)
-    beyond = layout.unpack(moved - explained)[:1]
+    beyond = layout.unpack(moved - expected)[:1]
     return _against_tolerances(control, layout, now.distribution.mean, attempted.mean, beyond)
 
 

@@ -243,8 +243,7 @@ def accept(
     else:
         update, equation = attempted.update, attempted.equation
     if anew is not None:
-        silent = jnp.all(attempted.innovation.whitened == 0, axis=(-2, -1))
-        update = _unless_silent(update, anew & silent, state, attempted, past)
+        update = _unless_silent(update, anew & attempted.innovation.silent, state, attempted, past)
     whitened, counts = update.influence.whitened, informative(equation, attempted.mean)
     statistics = parts.calibration.update(state.statistics, whitened, counts)
     evidence = state.evidence.update(whitened, update.pivots)
