@@ -64,6 +64,7 @@ from .prior_process import prior_marginals as prior_marginals
 from .prior_process import sample_prior as sample_prior
 from .priors import IWP as IWP
 from .priors import AbstractPrior as AbstractPrior
+from .priors import RelativeScale as RelativeScale
 from .problems import ODE as ODE
 from .problems import Residual as Residual
 from .progress import AbstractProgress as AbstractProgress

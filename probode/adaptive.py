@@ -17,7 +17,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .gaussians import Conditional, Influence, Normal, carried, pad_rows
+from .gaussians import Conditional, Influence, Normal, carried, pad_rows, push
 from .linalg import detach
 from .loops import repeat
 from .progress import tell
@@ -33,6 +33,7 @@ from .step_sizes import (
     nearest,
     next_time,
     shortest_near_zero,
+    spread_norm,
     surprise,
     tolerance_in_range,
     trusted,
@@ -40,6 +41,7 @@ from .step_sizes import (
 from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
+from .uncertain import predicted_spread, residual_moves, value_and_moves, whitened_moves
 
 
 # An error so far below the tolerance is followed by a step that is longer by half or more.
@@ -296,6 +298,15 @@ def _stepping(parts, control, solve, t1, args):
         blind = size(attempted.innovation)
         return lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
 
+    def spread_error(now, t, dt, attempted):
+        """The size of what an attempt does wrong to the spread of an uncertain start, and the scale that explains it."""
+        matrix, constraint = attempted.transition.matrix, detach(parts.constraint)
+        predicted = Normal(attempted.mean, push(now.distribution, matrix).factor)
+        spread = predicted_spread(now.spread, matrix)
+        moves = residual_moves(constraint, t, predicted, attempted.equation, spread, layout, detach(args))
+        whitened, scale = whitened_moves(attempted.innovation, moves)
+        return spread_norm(control, layout, now, dt, attempted, spread, whitened), scale
+
     def running(solve):
         unfinished = (t1 - solve.t) * direction > 0
         return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
@@ -313,6 +324,11 @@ def _stepping(parts, control, solve, t1, args):
 
         attempted = detach(attempting(*detach((now.distribution, seen_at, dt, *since))))
         norm, inside = detach(measured(detach(now), detach(seen_at), detach(dt), attempted))
+        unseen = None if stops is None else solve.anew.unseen
+        if now.spread is not None:
+            error, beside_mean = spread_error(*detach((now, seen_at, dt, attempted)))
+            norm = jnp.maximum(norm, error)
+            unseen = None if stops is None else unseen & (beside_mean == 0)
         attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, inside))
         length = jnp.abs(detach(dt))
         good, proposed, memory = control.controller.propose(length, norm, layout.num_derivatives + 1, solve.controller)
@@ -339,7 +355,7 @@ def _stepping(parts, control, solve, t1, args):
                 effect = None if influence is None else update.influence
                 return state, ravel_pytree(update.past)[0], effect, likely
 
-            inputs = now, when, known, left, *(() if stops is None else (at, solve.anew.unseen))
+            inputs = now, when, known, left, *(() if stops is None else (at, unseen))
             (*after, likely), fine = _with_verdict(eqx.filter_closure_convert(conditioned, *inputs), inputs)
             return *_choose(fine & likely, tuple(after), (now, past, influence)), fine, likely
 
@@ -367,7 +383,9 @@ def _stepping(parts, control, solve, t1, args):
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
-            None if stops is None else Start(solve.anew.t, solve.anew.unseen & (~good | attempted.innovation.silent)),
+            None
+            if stops is None
+            else Start(solve.anew.t, jnp.where(good, unseen & attempted.innovation.silent, solve.anew.unseen)),
         )
         if control.progress is not None:
             tell(control.progress, _share(now.t, t0, t1), jnp.where(running(new), _share(current.t, t0, t1), 1))
@@ -387,6 +405,12 @@ def starting_anew(
         return None
     layout, constraint = solve.current.layout, parts.constraint
 
+    def spread_anew(now, t):
+        problem, initialise = constraint.problem, control.initialisation.initialise
+        u, *moves = (layout.unpack(x)[: problem.num_initial_values] for x in (now.distribution.mean, *now.spread))
+        start = lambda u: initialise(problem, t, u, layout, detach(args)).mean  # noqa: E731
+        return value_and_moves(start, u, jnp.stack(moves))[1]
+
     def pass_stop(solve, past, moved):
         now = solve.current
         here = moved & is_jump(now.t, stops) & ((t1 - now.t) * direction > 0)
@@ -404,6 +428,9 @@ def starting_anew(
         anew = here & is_finite(x)
         x, past = _choose(anew, (x, new_past), (now.distribution, past))
         current = eqx.tree_at(lambda s: s.distribution, now, x)
+        if now.spread is not None:
+            spread = jnp.where(anew, spread_anew(*detach((now, beside(now.t, direction, stops)))), now.spread)
+            current = eqx.tree_at(lambda s: s.spread, current, spread)
         until = nearest(stops, now.t, t1, direction) - now.t
         prior = parts.prior if current.prior is None else current.prior
         # As in a solve that starts here: so one with stops takes the steps of its pieces.

@@ -24,7 +24,6 @@ from .problems import AbstractProblem
 from .solution import SaveAt, Solution
 from .steps import State
 from .strategies import AbstractStrategy
-from .uncertain import UncertainEnd
 
 
 def floats_to_arrays(tree: PyTree) -> PyTree:
@@ -48,8 +47,6 @@ def initial_value(
         raise TypeError("u0 is a Solution: pass its .state to go on from where it ended.")
     if isinstance(u0, State):
         raise TypeError("u0 is a state of init or step: a solve goes on from Solution.state, step goes on from this.")
-    if isinstance(u0, UncertainEnd):
-        raise TypeError("A solve from an uncertain u0 cannot be continued: solve the whole interval at once.")
     if isinstance(u0, Normal):
         raise TypeError(
             "u0 is a Normal, an uncertain initial value: solve and solve_grid take it; elsewhere pass its mean, or an "

@@ -80,16 +80,23 @@ def terms(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Flo
 def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Innovation:
     """The innovation with a local scale no smaller than what explains the round-off of the residual.
 
-    A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, and what
-    a smoother makes of it is divided by nothing.
+    A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, what a
+    smoother makes of it is divided by nothing, and a gain is undefined, which tells how an uncertain start moves.
     """
     std = safe_norm(innovation.factor, axis=-2)[..., None]
     unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
     flat = jnp.reshape(unknown, (*unknown.shape[:-2], -1))
     floor = lax.stop_gradient(safe_norm(flat, axis=-1)) / math.sqrt(flat.shape[-1])
+    floor = jnp.where(floor > 0, floor, _smallest_scale(std.dtype))
     # In the prior's own units it has to be a number, too, which in single precision it may not be.
     floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
     return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
+
+
+def _smallest_scale(dtype):
+    # Of a state that is zero: in double precision squares of factors have to be numbers, in single precision factors.
+    limits = jnp.finfo(dtype)
+    return float(limits.tiny) ** (1 / 3 if limits.bits >= 64 else 2 / 3)
 
 
 def with_defects(
@@ -107,7 +114,8 @@ def with_defects(
     """The innovation of a step of length ``dt`` to ``t``, with the residuals of the corrected mean.
 
     Corrected under the noise of the step alone: ``m - Q H^T (H Q H^T)^-1 z`` at the end, and inside what the prior
-    makes of the same noise (one evaluation of the equation each). At the end only where the linearisation is ``whole``.
+    makes of the same noise (one evaluation of the equation each). At the end only where the linearisation is ``whole``,
+    and as many times as the constraint evaluates the equation (Newton's method with the Jacobian of the prediction).
     """
     predicted = push(before, transition.matrix)
     weights = smoothing_weights(equation, innovation.factor, innovation.whitened)
@@ -124,11 +132,23 @@ def with_defects(
     time_inside, mean_inside = t - (1 - INSIDE) * dt, push(before, to_inside.matrix).mean - share * noise
     if not equation.whole:
         return dataclasses.replace(innovation, inside=whiten(innovation.factor, residual(time_inside, mean_inside)))
-    corrected = predicted.mean - noise_mean(transition.noise, transition.noise, innovation.factor, weights)
+
+    def correct(mean, weights):
+        return mean - noise_mean(transition.noise, transition.noise, innovation.factor, weights)
+
+    corrected = correct(predicted.mean, weights)
     # Both at once: the equation is traced, and compiled, a single time.
     times, means = jnp.stack([time_inside, t]), jnp.stack([mean_inside, corrected])
-    defects = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))
-    return dataclasses.replace(innovation, inside=defects[0], remainder=defects[1])
+    inside, remainder = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))
+
+    def again(_, carry):
+        corrected, remainder = carry
+        corrected = correct(corrected, smoothing_weights(equation, innovation.factor, remainder))
+        return corrected, whiten(innovation.factor, residual(t, corrected))
+
+    if constraint.evaluations > 1:
+        _, remainder = lax.fori_loop(1, constraint.evaluations, again, (corrected, remainder))
+    return dataclasses.replace(innovation, inside=inside, remainder=remainder)
 
 
 def scale_inside(innovation: Innovation, equation: Linearisation, layout: Layout) -> Float[Array, "*batch"]:

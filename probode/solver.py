@@ -43,7 +43,7 @@ from .solution import Result, SaveAt, Solution, raise_unless_successful
 from .step_sizes import FIRST_SHARE, Control, bounded_step, first_step, nearest, smallest_error
 from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
 from .strategies import AbstractStrategy, Filter
-from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start
+from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start, value_and_moves
 
 
 class Solver(eqx.Module):
@@ -238,14 +238,17 @@ def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
 
 
 def _certain_part(solver, u0):
-    """The mean of an uncertain ``u0`` and the directions in which it is uncertain, or ``u0`` and ``None``."""
-    if not isinstance(u0, Normal):
+    """The mean of an uncertain ``u0``, or a state, and the directions in which it is uncertain, ``None`` if it is not."""
+    if isinstance(u0, AdaptiveState) and u0.current.spread is not None:
+        mean, directions = u0, u0.current.spread
+    elif isinstance(u0, Normal):
+        mean, directions = u0.mean, directions_of(u0, solver.constraint.problem)
+    else:
         return u0, None
-    directions = directions_of(u0, solver.constraint.problem)
-    _, layout = bind(solver, u0.mean)
+    _, layout = bind(solver, mean)
     layout.require_shared_algebra("An uncertain u0")
     check_uncertain(solver.factorisation, solver.calibration, layout.size)
-    return u0.mean, directions
+    return mean, directions
 
 
 def _steps(solver: Solver, data: Observations | None = None) -> Step:
@@ -295,6 +298,7 @@ class Request(eqx.Module):
     data: Observations | None = None
     progress: AbstractProgress | None = None
     through: Float[Array, " times"] | None = None  # times at which steps end, where the equation does not jump
+    directions: PyTree = None  # in which u0 is uncertain, along a leading axis
 
 
 def check_request(
@@ -373,6 +377,10 @@ def _begin(solver, request, args):
         state = adopt(parts, u0.current, args)
     else:
         state = _state(solver, u0, t0, args, layout, request.data, behind)
+    if request.directions is not None:
+        start = lambda u0: _state(solver, u0, t0, args, layout, behind=behind).distribution.mean  # noqa: E731
+        _, spread = detach(value_and_moves(start, detach(u0), request.directions))
+        state = eqx.tree_at(lambda s: s.spread, state, spread, is_leaf=lambda x: x is None)
     if stops is not None and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
         distribution = pad(state.distribution, state.distribution.mean.shape[-2])
         state = eqx.tree_at(lambda s: s.distribution, state, distribution)
@@ -403,10 +411,15 @@ def _go_on(parts, control, begun, before, t1, args, *, choose_dt):
 
 @compiled
 def _solve_uncertain(solver, request, args, directions):
-    def solve(u0):
-        return solve_adaptive(solver, eqx.tree_at(lambda r: r.u0, request, u0), args)
+    resumed = isinstance(request.u0, AdaptiveState)
+    if not resumed:
+        request = dataclasses.replace(request, directions=directions)
+    uncertain = (lambda r: r.u0.current.distribution.mean) if resumed else (lambda r: r.u0)
 
-    return push_forward(solve, request.u0, directions)
+    def solve(u0):
+        return solve_adaptive(solver, eqx.tree_at(uncertain, request, u0), args)
+
+    return push_forward(solve, uncertain(request), directions)
 
 
 @compiled

@@ -3,11 +3,13 @@
 What the controller decides from an error is in ``controllers``; this is what the loop asks for around it.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,7 +20,7 @@ from .errors import AbstractErrorEstimate
 from .factorisations import Layout
 from .gaussians import Innovation, Update, batched, explained, push
 from .initialisation import AbstractInitialisation
-from .linalg import product, safe_divide
+from .linalg import product, safe_divide, safe_norm, safe_sqrt
 from .loops import AbstractLoop
 from .priors import AbstractPrior
 from .progress import AbstractProgress
@@ -207,9 +209,42 @@ def surprise(control: Control, layout: Layout, now: State, attempted: Any, updat
     return _against_tolerances(control, layout, now.distribution.mean, attempted.mean, beyond)
 
 
-def _against_tolerances(control, layout, before, after, error):
-    before, after = (layout.unpack(mean)[: error.shape[0]] for mean in (before, after))
-    weight = _weight(control.controller, jnp.maximum(jnp.abs(before), jnp.abs(after)))
+def spread_norm(
+    control: Control,
+    layout: Layout,
+    now: State,
+    dt: Array,
+    attempted: Any,
+    predicted: Float[Array, "N *state"],
+    whitened: Float[Array, "N *residual"],
+) -> Float[Array, ""]:
+    """The size of what an attempt does wrong to the spread of an uncertain initial value, against the tolerances.
+
+    As the estimate has it for solutions with these whitened residuals; components count relative to what they are or
+    may be.
+    """
+
+    def estimate(whitened):
+        scale = safe_sqrt(jnp.mean(whitened**2, axis=(-2, -1)))
+        innovation = dataclasses.replace(attempted.innovation, whitened=whitened, scale=scale)
+        if control.error.needs_defects:
+            nothing = jnp.zeros_like(whitened)
+            innovation = dataclasses.replace(innovation, inside=nothing, remainder=nothing)
+        error = control.error.estimate(dt, attempted.transition, attempted.equation, innovation, layout)
+        return jnp.reshape(error, (-1, layout.size))
+
+    def std(spread):
+        return safe_norm(jax.vmap(layout.unpack)(spread), axis=0)
+
+    error = safe_norm(jax.vmap(estimate)(whitened), axis=0)
+    widths = std(now.spread), std(predicted)
+    norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error, widths)
+    return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
+
+
+def _against_tolerances(control, layout, before, after, error, widths=()):
+    sizes = [jnp.abs(x[: error.shape[0]]) for x in (layout.unpack(before), layout.unpack(after), *widths)]
+    weight = _weight(control.controller, functools.reduce(jnp.maximum, sizes))
     # Without an absolute tolerance a component that is zero, and stays zero, has no error.
     return control.error.norm(jnp.where(error == 0, 0, error / weight))
 

@@ -37,17 +37,20 @@ from .gaussians import (
     realise,
     seen_from,
 )
+from .linalg import detach
 from .observations import Observations
 from .priors import AbstractPrior
-from .residuals import informative, residual_at, with_floor, without_round_off
-from .solution import Moments, moments
+from .residuals import informative, not_silent, residual_at, with_floor, without_round_off
+from .solution import Moments, moments, widen
+from .uncertain import predicted_spread, residual_moves, spread_after, whitened_moves
 
 
 class State(eqx.Module):
     """A solver between two steps: the time, the Gaussian over ``(u, ..., u^(nu))``, and what the parts remember.
 
     ``prior``: that of the step that ended here, if every step has its own. ``last_move``: see ``iterates``.
-    ``data_evidence``: the log density of the data so far, where there are any.
+    ``data_evidence``: the log density of the data so far, where there are any. ``spread``: how the mean moves along the
+    rows of the factor of an uncertain initial value, if that is where the solve came from: it adds to the covariance.
     """
 
     t: Float[Array, ""]
@@ -59,6 +62,7 @@ class State(eqx.Module):
     prior: AbstractPrior | None
     last_move: Float[Array, ""] | None
     data_evidence: Float[Array, ""] | None
+    spread: Float[Array, "N *batch dim cols"] | None = None
 
     def __repr__(self):
         return f"State(t={brief(self.t)}, u={shape_of_u(self.layout)}, layout={self.layout!r})"
@@ -76,7 +80,8 @@ class State(eqx.Module):
     def derivative(self, k: Any) -> Moments:
         """Mean and standard deviation of ``u^(k)``."""
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
-        return moments(self.layout, self.distribution, k)
+        whole = self.distribution if self.spread is None else widen(self.distribution, self.spread)
+        return moments(self.layout, whole, k)
 
 
 class Step(eqx.Module):
@@ -234,11 +239,16 @@ def accept(
     ``seen_at``: the time of the equation, where it matters on which side of ``t``. ``anew``: whether the state has
     started anew behind a jump, and no residual has been seen since. The scale of the step before is forgotten then.
     """
+    at, spread = t if seen_at is None else seen_at, None
+    if state.spread is not None:
+        # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
+        spread, moves, scale = _spread_before(*detach((parts, state, at, attempted, args)))
+        attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, scale))
+        anew = None if anew is None else anew & (scale == 0)
     remembered = state.evidence.number > 0 if anew is None else (state.evidence.number > 0) & ~anew
     last = jnp.where(remembered, state.output_scale * attempted.innovation.unit, 0)
     scale = parts.calibration.scale(dataclasses.replace(attempted.innovation, last=last))
     if attempted.update is None:
-        at = t if seen_at is None else seen_at
         update, equation, before = _conditioned(parts, state, at, attempted, scale, past, args)
     else:
         update, equation = attempted.update, attempted.equation
@@ -249,6 +259,8 @@ def accept(
     evidence = state.evidence.update(whitened, update.pivots)
     update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
     last_move = data_evidence = None
+    if state.spread is not None:
+        spread = spread_after(*detach((update, equation, spread, moves)))
     if iterates(parts.constraint):
         last_move = jnp.maximum(state.last_move, rms_norm(update.influence.whitened - before))
     if parts.data is not None:
@@ -264,7 +276,22 @@ def accept(
         attempted.prior,
         last_move,
         data_evidence,
+        spread,
     ), update
+
+
+def _spread_before(parts, state, t, attempted, args):
+    """The spread where a step takes it, how residuals move with it, and the scale that explains these.
+
+    Steps are chosen by it, and without error control it is what a state knows. (Of a solve are reported its derivatives.)
+    """
+    matrix, layout = attempted.transition.matrix, state.layout
+    predicted, spread = (
+        Normal(attempted.mean, push(state.distribution, matrix).factor),
+        predicted_spread(state.spread, matrix),
+    )
+    moves = residual_moves(parts.constraint, t, predicted, attempted.equation, spread, layout, args)
+    return spread, moves, whitened_moves(attempted.innovation, moves)[1]
 
 
 def _unless_silent(update, silent, state, attempted, past):
@@ -346,9 +373,14 @@ def unconditional(
     )
     stepped, update = accept(parts, state, t, attempted, past, args)
     prior = parts.prior if attempted.prior is None else attempted.prior
-    drifted = push(state.distribution, prior.transition(dt, state.layout).matrix)
+    matrix = prior.transition(dt, state.layout).matrix
+    drifted = push(state.distribution, matrix)
+    spread = None if state.spread is None else detach(predicted_spread(state.spread, matrix))
     waited = eqx.tree_at(
-        lambda s: (s.t, s.distribution, s.prior), state, (t, drifted, attempted.prior), is_leaf=lambda x: x is None
+        lambda s: (s.t, s.distribution, s.prior, s.spread),
+        state,
+        (t, drifted, attempted.prior, spread),
+        is_leaf=lambda x: x is None,
     )
     no_influence = jax.tree.map(jnp.zeros_like, update.influence)
     if past is not None:

@@ -2,11 +2,12 @@
 
 A state that is uncertain at ``t0`` must not simply enter the filter: that would explain the residuals of its own
 truncation errors by moving the initial value. Instead the solve at the mean is differentiated along the rows of the
-factor, and what this adds to the covariance is kept apart: on a linear equation it is the exact push-forward.
+factor, and what this adds to the covariance is kept apart: on a linear equation it is the exact push-forward. The
+steps have to be short enough for the directions, too, which may move where the mean is at rest: so the state of such a
+solve has its spread, the directions pushed forward with the gains of the steps.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,22 +18,13 @@ from jaxtyping import Array, Float, PyTree
 
 from .calibration import AbstractCalibration
 from .checks import as_float
-from .factorisations import AbstractFactorisation
-from .gaussians import Normal, square
+from .constraints import AbstractConstraint
+from .factorisations import AbstractFactorisation, Layout
+from .gaussians import Innovation, Linearisation, Normal, Update, batched, certain, push, square
+from .linalg import product, safe_norm, safe_sqrt, substitute
 from .problems import AbstractProblem
+from .residuals import residual_at
 from .solution import Solution, Spread, widen
-
-
-class UncertainEnd(eqx.Module):
-    """The state at the end of a solve from an uncertain initial value, of which a part is kept elsewhere: it tells the
-    time, and cannot be gone on from."""
-
-    state: Any
-
-    @property
-    def t(self) -> Float[Array, ""]:
-        """The time reached."""
-        return self.state.t
 
 
 def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
@@ -73,14 +65,17 @@ def check_moves(factorisation: AbstractFactorisation, size: int) -> None:
 
 
 def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: PyTree) -> Solution:
-    """The solution at ``u0`` together with how it moves along the directions."""
-
+    """The solution at ``u0``, or from the mean of a state, together with how it moves along the directions."""
     solution, tangent = value_and_moves(solve, u0, directions)
     means = tangent.marginals.mean
     return eqx.tree_at(
-        lambda s: (s.marginals, s.state, s.spread),
+        lambda s: (s.marginals, s.state.current.spread, s.spread),
         solution,
-        (widen(solution.marginals, means), UncertainEnd(solution.state), Spread(means, tangent.trajectory)),
+        (
+            widen(solution.marginals, means),
+            tangent.state.current.distribution.mean,
+            Spread(means, tangent.trajectory),
+        ),
         is_leaf=lambda x: x is None,
     )
 
@@ -99,3 +94,56 @@ def value_and_moves(fn: Callable[[PyTree], PyTree], u0: PyTree, directions: PyTr
         return eqx.filter_jvp(fn, (u0,), (direction,))
 
     return eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
+
+
+def predicted_spread(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) -> Float[Array, "N *state"]:
+    """The directions where the transition ``matrix`` takes them."""
+    return jax.vmap(lambda move: push(certain(move), matrix).mean)(spread)
+
+
+def residual_moves(
+    constraint: AbstractConstraint,
+    t: Float[Array, ""],
+    predicted: Normal,
+    equation: Linearisation,
+    spread: Float[Array, "N *state"],
+    layout: Layout,
+    args: PyTree,
+) -> Float[Array, "N *residual"]:
+    """How the residual of a prediction moves along its directions."""
+    if equation.whole:
+        p = equation.matrix.shape[-1]
+        return jax.vmap(lambda move: batched(product)(equation.matrix, move[..., :p, :]))(spread)
+
+    def residual(mean):
+        return residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
+
+    return jax.vmap(lambda move: jax.jvp(residual, (predicted.mean,), (move,))[1])(spread)
+
+
+def whitened_moves(
+    innovation: Innovation, moves: Float[Array, "N *residual"]
+) -> tuple[Float[Array, "N *residual"], Float[Array, "*batch"]]:
+    """``(H Q H^T)^(-1/2)`` times how the residual moves, and the scale of the noise that explains all of it."""
+    whitened = jax.vmap(batched(substitute), in_axes=(None, 0))(innovation.factor, moves)
+    return whitened, safe_norm(safe_sqrt(jnp.mean(whitened**2, axis=(-2, -1))), axis=0)
+
+
+def spread_after(
+    update: Update, equation: Linearisation, spread: Float[Array, "N *state"], moves: Float[Array, "N *residual"]
+) -> Float[Array, "N *state"]:
+    """The directions after an update whose gain is that of the mean; ``moves`` as in ``residual_moves``."""
+
+    @batched
+    def root(matrix, equation):
+        # S^(-1/2) from S^(-1/2) H.
+        m, p = equation.shape
+        return matrix[:, p - m : p] if known else product(matrix[:, :p], jnp.linalg.pinv(equation))
+
+    @batched
+    def after(move, z, gain, root):
+        return move - product(gain.T, product(root, z))
+
+    known, influence = equation.block is not None, update.influence
+    inverse = root(influence.matrix, equation.matrix)
+    return jax.vmap(after, in_axes=(0, 0, None, None))(spread, moves, influence.gain, inverse)

@@ -104,6 +104,57 @@ def test_a_nonlinear_equation_to_first_order():
     np.testing.assert_allclose(own.std[0] ** 2, np.diagonal(covariance), rtol=1e-6)
 
 
+def spring(t, u, args):
+    return jnp.stack([u[1], -u[0]])
+
+
+def rest(constraint=po.TS1, problem=po.ODE(spring), **parts):
+    parts = {"controller": po.IntegralController(1e-6, 1e-9), "loop": po.ForwardLoop(256)} | parts
+    return po.Solver(po.IWP(4), constraint(problem), **parts)
+
+
+AT_REST = {
+    "TS1": rest(),
+    "TS0": rest(po.TS0, factorisation=po.BlockDiagonal()),
+    "with stops": rest(controller=po.IntegralController(1e-6, 1e-9, stop_at=[1.0, 2.5])),
+    "the diagonal": rest(factorisation=po.BlockDiagonal()),
+    "a residual": rest(problem=po.Residual(lambda t, u, du, args: du - spring(t, u, args))),
+    "cubature": rest(po.SLR1),
+    "a constant scale": rest(calibration=po.NoCalibration(), error=po.StateError()),
+    "smoothed": rest(strategy=po.FixedIntervalSmoother()),
+    "TS0 in stops": rest(po.TS0, controller=po.IntegralController(1e-6, 1e-9, stop_at=[1.0, 2.5])),
+}
+
+
+@pytest.mark.parametrize("name", [*list(AT_REST)[:3], *left_to_nox(*list(AT_REST)[3:])])
+def test_where_the_mean_is_at_rest_steps_are_those_that_the_spread_needs(name):
+    own, flow = AT_REST[name], np.asarray(jax.scipy.linalg.expm(5.0 * jnp.array([[0.0, 1.0], [-1.0, 0.0]])))
+    uncertain = po.Normal(jnp.zeros(2), FACTOR)
+    solution = own.solve(uncertain, 0.0, 5.0)
+    expected = np.sqrt(np.diagonal(flow @ (FACTOR.T @ FACTOR) @ flow.T))
+    np.testing.assert_allclose(solution.std[0], expected, rtol=1e-5)
+    # Going on from a piece, with error control or without, and what a state says of itself.
+    piece = own.solve(uncertain, 0.0, 2.0)
+    np.testing.assert_allclose(piece.state.current.std, piece.std[0], rtol=1e-12)
+    np.testing.assert_allclose(own.solve(piece.state, 2.0, 5.0).std[0], expected, rtol=1e-5)
+    if name == "TS1":
+        state = piece.state.current
+        for _ in range(40):
+            state = own.step(state, 3.0 / 40)
+        np.testing.assert_allclose(state.std, expected, rtol=1e-6)
+        # The directions are columns of the Jacobian, which the steps of the mean alone know nothing about.
+        whole = own.solve(po.Normal(jnp.zeros(2), np.eye(2)), 0.0, 5.0)
+        np.testing.assert_allclose(whole.spread.means[:, 0, :2, 0].T, flow, atol=1e-5)
+
+
+def test_a_room_as_warm_as_it_will_be():
+    room = rest(problem=po.ODE(lambda t, u, args: -(u - 20.0)), controller=po.IntegralController(1e-9, 1e-12))
+    solution = room.solve(po.Normal(20.0, 1.0), 0.0, 10.0)
+    np.testing.assert_allclose(solution.std[0], np.exp(-10.0), rtol=1e-4)
+    # On the way there as well, and backwards.
+    np.testing.assert_allclose(room.solve(po.Normal(20.0, 1.0), 0.0, -1.0).std[0], np.exp(1.0), rtol=1e-7)
+
+
 @pytest.mark.thorough
 def test_gradients_with_respect_to_mean_and_spread():
     def std(x):
@@ -127,8 +178,8 @@ def test_errors():
     with pytest.raises(TypeError, match="u0 is a Normal"):
         solver().init(uncertain, 0.0)
     ended = solver().solve(uncertain, 0.0, 1.0)
-    with pytest.raises(TypeError, match="cannot be continued"):
-        solver().solve(ended.state, 1.0, 2.0)
+    with pytest.raises(ValueError, match="learns nothing from data"):
+        solver().solve(ended.state, 1.0, 2.0, data=po.Observations([1.5], MEAN[None], 0.1))
     with pytest.raises(TypeError, match=r"CheckpointedLoop\(\) cannot be differentiated in forward mode"):
         solver(loop=po.CheckpointedLoop(512)).solve(uncertain, 0.0, 1.0)
     assert relative(ended.mean[0], solver().solve(MEAN, 0.0, 1.0).mean[0]) < 1e-12
