@@ -299,7 +299,7 @@ def _stepping(parts, control, solve, t1, args):
         return lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
 
     def spread_error(now, t, dt, attempted):
-        """The size of what an attempt does wrong to the spread of an uncertain start, and the scale that explains it."""
+        """The size of what an attempt does wrong to the spread of an uncertain start; the scale that explains it."""
         matrix, constraint = attempted.transition.matrix, detach(parts.constraint)
         predicted = Normal(attempted.mean, push(now.distribution, matrix).factor)
         spread = predicted_spread(now.spread, matrix)

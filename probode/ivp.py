@@ -9,7 +9,7 @@ from .calibration import DynamicCalibration, LeaveOneOutCalibration
 from .constraints import TS0, TS1
 from .controllers import IntegralController
 from .factorisations import Dense, Isotropic
-from .priors import IWP
+from .priors import IWP, RelativeScale
 from .problems import ODE
 from .solution import SaveAt, Solution
 from .solver import Solver
@@ -32,10 +32,11 @@ def solve_ivp(
     """Solve ``u' = f(t, u, args)`` over ``t_span = (t0, t1)`` with uncertainty.
 
     ``method``: ``"EK1"`` (first-order linearisation, dense covariance: stiff and small problems) or ``"EK0"`` (zeroth
-    order, isotropic: large problems that are not stiff). ``num_derivatives``: of the integrated Wiener process; the
-    method's order is one more. ``t_eval``: times to keep, smoothed; ``None`` keeps ``t1`` alone. ``dense_output``: keep
-    every step, for ``Solution.evaluate`` and samples at any time; ``"EK1"`` then calibrates by leaving one out. Raises
-    ``ValueError`` for an unknown method or a ``t_span`` that is not a pair, and as ``Solver.solve``.
+    order, isotropic: large problems that are not stiff). ``num_derivatives``: of the integrated Wiener process, for
+    ``"EK1"`` with ``RelativeScale``; the method's order is one more. ``t_eval``: times to keep, smoothed; ``None``
+    keeps ``t1`` alone. ``dense_output``: keep every step, for ``Solution.evaluate`` and samples at any time; ``"EK1"``
+    then calibrates by leaving one out. Raises ``ValueError`` for an unknown method or a ``t_span`` that is not a pair,
+    and as ``Solver.solve``.
 
     >>> import probode
     >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0, rtol=1e-6)
@@ -55,7 +56,7 @@ def solve_ivp(
         # Steps that are kept can tell how much of the uncertainty is real; what EK0 does wrong they cannot see.
         calibration = LeaveOneOutCalibration() if method == "EK1" else calibration
     solver = Solver(
-        prior=IWP(num_derivatives),
+        prior=RelativeScale(IWP(num_derivatives)) if method == "EK1" else IWP(num_derivatives),
         constraint=constraint(ODE(vector_field)),
         factorisation=factorisation,
         strategy=strategy,

@@ -238,7 +238,7 @@ def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
 
 
 def _certain_part(solver, u0):
-    """The mean of an uncertain ``u0``, or a state, and the directions in which it is uncertain, ``None`` if it is not."""
+    """The mean of an uncertain ``u0``, or a state, and the directions in which it is uncertain, or ``None``."""
     if isinstance(u0, AdaptiveState) and u0.current.spread is not None:
         mean, directions = u0, u0.current.spread
     elif isinstance(u0, Normal):

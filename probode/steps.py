@@ -283,7 +283,7 @@ def accept(
 def _spread_before(parts, state, t, attempted, args):
     """The spread where a step takes it, how residuals move with it, and the scale that explains these.
 
-    Steps are chosen by it, and without error control it is what a state knows. (Of a solve are reported its derivatives.)
+    Steps are chosen by it, and without error control it is what a state knows. (A solve reports its derivatives.)
     """
     matrix, layout = attempted.transition.matrix, state.layout
     predicted, spread = (
