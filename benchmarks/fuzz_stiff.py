@@ -224,8 +224,8 @@ def summary(rows: list[dict]) -> str:
         theirs = sum(row["kvaerno5_result"] == "successful" and float(row["kvaerno5_error"]) <= 10 for row in own)
         lines.append(
             f"{prior} of order {order}: {len(good)} of {len(own)} successful, {near} with errors in [0.01, 10] "
-            f"tolerances, {below} below 10 (Kvaerno5 {theirs}); attempts over Kvaerno5's: median {np.median(ratios):.2f}, "
-            f"{np.min(ratios):.2f} .. {np.max(ratios):.2f}"
+            f"tolerances, {below} below 10 (Kvaerno5 {theirs}); attempts over Kvaerno5's: "
+            f"median {np.median(ratios):.2f}, {np.min(ratios):.2f} .. {np.max(ratios):.2f}"
         )
     return "\n".join(lines)
 

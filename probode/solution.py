@@ -30,7 +30,7 @@ class Result(eqx.Enumeration):
     max_steps_reached = (
         "The solve stopped because max_steps attempts were made before t1. Pass loop=BoundedLoop(max_steps=...) with "
         "more steps, loosen the tolerances, or use TS1 if the problem is stiff. Where components differ in size by "
-        "orders of magnitude: prior=RelativeScale(IWP(...)); far from linear: TS1(..., evaluations=4, relinearise=True)."
+        "orders of magnitude, prior=RelativeScale(IWP(...)); far from linear, TS1(evaluations=4, relinearise=True)."
     )
     initial_state_nonfinite = (
         "The solve did not start because the state at t0 is infinite or NaN: u0, or a derivative of the vector field "
