@@ -25,7 +25,6 @@ from .residuals import not_silent, scale_inside, with_defects
 from .restarts import beside, is_jump, start_anew
 from .solution import Result
 from .step_sizes import (
-    FIRST_SHARE,
     Control,
     bounded_step,
     error_norm,
@@ -434,8 +433,7 @@ def starting_anew(
         until = nearest(stops, now.t, t1, direction) - now.t
         prior = parts.prior if current.prior is None else current.prior
         # As in a solve that starts here: so one with stops takes the steps of its pieces.
-        longest = FIRST_SHARE * jnp.abs(until)
-        dt = first_step(control, detach(current), detach(prior), until, constraint.order, longest)
+        dt = first_step(control, detach(current), detach(prior), until, constraint.order)
         dt = bounded_step(control, dt)
         return (
             AdaptiveState(

@@ -80,23 +80,16 @@ def terms(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Flo
 def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Innovation:
     """The innovation with a local scale no smaller than what explains the round-off of the residual.
 
-    A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, what a
-    smoother makes of it is divided by nothing, and a gain is undefined, which tells how an uncertain start moves.
+    A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, and what
+    a smoother makes of it is divided by nothing.
     """
     std = safe_norm(innovation.factor, axis=-2)[..., None]
     unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
     flat = jnp.reshape(unknown, (*unknown.shape[:-2], -1))
     floor = lax.stop_gradient(safe_norm(flat, axis=-1)) / math.sqrt(flat.shape[-1])
-    floor = jnp.where(floor > 0, floor, _smallest_scale(std.dtype))
     # In the prior's own units it has to be a number, too, which in single precision it may not be.
     floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
     return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
-
-
-def _smallest_scale(dtype):
-    # Of a state that is zero: in double precision squares of factors have to be numbers, in single precision factors.
-    limits = jnp.finfo(dtype)
-    return float(limits.tiny) ** (1 / 3 if limits.bits >= 64 else 2 / 3)
 
 
 def with_defects(

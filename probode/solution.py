@@ -13,7 +13,7 @@ from . import describe, plots
 from .checks import as_float, as_integer, is_traced, require
 from .factorisations import Layout
 from .gaussians import Normal, spread
-from .linalg import compiled
+from .linalg import compiled, safe_divide, safe_norm
 from .trajectory import Trajectory, evaluate, sample_at
 
 
@@ -104,11 +104,32 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
     """Mean and standard deviation of ``u^(k)``, for any number of leading axes (time, lanes) of ``state``."""
 
     def one(layout, mean, factor):
-        return Moments(layout.unravel(layout.unpack(mean)[k]), layout.unravel(layout.std(factor)[k]))
+        means, stds = layout.unpack(mean), layout.std(factor)
+        std = stds[k] if k == 0 else jnp.where(stds[k] > 0, stds[k], _std_through_the_field(means, stds[k - 1], k))
+        return Moments(layout.unravel(means[k]), layout.unravel(std))
 
     for axis in reversed(range(state.mean.ndim - 2 - len(layout.batch_shape))):
         one = jax.vmap(one, in_axes=(0 if axis < layout.lanes else None, 0, 0))
     return one(layout, state.mean, state.factor)
+
+
+def _std_through_the_field(means, std, k):
+    """About what standard deviations of ``u^(k-1)`` make of ``u^(k)``, which an equation tells as a function of it.
+
+    A constraint that freezes the field calls that derivative exact. How the field moves is not known here, but along
+    the solution it does so at the rate ``|u^(k+1)| / |u^(k)|``, and in that measure every component is taken to depend
+    on every other: relative to their sizes, ``|u^(k-1)|`` and what it changes by in the time in which all change so
+    much. Of the highest derivative the rate is that of the one below.
+    """
+
+    def rms(x):
+        return safe_norm(x) / math.sqrt(x.size)
+
+    below, own = jnp.abs(means[k - 1]), jnp.abs(means[k])
+    size = below + safe_divide(own, rms(safe_divide(own, below)))
+    above = min(k, len(means) - 2)
+    rate = safe_divide(rms(safe_divide(means[above + 1], size)), rms(safe_divide(means[above], size)))
+    return rate * size * rms(safe_divide(std, size))
 
 
 class Posterior(eqx.Module):
@@ -235,7 +256,12 @@ class Solution(eqx.Module):
         return self.derivative(0).std
 
     def derivative(self, k: Any) -> Moments:
-        """Posterior of ``u^(k)``: an object with ``.mean`` and ``.std``. Raises ``ValueError`` above the prior's."""
+        """Posterior of ``u^(k)``: an object with ``.mean`` and ``.std``. Raises ``ValueError`` above the prior's.
+
+        ``TS0`` takes the derivative that the equation gives for exact: at the ends of steps, where its standard
+        deviation would be zero, it is estimated from that of the derivative below and the rate at which the solution
+        changes.
+        """
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.marginals, k)
 

@@ -40,7 +40,7 @@ from .priors import AbstractPrior
 from .progress import AbstractProgress
 from .restarts import beside, starts_uncertain
 from .solution import Result, SaveAt, Solution, raise_unless_successful
-from .step_sizes import FIRST_SHARE, Control, bounded_step, first_step, nearest, smallest_error
+from .step_sizes import Control, bounded_step, first_step, nearest, smallest_error
 from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
 from .strategies import AbstractStrategy, Filter
 from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start, value_and_moves
@@ -389,8 +389,8 @@ def _begin(solver, request, args):
     elif resumed:
         dt = u0.dt
     else:
-        prior, longest = solver.prior if state.prior is None else state.prior, FIRST_SHARE * jnp.abs(until - t0)
-        dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint.order, longest)
+        prior = solver.prior if state.prior is None else state.prior
+        dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint.order)
     begun = begin(control, state, bounded_step(control, dt))
     if resumed:
         begun = _go_on(parts, control, begun, u0, t1, args, choose_dt=request.dt0 is None)

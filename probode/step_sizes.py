@@ -27,8 +27,9 @@ from .progress import AbstractProgress
 from .steps import State, round_off
 
 
-# The largest share of the span that a first step takes unless the user says how long it is.
-FIRST_SHARE = 1 / 50
+# The largest share of the way to the next stop that a first step takes unless the user says how long it is; and where
+# by its derivatives the solution does not move at all, so that they say nothing about how long a step may be.
+_LARGEST_SHARE, _BLIND_SHARE = 1 / 4, 1 / 50
 # How many times as long as the step before a step may be.
 _GROWTH = 3.0
 
@@ -82,15 +83,16 @@ def sustained_share(num_derivatives: int, order: int) -> float:
 
 
 def first_step(
-    control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], order: int, longest: Any
+    control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], order: int
 ) -> Float[Array, ""]:
-    """A first step, in any unit of time, from the derivatives at hand, for an equation of that order.
+    """A first step, in any unit of time, from the derivatives at hand, for an equation of that order; ``span``: the
+    signed time to the next stop, or to the end.
 
     With ``c_k`` the size of ``u^(k) / k!`` against the tolerances, the first term that the Taylor polynomial leaves out
     is extrapolated geometrically, ``c_(nu+1) = c_nu^2 / c_(nu-1)``; its residual reaches the tolerance in a step that
     later ones can keep up with, or what is left of the last term kept. At most the time in which ``u`` changes by its
-    own size, and ``longest``: derivatives at one point do not know what happens elsewhere. A prior that does not
-    extrapolate by the polynomial, but returns to its mean, is followed no further than it agrees with it.
+    own size, and a share of the span: derivatives at one point do not know what happens elsewhere. A prior that does
+    not extrapolate by the polynomial, but returns to its mean, is followed no further than it agrees with it.
     """
     nu, (u0, *_) = state.layout.num_derivatives, (u := state.layout.unpack(state.distribution.mean))
     weight = _weight(control.controller, jnp.abs(u0))
@@ -105,7 +107,8 @@ def first_step(
     term = term * sustained_share(nu, order) / residual
     candidates = jnp.stack([term, safe_divide(c[0], c[1])])
     dt = jnp.min(jnp.where((candidates > 0) & jnp.isfinite(candidates), candidates, span))
-    dt = jnp.minimum(dt, longest)
+    moves = sum(c[k] * span**k for k in range(1, nu + 1)) > 1
+    dt = jnp.minimum(dt, jnp.where(moves, _LARGEST_SHARE, _BLIND_SHARE) * span)
     if prior.is_polynomial:
         return dt
 

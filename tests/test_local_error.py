@@ -134,10 +134,13 @@ def test_a_first_length_is_trusted():
     # One step over everything, as asked for: whoever names a first step knows the problem.
     solver = po.Solver(po.IWP(4), po.TS1(po.ODE(lambda t, u, args: jnp.ones_like(u))))
     assert solver.solve(0.0, 0.0, 1.0, dt0=1.0).stats["num_steps"] == 1
-    steps = solver.solve(0.0, 0.0, 1.0, save_at=po.SaveAt(t0=True, steps=True))
-    lengths = np.diff(steps.t[: int(steps.stats["num_accepted_steps"]) + 1])
-    assert lengths[0] <= 1 / 50 + 1e-12 and np.all(lengths[1:] <= 3 * lengths[:-1] * (1 + 1e-9))
-    np.testing.assert_allclose(steps.mean[-1], 1.0, rtol=1e-14)
+    for longest, slope in ((1 / 4, 1.0), (1 / 50, 0.0)):  # no derivative says how long a step from rest may be
+        solver = po.Solver(po.IWP(4), po.TS1(po.ODE(lambda t, u, slope: slope + jnp.zeros_like(u))))
+        steps = solver.solve(0.0, 0.0, 1.0, args=slope, save_at=po.SaveAt(t0=True, steps=True))
+        lengths = np.diff(steps.t[: int(steps.stats["num_accepted_steps"]) + 1])
+        np.testing.assert_allclose(lengths[0], longest, rtol=1e-12)
+        assert np.all(lengths[1:] <= 3 * lengths[:-1] * (1 + 1e-9))
+        np.testing.assert_allclose(steps.mean[-1], slope, rtol=1e-14)
 
 
 @pytest.mark.parametrize("nu", first_of(4, 5))
