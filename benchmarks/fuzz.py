@@ -102,6 +102,8 @@ def configurations() -> dict[str, Configuration]:
     add("TS0 isotropic", constraint=po.TS0, **isotropic, everywhere=True)
     add("TS0 block", constraint=po.TS0, **block, everywhere=True)
     add("TS1 fixed-point smoother", **point, everywhere=True)
+    add("TS1 relative scale", lambda unit: po.RelativeScale(po.IWP(4)), everywhere=True)
+    add("float32 TS1 relative scale", lambda unit: po.RelativeScale(po.IWP(4)))
     for order in (1, 2, 3, 5, 6, 7, 8):
         add(f"TS1 IWP({order})", order)
     add("TS1 saves")
