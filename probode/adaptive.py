@@ -17,7 +17,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .gaussians import Conditional, Influence, Normal, carried, pad_rows, push
+from .gaussians import Conditional, Influence, Normal, carried, pad_rows
 from .linalg import detach
 from .loops import repeat
 from .progress import tell
@@ -37,10 +37,10 @@ from .step_sizes import (
     tolerance_in_range,
     trusted,
 )
-from .steps import State, Step, accept, attempt, no_influence, nothing_of_the_past
+from .steps import State, Step, accept, ahead_of, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
 from .trajectory import Row
-from .uncertain import predicted_spread, residual_moves, value_and_moves, whitened_moves
+from .uncertain import value_and_moves
 
 
 # An error so far below the tolerance is followed by a step that is longer by half or more.
@@ -297,15 +297,6 @@ def _stepping(parts, control, solve, t1, args):
         blind = size(attempted.innovation)
         return lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
 
-    def spread_error(now, t, dt, attempted):
-        """The size of what an attempt does wrong to the spread of an uncertain start; the scale that explains it."""
-        matrix, constraint = attempted.transition.matrix, detach(parts.constraint)
-        predicted = Normal(attempted.mean, push(now.distribution, matrix).factor)
-        spread = predicted_spread(now.spread, matrix)
-        moves = residual_moves(constraint, t, predicted, attempted.equation, spread, layout, detach(args))
-        whitened, scale = whitened_moves(attempted.innovation, moves)
-        return spread_norm(control, layout, now, dt, attempted, spread, whitened), scale
-
     def running(solve):
         unfinished = (t1 - solve.t) * direction > 0
         return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
@@ -325,9 +316,9 @@ def _stepping(parts, control, solve, t1, args):
         norm, inside = detach(measured(detach(now), detach(seen_at), detach(dt), attempted))
         unseen = None if stops is None else solve.anew.unseen
         if now.spread is not None:
-            error, beside_mean = spread_error(*detach((now, seen_at, dt, attempted)))
-            norm = jnp.maximum(norm, error)
-            unseen = None if stops is None else unseen & (beside_mean == 0)
+            ahead = ahead_of(parts, now, seen_at, attempted, args)
+            norm = jnp.maximum(norm, detach(spread_norm(control, layout, now, dt, attempted, ahead)))
+            unseen = None if stops is None else unseen & (ahead.scale == 0)
         attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, inside))
         length = jnp.abs(detach(dt))
         good, proposed, memory = control.controller.propose(length, norm, layout.num_derivatives + 1, solve.controller)

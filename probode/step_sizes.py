@@ -25,6 +25,7 @@ from .loops import AbstractLoop
 from .priors import AbstractPrior
 from .progress import AbstractProgress
 from .steps import State, round_off
+from .uncertain import Ahead
 
 
 # The largest share of the way to the next stop that a first step takes unless the user says how long it is; and where
@@ -213,18 +214,12 @@ def surprise(control: Control, layout: Layout, now: State, attempted: Any, updat
 
 
 def spread_norm(
-    control: Control,
-    layout: Layout,
-    now: State,
-    dt: Array,
-    attempted: Any,
-    predicted: Float[Array, "N *state"],
-    whitened: Float[Array, "N *residual"],
+    control: Control, layout: Layout, now: State, dt: Array, attempted: Any, ahead: Ahead
 ) -> Float[Array, ""]:
     """The size of what an attempt does wrong to the spread of an uncertain initial value, against the tolerances.
 
-    As the estimate has it for solutions with these whitened residuals; components count relative to what they are or
-    may be.
+    As the estimate has it for solutions with the residuals of its directions; components count relative to what they
+    are or may be.
     """
 
     def estimate(whitened):
@@ -239,8 +234,8 @@ def spread_norm(
     def std(spread):
         return safe_norm(jax.vmap(layout.unpack)(spread), axis=0)
 
-    error = safe_norm(jax.vmap(estimate)(whitened), axis=0)
-    widths = std(now.spread), std(predicted)
+    error = safe_norm(jax.vmap(estimate)(ahead.whitened), axis=0)
+    widths = std(now.spread), std(ahead.moves)
     norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error, widths)
     return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
 

@@ -42,7 +42,7 @@ from .observations import Observations
 from .priors import AbstractPrior
 from .residuals import informative, not_silent, residual_at, with_floor, without_round_off
 from .solution import Moments, moments, widen
-from .uncertain import predicted_spread, residual_moves, spread_after, whitened_moves
+from .uncertain import Ahead, push_moves, spread_after, spread_ahead
 
 
 class State(eqx.Module):
@@ -242,9 +242,9 @@ def accept(
     at, spread = t if seen_at is None else seen_at, None
     if state.spread is not None:
         # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
-        spread, moves, scale = _spread_before(*detach((parts, state, at, attempted, args)))
-        attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, scale))
-        anew = None if anew is None else anew & (scale == 0)
+        ahead = ahead_of(parts, state, at, attempted, args)
+        attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, ahead.scale))
+        anew = None if anew is None else anew & (ahead.scale == 0)
     remembered = state.evidence.number > 0 if anew is None else (state.evidence.number > 0) & ~anew
     last = jnp.where(remembered, state.output_scale * attempted.innovation.unit, 0)
     scale = parts.calibration.scale(dataclasses.replace(attempted.innovation, last=last))
@@ -260,7 +260,7 @@ def accept(
     update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
     last_move = data_evidence = None
     if state.spread is not None:
-        spread = spread_after(*detach((update, equation, spread, moves)))
+        spread = spread_after(*detach((ahead, update, equation)))
     if iterates(parts.constraint):
         last_move = jnp.maximum(state.last_move, rms_norm(update.influence.whitened - before))
     if parts.data is not None:
@@ -280,18 +280,14 @@ def accept(
     ), update
 
 
-def _spread_before(parts, state, t, attempted, args):
-    """The spread where a step takes it, how residuals move with it, and the scale that explains these.
+def ahead_of(parts: Step, state: State, t: Float[Array, ""], attempted: Attempt, args: PyTree) -> Ahead:
+    """The spread of a state where an attempt takes it: without derivatives, since only steps are chosen by it.
 
-    Steps are chosen by it, and without error control it is what a state knows. (A solve reports its derivatives.)
+    (And without error control it is what a state says of itself; what a solve reports are its own derivatives.)
     """
-    matrix, layout = attempted.transition.matrix, state.layout
-    predicted, spread = (
-        Normal(attempted.mean, push(state.distribution, matrix).factor),
-        predicted_spread(state.spread, matrix),
-    )
-    moves = residual_moves(parts.constraint, t, predicted, attempted.equation, spread, layout, args)
-    return spread, moves, whitened_moves(attempted.innovation, moves)[1]
+    a = attempted
+    inputs = t, state.distribution, state.spread, a.transition.matrix, a.equation, a.innovation, state.layout, args
+    return spread_ahead(*detach((parts.constraint, *inputs)))
 
 
 def _unless_silent(update, silent, state, attempted, past):
@@ -375,7 +371,7 @@ def unconditional(
     prior = parts.prior if attempted.prior is None else attempted.prior
     matrix = prior.transition(dt, state.layout).matrix
     drifted = push(state.distribution, matrix)
-    spread = None if state.spread is None else detach(predicted_spread(state.spread, matrix))
+    spread = None if state.spread is None else detach(push_moves(state.spread, matrix))
     waited = eqx.tree_at(
         lambda s: (s.t, s.distribution, s.prior, s.spread),
         state,

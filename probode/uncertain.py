@@ -96,54 +96,65 @@ def value_and_moves(fn: Callable[[PyTree], PyTree], u0: PyTree, directions: PyTr
     return eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
 
 
-def predicted_spread(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) -> Float[Array, "N *state"]:
-    """The directions where the transition ``matrix`` takes them."""
+class Ahead(eqx.Module):
+    """The spread of an uncertain start where the transition of a step takes it, before the equation is seen.
+
+    ``moves``: the directions; ``residuals``: how the residual moves along them, ``whitened`` by ``(H Q H^T)^(-1/2)``;
+    ``scale``: that of a noise which explains all of them.
+    """
+
+    moves: Float[Array, "N *state"]
+    residuals: Float[Array, "N *residual"]
+    whitened: Float[Array, "N *residual"]
+    scale: Float[Array, "*batch"]
+
+
+def spread_ahead(
+    constraint: AbstractConstraint,
+    t: Float[Array, ""],
+    x: Normal,
+    spread: Float[Array, "N *state"],
+    matrix: Float[Array, "..."],
+    equation: Linearisation,
+    innovation: Innovation,
+    layout: Layout,
+    args: PyTree,
+) -> Ahead:
+    """Of a step from ``x`` to ``t`` with this transition ``matrix``, and the equation about its prediction."""
+    moves, predicted = push_moves(spread, matrix), push(x, matrix)
+    if equation.whole:
+        p = equation.matrix.shape[-1]
+        residuals = jax.vmap(lambda move: batched(product)(equation.matrix, move[..., :p, :]))(moves)
+    else:
+
+        def residual(mean):
+            return residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
+
+        residuals = jax.vmap(lambda move: jax.jvp(residual, (predicted.mean,), (move,))[1])(moves)
+    whitened = jax.vmap(batched(substitute), in_axes=(None, 0))(innovation.factor, residuals)
+    scale = safe_norm(safe_sqrt(jnp.mean(whitened**2, axis=(-2, -1))), axis=0)
+    return Ahead(moves, residuals, whitened, scale)
+
+
+def push_moves(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) -> Float[Array, "N *state"]:
+    """The directions where a transition takes them."""
     return jax.vmap(lambda move: push(certain(move), matrix).mean)(spread)
 
 
-def residual_moves(
-    constraint: AbstractConstraint,
-    t: Float[Array, ""],
-    predicted: Normal,
-    equation: Linearisation,
-    spread: Float[Array, "N *state"],
-    layout: Layout,
-    args: PyTree,
-) -> Float[Array, "N *residual"]:
-    """How the residual of a prediction moves along its directions."""
-    if equation.whole:
-        p = equation.matrix.shape[-1]
-        return jax.vmap(lambda move: batched(product)(equation.matrix, move[..., :p, :]))(spread)
-
-    def residual(mean):
-        return residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
-
-    return jax.vmap(lambda move: jax.jvp(residual, (predicted.mean,), (move,))[1])(spread)
-
-
-def whitened_moves(
-    innovation: Innovation, moves: Float[Array, "N *residual"]
-) -> tuple[Float[Array, "N *residual"], Float[Array, "*batch"]]:
-    """``(H Q H^T)^(-1/2)`` times how the residual moves, and the scale of the noise that explains all of it."""
-    whitened = jax.vmap(batched(substitute), in_axes=(None, 0))(innovation.factor, moves)
-    return whitened, safe_norm(safe_sqrt(jnp.mean(whitened**2, axis=(-2, -1))), axis=0)
-
-
-def spread_after(
-    update: Update, equation: Linearisation, spread: Float[Array, "N *state"], moves: Float[Array, "N *residual"]
-) -> Float[Array, "N *state"]:
-    """The directions after an update whose gain is that of the mean; ``moves`` as in ``residual_moves``."""
+def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float[Array, "N *state"]:
+    """The directions after an update, with the gain of the mean."""
+    influence, whole, block = update.influence, equation.whole, equation.block
 
     @batched
-    def root(matrix, equation):
-        # S^(-1/2) from S^(-1/2) H.
-        m, p = equation.shape
-        return matrix[:, p - m : p] if known else product(matrix[:, :p], jnp.linalg.pinv(equation))
+    def after(move, z, gain, matrix, h):
+        m, p = h.shape
+        if whole:
+            told = product(matrix, move)
+        else:
+            # S^(-1/2) from S^(-1/2) H, where H says nothing about how the field moves.
+            root = matrix[:, p - m : p] if block is not None else product(matrix[:, :p], jnp.linalg.pinv(h))
+            told = product(root, z)
+        return move - product(gain.T, told)
 
-    @batched
-    def after(move, z, gain, root):
-        return move - product(gain.T, product(root, z))
-
-    known, influence = equation.block is not None, update.influence
-    inverse = root(influence.matrix, equation.matrix)
-    return jax.vmap(after, in_axes=(0, 0, None, None))(spread, moves, influence.gain, inverse)
+    along = jax.vmap(after, in_axes=(0, 0, None, None, None))
+    return along(ahead.moves, ahead.residuals, influence.gain, influence.matrix, equation.matrix)
