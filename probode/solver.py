@@ -31,15 +31,15 @@ from .constraints import AbstractConstraint
 from .controllers import AbstractController, IntegralController
 from .errors import AbstractErrorEstimate, LocalError, StateError
 from .factorisations import AbstractFactorisation, Dense, Layout
-from .gaussians import Normal, pad
+from .gaussians import Normal, certain, pad, square
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .linalg import compiled, detach
 from .loops import AbstractLoop, BoundedLoop
 from .observations import Observations
 from .priors import AbstractPrior
 from .progress import AbstractProgress
-from .restarts import beside, starts_uncertain
-from .solution import Result, SaveAt, Solution, raise_unless_successful
+from .restarts import beside, start_anew, starts_uncertain
+from .solution import Result, SaveAt, Solution, raise_unless_successful, widen
 from .step_sizes import Control, bounded_step, first_step, nearest, smallest_error
 from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
 from .strategies import AbstractStrategy, Filter
@@ -161,9 +161,10 @@ class Solver(eqx.Module):
         """The state at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))`` whose mean and factor can be changed,
         differentiated and passed to ``solve``, ``solve_grid`` or ``init`` in place of ``u0``.
 
-        From a ``Normal`` it is uncertain, with derivatives that move with ``u0`` to first order: the start of a solve
-        that learns about its initial value, or about parameters among its components, from data. Use
-        ``NoCalibration()`` then: a scale found from single steps does not know how wrong the first order is.
+        From a ``Normal`` it is uncertain, with derivatives that move with ``u0`` to first order, or do not move where
+        the constraint takes the vector field for frozen (``TS0``): the start of a solve that learns about its initial
+        value, or about parameters among its components, from data. Use ``NoCalibration()`` then: a scale found from
+        single steps does not know how wrong the first order is.
         """
         solver, args = inputs.floats_to_arrays((self, args))
         directions = None
@@ -174,7 +175,10 @@ class Solver(eqx.Module):
         state = _init(solver, u0, t0, args, layout).distribution
         if directions is not None:
             check_moves(self.factorisation, layout.size)
-            state = spread_start(lambda u0: _init(solver, u0, t0, args, layout).distribution, u0, directions)
+            if self.constraint.first_order:
+                state = spread_start(lambda u0: _init(solver, u0, t0, args, layout).distribution, u0, directions)
+            else:
+                state = _init_uncertain(solver, state.mean, directions, t0, args, layout)
         state = pad(state, state.mean.shape[-2])
         return InitialState(tuple(layout.unravel(u) for u in layout.unpack(state.mean)), state.factor)
 
@@ -276,6 +280,19 @@ def _state(solver, u0, t0, args, layout, data=None, behind=None) -> State:
 @compiled
 def _init(solver, u0, t0, args, layout):
     return _state(solver, u0, t0, args, layout)
+
+
+@compiled
+def _init_uncertain(solver, mean, directions, t0, args, layout):
+    """The state at ``t0`` of a solver that freezes the field.
+
+    Derivatives that move with ``u`` would be residuals to it, and tell about ``u``, falsely.
+    """
+    moves = jnp.stack([jax.vmap(layout.ravel)(u) for u in directions], axis=1)
+    moves = jnp.pad(moves, ((0, 0), (0, layout.num_derivatives + 1 - moves.shape[1]), (0, 0)))
+    uncertain = widen(certain(mean), jax.vmap(layout.pack)(moves))
+    state, _ = start_anew(solver.constraint, solver.initialisation, t0, uncertain, None, layout, args)
+    return square(state)
 
 
 @compiled

@@ -365,7 +365,7 @@ def test_known_save_times_inside_a_jit():
 def test_the_one_liner_smooths():
     u0, ts, field = jnp.array([20.0, 20.0]), np.linspace(0, 2, 5), po.ODE(lotka_volterra)
     one = po.solve_ivp(lotka_volterra, (0.0, 2.0), u0, t_eval=ts)
-    smoother = po.Solver(po.IWP(4), po.TS1(field), strategy=po.FixedPointSmoother())
+    smoother = po.Solver(po.RelativeScale(po.IWP(4)), po.TS1(field), strategy=po.FixedPointSmoother())
     np.testing.assert_allclose(one.std, smoother.solve(u0, 0.0, 2.0, save_at=ts).std, rtol=1e-12, atol=1e-16)
     assert po.solve_ivp(lotka_volterra, (0.0, 2.0), u0).t.shape == (1,)
     dense = po.solve_ivp(lotka_volterra, (0.0, 2.0), u0, dense_output=True)
