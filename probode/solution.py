@@ -129,7 +129,9 @@ def _std_through_the_field(means, std, k):
     size = below + safe_divide(own, rms(safe_divide(own, below)))
     above = min(k, len(means) - 2)
     rate = safe_divide(rms(safe_divide(means[above + 1], size)), rms(safe_divide(means[above], size)))
-    return rate * size * rms(safe_divide(std, size))
+    estimate = rate * size * rms(safe_divide(std, size))
+    # Of sizes that are no numbers any more: as large as the derivative itself.
+    return jnp.where(jnp.isfinite(estimate), estimate, own)
 
 
 class Posterior(eqx.Module):
