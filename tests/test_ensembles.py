@@ -84,6 +84,7 @@ def test_saved_times_and_going_on():
     np.testing.assert_allclose(rest.mean["x"][:, -1], saved.mean["x"][:, -1], rtol=1e-2)
 
 
+@pytest.mark.thorough
 def test_gradients_are_those_of_the_lanes():
     def loss(rates):
         return jnp.sum(ensemble(rates={"rate": rates}).mean["x"][:, 0] ** 2)

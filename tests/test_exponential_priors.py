@@ -413,6 +413,7 @@ def grid(prior, f, u0, times, factorisation=po.Dense()):
     return po.Solver(prior=prior, constraint=po.TS1(po.ODE(f)), **parts).solve_grid(u0, times)
 
 
+@pytest.mark.thorough
 def test_linear_equations_are_solved_exactly_whatever_the_step():
     u0 = jnp.asarray([1.0, 2.0])
     prior = po.IOUP(3, RATE)

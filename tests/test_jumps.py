@@ -75,7 +75,7 @@ def test_an_open_pulse_from_the_right_in_single_precision():
 
 
 @pytest.mark.parametrize("strict", first_of(True, False))
-@pytest.mark.parametrize("strategy", first_of(*STRATEGIES[::-1]), ids=name)
+@pytest.mark.parametrize("strategy", first_of(*STRATEGIES), ids=name)
 def test_derivatives_with_respect_to_a_switch(strict, strategy):
     def end(tau):
         def field(t, u, tau):
@@ -235,9 +235,8 @@ def with_a_jump(index, strategy, known):
 @pytest.mark.parametrize(
     ("strategy", "known"),
     [
-        (po.FixedIntervalSmoother(), 1),
         (po.FixedPointSmoother(), NU),
-        *left_to_nox((po.FixedIntervalSmoother(), NU), (po.FixedPointSmoother(), 1)),
+        *left_to_nox((po.FixedIntervalSmoother(), 1), (po.FixedIntervalSmoother(), NU), (po.FixedPointSmoother(), 1)),
     ],
     ids=lambda x: str(x) if isinstance(x, int) else name(x),
 )
@@ -313,19 +312,24 @@ def test_an_algebraic_equation():
     assert jumping.result == po.Result.step_size_too_small and abs(jumping.state.t - 1) < 1e-12
 
 
-def test_lanes_and_steps_of_a_vmap():
+@pytest.mark.parametrize("slopes", first_of(False, True))
+def test_lanes_and_steps_of_a_vmap(slopes):
     made = solver(pulse, [5.0, 6.0], rtol=1e-4, loop=po.BoundedLoop(128), strategy=po.FixedPointSmoother())
 
     def end(u):
         return made.solve(jnp.stack([u, 0.0]), 0.0, 10.0, save_at=[5.5, 10.0]).mean
 
     us = jnp.array([1.0, 3.0])
-    together, slopes = jax.jit(jax.vmap(end))(us), jax.jit(jax.vmap(jax.jacrev(end)))(us)
+    if slopes:
+        found = jax.jit(jax.vmap(jax.jacrev(end)))(us)
+        np.testing.assert_allclose(found[:, :, 0], [np.exp([-5.5, -10.0])] * 2, rtol=1e-3)
+        return
+    together = jax.jit(jax.vmap(end))(us)
     for i, u in enumerate(us):
         np.testing.assert_allclose(together[i], end(u), rtol=1e-9)
-        np.testing.assert_allclose(slopes[i][:, 0], np.exp([-5.5, -10.0]), rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_leaving_one_out_and_other_scales():
     for calibration in (po.LeaveOneOutCalibration(), po.DynamicCalibration(memory=0.5)):
         made = solver(pulse, [5.0, 6.0], calibration=calibration, strategy=po.FixedIntervalSmoother())
@@ -334,6 +338,7 @@ def test_leaving_one_out_and_other_scales():
         assert np.all(error < 1e-6) and np.all(error < 5 * solution.std[0]) and np.all(solution.std[0] < 1e-5)
 
 
+@pytest.mark.thorough
 def test_a_prior_of_each_step_sees_its_own_side():
     # The rate of the prior is that of the equation where the step starts: exact on both sides.
     def field(t, u, args):

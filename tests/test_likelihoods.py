@@ -125,6 +125,7 @@ def test_adaptive_likelihoods_agree_with_the_solution(likelihood):
     np.testing.assert_allclose(likelihood(made, u0, 0.0, 2.0, data, args=rates), expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
 def test_bad_parameters_are_improbable_and_have_finite_gradients(likelihood):
     made = po.Solver(po.IWP(1), po.TS1(po.ODE(lambda t, u, args: args * u**2)), loop=po.BoundedLoop(64))
@@ -150,6 +151,7 @@ def test_wrong_use():
         po.fenrir_log_likelihood(solver(), jnp.ones(2), 0.0, 0.4, VALUES)
 
 
+@pytest.mark.thorough
 def test_tempering_finds_what_a_direct_fit_does_not():
     # The frequency of an oscillator from a start that is off by half: uphill on a grid, stage by stage.
     true, ts, rates = 2.0, np.linspace(0.0, 10.0, 41)[1:], np.linspace(0.5, 4.5, 101)

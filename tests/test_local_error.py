@@ -266,6 +266,7 @@ def slope(solver, u0):
     return jax.grad(ft.partial(end, solver))(u0)
 
 
+@pytest.mark.thorough
 def test_looks_do_not_enter_derivatives():
     """The estimate decides on lengths alone: a gradient is that of the accepted steps, under ``vmap`` as well."""
     ode = po.ODE(lambda t, u, args: -args * u)

@@ -56,7 +56,7 @@ def test_reverse_mode():
 
 
 EXAMPLES = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"quickstart", "reverse_mode"}
-IN_EVERY_RUN = {"coming_from", "equations_of_all_kinds", "stiffness", "taylor_coefficients"}
+IN_EVERY_RUN = {"coming_from", "stiffness", "taylor_coefficients"}
 
 
 @pytest.mark.parametrize("name", [*sorted(IN_EVERY_RUN), *left_to_nox(*sorted(EXAMPLES - IN_EVERY_RUN))])

@@ -86,6 +86,7 @@ def test_sizes():
     np.testing.assert_allclose(covariance(changed), covariance(root * [3.03, 1.03]), rtol=1e-14)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", [po.FixedIntervalSmoother(), *left_to_nox(po.FixedPointSmoother())], ids=name)
 def test_smoothed_trees_and_the_prior_of_other_equations(strategy):
     def f(t, u, args):

@@ -251,6 +251,7 @@ def test_a_mass_matrix():
     assert relative(a.mean, b.mean) < 1e-12 and relative(a.std, b.std) < 1e-11
 
 
+@pytest.mark.thorough
 def test_energy_is_kept_for_a_hundred_periods():
     oscillator = po.ODE(lambda t, u, args: jnp.stack([u[1], -u[0]]))
     energy = po.Residual(lambda t, u, args: (u @ u - 1) / 2, order=0)
@@ -451,6 +452,7 @@ def test_the_iterated_update_is_the_most_probable_state():
     assert solution.stats["last_move"] < 1e-12 and "last_move" not in once.stats
 
 
+@pytest.mark.thorough
 def test_a_solve_says_whether_its_iterations_have_converged():
     def solver(number):
         constraint = po.TS1(po.ODE(lotka_volterra), evaluations=number, relinearise=True)

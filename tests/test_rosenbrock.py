@@ -28,6 +28,7 @@ def heat(size=8):
     return matrix, po.ODE(lambda t, u, args: matrix @ u + 3 * u * (1 - u)), jnp.sin(jnp.pi * x)
 
 
+@pytest.mark.thorough
 def test_the_more_a_method_knows_of_the_equation_the_better():
     matrix, ode, u0 = heat()
     reference = po.Solver(

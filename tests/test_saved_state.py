@@ -97,6 +97,7 @@ def test_going_on_takes_the_steps_of_one_solve(strategy, calibration):
     assert steps[0] + steps[1] == steps[2]
 
 
+@pytest.mark.thorough
 def test_fixed_points_need_memory_for_themselves_alone():
     """The compiled program's temporary memory does not know how many steps there may be."""
 

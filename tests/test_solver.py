@@ -376,6 +376,7 @@ def test_the_one_liner_smooths():
     assert np.all(both.std <= one.std)  # less of it, by the residuals that the steps predict of each other
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("constraint", first_of(po.TS1, po.TS0), ids=name)
 def test_products_of_matrices_have_the_precision_of_their_numbers(constraint):
     """GPUs round factors to ten bits by default: noise in a linear field that no step is short enough for."""

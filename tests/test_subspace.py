@@ -30,6 +30,7 @@ def solver(factorisation, field=heat, nu=2, tol=1e-4, **parts):
     return po.Solver(po.IWP(nu), po.TS1(po.ODE(field)), factorisation=factorisation, **parts)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("calibration", first_of(po.DynamicCalibration(), po.NoCalibration()), ids=name)
 def test_the_whole_space_is_dense(calibration):
     basis = np.random.default_rng(0).normal(size=(D, D))
