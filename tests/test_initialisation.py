@@ -70,6 +70,7 @@ def test_a_field_that_cannot_be_differentiated_often():
         solver(po.TaylorMode(), 9, po.TS1(po.ODE(field))).solve(jnp.array([1.0, 0.25]), 0.0, 1.0)
 
 
+@pytest.mark.thorough
 def test_gradients_with_respect_to_the_scale_and_the_start():
     def quantities(x):
         own = solver(po.Diffuse(1, scale=x[2]), 2, calibration=po.NoCalibration())

@@ -91,6 +91,7 @@ def prey(t, u, args):
     return u[:1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
 def test_derivatives(likelihood):
     stops = np.array([0.25, 0.8, 1.2, 1.8])
@@ -109,6 +110,7 @@ def test_derivatives(likelihood):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS), ids=lambda f: f.__name__)
 def test_adaptive_likelihoods_agree_with_the_solution(likelihood):
     # At tight tolerances the solver's uncertainty is nothing against the noise. Dalton's likelihood is a difference of

@@ -115,6 +115,7 @@ def test_each_datum_given_those_before_it():
     np.testing.assert_allclose(solution.data_log_likelihood, total, rtol=1e-10)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "strategy",
     first_of(po.Filter(), po.FixedIntervalSmoother(), po.FixedPointSmoother()),

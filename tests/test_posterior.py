@@ -104,6 +104,7 @@ def test_smoothed_moments_are_those_of_the_joint_gaussian(index):
         np.testing.assert_allclose(solution.log_likelihood, evidence, rtol=1e-10)
 
 
+@pytest.mark.thorough
 @first_factorisation
 def test_samples_have_the_joint_covariance(index):
     mean, cov, _ = joint(index)
@@ -119,7 +120,7 @@ def test_samples_have_the_joint_covariance(index):
         np.testing.assert_allclose(samples[:, 8:10], samples[:, 10:12], atol=1e-12)  # the same time twice
 
 
-IN_EVERY_RUN = [(3, po.TS1, 0), (3, po.TS0, 1), (3, po.TS0, 2)]
+IN_EVERY_RUN = [(3, po.TS1, 0), (3, po.TS0, 1)]
 OTHERS = [c for c in itertools.product((1, 3, 5, 8), (po.TS0, po.TS1), range(3)) if c not in IN_EVERY_RUN]
 TS = np.array([0.0, 0.11, 0.5, 0.51, 0.515, 1.3, 2.0])
 
@@ -168,6 +169,7 @@ def test_strategies_agree(nu, constraint, index):
     assert np.mean(interval.std[1:-1]) < (0.99 if nu > 1 else 0.999) * np.mean(filtered.std[1:-1])
 
 
+@pytest.mark.thorough
 def test_high_order_and_tight_tolerance():
     # exact: Lotka-Volterra conserves this
     def energy(u):
@@ -189,6 +191,7 @@ def test_a_filter_is_dense_too():
     same(plain, kept.evaluate(TS), 3)
 
 
+@pytest.mark.thorough
 def test_trees_scalars_and_time_running_backwards():
     def field(t, u, args):
         return {"a": -u["a"], "b": (0.5 * u["b"][0] * jnp.cos(t),)}

@@ -74,6 +74,7 @@ def test_it_solves_and_smooths_under_every_factorisation(factorisation):
     np.testing.assert_allclose(interval.evaluate(times).std, interval.std, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_steps_are_as_long_as_the_nonlinear_part_allows():
     steps = [
         po.Solver(prior, po.TS1(ODE), controller=po.IntegralController(1e-6, 1e-6))
