@@ -43,7 +43,7 @@ solver = probode.Solver(
     probode.IWP(2),
     probode.TS1(probode.Residual(clipper)),
     controller=probode.IntegralController(1e-3, 1e-4),
-    loop=probode.BoundedLoop(max_steps=256),
+    loop=probode.BoundedLoop(max_steps=1024),
 )
 times = np.linspace(0.0, t1, 201)[1:]
 exact = solver.solve(u0, 0.0, t1, args=true, save_at=times)

@@ -244,7 +244,9 @@ def _against_tolerances(control, layout, before, after, error, widths=()):
     sizes = [jnp.abs(x[: error.shape[0]]) for x in (layout.unpack(before), layout.unpack(after), *widths)]
     weight = _weight(control.controller, functools.reduce(jnp.maximum, sizes))
     # Without an absolute tolerance a component that is zero, and stays zero, has no error.
-    return control.error.norm(jnp.where(error == 0, 0, error / weight))
+    error = jnp.where(error == 0, 0, error / weight)
+    # A norm of a user's own expects the components of u where nothing but u has an error.
+    return control.error.norm(error[0] if error.shape[0] == 1 else error)
 
 
 def tolerance_in_range(control: Control, u: Float[Array, " d"]) -> Bool[Array, ""]:
