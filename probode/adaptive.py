@@ -134,7 +134,7 @@ def solve_keeping_steps(
     like_past, (no_past, unpack_past) = no_past, ravel_pytree(no_past)
 
     def step(solve, rows, number):
-        """The solve and the rows after an attempt, and the number of its row."""
+        """The solve and the rows after one attempt, and whether the attempt was accepted."""
         left = strategy.remember(solve.current.distribution)
         new, past, effect, moved = try_step(solve, no_past, lambda past, t: left, none)
         row, _ = ravel_pytree(row_of(new.current, unpack_past(past), effect))

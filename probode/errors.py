@@ -62,7 +62,7 @@ class AbstractErrorEstimate(eqx.Module):
 
 
 class LocalError(AbstractErrorEstimate):
-    """What a step leaves wrong in ``(u, ..., u^(k-1))``, the initial values of an equation of order ``k``. The default.
+    """The local error of a step in ``u, ..., u^(k-1)``, for an equation of order ``k``. The default.
 
     Where the linearisation is the whole derivative of the equation (``TS1`` or ``SLR1`` under ``Dense``, any residual):
     ``5 s sqrt(diag(Cov(u | z))) + (2^(nu+1) - 1) |Q H^T (H Q H^T)^-1 r|``. The first term is the standard deviation of

@@ -73,7 +73,7 @@ def interval(t0: Any, t1: Any, layout: Layout):
 
 
 def resolvable(controller: AbstractController, layout: Layout, t1):
-    """``t1``, if the relative tolerance can be met in the dtype of the state."""
+    """``t1`` unchanged; raises ``ValueError`` if the relative tolerance is below the round-off of the state's dtype."""
     smallest = 10 * float(jnp.finfo(layout.dtype).eps)
     message = (
         f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {layout.dtype}; loosen it, "

@@ -139,7 +139,7 @@ class RelativeScale(AbstractPrior):
 
 
 def as_positive(x: PyTree, name: str) -> PyTree:
-    """A number, or a PyTree of them, as arrays: finite and positive, or a ``ValueError`` that names the part."""
+    """The numbers of a PyTree as arrays; raises ``ValueError`` with the name of the part unless all are positive."""
     kinds = "a number or a PyTree of numbers like u"
     return as_numbers(x, name, kinds, lambda x: (x > 0) & (x < np.inf), "finite and positive")
 

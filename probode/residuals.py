@@ -63,7 +63,7 @@ def _beyond_round_off(z, equation, mean):
 
 
 def informative(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Bool[Array, ""]:
-    """Whether a residual is more than the round-off of its own terms, so that it says something about the scale."""
+    """True if the residual exceeds the round-off of the terms that it sums; only then it enters a calibration."""
     floor = 100 * jnp.finfo(mean.dtype).eps * jnp.max(terms(equation, mean))
     return jnp.max(jnp.abs(equation.residual)) > floor
 

@@ -135,7 +135,9 @@ def _std_through_the_field(means, std, k):
 
 
 class Posterior(eqx.Module):
-    """The posterior at one or several times: what ``Solution.evaluate`` and ``prior_marginals`` return.
+    """Mean and standard deviation of a solution and its derivatives at one or several times.
+
+    What ``Solution.evaluate`` and ``prior_marginals`` return.
 
     >>> import probode
     >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0, dense_output=True)
@@ -399,7 +401,7 @@ def _draws(one, key, shape):
 
 
 def raise_unless_successful(solution: Solution) -> Solution:
-    """The solution, or a ``RuntimeError`` that says why it stopped and, where known, at which time."""
+    """The solution itself if it reached ``t1``; otherwise raises ``RuntimeError`` with the reason and the time."""
     failed = solution.result != Result.successful
     if isinstance(failed, jax.core.Tracer):
         return solution.result.error_if(solution, failed)

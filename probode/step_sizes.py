@@ -193,8 +193,7 @@ def error_norm(
     control: Control, layout: Layout, now: State, dt: Array, attempted: Any, innovation: Innovation
 ) -> Float[Array, ""]:
     """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
-    error = control.error.estimate(dt, attempted.transition, attempted.equation, innovation, layout)
-    error = jnp.reshape(error, (-1, layout.size))
+    error = _estimated(control, layout, dt, attempted, innovation)
     norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error)
     finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.mean))
     return jnp.where(finite, norm, jnp.inf)
@@ -228,8 +227,7 @@ def spread_norm(
         if control.error.needs_defects:
             nothing = jnp.zeros_like(whitened)
             innovation = dataclasses.replace(innovation, inside=nothing, remainder=nothing)
-        error = control.error.estimate(dt, attempted.transition, attempted.equation, innovation, layout)
-        return jnp.reshape(error, (-1, layout.size))
+        return _estimated(control, layout, dt, attempted, innovation)
 
     def std(spread):
         return safe_norm(jax.vmap(layout.unpack)(spread), axis=0)
@@ -238,6 +236,12 @@ def spread_norm(
     widths = std(now.spread), std(ahead.moves)
     norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error, widths)
     return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
+
+
+def _estimated(control, layout, dt, attempted, innovation):
+    """The local error of ``u``, or of ``u, u', ...``, one row each."""
+    error = control.error.estimate(dt, attempted.transition, attempted.equation, innovation, layout)
+    return jnp.reshape(error, (-1, layout.size))
 
 
 def _against_tolerances(control, layout, before, after, error, widths=()):

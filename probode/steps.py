@@ -171,7 +171,7 @@ def _shape_of_equation(parts, t, distribution, layout, args):
 def own_prior(
     parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree
 ) -> AbstractPrior | None:
-    """The prior of a step that leaves a state, if every step has its own."""
+    """The prior of the next step from a state, for priors that differ from step to step; ``None`` for all others."""
     if not parts.prior.differs_by_step:
         return None
     return parts.prior.at(t, layout.unpack(distribution.mean), parts.constraint.problem, layout, args)
