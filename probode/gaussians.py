@@ -21,8 +21,8 @@ from .linalg import (
     kron_apply,
     kron_apply_right,
     product,
+    root_mean_square,
     safe_norm,
-    safe_sqrt,
     substitute,
     triangularise,
 )
@@ -119,7 +119,7 @@ class Innovation(eqx.Module):
     @property
     def size_inside(self) -> Float[Array, "*batch"]:
         """Root mean square of ``inside``."""
-        return safe_sqrt(jnp.mean(self.inside**2, axis=(-2, -1)))
+        return root_mean_square(self.inside)
 
 
 def batched(fn: Callable) -> Callable:

@@ -5,6 +5,7 @@ that filtering needs. The elimination below is smooth where a pivot vanishes, so
 """
 
 import functools as ft
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -38,8 +39,8 @@ def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
-def safe_norm(x: Float[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
-    """Euclidean length along an axis (or of all entries), with derivative zero at zero."""
+def safe_norm(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """Euclidean length along axes (or of all entries), with derivative zero at zero."""
     if jnp.finfo(x.dtype).bits >= 64:
         return safe_sqrt(jnp.sum(x**2, axis=axis))
     # Squares under- and overflow in single precision.
@@ -47,6 +48,11 @@ def safe_norm(x: Float[Array, "..."], axis: int | None = None) -> Float[Array, "
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     length = size * safe_sqrt(jnp.sum((x / size) ** 2, axis=axis, keepdims=True))
     return jnp.squeeze(length, axis)
+
+
+def root_mean_square(x: Float[Array, "*batch m cols"]) -> Float[Array, "*batch"]:
+    """Root mean square over the last two axes, with derivative zero at zero; squares do not overflow."""
+    return safe_norm(x, axis=(-2, -1)) / math.sqrt(x.shape[-2] * x.shape[-1])
 
 
 def safe_divide(x: Array, y: Array) -> Array:

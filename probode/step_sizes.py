@@ -20,7 +20,7 @@ from .errors import AbstractErrorEstimate
 from .factorisations import Layout
 from .gaussians import Innovation, Update, batched, explained, push
 from .initialisation import AbstractInitialisation
-from .linalg import product, safe_divide, safe_norm, safe_sqrt
+from .linalg import product, root_mean_square, safe_divide, safe_norm
 from .loops import AbstractLoop
 from .priors import AbstractPrior
 from .progress import AbstractProgress
@@ -205,10 +205,12 @@ def surprise(control: Control, layout: Layout, now: State, attempted: Any, updat
     The error estimates look at the noise of a step alone, as if the state before were known. Where the prior's scale
     does not follow the residuals, a residual that it does not expect is explained by moving the past instead.
     """
-    innovation, influence = attempted.innovation, update.influence
-    expected = explained(attempted.transition, attempted.equation, innovation.factor, innovation.whitened)
-    moved = batched(lambda gain, z: product(gain.T, z))(influence.gain, influence.whitened)
-    beyond = layout.unpack(moved - expected)[:1]
+    if (unexplained := attempted.unexplained) is None:
+        innovation, influence = attempted.innovation, update.influence
+        expected = explained(attempted.transition, attempted.equation, innovation.factor, innovation.whitened)
+        moved = batched(lambda gain, z: product(gain.T, z))(influence.gain, influence.whitened)
+        unexplained = moved - expected
+    beyond = layout.unpack(unexplained)[:1]
     return _against_tolerances(control, layout, now.distribution.mean, attempted.mean, beyond)
 
 
@@ -222,7 +224,7 @@ def spread_norm(
     """
 
     def estimate(whitened):
-        scale = safe_sqrt(jnp.mean(whitened**2, axis=(-2, -1)))
+        scale = root_mean_square(whitened)
         innovation = dataclasses.replace(attempted.innovation, whitened=whitened, scale=scale)
         if control.error.needs_defects:
             nothing = jnp.zeros_like(whitened)

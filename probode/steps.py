@@ -101,7 +101,10 @@ class Attempt(eqx.Module):
     equation: Linearisation
     innovation: Innovation
     prior: AbstractPrior | None  # if it is this step's own
-    update: Update | None = None  # if the factorisation has conditioned already, by an algebra of its own
+    # If the factorisation has conditioned already, by an algebra of its own; and the part of that update of the mean
+    # which the noise of the step does not explain.
+    update: Update | None = None
+    unexplained: Float[Array, "*batch dim cols"] | None = None
 
 
 def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree) -> State:

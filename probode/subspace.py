@@ -211,7 +211,7 @@ class Subspace(AbstractFactorisation):
         # The noise of the step alone: its scale, and that of the subspace, where smooth residuals live.
         qc = transition.noise[:: r + 1, :: r + 1]
         qa = jnp.kron(qc, jnp.eye(r, dtype=qc.dtype))
-        y, _ = solve(at, z, qa, qc)
+        y, explained = solve(at, z, qa, qc)
         overall = safe_sqrt(jnp.vdot(z, y) / d)
         of_subspace = Linearisation(jnp.concatenate([-at.inner, jnp.eye(r, dtype=z.dtype)], 1), (z @ at.basis)[:, None])
         own = jnp.maximum(overall, innovate(of_subspace, qa, transition.magnitude).scale)
@@ -240,7 +240,7 @@ class Subspace(AbstractFactorisation):
         update = Update(state, None, Influence(whitened, nothing, nothing, jnp.ones_like(own)), unknown)
         equation = eqx.tree_at(lambda e: e.left, equation, left, is_leaf=lambda x: x is None)
         innovation = eqx.tree_at(lambda i: i.scale, innovation, jnp.where(jnp.isfinite(whitened[0, 0]), own, jnp.inf))
-        return Attempt(transition, mean, equation, innovation, None, update)
+        return Attempt(transition, mean, equation, innovation, None, update, shift - explained)
 
 
 def _left_of(root, slope, norm):

@@ -21,7 +21,7 @@ from .checks import as_float
 from .constraints import AbstractConstraint
 from .factorisations import AbstractFactorisation, Layout
 from .gaussians import Innovation, Linearisation, Normal, Update, batched, certain, push, square
-from .linalg import product, safe_norm, safe_sqrt, substitute
+from .linalg import product, root_mean_square, safe_norm, substitute
 from .problems import AbstractProblem
 from .residuals import residual_at
 from .solution import Solution, Spread, widen
@@ -132,7 +132,7 @@ def spread_ahead(
 
         residuals = jax.vmap(lambda move: jax.jvp(residual, (predicted.mean,), (move,))[1])(moves)
     whitened = jax.vmap(batched(substitute), in_axes=(None, 0))(innovation.factor, residuals)
-    scale = safe_norm(safe_sqrt(jnp.mean(whitened**2, axis=(-2, -1))), axis=0)
+    scale = safe_norm(root_mean_square(whitened), axis=0)
     return Ahead(moves, residuals, whitened, scale)
 
 

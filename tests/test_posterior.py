@@ -152,9 +152,10 @@ def same(one, other, nu, at=slice(None), tolerance=1e-9):
     ids=[f"{nu}-{name(constraint)}-{NAMES[index]}" for nu, constraint, index in IN_EVERY_RUN + OTHERS],
 )
 def test_strategies_agree(nu, constraint, index):
-    # With part of the Jacobian order eight is unstable: whatever the length of the steps, errors (and round-off) of
-    # the eighth derivative double in each. Sixteen steps do not make 1e-9 of round-off, a hundred do.
-    stable = nu < 8 or constraint is po.TS0 or index == 0
+    # Without the whole Jacobian order eight is unstable: whatever the length of the steps, errors (and round-off) of
+    # the eighth derivative double in each. Sixteen steps do not make 1e-9 of round-off, a hundred do; and after thirty
+    # the solve ends with Result.scale_mismatch.
+    stable = nu < 8 or (constraint is po.TS1 and index == 0)
     tolerance = (1e-6 if nu > 1 else 1e-3) if stable else 1e-4
     solutions = [
         lotka(nu, constraint, FACTORISATIONS[index], strategy, tolerance)
@@ -212,7 +213,8 @@ def test_trees_scalars_and_time_running_backwards():
 @pytest.mark.thorough
 def test_times_not_reached_have_no_answer():
     for strategy in (po.Filter(), po.FixedPointSmoother(), po.FixedIntervalSmoother()):
-        made = po.Solver(po.IWP(3), po.TS1(po.ODE(lambda t, u, args: u**2)), strategy=strategy, loop=po.ForwardLoop(64))
+        parts = {"strategy": strategy, "loop": po.ForwardLoop(256), "controller": po.IntegralController(1e-5, 1e-5)}
+        made = po.Solver(po.IWP(3), po.TS1(po.ODE(lambda t, u, args: u**2)), **parts)
         solution = made.solve(1.0, 0.0, 2.0, save_at=[0.5, 1.5], throw=False)
         assert solution.result != po.Result.successful
         np.testing.assert_allclose(solution.mean[0], 2.0, rtol=1e-3)
