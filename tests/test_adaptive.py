@@ -171,6 +171,7 @@ def test_stops_are_hit():
     assert 0.4 in np.asarray(back.t) and 1.3 in np.asarray(back.t)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("direction", [1, -1])
 def test_two_equal_steps_go_to_a_datum(direction):
     # No step has an error, so each is as long as it may be.
@@ -246,6 +247,7 @@ def test_a_field_that_is_defined_on_one_side():
     assert np.all(np.isfinite(stopped.mean)) and np.all(np.isfinite(stopped.std))
 
 
+@pytest.mark.thorough
 def test_too_few_steps():
     solver = make(loop=po.BoundedLoop(10))
     solution = solver.solve(U0, 0.0, 50.0, throw=False, save_at=po.SaveAt(ts=[1e-3, 49.0], t1=True))

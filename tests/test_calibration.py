@@ -129,6 +129,7 @@ def test_left_out_residuals_are_those_of_the_dense_formula(dynamic):
         np.testing.assert_allclose(left_out.output_scale[1:] / solution.output_scale[1:], np.sqrt(factor[0]), rtol=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 def test_leave_one_out_leaves_the_mean_alone_and_needs_the_steps(factorisation):
     u0, parts = jnp.array([20.0, 20.0]), {"factorisation": factorisation}
@@ -220,6 +221,7 @@ def test_with_a_memory_the_error_follows_the_tolerance():
     assert errors[0.0][-1] > 20 * errors[0.5][-1] and errors[0.0][-1] > errors[0.0][0] / 10
 
 
+@pytest.mark.thorough
 def test_a_memory_forgets_what_a_stiff_problem_has_left_behind():
     """After the transient the scale falls by nine orders of magnitude; what lags behind would spoil the mean."""
 

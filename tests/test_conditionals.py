@@ -845,6 +845,7 @@ def test_derivatives_with_respect_to_everything(case, state):
     assert np.max(np.abs(exact)) > 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("nothing", ["noise", "noise and residual", "anything"])
 @pytest.mark.parametrize("case", [SMALL, SMALL_SECOND_ORDER])
 def test_derivatives_are_finite_where_nothing_is_left(case, nothing):

@@ -147,6 +147,7 @@ def test_residuals_and_higher_orders():
 # --- Solves
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("constraint", "calibration"),
     first_of(

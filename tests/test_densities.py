@@ -70,6 +70,7 @@ def of_counts(y, counts, offset=0.0):
     )
 
 
+@pytest.mark.thorough
 def test_one_time_is_laplaces_method():
     made = solver()
     data = po.Observations(GRID[-1:], COUNTS[:1], log_density=poisson)
@@ -129,6 +130,7 @@ def test_second_derivatives():
     np.testing.assert_allclose(hessian(PARAMETERS), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", first_of(po.Dense(), po.BlockDiagonal()), ids=name)
 def test_far_from_the_mode(factorisation):
     # exp(10) expected of exp(0): a whole Newton step would go to exp(22025)

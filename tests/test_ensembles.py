@@ -75,6 +75,7 @@ def test_intervals_and_parameters_can_be_lanes():
     np.testing.assert_allclose(together.mean["y"][2], one.mean["y"], rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_saved_times_and_going_on():
     ts = jnp.linspace(0.0, 2.0, 5)
     saved = ensemble(save_at=ts)

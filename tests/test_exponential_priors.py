@@ -372,6 +372,7 @@ def test_a_zero_step_stays_and_has_derivatives():
             assert np.all(np.isfinite(of_noise))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("nu", "dt", "rate"), first_of((8, 0.1, -1e3), (8, 1e-4, -1.0), (8, -1e-3, 3.0), (2, 1.0, -5.0))
 )
@@ -427,6 +428,7 @@ def test_linear_equations_are_solved_exactly_whatever_the_step():
     assert np.max(np.abs(wrong.mean[-1] - scipy.linalg.expm(RATE * 0.1) @ u0)) > 1e-3
 
 
+@pytest.mark.thorough
 def test_the_same_marginals_in_all_factorisations():
     u0, times = jnp.asarray([1.0, 2.0]), jnp.linspace(0, 1.0, 9)
     prior = po.IOUP(2, -3.0, output_scale=2.0)
@@ -546,6 +548,7 @@ def test_a_fast_oscillator():
     np.testing.assert_allclose(moved.matrix * units / units[:, None], [[cos, sin], [-sin, cos]], rtol=0, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_it_contains_the_others():
     nu, rates, scales = 2, jnp.asarray([-1.0, -30.0]), jnp.asarray([1.0, 2.0])
     decay = math.sqrt(2 * nu + 1) / jnp.asarray([0.7, 3.0])

@@ -62,6 +62,7 @@ def test_a_further_evaluation_outside_the_domain(constraint, left, strategy):
     np.testing.assert_allclose(solution.mean[1], 0, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("constraint", [po.TS0, *left_to_nox(po.TS1)], ids=name)
 @pytest.mark.parametrize("mode", [jax.jacrev, *left_to_nox(jax.jacfwd)], ids=lambda mode: mode.__name__)
 def test_the_derivative_of_a_step_that_was_spoilt(constraint, mode):
@@ -98,6 +99,7 @@ def test_single_precision(strategy, unit):
         np.testing.assert_allclose(solution.mean[-1], 1, rtol=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("nu", [3, *left_to_nox(4)])
 def test_an_innovation_without_variance_when_leaving_one_out(nu):
     # A component that has decayed, and one whose equation has nothing to say before its kink.

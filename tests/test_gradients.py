@@ -94,6 +94,7 @@ def test_second_order_equations(constraint):
     np.testing.assert_allclose(jax.jit(jax.jacfwd(fn))(x), expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.thorough
 def test_output_scale_and_initial_state():
     # Dense factor: the scale moves neither mean; the initial factor moves both mean and covariance.
     def solver(scale):

@@ -69,6 +69,7 @@ def test_adaptive_equals_frozen_steps(constraint, calibration):
         assert relative(jacobian, central_differences(jax.jit(frozen), PARAMETERS, 1e-3)) < 1e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("checkpoints", first_of(5, None))
 def test_loops_agree_and_the_forward_loop_says_what_to_do(checkpoints):
     x = jnp.asarray(PARAMETERS)
@@ -146,6 +147,7 @@ def test_lanes_with_different_numbers_of_steps():
         assert relative(gradient, alone(x)[0]) < 1e-9
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("lanes", first_of(True, False), ids=["lanes", "alone"])
 def test_rejected_attempts_that_are_not_finite_leave_gradients_finite(lanes):
     # sqrt leaves its domain on the attempts that are too long; they are rejected and must not reach the gradient

@@ -36,6 +36,7 @@ def test_no_array_is_quadratic_in_the_dimension(factorisation, error):
     assert max(sizes(dense.jaxpr)) > D**2  # what the test is able to see
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", [probode.Isotropic(), probode.BlockDiagonal()])
 def test_a_hundred_thousand_components(factorisation):
     rates = jnp.linspace(0.5, 1.5, 100_000)

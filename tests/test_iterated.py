@@ -73,6 +73,7 @@ def test_the_limit_is_the_most_probable_trajectory(data):
     assert relative(once.mean, solution.mean) > 1e-3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("factorisation", "calibration"),
     first_of(

@@ -64,6 +64,7 @@ def test_an_open_pulse_between_two_stops(constraint, factorisation, strategy, rt
     np.testing.assert_allclose(solution.derivative(1).mean[1::2][:2], slopes, atol=20 * rtol)
 
 
+@pytest.mark.thorough
 def test_an_open_pulse_from_the_right_in_single_precision():
     for dtype, rtol in ((jnp.float32, 1e-4), (jnp.float64, 1e-6)):
         # time runs backwards in v(s) = u(11 - s)
@@ -74,6 +75,7 @@ def test_an_open_pulse_from_the_right_in_single_precision():
         assert np.all(error < 10 * rtol * 1e-2) and np.all(error < 5 * solution.std[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strict", first_of(True, False))
 @pytest.mark.parametrize("strategy", first_of(*STRATEGIES), ids=name)
 def test_derivatives_with_respect_to_a_switch(strict, strategy):
@@ -121,6 +123,7 @@ def triangles(ts):
     return np.where(ts[:, None] < KINKS, ts[:, None], 2 * KINKS - ts[:, None])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", first_of(*STRATEGIES[:0:-1]), ids=name)
 def test_smoothers_at_kinks(strategy):
     def field(t, u, args):
@@ -133,6 +136,7 @@ def test_smoothers_at_kinks(strategy):
     np.testing.assert_allclose(solution.derivative(1).mean, np.where(ts[:, None] < KINKS, 1, -1), atol=1e-9)
 
 
+@pytest.mark.thorough
 def test_every_step_is_kept_once():
     made = solver(pulse, [5.0, 6.0], strategy=po.FixedIntervalSmoother())
     solution = made.solve(jnp.zeros(2), 0.0, 10.0, save_at=po.SaveAt(t0=True, steps=True))
@@ -232,6 +236,7 @@ def with_a_jump(index, strategy, known):
     return ts, made.solve(jnp.asarray(U0), 0.0, 1.0, save_at=ts, data=nothing)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("strategy", "known"),
     [
@@ -312,6 +317,7 @@ def test_an_algebraic_equation():
     assert jumping.result == po.Result.step_size_too_small and abs(jumping.state.t - 1) < 1e-12
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("slopes", first_of(False, True))
 def test_lanes_and_steps_of_a_vmap(slopes):
     made = solver(pulse, [5.0, 6.0], rtol=1e-4, loop=po.BoundedLoop(128), strategy=po.FixedPointSmoother())
@@ -351,6 +357,7 @@ def test_a_prior_of_each_step_sees_its_own_side():
     assert named.stats["num_steps"] < not_told.stats["num_steps"] / 3
 
 
+@pytest.mark.thorough
 def test_data_do_not_start_anew():
     data = po.Observations([0.5, 1.0], jnp.zeros((2, 2)), 1e3)
     u0 = jnp.array([20.0, 20.0])
@@ -384,6 +391,7 @@ def test_not_for_an_algebra_of_its_own():
         made.solve(jnp.ones(2), 0.0, 1.0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("constraint", first_of(po.SLR0, po.SLR1))
 def test_ensembles_and_uncertain_starts(constraint):
     def field(t, u, tau):

@@ -50,6 +50,7 @@ def test_the_density_given_the_whole_equation(likelihood, mask):
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS[::-1]), ids=lambda f: f.__name__)
 def test_of_the_end_alone_it_is_the_density_of_what_the_filter_says(likelihood):
     made = solver(controller=ON_GRID)

@@ -186,6 +186,7 @@ def test_robertson_as_a_differential_algebraic_equation():
     np.testing.assert_allclose(solution.mean[0], right, rtol=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("calibration", [po.NoCalibration(), po.MLECalibration()], ids=name)
 def test_a_scale_that_does_not_explain_a_jump_is_named(calibration):
     jump = po.ODE(lambda t, u, args: jnp.sign(args - t) + 0 * u)  # u(1) = -0.5
@@ -212,6 +213,7 @@ def test_a_scale_that_does_not_explain_a_fast_phase_is_named():
             assert solution.result == po.Result.scale_mismatch and isinstance(calibration, po.NoCalibration)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", FACTORISATIONS, ids=name)
 @pytest.mark.parametrize("strategy", first_of(po.FixedPointSmoother(), po.FixedIntervalSmoother()), ids=name)
 def test_smoothing_over_steps_without_residuals(strategy, factorisation):

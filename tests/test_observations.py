@@ -136,6 +136,7 @@ def test_adaptive_solves_stop_at_the_data(strategy):
     assert relative(solution.std, on_grid.evaluate(solution.t).std) < 1e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", first_of(po.Isotropic(), po.BlockDiagonal(), po.Dense()), ids=name)
 def test_components_that_do_not_depend_on_each_other(factorisation):
     # the same numbers in all three factorisations, time running backwards

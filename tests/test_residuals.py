@@ -222,6 +222,7 @@ def swinging(index):
     return po.Residual(residual)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("index", first_of(3, 2, 1))
 def test_a_pendulum_of_any_index(index):
     controller = po.IntegralController(1e-8, 1e-8)
@@ -357,6 +358,7 @@ def test_errors():
 # --- Time derivatives of the equation
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("problem", first_of("residual", "second order", "ode"))
 def test_lifted_equations_are_time_derivatives(problem):
     def curve(t):
@@ -425,6 +427,7 @@ def test_a_diffuse_start_of_a_dae_is_conditioned_where_it_can_be():
 # --- Iterated linearisation, noise
 
 
+@pytest.mark.thorough
 def test_the_iterated_update_is_the_most_probable_state():
     # One long step from a certain start; the minimum of |R^-T (x - m)|^2 where the equation holds, by Newton's method.
     def field(t, u, args):

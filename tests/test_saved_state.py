@@ -32,6 +32,7 @@ def equal(a, b):
     return len(a) == len(b) and all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.thorough
 @strategies
 def test_round_trip_of_a_solution(strategy, tmp_path):
     solver = make(strategy, po.MLECalibration())

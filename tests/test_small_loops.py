@@ -54,6 +54,7 @@ print("ynn_fusion" in program)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("flags", "calls"),
     [

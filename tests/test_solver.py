@@ -362,6 +362,7 @@ def test_known_save_times_inside_a_jit():
     np.testing.assert_allclose(inside, solver.solve(jnp.array([0.1]), 0.0, 1.0, save_at=ts).mean, rtol=1e-14)
 
 
+@pytest.mark.thorough
 def test_the_one_liner_smooths():
     u0, ts, field = jnp.array([20.0, 20.0]), np.linspace(0, 2, 5), po.ODE(lotka_volterra)
     one = po.solve_ivp(lotka_volterra, (0.0, 2.0), u0, t_eval=ts)

@@ -93,6 +93,7 @@ def test_of_second_order_and_of_a_scalar():
     np.testing.assert_allclose(solution.std[0], np.sqrt((flow @ np.diag([0.09, 0.04]) @ flow.T)[0, 0]), rtol=1e-7)
 
 
+@pytest.mark.thorough
 def test_a_nonlinear_equation_to_first_order():
     # The spread is that of the flow's Jacobian, which finite differences of the solver itself tell.
     def end(u0):
