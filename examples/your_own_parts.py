@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import probode
-from probode.gaussians import Linearisation
+from probode.conditioning import Linearisation
 from probode.problems import flat_field
 
 

@@ -17,13 +17,17 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .gaussians import Conditional, Influence, Normal, carried, pad_rows
+from .conditioning import Influence
+from .coordinates import Conditional, carried
+from .kept import Row
 from .linalg import detach
 from .loops import repeat
+from .normal import Normal, pad_rows
 from .progress import tell
 from .residuals import not_silent, scale_inside, with_defects
 from .restarts import beside, is_jump, start_anew
-from .solution import Result
+from .result import Result
+from .spread import value_and_moves
 from .step_sizes import (
     Control,
     bounded_step,
@@ -39,8 +43,6 @@ from .step_sizes import (
 )
 from .steps import State, Step, accept, ahead_of, attempt, no_influence, nothing_of_the_past
 from .strategies import AbstractStrategy
-from .trajectory import Row
-from .uncertain import value_and_moves
 
 
 # An error so far below the tolerance is followed by a step that is longer by half or more.

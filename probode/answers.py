@@ -8,11 +8,13 @@ from jaxtyping import Array, Bool, Float
 from .adaptive import AdaptiveState, is_finite
 from .calibration import AbstractCalibration
 from .factorisations import Layout
+from .kept import Row
 from .leave_one_out import left_out_squares
 from .loops import AbstractLoop
-from .priors import AbstractPrior
-from .solution import Result, Solution
-from .trajectory import Row, column, evaluate, rescale, rows_of_steps, trajectory
+from .prior import AbstractPrior
+from .result import Result
+from .solution import Solution
+from .trajectory import column, evaluate, rescale, rows_of_steps, trajectory
 
 
 class Keep(eqx.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .gaussians import Innovation
+from .conditioning import Innovation
 from .linalg import safe_sqrt
 
 

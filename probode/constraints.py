@@ -13,8 +13,9 @@ import jax.scipy.linalg
 from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer, as_scalar, require
+from .conditioning import Linearisation
 from .factorisations import Layout
-from .gaussians import Linearisation, Normal, batched
+from .normal import Normal, batched
 from .problems import ODE, AbstractProblem, Residual
 
 

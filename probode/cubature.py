@@ -18,9 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .checks import as_integer
+from .conditioning import Linearisation
 from .constraints import AbstractConstraint, evaluations_field, problem_field, relinearise_field
 from .factorisations import Layout
-from .gaussians import Linearisation, Normal, spread, square
+from .normal import Normal, spread, square
 from .problems import ODE, AbstractProblem
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, Real
 
+from .conditioning import Transition
 from .factorisations import Layout
-from .gaussians import Transition
 from .linalg import kron_apply_right, product, triangularise
-from .priors import noise_units, powers_of_step
+from .powers import noise_units, powers_of_step
 
 
 # A step is halved until the size of the drift over it is at most one. Then the coefficients y_m of the Taylor series

@@ -12,8 +12,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .conditioning import Innovation, Linearisation, Transition, explained, posterior_noise
 from .factorisations import Layout
-from .gaussians import Innovation, Linearisation, Transition, explained, posterior_noise
 from .linalg import safe_norm
 
 

@@ -15,7 +15,8 @@ from .checks import as_integer
 from .discretisation import companion_transition
 from .drifts import as_finite, blocks_of, matrices_of, stack_blocks
 from .factorisations import Layout
-from .priors import AbstractPrior, as_output_scale
+from .output_scale import as_output_scale
+from .prior import AbstractPrior
 from .problems import ODE, AbstractProblem
 
 

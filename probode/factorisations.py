@@ -23,7 +23,7 @@ class AbstractFactorisation(eqx.Module):
 
     ``keeps_diagonal``: whether of a Jacobian nothing but its diagonal matters, so that nobody computes the rest.
     ``own_algebra``: whether it has methods ``check``, ``start``, ``attempt`` and ``std`` in place of the algebra of
-    ``gaussians``, because its covariance is more than one square root times an identity; see ``Subspace``.
+    ``conditioning``, because its covariance is more than one square root times an identity; see ``Subspace``.
 
     >>> import probode
     >>> probode.Dense().batch_shape(3), probode.BlockDiagonal().batch_shape(3)

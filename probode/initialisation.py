@@ -13,9 +13,10 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer, as_scalar, require
+from .conditioning import condition, join, seen_from
 from .factorisations import Layout
-from .gaussians import Normal, certain, condition, join, seen_from
 from .jets import consistent_derivatives, taylor_derivatives
+from .normal import Normal, certain
 from .problems import ODE, AbstractProblem, flat_field, flat_residual
 
 

@@ -17,8 +17,8 @@ from .calibration import AbstractCalibration
 from .checks import as_float, as_scalar, is_traced, require
 from .controllers import AbstractController
 from .factorisations import AbstractFactorisation, Layout, layout_of
-from .gaussians import Normal
 from .initialisation import InitialState
+from .normal import Normal
 from .observations import Observations
 from .problems import AbstractProblem
 from .solution import SaveAt, Solution

@@ -14,9 +14,10 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer, as_scalar, require
+from .conditioning import seen_from
 from .constraints import AbstractConstraint
-from .gaussians import Normal, seen_from
 from .linalg import compiled, safe_divide
+from .normal import Normal
 from .observations import Observations
 from .solution import Solution
 from .solver import Solver

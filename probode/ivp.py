@@ -9,8 +9,9 @@ from .calibration import DynamicCalibration, LeaveOneOutCalibration
 from .constraints import TS0, TS1
 from .controllers import IntegralController
 from .factorisations import Dense, Isotropic
-from .priors import IWP, RelativeScale
+from .iwp import IWP
 from .problems import ODE
+from .relative_scale import RelativeScale
 from .solution import SaveAt, Solution
 from .solver import Solver
 from .strategies import Filter, FixedIntervalSmoother, FixedPointSmoother

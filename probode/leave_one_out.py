@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .conditioning import Influence
 from .factorisations import Layout
-from .gaussians import Influence, batched
+from .kept import Row
 from .linalg import kron_apply, kron_apply_right, product, substitute, triangularise
-from .priors import AbstractPrior
-from .trajectory import Row, backwards, column
+from .normal import batched
+from .prior import AbstractPrior
+from .trajectory import backwards, column
 
 
 class _Later(eqx.Module):

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, PyTree
 
 from . import inputs
 from .controllers import IntegralController
-from .gaussians import look_back, realise, standard
+from .coordinates import look_back, realise, standard
 from .linalg import compiled
 from .observations import Observations
-from .solution import Result, SaveAt, Solution
+from .result import Result
+from .solution import SaveAt, Solution
 from .solver import Solver, bind, solve_through
 from .strategies import Filter, FixedPointSmoother
 from .trajectory import Trajectory

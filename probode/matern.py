@@ -19,8 +19,10 @@ from .checks import as_integer
 from .discretisation import companion_transition, lift_blocks
 from .drifts import uncoupled_blocks_of
 from .factorisations import Layout
-from .gaussians import Normal
-from .priors import AbstractPrior, as_output_scale, as_positive, exact_root, powers
+from .normal import Normal
+from .output_scale import as_output_scale, as_positive
+from .powers import exact_root, powers
+from .prior import AbstractPrior
 
 
 # After so many time constants 1 / lambda a process has forgotten where it was: 100^11 exp(-100) < 1e-21.

@@ -18,10 +18,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .checks import as_float, as_integer, require
+from .conditioning import Linearisation, seen_from
+from .coordinates import realise, standard
 from .factorisations import Layout
-from .gaussians import Linearisation, Normal, batched, realise, seen_from, standard
 from .jacobians import ExactJacobian
 from .linalg import detach, eliminate, product, safe_divide, safe_sqrt, substitute
+from .normal import Normal, batched
 
 
 # Fractions of a Newton step: densities may be steep far from the mode. And how many steps at most.

@@ -11,11 +11,12 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .checks import as_float, require
+from .conditioning import Transition, predict
 from .factorisations import AbstractFactorisation, Dense, Layout, layout_of
-from .gaussians import Normal, Transition, batched, certain, predict, push, spread, square
 from .linalg import compiled, kron_apply
-from .priors import AbstractPrior
-from .solution import Posterior
+from .marginals import Posterior
+from .normal import Normal, batched, certain, push, spread, square
+from .prior import AbstractPrior
 
 
 def sample_prior(

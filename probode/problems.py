@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .checks import as_integer
+from .conditioning import Linearisation
 from .factorisations import Layout
-from .gaussians import Linearisation
 from .jacobians import AbstractJacobian, ExactJacobian, as_jacobian
 
 

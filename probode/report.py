@@ -16,9 +16,10 @@ from jaxtyping import PyTree
 
 from .checks import as_float, as_scalar
 from .factorisations import Layout
-from .gaussians import Normal, batched
 from .linalg import compiled, substitute, triangularise
-from .solution import Result, SaveAt, Solution
+from .normal import Normal, batched
+from .result import Result
+from .solution import SaveAt, Solution
 from .solver import Solver
 from .trajectory import rows_of_steps
 

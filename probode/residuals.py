@@ -16,20 +16,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .conditioning import Innovation, Linearisation, Transition, noise_mean, smoothing_weights
 from .constraints import AbstractConstraint
 from .factorisations import Layout
-from .gaussians import (
-    Innovation,
-    Linearisation,
-    Normal,
-    Transition,
-    batched,
-    noise_mean,
-    push,
-    smoothing_weights,
-)
 from .linalg import product, safe_divide, safe_norm, substitute
-from .priors import AbstractPrior
+from .normal import Normal, batched, push
+from .prior import AbstractPrior
 from .problems import flat_residual
 
 

@@ -11,12 +11,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .constraints import AbstractConstraint
+from .coordinates import Conditional, both
 from .factorisations import Layout
-from .gaussians import Conditional, Normal, batched, both, pad, pad_rows
 from .initialisation import AbstractInitialisation
 from .linalg import eliminate, product, triangularise
+from .normal import Normal, batched, pad, pad_rows
+from .spread import value_and_moves
 from .steps import round_off
-from .uncertain import value_and_moves
 
 
 def is_jump(t: Float[Array, ""], jumps: Float[Array, " times"]) -> Bool[Array, ""]:

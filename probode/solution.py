@@ -9,54 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, PyTree
 
-from . import describe, plots
+from . import describe
 from .checks import as_float, as_integer, is_traced, require
 from .factorisations import Layout
-from .gaussians import Normal, spread
-from .linalg import compiled, safe_divide, safe_norm
+from .linalg import compiled
+from .marginals import Moments, Posterior, moments, widen
+from .normal import Normal, spread
+from .result import Result
 from .trajectory import Trajectory, evaluate, sample_at
-
-
-class Result(eqx.Enumeration):
-    """How a solve ended: ``successful`` or the reason why it stopped before ``t1``.
-
-    >>> import probode
-    >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
-    >>> bool(solution.result == probode.Result.successful)
-    True
-    """
-
-    successful = ""
-    max_steps_reached = (
-        "The solve stopped because max_steps attempts were made before t1. Pass loop=BoundedLoop(max_steps=...) with "
-        "more steps, loosen the tolerances, or use TS1 if the problem is stiff. Where components differ in size by "
-        "orders of magnitude, prior=RelativeScale(IWP(...)); far from linear, TS1(evaluations=4, relinearise=True)."
-    )
-    initial_state_nonfinite = (
-        "The solve did not start because the state at t0 is infinite or NaN: u0, or a derivative of the vector field "
-        "there; or because no derivatives satisfy a Residual together with u0. Move t0 away from the singularity, pass "
-        "a consistent u0, or start from an InitialState."
-    )
-    nonfinite = (
-        "The solve stopped because the vector field, its derivative or the state became infinite or NaN however short "
-        "the step. The solution may blow up or leave the domain of the vector field: shorten the interval. Or its "
-        "derivatives leave the range of the numbers, in float32 those of short times: choose other units, or float64."
-    )
-    step_size_too_small = (
-        "The solve stopped because the step had to become shorter than dt_min or the round-off of the time. "
-        "The solution may be singular there: shorten the interval, loosen the tolerances, lower dt_min, use float64, "
-        "or name the times at which the equation jumps with stop_at."
-    )
-    scale_mismatch = (
-        "The solve stopped because the output scale does not explain the residuals: the equation jumps, or the "
-        "solution is far rougher in some places than in others, and the mean would be lost. Use DynamicCalibration(), "
-        "whose scale follows, name the times of jumps with stop_at, or tighten the tolerances."
-    )
-    tolerance_out_of_range = (
-        "The solve stopped because what rtol and atol allow for a component, or on a grid the eighth digit of all, "
-        "became so small that the squares of such errors are no numbers (1e-148 in float64, 1e-35 in float32). Choose "
-        "other units, or a larger atol."
-    )
 
 
 class SaveAt(eqx.Module):
@@ -92,82 +52,6 @@ class SaveAt(eqx.Module):
         self.t0, self.t1, self.ts, self.steps, self.dense = t0, t1, ts, steps, dense
 
 
-class Moments(eqx.Module):
-    """Mean and standard deviation of one derivative, PyTrees like ``u``."""
-
-    mean: PyTree[Float[Array, "..."]]
-    std: PyTree[Float[Array, "..."]]
-
-
-@compiled
-def moments(layout: Layout, state: Normal, k: int) -> Moments:
-    """Mean and standard deviation of ``u^(k)``, for any number of leading axes (time, lanes) of ``state``."""
-
-    def one(layout, mean, factor):
-        means, stds = layout.unpack(mean), layout.std(factor)
-        std = stds[k] if k == 0 else jnp.where(stds[k] > 0, stds[k], _std_through_the_field(means, stds[k - 1], k))
-        return Moments(layout.unravel(means[k]), layout.unravel(std))
-
-    for axis in reversed(range(state.mean.ndim - 2 - len(layout.batch_shape))):
-        one = jax.vmap(one, in_axes=(0 if axis < layout.lanes else None, 0, 0))
-    return one(layout, state.mean, state.factor)
-
-
-def _std_through_the_field(means, std, k):
-    """About what standard deviations of ``u^(k-1)`` make of ``u^(k)``, which an equation tells as a function of it.
-
-    A constraint that freezes the field calls that derivative exact. How the field moves is not known here, but along
-    the solution it does so at the rate ``|u^(k+1)| / |u^(k)|``, and in that measure every component is taken to depend
-    on every other: relative to their sizes, ``|u^(k-1)|`` and what it changes by in the time in which all change so
-    much. Of the highest derivative the rate is that of the one below.
-    """
-
-    def rms(x):
-        return safe_norm(x) / math.sqrt(x.size)
-
-    below, own = jnp.abs(means[k - 1]), jnp.abs(means[k])
-    size = below + safe_divide(own, rms(safe_divide(own, below)))
-    above = min(k, len(means) - 2)
-    rate = safe_divide(rms(safe_divide(means[above + 1], size)), rms(safe_divide(means[above], size)))
-    estimate = rate * size * rms(safe_divide(std, size))
-    # Of sizes that are no numbers any more: as large as the derivative itself.
-    return jnp.where(jnp.isfinite(estimate), estimate, own)
-
-
-class Posterior(eqx.Module):
-    """Mean and standard deviation of a solution and its derivatives at one or several times.
-
-    What ``Solution.evaluate`` and ``prior_marginals`` return.
-
-    >>> import probode
-    >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0, dense_output=True)
-    >>> solution.evaluate([0.2, 0.4]).derivative(1).mean.shape
-    (2,)
-    """
-
-    t: Float[Array, "*time"]
-    marginals: Normal
-    layout: Layout
-
-    def __repr__(self):
-        return f"Posterior(t={describe.brief(self.t)}, u={describe.shape_of_u(self.layout)}, layout={self.layout!r})"
-
-    @property
-    def mean(self) -> PyTree[Float[Array, "..."]]:
-        """Posterior mean of ``u``."""
-        return self.derivative(0).mean
-
-    @property
-    def std(self) -> PyTree[Float[Array, "..."]]:
-        """Posterior standard deviation of ``u``."""
-        return self.derivative(0).std
-
-    def derivative(self, k: Any) -> Moments:
-        """Posterior of ``u^(k)``: an object with ``.mean`` and ``.std``. Raises ``ValueError`` above the prior's."""
-        k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
-        return moments(self.layout, self.marginals, k)
-
-
 class Spread(eqx.Module):
     """How the posterior means move with an uncertain initial value, along the ``N`` rows of its factor.
 
@@ -182,11 +66,6 @@ class Spread(eqx.Module):
         """Of the means at any times."""
         move = lambda tangent: eqx.filter_jvp(lambda path: _evaluate(path, t).mean, (path,), (tangent,))[1]  # noqa: E731
         return eqx.filter_vmap(move)(self.trajectory)
-
-
-def widen(states: Normal, moves: Float[Array, "N ..."]) -> Normal:
-    """The states with the directions in which an uncertain initial value moves them as further rows of the factors."""
-    return Normal(states.mean, jnp.concatenate([states.factor, jnp.moveaxis(moves[..., 0], 0, -2)], axis=-2))
 
 
 class Solution(eqx.Module):
@@ -247,6 +126,8 @@ class Solution(eqx.Module):
         ``options``: ``components``, ``derivative``, ``std``, ``samples``, ``key``, ``ts``, ``labels``, see
         ``probode.plots.plot``. Other pictures are in ``probode.plots``.
         """
+        from . import plots  # pictures are made of solutions: at the top of this file that would be a circle
+
         return plots.plot(self, ax, **options)
 
     @property

@@ -31,19 +31,22 @@ from .constraints import AbstractConstraint
 from .controllers import AbstractController, IntegralController
 from .errors import AbstractErrorEstimate, LocalError, StateError
 from .factorisations import AbstractFactorisation, Dense, Layout
-from .gaussians import Normal, certain, pad, square
 from .initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .linalg import compiled, detach
 from .loops import AbstractLoop, BoundedLoop
+from .marginals import widen
+from .normal import Normal, certain, pad, square
 from .observations import Observations
-from .priors import AbstractPrior
+from .prior import AbstractPrior
 from .progress import AbstractProgress
 from .restarts import beside, start_anew, starts_uncertain
-from .solution import Result, SaveAt, Solution, raise_unless_successful, widen
+from .result import Result
+from .solution import SaveAt, Solution, raise_unless_successful
+from .spread import value_and_moves
 from .step_sizes import Control, bounded_step, first_step, nearest, smallest_error
 from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
 from .strategies import AbstractStrategy, Filter
-from .uncertain import check_moves, check_uncertain, directions_of, push_forward, spread_start, value_and_moves
+from .uncertain_start import check_moves, check_uncertain, directions_of, push_forward, spread_start
 
 
 class Solver(eqx.Module):

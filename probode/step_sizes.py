@@ -15,17 +15,18 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .conditioning import Innovation, Update, explained
 from .controllers import AbstractController
 from .errors import AbstractErrorEstimate
 from .factorisations import Layout
-from .gaussians import Innovation, Update, batched, explained, push
 from .initialisation import AbstractInitialisation
 from .linalg import product, root_mean_square, safe_divide, safe_norm
 from .loops import AbstractLoop
-from .priors import AbstractPrior
+from .normal import batched, push
+from .prior import AbstractPrior
 from .progress import AbstractProgress
+from .spread import Ahead
 from .steps import State, round_off
-from .uncertain import Ahead
 
 
 # The largest share of the way to the next stop that a first step takes unless the user says how long it is; and where

@@ -15,34 +15,29 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .calibration import AbstractCalibration, Evidence
 from .checks import as_integer
-from .constraints import AbstractConstraint
-from .describe import brief, shape_of_u
-from .errors import rms_norm
-from .factorisations import Layout
-from .gaussians import (
-    Conditional,
+from .conditioning import (
     Influence,
     Innovation,
     Linearisation,
-    Normal,
     Transition,
     Update,
     condition,
-    in_coordinates,
     innovate,
     join,
-    pad,
-    pad_rows,
-    push,
-    realise,
     seen_from,
 )
+from .constraints import AbstractConstraint
+from .coordinates import Conditional, in_coordinates, realise
+from .describe import brief, shape_of_u
+from .errors import rms_norm
+from .factorisations import Layout
 from .linalg import detach
+from .marginals import Moments, moments, widen
+from .normal import Normal, pad, pad_rows, push
 from .observations import Observations
-from .priors import AbstractPrior
+from .prior import AbstractPrior
 from .residuals import informative, not_silent, residual_at, with_floor, without_round_off
-from .solution import Moments, moments, widen
-from .uncertain import Ahead, push_moves, spread_after, spread_ahead
+from .spread import Ahead, push_moves, spread_after, spread_ahead
 
 
 class State(eqx.Module):

@@ -1,8 +1,7 @@
 """Filter or smoothers: what is remembered of the past, so that it can learn from the future.
 
-A kept state is remembered by its coordinates given those of the present (``gaussians.Conditional``); every step updates
-them in the elimination that it needs anyway. The chain of kept states is smoothed when the solve has ended
-(``trajectory.py``).
+A kept state is remembered by its coordinates given those of the present (``Conditional``); every step updates them in
+the elimination that it needs anyway. The chain of kept states is smoothed when the solve has ended (``trajectory``).
 """
 
 from abc import abstractmethod
@@ -10,7 +9,8 @@ from abc import abstractmethod
 import equinox as eqx
 import jax.numpy as jnp
 
-from .gaussians import Conditional, Normal, identity
+from .coordinates import Conditional, identity
+from .normal import Normal
 
 
 class AbstractStrategy(eqx.Module):

@@ -20,26 +20,26 @@ from jaxtyping import Array, Float, PyTree
 
 from .calibration import AbstractCalibration
 from .checks import as_float, as_integer, as_scalar, is_traced, require
-from .constraints import TS1, AbstractConstraint
-from .errors import AbstractErrorEstimate, StateError
-from .factorisations import AbstractFactorisation, Layout
-from .gaussians import (
+from .conditioning import (
     Influence,
     Innovation,
     Linearisation,
-    Normal,
     Transition,
     Update,
     condition,
     innovate,
     join,
-    pad,
     posterior_noise,
 )
+from .constraints import TS1, AbstractConstraint
+from .errors import AbstractErrorEstimate, StateError
+from .factorisations import AbstractFactorisation, Layout
+from .iwp import IWP
 from .jacobians import ExactJacobian
 from .krylov import linearised, solve_innovation
 from .linalg import safe_divide, safe_norm, safe_sqrt, triangularise
-from .priors import IWP, AbstractPrior
+from .normal import Normal, pad
+from .prior import AbstractPrior
 from .problems import ODE, flat_field
 from .residuals import without_round_off
 from .steps import Attempt, Step

@@ -12,25 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from .conditioning import predict
+from .coordinates import Conditional, coordinates_of, identity, look_back, realise, standard
 from .factorisations import Layout
-from .gaussians import (
-    Conditional,
-    Influence,
-    Normal,
-    batched,
-    certain,
-    coordinates_of,
-    identity,
-    look_back,
-    pad,
-    predict,
-    push,
-    realise,
-    spread,
-    standard,
-)
+from .kept import Row
 from .linalg import product
-from .priors import AbstractPrior
+from .normal import Normal, batched, certain, pad, push, spread
+from .prior import AbstractPrior
 from .small_loops import compiles_small_loops
 
 
@@ -38,24 +26,6 @@ from .small_loops import compiles_small_loops
 _BLOCK = 64
 # So many times are evaluated together where loops are not native.
 _GROUP = 4
-
-
-class Row(eqx.Module):
-    """What is kept of one time: or, stacked, of many.
-
-    ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
-    kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that
-    step, where it is needed; ``prior``: that of the step, if every step has its own; ``anew``: whether the row is that
-    before it, at the same time, started anew behind a jump, ``None`` where nothing jumps.
-    """
-
-    t: Float[Array, "..."]
-    distribution: Normal
-    output_scale: Float[Array, "..."]
-    past: Conditional | None
-    influence: Influence | None
-    prior: AbstractPrior | None
-    anew: Bool[Array, "..."] | None = None
 
 
 class Trajectory(eqx.Module):

@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import probode as po
-from probode import gaussians
+from probode import conditioning
 from probode.testing.laws import difference_quotient
 
 
@@ -82,4 +82,4 @@ def covariance(factor):
 
 def condition(x, noise, scale, equation, past=None):
     """Predict and condition in one go."""
-    return gaussians.condition(gaussians.join(x, noise, scale, equation, past), x, equation, past)
+    return conditioning.condition(conditioning.join(x, noise, scale, equation, past), x, equation, past)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import probode as po
-from probode.gaussians import innovate, push
+from probode.conditioning import innovate
+from probode.normal import push
 
 from .helpers import FACTORISATIONS, first_of, left_to_nox, lotka_volterra, name
 

@@ -16,18 +16,9 @@ import mpmath
 import numpy as np
 import pytest
 
-from probode.gaussians import (
-    Conditional,
-    Linearisation,
-    Normal,
-    coordinates_of,
-    identity,
-    look_back,
-    predict,
-    push,
-    realise,
-    standard,
-)
+from probode.conditioning import Linearisation, predict
+from probode.coordinates import Conditional, coordinates_of, identity, look_back, realise, standard
+from probode.normal import Normal, push
 
 from .helpers import central_differences, condition, first_of, left_to_nox, relative
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import probode as po
+from probode.conditioning import Linearisation, innovate
 from probode.errors import max_norm, rms_norm
 from probode.factorisations import Layout
-from probode.gaussians import Linearisation, innovate
 
 from .helpers import FACTORISATIONS, name
 

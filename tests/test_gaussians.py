@@ -12,7 +12,8 @@ import mpmath
 import numpy as np
 import pytest
 
-from probode.gaussians import Linearisation, Normal, innovate, predict, push
+from probode.conditioning import Linearisation, innovate, predict
+from probode.normal import Normal, push
 
 from .helpers import condition, first_of
 

@@ -12,7 +12,8 @@ from hypothesis import given
 
 import probode as po
 from probode import testing
-from probode.gaussians import Linearisation, Normal, Transition
+from probode.conditioning import Linearisation, Transition
+from probode.normal import Normal
 
 from .extending.test_calibration import MaximumLikelihood
 from .extending.test_controller import Constant

@@ -10,16 +10,18 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from ..calibration import AbstractCalibration, NoCalibration
+from ..conditioning import innovate
 from ..constraints import TS0, TS1, AbstractConstraint
 from ..controllers import AbstractController
 from ..cubature import AbstractCubature
 from ..errors import AbstractErrorEstimate
 from ..factorisations import AbstractFactorisation, BlockDiagonal, Dense, Isotropic, layout_of
-from ..gaussians import Normal, innovate, push
 from ..initialisation import AbstractInitialisation, TaylorMode
+from ..iwp import IWP
 from ..jacobians import AbstractJacobian
 from ..loops import AbstractLoop
-from ..priors import IWP, AbstractPrior
+from ..normal import Normal, push
+from ..prior import AbstractPrior
 from ..problems import ODE
 from ..solver import Solver
 from ..strategies import AbstractStrategy, Filter, FixedIntervalSmoother

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..problems import ODE
-from ..solution import Result, SaveAt
+from ..result import Result
+from ..solution import SaveAt
 from ..solver import Solver
 from .laws import difference_quotient, equal, finite, has_dtype, hold, in_single, require_double, require_kind, scaled
 

@@ -15,9 +15,9 @@ from ..constraints import TS0, TS1
 from ..controllers import IntegralController, PIController
 from ..exponential import IOUP
 from ..factorisations import BlockDiagonal, Dense, Isotropic
-from ..gaussians import Normal
+from ..iwp import IWP
 from ..matern import Matern
-from ..priors import IWP
+from ..normal import Normal
 from ..problems import ODE
 from ..solver import Solver
 from ..strategies import Filter, FixedIntervalSmoother, FixedPointSmoother

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import probode as po
-from probode.gaussians import Linearisation
+from probode.conditioning import Linearisation
 from probode.problems import flat_field
 
 from ..helpers import lotka_volterra, relative

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import probode as po
-from probode.gaussians import identity
+from probode.coordinates import identity
 
 
 class Interval(po.AbstractStrategy):

@@ -1,62 +1,15 @@
-"""Square-root Gaussians and the one algebra on them: predict, condition on an equation, look back.
+"""The algebra of a step: predict a Gaussian state, and condition it on an equation."""
 
-A Gaussian is a mean ``(dim, cols)`` and a right square root ``(rows, dim)`` of a covariance shared by the columns,
-which are independent: ``x = mean + factor^T w`` with standard normal coordinates ``w``, ``(rows, cols)``. Every
-function treats one element of a batch; ``batched`` maps it over the leading axes.
-"""
-
-import functools as ft
 import math
-from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
-from .linalg import (
-    eliminate,
-    is_written_out,
-    kron_apply,
-    kron_apply_right,
-    product,
-    root_mean_square,
-    safe_norm,
-    substitute,
-    triangularise,
-)
-
-
-class Normal(eqx.Module):
-    """A Gaussian by its mean and a right square root of its covariance, ``cov = factor^T factor``.
-
-    Over ``u``: ``mean`` is a PyTree like ``u``; ``factor`` is the ``(d, d)`` square root over the ravelled ``u``, or a
-    PyTree of standard deviations like ``u``. Inside the solvers and in ``Solution.marginals``: ``mean`` is
-    ``(*batch, dim, cols)`` and ``factor`` is ``(*batch, rows, dim)`` in the layout of the factorisation.
-
-    >>> import probode
-    >>> probode.Normal({"x": 1.0}, {"x": 0.1})  # a standard deviation
-    Normal(mean={'x': 1.0}, factor={'x': 0.1})
-    """
-
-    mean: PyTree
-    factor: PyTree
-
-
-class Conditional(eqx.Module):
-    """The coordinates ``w`` of an earlier state given those of a later one, ``v``.
-
-    ``w | v ~ N(shift + cross^T v, own^T own)``. Coordinates are those of ``Normal``, standard normal given the data so
-    far, so ``cross`` and ``own`` are blocks of an orthogonal matrix: nothing is ever inverted, however small a
-    covariance. (Smoothing by orthogonal transformations: Paige & Saunders, 1977.) ``shift``: ``(*batch, p, cols)``;
-    ``cross``: ``(*batch, rows, p)``; ``own``: ``(*batch, q, p)``, without rows where ``v`` tells everything, and upper
-    triangular for large ``p``.
-    """
-
-    shift: Float[Array, "*batch p cols"]
-    cross: Float[Array, "*batch rows p"]
-    own: Float[Array, "*batch q p"]
+from .coordinates import Conditional, more_left_over
+from .linalg import eliminate, product, root_mean_square, safe_norm, substitute, triangularise
+from .normal import Normal, batched, pad, pad_rows
 
 
 class Transition(eqx.Module):
@@ -120,28 +73,6 @@ class Innovation(eqx.Module):
     def size_inside(self) -> Float[Array, "*batch"]:
         """Root mean square of ``inside``."""
         return root_mean_square(self.inside)
-
-
-def batched(fn: Callable) -> Callable:
-    """Map ``fn``, written for one batch element, over the leading axes of its arguments.
-
-    The first leaf of the first argument, a mean or a matrix, tells how many axes there are.
-    """
-
-    @ft.wraps(fn)
-    def wrapped(first, *rest):
-        mapped = fn
-        for _ in range(jax.tree.leaves(first)[0].ndim - 2):
-            mapped = jax.vmap(mapped)
-        return mapped(first, *rest)
-
-    return wrapped
-
-
-@batched
-def push(x: Normal, matrix: Float[Array, "p p"]) -> Normal:
-    """``A x``, without noise: the square root of ``A cov A^T`` is not triangularised."""
-    return Normal(kron_apply(matrix, x.mean), kron_apply_right(x.factor, matrix))
 
 
 @batched
@@ -236,7 +167,7 @@ def predict(
     triangle, left = eliminate(upper, dense)
     dim = noise.shape[1]
     if past is not None:
-        past = Conditional(past.shift, triangle[:, dim:], _more_of_its_own(past, left))
+        past = Conditional(past.shift, triangle[:, dim:], more_left_over(past, left))
     return Normal(x.mean, triangle[:, :dim]), past
 
 
@@ -345,7 +276,7 @@ def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditiona
     if past is not None:
         shift = past.shift - product(triangle[:m, n:].T, whitened)
         cross = pad_rows(triangle[m:, n:], x.factor.shape[0])
-        past = Conditional(shift, cross, _more_of_its_own(past, joint.left))
+        past = Conditional(shift, cross, more_left_over(past, joint.left))
     observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - p)))
     influence = Influence(whitened, gain, observed, jnp.ones((), gain.dtype))
     return Update(pad(state, x.factor.shape[0]), past, influence, jnp.diagonal(triangle)[:m])
@@ -387,21 +318,6 @@ def seen_from(
     return equation.residual + product(equation.matrix, (mean - point)[: equation.matrix.shape[1]])
 
 
-def _more_of_its_own(past, left):
-    """Square root of what a later state does not tell of the past, after a step that leaves these rows."""
-    # A few rows more cost less than their elimination.
-    few = past.own.shape[0] == 0 and is_written_out(left.shape[1])
-    return left if few else both(past.own, left)
-
-
-def both(own, rows):
-    """The triangle of an ``own`` of ``Conditional`` and other rows."""
-    p = rows.shape[1]
-    if own.shape[0] == p and not is_written_out(p):
-        return triangularise(own, rows)
-    return triangularise(None, jnp.concatenate([own, rows]))
-
-
 def _beside(upper, dense, past, more=None):
     """The stack with the columns of ``past`` at its side, and the rows ``more`` below it, zero where they end."""
     if past is not None:
@@ -410,82 +326,3 @@ def _beside(upper, dense, past, more=None):
     if more is not None:
         dense = jnp.concatenate([dense, jnp.pad(more, ((0, 0), (0, dense.shape[1] - more.shape[1])))])
     return upper, dense
-
-
-def pad_rows(factor: Float[Array, "*batch rows p"], rows: int) -> Float[Array, "*batch more p"]:
-    """A factor with at least as many rows, the new ones zero."""
-    missing = max(0, rows - factor.shape[-2])
-    return jnp.pad(factor, [(0, 0)] * (factor.ndim - 2) + [(0, missing), (0, 0)])
-
-
-def pad(x: Normal, rows: int) -> Normal:
-    """``x`` with at least as many rows in its factor."""
-    return Normal(x.mean, pad_rows(x.factor, rows))
-
-
-@batched
-def square(x: Normal) -> Normal:
-    """``x`` with a square, upper triangular factor."""
-    return Normal(x.mean, triangularise(None, x.factor))
-
-
-def certain(mean: Float[Array, "*batch dim cols"]) -> Normal:
-    """A state that is known: its covariance has no square root with any rows."""
-    return Normal(mean, jnp.zeros((*mean.shape[:-2], 0, mean.shape[-2]), mean.dtype))
-
-
-@batched
-def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows cols"]) -> Float[Array, "dim cols"]:
-    """What coordinates add to the mean."""
-    return product(factor.T, coordinates)
-
-
-@batched
-def identity(x: Normal) -> Conditional:
-    """The coordinates of ``x`` in its own terms."""
-    rows, cols = x.factor.shape[0], x.mean.shape[1]
-    eye = jnp.eye(rows, dtype=x.factor.dtype)
-    return Conditional(jnp.zeros((rows, cols), x.mean.dtype), eye, eye[:0])
-
-
-def carried(past: Conditional | None) -> Conditional | None:
-    """The same, of the shape that it has after any number of steps."""
-    if past is None:
-        return None
-    return Conditional(past.shift, past.cross, pad_rows(past.own, past.own.shape[-1]))
-
-
-@batched
-def standard(x: Normal) -> Normal:
-    """The coordinates of ``x`` themselves: a standard normal."""
-    rows, cols = x.factor.shape[0], x.mean.shape[1]
-    return Normal(jnp.zeros((rows, cols), x.mean.dtype), jnp.eye(rows, dtype=x.factor.dtype))
-
-
-@batched
-def look_back(later: Normal, past: Conditional) -> Normal:
-    """The earlier state's coordinates, from the distribution of the later one's."""
-    mean = past.shift + product(past.cross.T, later.mean)
-    return Normal(mean, both(past.own, product(later.factor, past.cross)))
-
-
-@batched
-def realise(coordinates: Normal, x: Normal) -> Normal:
-    """``x`` with its coordinates, so far standard normal, distributed as they are now known."""
-    return Normal(x.mean + product(x.factor.T, coordinates.mean), product(coordinates.factor, x.factor))
-
-
-@batched
-def in_coordinates(past: Conditional, coordinates: Normal) -> Conditional:
-    """``past`` in standard normal coordinates of what it was given in, which now has this distribution."""
-    shift = past.shift + product(past.cross.T, coordinates.mean)
-    return Conditional(shift, product(coordinates.factor, past.cross), past.own)
-
-
-@batched
-def coordinates_of(state: Normal, x: Normal) -> Normal:
-    """The coordinates in which ``x``, whose factor is square and upper triangular, has the distribution ``state``."""
-    cols = x.mean.shape[1]
-    right = jnp.concatenate([state.mean - x.mean, state.factor.T], axis=1)
-    w = substitute(x.factor, right)
-    return Normal(w[:, :cols], w[:, cols:].T)

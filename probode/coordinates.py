@@ -1,0 +1,93 @@
+"""The coordinates of Gaussian states: what an earlier state is, given a later one.
+
+The coordinates of a state are the standard normal ``w`` in ``x = mean + factor^T w``. A smoother keeps those of an
+earlier state given those of a later one, by blocks of orthogonal matrices.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .linalg import is_written_out, product, substitute, triangularise
+from .normal import Normal, batched, pad_rows
+
+
+class Conditional(eqx.Module):
+    """The coordinates ``w`` of an earlier state given those of a later one, ``v``.
+
+    ``w | v ~ N(shift + cross^T v, own^T own)``. Coordinates are those of ``Normal``, standard normal given the data so
+    far, so ``cross`` and ``own`` are blocks of an orthogonal matrix: nothing is ever inverted, however small a
+    covariance. (Smoothing by orthogonal transformations: Paige & Saunders, 1977.) ``shift``: ``(*batch, p, cols)``;
+    ``cross``: ``(*batch, rows, p)``; ``own``: ``(*batch, q, p)``, without rows where ``v`` tells everything, and upper
+    triangular for large ``p``.
+    """
+
+    shift: Float[Array, "*batch p cols"]
+    cross: Float[Array, "*batch rows p"]
+    own: Float[Array, "*batch q p"]
+
+
+def more_left_over(past, left):
+    """Square root of Cov(w given v), with the rows that the elimination of a step has left over of it."""
+    # A few rows more cost less than their elimination.
+    few = past.own.shape[0] == 0 and is_written_out(left.shape[1])
+    return left if few else both(past.own, left)
+
+
+def both(own, rows):
+    """The triangle of an ``own`` of ``Conditional`` and other rows."""
+    p = rows.shape[1]
+    if own.shape[0] == p and not is_written_out(p):
+        return triangularise(own, rows)
+    return triangularise(None, jnp.concatenate([own, rows]))
+
+
+@batched
+def identity(x: Normal) -> Conditional:
+    """The coordinates of ``x`` in its own terms."""
+    rows, cols = x.factor.shape[0], x.mean.shape[1]
+    eye = jnp.eye(rows, dtype=x.factor.dtype)
+    return Conditional(jnp.zeros((rows, cols), x.mean.dtype), eye, eye[:0])
+
+
+def carried(past: Conditional | None) -> Conditional | None:
+    """The same, of the shape that it has after any number of steps."""
+    if past is None:
+        return None
+    return Conditional(past.shift, past.cross, pad_rows(past.own, past.own.shape[-1]))
+
+
+@batched
+def standard(x: Normal) -> Normal:
+    """The coordinates of ``x`` themselves: a standard normal."""
+    rows, cols = x.factor.shape[0], x.mean.shape[1]
+    return Normal(jnp.zeros((rows, cols), x.mean.dtype), jnp.eye(rows, dtype=x.factor.dtype))
+
+
+@batched
+def look_back(later: Normal, past: Conditional) -> Normal:
+    """The earlier state's coordinates, from the distribution of the later one's."""
+    mean = past.shift + product(past.cross.T, later.mean)
+    return Normal(mean, both(past.own, product(later.factor, past.cross)))
+
+
+@batched
+def realise(coordinates: Normal, x: Normal) -> Normal:
+    """``x`` with its coordinates, so far standard normal, distributed as they are now known."""
+    return Normal(x.mean + product(x.factor.T, coordinates.mean), product(coordinates.factor, x.factor))
+
+
+@batched
+def in_coordinates(past: Conditional, coordinates: Normal) -> Conditional:
+    """``past`` in standard normal coordinates of what it was given in, which now has this distribution."""
+    shift = past.shift + product(past.cross.T, coordinates.mean)
+    return Conditional(shift, product(coordinates.factor, past.cross), past.own)
+
+
+@batched
+def coordinates_of(state: Normal, x: Normal) -> Normal:
+    """The coordinates in which ``x``, whose factor is square and upper triangular, has the distribution ``state``."""
+    cols = x.mean.shape[1]
+    right = jnp.concatenate([state.mean - x.mean, state.factor.T], axis=1)
+    w = substitute(x.factor, right)
+    return Normal(w[:, :cols], w[:, cols:].T)

@@ -1,0 +1,48 @@
+"""Powers of a time step, in units that keep them in the range of the numbers; roots of exact covariances."""
+
+import math
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def powers_of_step(dt: Float[Array, ""], n: int) -> Float[Array, "{n} {n}"]:
+    """``dt^(j-i)`` above the diagonal, one below."""
+    shift = np.clip(np.arange(n)[None, :] - np.arange(n)[:, None], 0, None)
+    return jnp.stack(powers(dt, n))[shift]
+
+
+def noise_units(dt: Float[Array, ""], n: int) -> tuple[Float[Array, "{n}"], Float[Array, ""]]:
+    """``sqrt|dt| dt^(nu-i)``, the units of ``u^(i)``, as an array times a magnitude ``sqrt|dt| |dt|^middle``.
+
+    What is left, ``dt^(nu-middle), ..., 1, ..., dt^-middle``, spans the range of floating-point numbers evenly.
+    """
+    middle = n // 2
+    columns = jnp.stack([*powers(dt, n - middle)[:0:-1], *powers(1 / dt, middle + 1)])
+    return columns, jnp.sqrt(jnp.abs(dt)) * jnp.abs(powers(dt, middle + 1)[-1])
+
+
+def powers(x: Float[Array, "*shape"], number: int) -> list[Float[Array, "*shape"]]:
+    """``1, x, x^2, ...``: exact to round-off, where ``x ** k`` takes a logarithm."""
+    out = [jnp.ones_like(x)]
+    for _ in range(number - 1):
+        out.append(out[-1] * x)
+    return out
+
+
+def exact_root(q: list[list[Fraction]], units: list[int]) -> np.ndarray:
+    """Upper Cholesky factor of ``q``, columns divided by ``units``: every entry is rounded once."""
+    n = len(q)
+    q, root = [list(row) for row in q], np.zeros((n, n))
+    for i in range(n):
+        pivot = q[i][i]
+        for j in range(i, n):
+            # sqrt(pivot) * L_ji = sign * sqrt(q_ij^2 / pivot)
+            ratio = q[i][j] ** 2 / pivot / Fraction(units[j]) ** 2
+            root[i, j] = math.copysign(math.sqrt(ratio), q[i][j])
+        for a in range(i + 1, n):
+            for b in range(i + 1, n):
+                q[a][b] -= q[i][a] * q[i][b] / pivot
+    return root
