@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from probode.small_loops import OPTION, SUMS
+from probode.util.xla import OPTION, SUMS
 
 
 BATCH = 10  # XLA runs out of memory maps after many programs: a process does only so many

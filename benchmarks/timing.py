@@ -72,7 +72,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def small_loops() -> bool:
     """Whether XLA was told to compile larger loops into native functions."""
-    from probode.small_loops import compiles_small_loops  # not before `parse` has set the variable
+    from probode.util.xla import compiles_small_loops  # not before `parse` has set the variable
 
     return compiles_small_loops()
 

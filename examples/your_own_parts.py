@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import probode
-from probode.conditioning import Linearisation
-from probode.problems import flat_field
+from probode.algebra.conditioning import Linearisation
+from probode.equations.problems import flat_field
 
 
 jax.config.update("jax_enable_x64", True)

@@ -15,12 +15,12 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from . import inputs
-from .adaptive import AdaptiveState
-from .checks import as_float, as_integer, is_traced, require
-from .linalg import compiled
-from .solution import Solution
+from . import requests as inputs
+from .algebra.linalg import compiled
+from .posterior.solution import Solution
 from .solver import Request, Solver, bind, check_request, solve_adaptive
+from .stepping.adaptive import AdaptiveState
+from .util.checks import as_float, as_integer, is_traced, require
 
 
 def solve_ensemble(

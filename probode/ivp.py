@@ -5,16 +5,16 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .calibration import DynamicCalibration, LeaveOneOutCalibration
-from .constraints import TS0, TS1
-from .controllers import IntegralController
-from .factorisations import Dense, Isotropic
-from .iwp import IWP
-from .problems import ODE
-from .relative_scale import RelativeScale
-from .solution import SaveAt, Solution
+from .algebra.factorisations import Dense, Isotropic
+from .equations.problems import ODE
+from .estimation.calibration import DynamicCalibration, LeaveOneOutCalibration
+from .estimation.strategies import Filter, FixedIntervalSmoother, FixedPointSmoother
+from .information.constraints import TS0, TS1
+from .posterior.solution import SaveAt, Solution
+from .priors.iwp import IWP
+from .priors.relative_scale import RelativeScale
 from .solver import Solver
-from .strategies import Filter, FixedIntervalSmoother, FixedPointSmoother
+from .stepping.controllers import IntegralController
 
 
 def solve_ivp(

@@ -13,8 +13,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from . import describe, inputs
-from .adaptive import (
+from . import requests as inputs
+from .algebra.factorisations import AbstractFactorisation, Dense, Layout
+from .algebra.linalg import compiled, detach
+from .algebra.marginals import widen
+from .algebra.normal import Normal, certain, pad, square
+from .estimation.calibration import AbstractCalibration, DynamicCalibration
+from .estimation.initialisation import AbstractInitialisation, InitialState, TaylorMode
+from .estimation.strategies import AbstractStrategy, Filter
+from .information.constraints import AbstractConstraint
+from .information.observations import Observations
+from .posterior.assemble import Keep, answer
+from .posterior.solution import SaveAt, Solution, raise_unless_successful
+from .posterior.uncertain_start import check_moves, check_uncertain, directions_of, push_forward, spread_start
+from .priors.prior import AbstractPrior
+from .stepping.adaptive import (
     AdaptiveState,
     begin,
     is_finite,
@@ -24,29 +37,17 @@ from .adaptive import (
     solve_keeping_times,
     starting_anew,
 )
-from .answers import Keep, answer
-from .calibration import AbstractCalibration, DynamicCalibration
-from .checks import require
-from .constraints import AbstractConstraint
-from .controllers import AbstractController, IntegralController
-from .errors import AbstractErrorEstimate, LocalError, StateError
-from .factorisations import AbstractFactorisation, Dense, Layout
-from .initialisation import AbstractInitialisation, InitialState, TaylorMode
-from .linalg import compiled, detach
-from .loops import AbstractLoop, BoundedLoop
-from .marginals import widen
-from .normal import Normal, certain, pad, square
-from .observations import Observations
-from .prior import AbstractPrior
-from .progress import AbstractProgress
-from .restarts import beside, start_anew, starts_uncertain
-from .result import Result
-from .solution import SaveAt, Solution, raise_unless_successful
-from .spread import value_and_moves
-from .step_sizes import Control, bounded_step, first_step, nearest, smallest_error
-from .steps import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
-from .strategies import AbstractStrategy, Filter
-from .uncertain_start import check_moves, check_uncertain, directions_of, push_forward, spread_start
+from .stepping.controllers import AbstractController, IntegralController
+from .stepping.error_estimates import AbstractErrorEstimate, LocalError, StateError
+from .stepping.loops import AbstractLoop, BoundedLoop
+from .stepping.progress import AbstractProgress
+from .stepping.restarts import beside, start_anew, starts_uncertain
+from .stepping.result import Result
+from .stepping.spread import value_and_moves
+from .stepping.step import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
+from .stepping.step_sizes import Control, bounded_step, first_step, nearest, smallest_error
+from .util import describe
+from .util.checks import require
 
 
 class Solver(eqx.Module):

@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import probode as po
-from probode import conditioning
+from probode.algebra import conditioning
 from probode.testing.laws import difference_quotient
 
 

@@ -16,7 +16,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 import probode
-from probode.linalg import triangularise
+from probode.algebra.linalg import triangularise
 
 
 PACKAGE = pathlib.Path(probode.__file__).parent

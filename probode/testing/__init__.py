@@ -9,6 +9,12 @@ nothing else; the strategies need hypothesis. All together take seconds, most of
 >>> probode.testing.check_cubature(probode.SphericalCubature())
 """
 
+from .generators import KnownSolution as KnownSolution
+from .generators import grids as grids
+from .generators import normals as normals
+from .generators import priors as priors
+from .generators import problems as problems
+from .generators import solvers as solvers
 from .laws import LawBroken as LawBroken
 from .parts import check_calibration as check_calibration
 from .parts import check_constraint as check_constraint
@@ -22,9 +28,3 @@ from .parts import check_loop as check_loop
 from .parts import check_prior as check_prior
 from .parts import check_strategy as check_strategy
 from .solvers import check_solver as check_solver
-from .strategies import KnownSolution as KnownSolution
-from .strategies import grids as grids
-from .strategies import normals as normals
-from .strategies import priors as priors
-from .strategies import problems as problems
-from .strategies import solvers as solvers

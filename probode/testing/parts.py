@@ -9,22 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ..calibration import AbstractCalibration, NoCalibration
-from ..conditioning import innovate
-from ..constraints import TS0, TS1, AbstractConstraint
-from ..controllers import AbstractController
-from ..cubature import AbstractCubature
-from ..errors import AbstractErrorEstimate
-from ..factorisations import AbstractFactorisation, BlockDiagonal, Dense, Isotropic, layout_of
-from ..initialisation import AbstractInitialisation, TaylorMode
-from ..iwp import IWP
-from ..jacobians import AbstractJacobian
-from ..loops import AbstractLoop
-from ..normal import Normal, push
-from ..prior import AbstractPrior
-from ..problems import ODE
+from ..algebra.conditioning import innovate
+from ..algebra.factorisations import AbstractFactorisation, BlockDiagonal, Dense, Isotropic, layout_of
+from ..algebra.normal import Normal, push
+from ..equations.jacobians import AbstractJacobian
+from ..equations.problems import ODE
+from ..estimation.calibration import AbstractCalibration, NoCalibration
+from ..estimation.initialisation import AbstractInitialisation, TaylorMode
+from ..estimation.strategies import AbstractStrategy, Filter, FixedIntervalSmoother
+from ..information.constraints import TS0, TS1, AbstractConstraint
+from ..information.regression import AbstractCubature
+from ..priors.iwp import IWP
+from ..priors.prior import AbstractPrior
 from ..solver import Solver
-from ..strategies import AbstractStrategy, Filter, FixedIntervalSmoother
+from ..stepping.controllers import AbstractController
+from ..stepping.error_estimates import AbstractErrorEstimate
+from ..stepping.loops import AbstractLoop
 from .laws import equal, finite, has_dtype, hold, in_single, require_double, require_kind, survives
 
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ..problems import ODE
-from ..result import Result
-from ..solution import SaveAt
+from ..equations.problems import ODE
+from ..posterior.solution import SaveAt
 from ..solver import Solver
+from ..stepping.result import Result
 from .laws import difference_quotient, equal, finite, has_dtype, hold, in_single, require_double, require_kind, scaled
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import probode as po
-from probode.conditioning import Linearisation
-from probode.problems import flat_field
+from probode.algebra.conditioning import Linearisation
+from probode.equations.problems import flat_field
 
 from ..helpers import lotka_volterra, relative
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import probode as po
-from probode.conditioning import Transition
+from probode.algebra.conditioning import Transition
 
 from ..helpers import FACTORISATIONS, first_of, name
 

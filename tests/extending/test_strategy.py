@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import probode as po
-from probode.coordinates import identity
+from probode.algebra.coordinates import identity
 
 
 class Interval(po.AbstractStrategy):

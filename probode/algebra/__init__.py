@@ -1,0 +1,1 @@
+"""Square-root Gaussians: linear algebra, prediction, conditioning, coordinates, layouts, moments."""

@@ -1,0 +1,1 @@
+"""Differential equations: problems, Jacobians, Taylor coefficients of solutions."""

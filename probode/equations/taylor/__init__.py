@@ -1,0 +1,1 @@
+"""Derivatives of solutions in time, of any order."""

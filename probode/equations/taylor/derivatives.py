@@ -1,0 +1,203 @@
+"""Derivatives of the solution of an ODE at one point.
+
+The one idea: ``u^(k+j)`` is the j-th derivative of ``tau -> f(t0 + tau, u(t0 + tau), ...)``, in which no derivative of
+``u`` past ``u^(k+j-1)`` occurs, so every pass over ``f`` makes one more of them exact. Taylor mode where JAX has the
+rules, nested forward mode otherwise. Griewank & Walther (2008, ch. 13); Bettencourt, Johnson & Duvenaud (2019);
+Kraemer & Hennig, "Stable implementation of probabilistic ODE solvers" (2020).
+
+Axes: ``num+1`` derivatives ``u, ..., u^(num)`` (plain, not divided by factorials), ``k`` order of the ODE, ``d``
+components; ``depth = num - k`` is how often ``f`` is differentiated along the solution.
+"""
+
+from collections.abc import Callable, Sequence
+from math import factorial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jaxtyping import Array, Float
+
+from .rules import MissingRule, Series, compose
+
+
+_MORE_DERIVATIVES = 2  # of the unknown ones in a residual
+_NEWTON_STEPS = 20
+MAX_NESTED = 8  # nested forward mode can double the work with every derivative
+
+
+def taylor_derivatives(
+    f: Callable[[Float[Array, ""], Float[Array, "k d"]], Float[Array, " d"]],
+    t0: Float[Array, ""],
+    u0: Float[Array, "k d"],
+    num: int,
+) -> Float[Array, "{num}+1 d"]:
+    """``u, u', ..., u^(num)`` at ``t0`` for the solution of ``u^(k) = f(t, (u, ..., u^(k-1)))``, given the first ``k``.
+
+    A ``num`` above eight needs a rule for everything that ``f`` does, see ``taylor_rules``; ``ValueError`` otherwise.
+    """
+    k, d = u0.shape
+    depth = num - k
+    if depth < 0:
+        return u0[: num + 1]
+    t0 = jnp.asarray(t0, u0.dtype)
+    along = _along(f, t0, u0, depth, num, "vector field")
+    windows = np.arange(depth + 1)[:, None] + np.arange(k)
+
+    # What is not known yet is zero. Every pass is then the same program, and compile time does not multiply with num.
+    def one_more(derivatives, j):
+        curve = derivatives[windows]
+        return derivatives.at[k + j].set(along(curve)[j]), None
+
+    known = jnp.zeros((num + 1, d), u0.dtype).at[:k].set(u0)
+    return jax.lax.scan(one_more, known, jnp.arange(depth + 1))[0]
+
+
+def consistent_derivatives(
+    r: Callable[[Float[Array, ""], Float[Array, "k+1 d"]], Float[Array, " m"]],
+    t0: Float[Array, ""],
+    u0: Float[Array, "known d"],
+    num: int,
+    order: int,
+) -> Float[Array, "{num}+1 d"]:
+    """``u, u', ..., u^(num)`` at ``t0`` for a solution of ``r(t, (u, ..., u^(order))) = 0``, given the first ones.
+
+    The equation and its time derivatives are solved for all unknown derivatives at once. Algebraic equations tell about
+    a derivative only when they have been differentiated as often, so more are carried along (for an index up to three)
+    than are returned. NaN if the equation cannot be solved with the ``u`` given.
+    """
+    known, d = u0.shape
+    top = num + _MORE_DERIVATIVES
+    levels = top - order
+    factorials = jnp.asarray([factorial(j) for j in range(top + 1)], u0.dtype)[:, None]
+    if levels < 0:
+        return jnp.concatenate([u0, jnp.zeros((max(0, num + 1 - known), d), u0.dtype)])[: num + 1]
+    t0 = jnp.asarray(t0, u0.dtype)
+
+    along = _along(r, t0, jnp.zeros((order + 1, d), u0.dtype), levels, top, "residual")
+    windows = np.arange(levels + 1)[:, None] + np.arange(order + 1)
+
+    def residuals(unknown):
+        # Taylor coefficients are unknowns of like size where derivatives are not.
+        us = jnp.concatenate([u0, unknown.reshape(-1, d) * factorials[known:]])
+        derivatives = along(us[windows])
+        return (derivatives / factorials[: levels + 1]).ravel()
+
+    def step(unknown):
+        # In a unit of time in which the coefficients found so far are of the size of u; with equations of like size.
+        exponents = jnp.repeat(jnp.arange(known, top + 1, dtype=u0.dtype), d)
+        size = jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
+        units = jnp.where(unknown == 0, jnp.inf, (size / jnp.abs(unknown)) ** (1 / exponents))
+        unit = jnp.clip(jnp.min(units), jnp.finfo(u0.dtype).tiny ** (1 / (top + 1)), 1)
+        jacobian = jax.jacfwd(residuals)(unknown) / unit**exponents
+        rows = jnp.linalg.norm(jacobian, axis=1)
+        rows = jnp.where(rows > 0, rows, 1)
+        inverse = jnp.linalg.pinv(jacobian / rows[:, None]) / rows / unit ** exponents[:, None]
+        return unknown - jax.lax.stop_gradient(inverse) @ residuals(unknown)
+
+    start = jnp.zeros((top + 1 - known) * d, u0.dtype)
+    found, _ = jax.lax.scan(lambda unknown, _: (step(unknown), None), start, None, length=_NEWTON_STEPS)
+    # One more step, which has the derivative of the solution (implicit function theorem).
+    found = step(jax.lax.stop_gradient(found))
+    size = jax.lax.stop_gradient(jnp.abs(jax.jacfwd(residuals)(found)) @ jnp.abs(found))
+    size = size + jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
+    solved = jnp.all(jnp.abs(residuals(found)) <= jnp.sqrt(jnp.finfo(u0.dtype).eps) * size)
+    return jnp.where(solved, jnp.concatenate([u0, found.reshape(-1, d) * factorials[known:]])[: num + 1], jnp.nan)
+
+
+# --- `along(curve)`: f and its derivatives in time, (depth+1, m), where its argument runs along `curve = [x, x', ...]`
+
+
+def _along(f, t0, x, depth, num, name) -> Callable[[Float[Array, "depth+1 k d"]], Float[Array, "depth+1 m"]]:
+    # Differentiate the jaxpr, not f, which is traced only once.
+    field = jax.make_jaxpr(f)(t0, x)
+    try:
+        return _along_by_series(field, t0, x, depth)
+    except MissingRule as missing:
+        if num > MAX_NESTED:
+            raise ValueError(
+                f"{num} exact derivatives of the solution are needed at t0, but the {name} uses `{missing}`, for which "
+                f"there is no rule for Taylor series; without one every derivative may double the cost, and at most "
+                f"{MAX_NESTED} are computed. Use a smaller num_derivatives (at most {MAX_NESTED}), or the "
+                f"initialisation `Diffuse`, which leaves high derivatives unknown, or write the {name} without "
+                f"`{missing}`."
+            ) from None
+    return _along_by_jvp(field, t0, x, depth)
+
+
+def _along_by_series(field: ClosedJaxpr, t: Float[Array, ""], x: Float[Array, "k d"], depth: int) -> Callable:
+    factorials = np.array([factorial(j) for j in range(depth + 1)], dtype=float)
+    time = jnp.zeros(depth + 1, t.dtype).at[0].set(t).at[1:2].set(1)
+
+    def series(curve):
+        coefficients = curve / jnp.asarray(factorials, x.dtype)[:, None, None]
+        (values,) = compose(field, Series(time), Series(coefficients))
+        return values.c * jnp.asarray(factorials, x.dtype)[:, None]
+
+    jax.eval_shape(series, jax.ShapeDtypeStruct((depth + 1, *x.shape), x.dtype))
+    return series
+
+
+def _along_by_jvp(
+    field: ClosedJaxpr, t: Float[Array, ""], u: Float[Array, "k d"], depth: int
+) -> Callable[..., Float[Array, "depth+1 d"]]:
+    """For whatever else JAX can differentiate. ``(x, ..., x^(j)) -> (g, ..., g^(j))`` is built up one j at a time:
+    as time passes, its arguments move in direction ``(x', ..., x^(j+1))``.
+
+    Of the 2^j partial derivatives of a j-fold jvp all those of the same order are equal, and are computed by the same
+    operations: sharing them after every level keeps the program polynomial in j (but for loops and branches in f).
+    """
+
+    def next_level(values):
+        def with_next(x, *dx):
+            primals, tangents = jax.jvp(values, (x, *dx[:-1]), dx)
+            return primals[0], *tangents
+
+        return with_next
+
+    times = [t, jnp.ones_like(t), *[jnp.zeros_like(t)] * depth][: depth + 1]
+    values = _shared(lambda x: jaxpr_as_fun(field)(*x), (t, u))
+    for j in range(1, depth + 1):
+        values = _shared(next_level(values), *[(t, u)] * (j + 1))
+    return lambda curve: jnp.stack(values(*zip(times, curve, strict=True)))
+
+
+def _shared(fun: Callable[..., Sequence[Array]], *args) -> Callable[..., tuple[Array, ...]]:
+    """The same function (its arguments shaped like ``args``), with repeated operations done once."""
+    closed = jax.make_jaxpr(fun)(*args)
+
+    def fun_shared(*args):
+        done = {}  # (operation, operands by identity) -> results; also keeps them alive, so that identities stay unique
+
+        def evaluate(jaxpr: Jaxpr, consts, args):
+            env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+            for eqn in jaxpr.eqns:
+                operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+                if eqn.primitive.name == "jit":
+                    results = evaluate(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, operands)
+                else:
+                    key = _operation(eqn, operands)
+                    if key not in done:
+                        bound = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+                        done[key] = bound if eqn.primitive.multiple_results else [bound]
+                    results = done[key]
+                env.update(zip(eqn.outvars, results, strict=True))
+            return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+        return tuple(evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args)))
+
+    return fun_shared
+
+
+def _operation(eqn: JaxprEqn, operands: Sequence) -> object:
+    """Equal for equations that compute the same thing."""
+    names = [
+        (str(v.aval), np.asarray(x).tobytes()) if isinstance(v, Literal) else id(x)
+        for v, x in zip(eqn.invars, operands, strict=True)
+    ]
+    key = (eqn.primitive, *names, *sorted(eqn.params.items()))
+    try:
+        hash(key)
+    except TypeError:  # an array among the parameters: never shared
+        return object()
+    return key

@@ -1,0 +1,143 @@
+"""The state at ``t0``: derivatives of the solution, and how sure we are of them.
+
+``TaylorMode`` differentiates the equation itself (jets), so that the initial state is exact; ``Diffuse`` does so with
+the first derivatives only.
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from ..algebra.conditioning import condition, join, seen_from
+from ..algebra.factorisations import Layout
+from ..algebra.normal import Normal, certain
+from ..equations.problems import ODE, AbstractProblem, flat_field, flat_residual
+from ..equations.taylor.derivatives import consistent_derivatives, taylor_derivatives
+from ..util.checks import as_integer, as_scalar, require
+
+
+_GAUSS_NEWTON_STEPS = 10
+
+
+class InitialState(eqx.Module):
+    """A Gaussian over ``(u, u', ..., u^(nu))``, plain derivatives; differentiable, accepted wherever ``u0`` is.
+
+    ``mean``: a tuple of ``nu + 1`` PyTrees like ``u``. ``factor``: the right square root of the covariance in the
+    layout of the solver's factorisation, ``(*batch, dim, dim)``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -u)))
+    >>> start = solver.initialise(1.0, 0.0)
+    >>> wider = probode.InitialState(start.mean, start.factor + 0.1 * jnp.eye(3))
+    """
+
+    mean: tuple[PyTree, ...]
+    factor: Float[Array, "*batch dim dim"]
+
+
+class AbstractInitialisation(eqx.Module):
+    """How the state at ``t0`` is found from the initial value.
+
+    >>> import probode
+    >>> probode.Diffuse(1, scale=10.0).num_derivatives_known
+    1
+    """
+
+    @abstractmethod
+    def initialise(
+        self, problem: AbstractProblem, t0: Float[Array, ""], u0: Float[Array, "known d"], layout: Layout, args: PyTree
+    ) -> Normal:
+        """The state at ``t0`` in the layout, from the stack ``u0`` of known derivatives ``(u, ..., u^(k-1))``.
+
+        The factor may have any number of rows up to ``dim``; none says that the state is certain.
+        """
+
+
+class TaylorMode(AbstractInitialisation):
+    """Exact derivatives of the solution at ``t0`` by Taylor-mode differentiation; the covariance is zero.
+
+    Kraemer & Hennig (2020), "Stable implementation of probabilistic ODE solvers". The program of a small system
+    has one size for all orders. Fields with operations that have no rule for Taylor series (sorting, Cholesky,
+    ``lgamma``) are differentiated by nested forward mode, up to order 8; beyond that a ``ValueError`` says which.
+
+    For a ``Residual`` the derivatives solve the equation and its time derivatives, by Newton's method and with the
+    smallest norm where they do not determine all of them (consistent initialisation; Pantelides 1988). An initial
+    value that satisfies no such equations ends the solve with the result ``initial_state_nonfinite``.
+
+    >>> import probode
+    >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)))
+    >>> [float(u) for u in solver.initialise(1.0, 0.0).mean]
+    [1.0, -1.0, 1.0, -1.0]
+    """
+
+    def initialise(self, problem, t0, u0, layout, args):
+        return certain(layout.pack(_derivatives(problem, t0, u0, layout, args, layout.num_derivatives)))
+
+
+class Diffuse(AbstractInitialisation):
+    """The first ``num_derivatives_known`` derivatives beyond ``u0`` exactly, as in ``TaylorMode``; the rest unknown,
+    ``N(0, scale^2)``.
+
+    For vector fields that cannot be differentiated often, or not at all (``num_derivatives_known`` 0 or 1); the steps
+    find the derivatives. ``scale``, in units of ``u`` over powers of time, should not be smaller than they are.
+    ``conditioned``: use the equation at ``t0`` too, by Gauss-Newton steps; with a ``Residual`` (``ODE.lifted``, a
+    differential-algebraic equation) that makes everything exact that it determines. Raises ``ValueError`` for a
+    negative number, one above the prior's, or a scale that is not positive.
+
+    >>> import probode
+    >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)),
+    ...                         initialisation=probode.Diffuse(1, scale=10.0))
+    >>> start = solver.initialise(1.0, 0.0)
+    >>> [float(u) for u in start.mean]
+    [1.0, -1.0, 0.0, 0.0]
+    """
+
+    num_derivatives_known: int = eqx.field(
+        static=True, default=1, converter=lambda n: as_integer(n, "Diffuse(num_derivatives_known)", 0)
+    )
+    scale: Float[Array, ""] = eqx.field(default=1.0, converter=lambda x: _as_scale(x))
+    conditioned: bool = eqx.field(static=True, default=False, kw_only=True)
+
+    def initialise(self, problem, t0, u0, layout, args):
+        n, num = layout.num_derivatives + 1, u0.shape[0] - 1 + self.num_derivatives_known
+        if num >= n:
+            raise ValueError(
+                f"Diffuse(num_derivatives_known={self.num_derivatives_known}) asks for derivatives up to order {num}, "
+                f"but the prior has num_derivatives={n - 1}."
+            )
+        known = _derivatives(problem, t0, u0, layout, args, num)
+        mean = layout.pack(jnp.concatenate([known, jnp.zeros((n - 1 - num, layout.size), layout.dtype)]))
+        unknown = jnp.diag(jnp.where(jnp.arange(n) > num, self.scale.astype(layout.dtype), 0))
+        diffuse = Normal(mean, layout.lift(unknown, 1.0))
+        return _given_equation(problem, t0, diffuse, layout, args) if self.conditioned else diffuse
+
+
+def _given_equation(problem, t0, diffuse, layout, args):
+    """A state given the equation at ``t0``, linearised at the most probable one."""
+    # What is uncertain enters as noise.
+    known, one = Normal(diffuse.mean, jnp.zeros_like(diffuse.factor)), jnp.ones(layout.batch_shape, layout.dtype)
+
+    def given(point):
+        equation = problem.first_order(t0, layout.unpack(point), layout, args)
+        equation = eqx.tree_at(lambda e: e.residual, equation, seen_from(diffuse.mean, point, equation))
+        return condition(join(known, diffuse.factor, one, equation), known, equation).state
+
+    point, _ = lax.scan(lambda point, _: (given(point).mean, None), diffuse.mean, None, length=_GAUSS_NEWTON_STEPS)
+    return given(point)
+
+
+def _derivatives(problem, t0, u0, layout, args, num):
+    if num < u0.shape[0]:
+        return u0
+    if isinstance(problem, ODE):
+        return taylor_derivatives(flat_field(problem, layout, args), t0, u0, num)
+    return consistent_derivatives(flat_residual(problem, layout, args), t0, u0, num, problem.order)
+
+
+def _as_scale(x):
+    x = as_scalar(x, "Diffuse(scale)")
+    return jnp.asarray(require(x, (x > 0) & (x < np.inf), "Diffuse(scale) must be finite and positive", scale=x))

@@ -1,0 +1,1 @@
+"""Likelihoods of data, and smoothers that iterate."""

@@ -1,0 +1,1 @@
+"""What a solve conditions on: equations, linearised, and data."""

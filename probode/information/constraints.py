@@ -1,0 +1,268 @@
+"""Information operators: the equation ``z(t, x) = 0`` about the state, linearised at a prediction.
+
+TS0 and TS1 are the zeroth- and first-order Taylor linearisations of ``z = u^(k) - f(t, u, ..., u^(k-1))``; with a
+filter they make the methods known as EK0 and EK1 (Schober et al. 2019; Tronarp et al. 2019).
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.scipy.linalg
+from jaxtyping import Array, Float, PyTree
+
+from ..algebra.conditioning import Linearisation
+from ..algebra.factorisations import Layout
+from ..algebra.normal import Normal, batched
+from ..equations.problems import ODE, AbstractProblem, Residual
+from ..util.checks import as_integer, as_scalar, require
+
+
+def evaluations_field() -> Any:
+    """How often the equation is evaluated in an accepted step."""
+    convert = lambda value: as_integer(value, "evaluations", 1)  # noqa: E731
+    return eqx.field(static=True, default=1, converter=convert, kw_only=True)
+
+
+def problem_field(name: str, kind: type, words: str) -> Any:
+    """A dataclass field for the equation of a constraint, which refuses other kinds with a hint."""
+
+    def convert(value: Any):
+        if isinstance(value, kind):
+            return value
+        if isinstance(value, AbstractProblem):
+            raise TypeError(f"{name} linearises {words}, not a {type(value).__name__}: use TS1 or SLR1.")
+        raise TypeError(f"{name} linearises {words}: write {name}(probode.ODE(f)), not {name}({value!r}).")
+
+    return eqx.field(converter=convert)
+
+
+def relinearise_field() -> Any:
+    """Whether every evaluation takes the Jacobian anew."""
+    return eqx.field(static=True, default=False, kw_only=True)
+
+
+class AbstractConstraint(eqx.Module):
+    """An equation that the solution satisfies at every time, and how it is linearised.
+
+    ``problem``: the equation that the solve starts from. ``evaluations``: how often it is evaluated in an accepted
+    step, at the prediction and then at what the update before has made of it. ``relinearise``: whether these
+    evaluations take their own Jacobians (Gauss-Newton) or keep that of the prediction (a chord iteration).
+    ``first_order``: whether the linearisation knows how the equation depends on ``u``. ``is_pointwise``: whether its
+    residual is that of ``problem`` at the mean, so that it can be had without a Jacobian.
+
+    >>> import probode
+    >>> spring = probode.ODE(lambda t, u, du, args: -u, order=2)
+    >>> probode.TS1(spring).order, probode.TS1(spring).determines_derivative
+    (2, True)
+    """
+
+    problem: eqx.AbstractVar[AbstractProblem]
+    evaluations = 1
+    relinearise = False
+    first_order = True
+    is_pointwise = False
+
+    @property
+    def order(self) -> int:
+        """The order of the highest derivative of ``u`` in the equation."""
+        return self.problem.order
+
+    @property
+    def determines_derivative(self) -> bool:
+        """Whether it is one ODE, exactly, whose residual has the units of the highest derivative."""
+        return isinstance(self.problem, ODE)
+
+    @abstractmethod
+    def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
+        """The equation about ``predicted`` at time ``t``.
+
+        ``predicted.factor`` is a square root of the predicted covariance without the noise of the step, not triangular.
+        """
+
+
+class TS0(AbstractConstraint):
+    """``z`` with the vector field frozen at the prediction: ``H = E_k``. No Jacobian; for problems that are not stiff.
+
+    ``evaluations=2`` evaluates the vector field once more in every accepted step, at the corrected mean, and corrects
+    again: the mode P(EC)^2 of multistep methods (Hairer, Norsett, Wanner 1993, III.1), an iterated filter update. It
+    makes stable steps two to ten times as long from order five on. 1 is EK0. Raises ``TypeError`` for anything but an
+    ``ODE``, ``ValueError`` for a number of evaluations below 1.
+
+    >>> import probode
+    >>> ode = probode.ODE(lambda t, u, args: -u)
+    >>> probode.TS0(ode, evaluations=2).order
+    1
+    """
+
+    problem: ODE = problem_field("TS0", ODE, "an ODE")
+    evaluations: int = evaluations_field()
+    first_order = False
+    is_pointwise = True
+
+    def linearise(self, t, predicted, layout, args):
+        return self.problem.zeroth_order(t, layout.unpack(predicted.mean), layout, args)
+
+
+class TS1(AbstractConstraint):
+    """``z`` with its exact Jacobian at the prediction, ``H = E_k - sum_j J_j E_j`` for an ODE. For stiff problems too.
+
+    The Jacobian is taken in full under ``Dense``, its diagonal under ``BlockDiagonal``, its mean diagonal under
+    ``Isotropic``. ``evaluations`` as for ``TS0``; the Jacobian stays that of the prediction, or with
+    ``relinearise=True`` is taken anew every time: the iterated extended Kalman filter, whose limit is the most probable
+    state given the past and the equation (Bell & Cathey 1993); ``Solution.stats["last_move"]`` says whether the
+    iterations have converged. Raises ``TypeError`` for anything but an ``ODE`` or a
+    ``Residual``, ``ValueError`` for a number of evaluations below 1.
+
+    >>> import probode
+    >>> ode = probode.ODE(lambda t, u, args: -u)
+    >>> probode.TS1(ode).evaluations
+    1
+    """
+
+    problem: AbstractProblem = problem_field("TS1", AbstractProblem, "an ODE or a Residual")
+    evaluations: int = evaluations_field()
+    relinearise: bool = relinearise_field()
+    is_pointwise = True
+
+    def linearise(self, t, predicted, layout, args):
+        return self.problem.first_order(t, layout.unpack(predicted.mean), layout, args)
+
+
+class Noisy(AbstractConstraint):
+    """An equation that holds only up to noise: independent, with standard deviation ``std`` in units of its residual.
+
+    For equations that are themselves uncertain, and to damp what is ill-conditioned. Evaluated as often, and linearised
+    as often, as the constraint itself. Raises ``TypeError`` for anything
+    but a constraint, ``ValueError`` unless ``std`` is finite and positive.
+
+    >>> import probode
+    >>> ode = probode.ODE(lambda t, u, args: -u)
+    >>> probode.Noisy(probode.TS1(ode), 1e-3).order
+    1
+    """
+
+    constraint: AbstractConstraint
+    std: Float[Array, ""]
+
+    def __init__(self, constraint: Any, std: Any):
+        if not isinstance(constraint, AbstractConstraint):
+            raise TypeError(f"Noisy({constraint!r}): the first argument is a constraint, like TS1(probode.ODE(f)).")
+        std = as_scalar(std, "Noisy(std)")
+        self.constraint = constraint
+        self.std = jnp.asarray(
+            require(std, (std > 0) & (std < jnp.inf), "Noisy(std) must be finite and positive", std=std)
+        )
+
+    @property
+    def problem(self):
+        return self.constraint.problem
+
+    @property
+    def order(self):
+        return self.constraint.order
+
+    @property
+    def evaluations(self):
+        return self.constraint.evaluations
+
+    @property
+    def relinearise(self):
+        return self.constraint.relinearise
+
+    @property
+    def first_order(self):
+        return self.constraint.first_order
+
+    @property
+    def determines_derivative(self):
+        return False
+
+    def linearise(self, t, predicted, layout, args):
+        equation = self.constraint.linearise(t, predicted, layout, args)
+        own = layout.broadcast(self.std.astype(layout.dtype) * jnp.eye(equation.residual.shape[-2], dtype=layout.dtype))
+        noise = own if equation.noise is None else jnp.concatenate([equation.noise, own], axis=-2)
+        return Linearisation(equation.matrix, equation.residual, noise=noise, whole=equation.whole)
+
+    @property
+    def is_pointwise(self):
+        return self.constraint.is_pointwise
+
+
+class Stack(AbstractConstraint):
+    """Several equations at once, each with its own linearisation: ``Stack(TS1(ode), TS1(Residual(energy, order=0)))``.
+
+    They must not follow from one another: for ``d`` components and a prior with ``nu`` derivatives there is room for
+    ``(nu + 1) d`` independent equations. The solve starts from the first member's ODE if there is one, otherwise from
+    all residuals together. ``evaluations`` as for ``TS0``, of all members; their own numbers do not count. Raises
+    ``TypeError`` for a member that is not a constraint, ``ValueError`` without any.
+
+    >>> import jax.numpy as jnp, probode
+    >>> ode = probode.ODE(lambda t, u, args: jnp.stack([u[1], -u[0]]))
+    >>> energy = probode.Residual(lambda t, u, args: u @ u - 1, order=0)
+    >>> probode.Stack(probode.TS1(ode), probode.TS1(energy)).order
+    1
+    """
+
+    constraints: tuple[AbstractConstraint, ...]
+    evaluations: int = evaluations_field()
+    relinearise: bool = relinearise_field()
+
+    def __init__(self, *constraints: Any, evaluations: Any = 1, relinearise: bool = False):
+        if not constraints:
+            raise ValueError("Stack() needs at least one constraint.")
+        for constraint in constraints:
+            if not isinstance(constraint, AbstractConstraint):
+                raise TypeError(f"Stack({constraint!r}): members are constraints, like TS1(probode.Residual(r)).")
+        self.constraints, self.evaluations, self.relinearise = constraints, evaluations, relinearise
+
+    @property
+    def problem(self):
+        problems = [constraint.problem for constraint in self.constraints]
+        odes = [problem for problem in problems if isinstance(problem, ODE)]
+        return odes[0] if odes else Residual(_Together(tuple(problems)), order=self.order)
+
+    @property
+    def first_order(self):
+        return any(constraint.first_order for constraint in self.constraints)
+
+    @property
+    def determines_derivative(self):
+        return False
+
+    @property
+    def order(self):
+        return max(constraint.order for constraint in self.constraints)
+
+    def linearise(self, t, predicted, layout, args):
+        equations = [constraint.linearise(t, predicted, layout, args) for constraint in self.constraints]
+        width = max(equation.matrix.shape[-1] for equation in equations)
+
+        def widen(matrix):
+            return jnp.pad(matrix, [(0, 0)] * (matrix.ndim - 1) + [(0, width - matrix.shape[-1])])
+
+        matrix = jnp.concatenate([widen(equation.matrix) for equation in equations], axis=-2)
+        residual = jnp.concatenate([equation.residual for equation in equations], axis=-2)
+        whole = all(equation.whole for equation in equations)
+        if all(equation.noise is None for equation in equations):
+            return Linearisation(matrix, residual, whole=whole)
+        noises = [_noise_of(equation) for equation in equations]
+        return Linearisation(matrix, residual, noise=batched(jax.scipy.linalg.block_diag)(*noises), whole=whole)
+
+
+class _Together(eqx.Module):
+    """The residuals of several problems as one."""
+
+    problems: tuple[Residual, ...]
+
+    def __call__(self, t, *us_and_args):
+        *us, args = us_and_args
+        return [problem.residual_of(t, tuple(us), args) for problem in self.problems]
+
+
+def _noise_of(equation):
+    if equation.noise is not None:
+        return equation.noise
+    *batch, m, _ = equation.matrix.shape
+    return jnp.zeros((*batch, 0, m), equation.matrix.dtype)

@@ -1,0 +1,191 @@
+"""Statistical linear regression: equations linearised over the spread of the prediction, not at its mean alone.
+
+The expectation of the equation and of its derivative under a Gaussian, by a cubature rule: by Stein's lemma the second
+is the slope of the best linear fit, and unlike the usual quotient of covariances it needs no inverse, so that a certain
+state is no special case. What the fit leaves unexplained can enter as noise of the equation. (Statistical linear
+regression: Lefebvre et al. 2002; Garcia-Fernandez et al. 2015. Cubature rules: Arasaratnam & Haykin 2009; Julier &
+Uhlmann 2004.)
+"""
+
+import itertools
+from abc import abstractmethod
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..algebra.conditioning import Linearisation
+from ..algebra.factorisations import Layout
+from ..algebra.normal import Normal, spread, square
+from ..equations.problems import ODE, AbstractProblem
+from ..util.checks import as_integer
+from .constraints import AbstractConstraint, evaluations_field, problem_field, relinearise_field
+
+
+class AbstractCubature(eqx.Module):
+    """Points and weights that integrate polynomials under a standard normal.
+
+    >>> import probode
+    >>> probode.testing.check_cubature(probode.GaussHermite(4))  # or a subclass of your own
+    """
+
+    @abstractmethod
+    def rule(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """Points ``(points, dim)`` and positive weights ``(points,)`` that sum to one."""
+
+
+class SphericalCubature(AbstractCubature):
+    """``2 dim`` points on the axes, exact to degree three (Arasaratnam & Haykin 2009).
+
+    >>> import probode
+    >>> points, weights = probode.SphericalCubature().rule(3)
+    >>> points.shape
+    (6, 3)
+    """
+
+    def rule(self, dim):
+        return np.sqrt(dim) * np.concatenate([np.eye(dim), -np.eye(dim)]), np.full(2 * dim, 1 / (2 * dim))
+
+
+class UnscentedTransform(AbstractCubature):
+    """The mean and ``2 dim`` points at distance ``sqrt(dim + kappa)``, exact to degree three; with ``kappa = 3 - dim``
+    the fourth moments along the axes are right as well (Julier & Uhlmann 2004). Raises ``ValueError`` unless ``kappa``
+    is positive.
+
+    >>> import probode
+    >>> points, weights = probode.UnscentedTransform(kappa=1.0).rule(3)
+    >>> points.shape
+    (7, 3)
+    """
+
+    kappa: float = eqx.field(static=True, default=1.0)
+
+    def __check_init__(self):
+        if not self.kappa > 0:
+            raise ValueError(f"UnscentedTransform(kappa) must be positive, for positive weights, got {self.kappa!r}.")
+
+    def rule(self, dim):
+        spread = dim + self.kappa
+        points = np.sqrt(spread) * np.concatenate([np.zeros((1, dim)), np.eye(dim), -np.eye(dim)])
+        return points, np.array([self.kappa / spread] + [1 / (2 * spread)] * (2 * dim))
+
+
+class GaussHermite(AbstractCubature):
+    """``points ** dim`` points, exact to degree ``2 points - 1`` in every direction: for small ``dim``. Raises
+    ``ValueError`` unless ``points`` is a positive integer.
+
+    >>> import probode
+    >>> points, weights = probode.GaussHermite(3).rule(2)
+    >>> points.shape, round(float(weights.sum()), 12)
+    ((9, 2), 1.0)
+    """
+
+    points: int = eqx.field(static=True, default=3, converter=lambda n: as_integer(n, "GaussHermite(points)", 1))
+
+    def rule(self, dim):
+        if self.points**dim > 100_000:
+            raise ValueError(f"GaussHermite({self.points}) has {self.points}^{dim} points: use SphericalCubature().")
+        nodes, weights = np.polynomial.hermite_e.hermegauss(self.points)
+        weights = weights / np.sum(weights)
+        points = np.array(list(itertools.product(nodes, repeat=dim)))
+        return points, np.prod(np.array(list(itertools.product(weights, repeat=dim))), axis=1)
+
+
+def _cubature_field() -> Any:
+    def convert(value: Any):
+        if not isinstance(value, AbstractCubature):
+            raise TypeError(f"cubature must be a rule like SphericalCubature(), got {value!r}.")
+        return value
+
+    return eqx.field(default=SphericalCubature(), kw_only=True, converter=convert)
+
+
+class SLR1(AbstractConstraint):
+    """First-order statistical linear regression: the equation and its Jacobian averaged over the predicted state.
+
+    Equal to ``TS1`` where the equation is affine, or the state certain. ``cubature``: the rule of the averages, over
+    ``(order + 1) d`` directions (``order d`` for an ODE). ``noise``: whether what the fit leaves unexplained enters as
+    noise of the equation; then the equation no longer holds exactly, and the error estimate is ``StateError``. The
+    state is spread by what is uncertain so far; ``DynamicCalibration(relinearise=True)`` adds the noise of the step.
+    ``evaluations`` and ``relinearise`` as for ``TS1``. Raises ``TypeError`` for anything but an ``ODE`` or a
+    ``Residual``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> ode = probode.ODE(lambda t, u, args: jnp.sin(u))
+    >>> probode.SLR1(ode, cubature=probode.UnscentedTransform()).order
+    1
+    """
+
+    problem: AbstractProblem = problem_field("SLR1", AbstractProblem, "an ODE or a Residual")
+    cubature: AbstractCubature = _cubature_field()
+    noise: bool = eqx.field(static=True, default=False, kw_only=True)
+    evaluations: int = evaluations_field()
+    relinearise: bool = relinearise_field()
+
+    @property
+    def determines_derivative(self):
+        return isinstance(self.problem, ODE) and not self.noise
+
+    def linearise(self, t, predicted, layout, args):
+        return _average(self, self.problem.first_order, t, predicted, layout, args)
+
+
+class SLR0(AbstractConstraint):
+    """Zeroth-order statistical linear regression: the vector field averaged over the predicted state, ``H = E_k``.
+
+    ``cubature`` and ``noise`` as for ``SLR1``. Equal to ``TS0`` where the state is certain or the field affine (without
+    ``noise``). Raises ``TypeError`` for anything but an ``ODE``.
+
+    >>> import probode
+    >>> probode.SLR0(probode.ODE(lambda t, u, args: -u)).order
+    1
+    """
+
+    problem: ODE = problem_field("SLR0", ODE, "an ODE")
+    cubature: AbstractCubature = _cubature_field()
+    noise: bool = eqx.field(static=True, default=False, kw_only=True)
+    evaluations: int = evaluations_field()
+    first_order = False
+
+    @property
+    def determines_derivative(self):
+        return not self.noise
+
+    def linearise(self, t, predicted, layout, args):
+        return _average(self, self.problem.zeroth_order, t, predicted, layout, args)
+
+
+def _average(constraint, linearise, t, predicted: Normal, layout: Layout, args) -> Linearisation:
+    problem, us = constraint.problem, layout.unpack(predicted.mean)
+    number = problem.order if isinstance(problem, ODE) else problem.order + 1
+    directions = _directions(predicted, number, layout)
+    nodes, weights = (jnp.asarray(x, layout.dtype) for x in constraint.cubature.rule(directions.shape[0]))
+    deltas = jnp.tensordot(nodes, directions, axes=1)
+    points = us + jnp.pad(deltas, ((0, 0), (0, us.shape[0] - number), (0, 0)))
+    equations = jax.vmap(lambda us: linearise(t, us, layout, args))(points)
+    # An ODE's own derivative enters it linearly, and stays at the prediction.
+    matrix, residual = (jnp.tensordot(weights, x, axes=1) for x in (equations.matrix, equations.residual))
+    if not constraint.noise:
+        return Linearisation(matrix, residual, block=equations.block, whole=equations.whole)
+    moved = jax.vmap(layout.pack)(points - us)[..., : matrix.shape[-1], :]
+    unexplained = equations.residual - residual - matrix @ moved
+    if unexplained.shape[-1] > 1:
+        raise ValueError(
+            f"{type(layout.factorisation).__name__}() has one covariance for all components, but what the linear fit "
+            "leaves unexplained differs between them: use noise=False, BlockDiagonal() or Dense()."
+        )
+    rows = jnp.sqrt(weights).reshape(-1, *[1] * (unexplained.ndim - 1)) * unexplained
+    return Linearisation(matrix, residual, noise=jnp.moveaxis(rows[..., 0], 0, -2), whole=equations.whole)
+
+
+def _directions(predicted: Normal, number: int, layout: Layout) -> Float[Array, "N number d"]:
+    """The principal directions of the leading derivatives: independent standard normals along them move these as their
+    distribution says."""
+    dim = number * layout.identity().shape[-1]
+    leading = square(Normal(predicted.mean[..., :dim, :], predicted.factor[..., :dim]))
+    shape = leading.mean.shape
+    units = jnp.eye(int(np.prod(shape)), dtype=layout.dtype).reshape(-1, *shape)
+    return jax.vmap(lambda unit: layout.unpack(spread(leading.factor, unit)))(units)

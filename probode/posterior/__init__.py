@@ -1,0 +1,1 @@
+"""What comes out: trajectories, smoothing, samples, solutions."""

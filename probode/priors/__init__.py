@@ -1,0 +1,1 @@
+"""Gauss-Markov priors and their transitions over a time step."""

@@ -1,0 +1,66 @@
+"""The integrated Wiener process, with constants computed once in exact arithmetic.
+
+Formulas: Kersting, Sullivan, Hennig (2020), "Convergence rates of Gaussian ODE filters", appendix A.
+"""
+
+import functools as ft
+import math
+from fractions import Fraction
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from ..algebra.conditioning import Transition
+from ..util.checks import as_integer
+from .output_scale import as_output_scale
+from .powers import exact_root, noise_units, powers_of_step
+from .prior import AbstractPrior
+
+
+class IWP(AbstractPrior):
+    """The ``num_derivatives`` times integrated Wiener process: ``u^(nu)`` is a Wiener process times ``output_scale``.
+
+    ``output_scale``, in units of ``u^(nu) / sqrt(time)``: a positive number; not under ``Isotropic()``, one for each
+    component, as a PyTree like ``u``; or, under ``Dense()``, a ``(d, d)`` array ``F`` of full rank over the ravelled
+    ``u``, for noise with the covariance ``F^T F`` (as in ``Normal.factor``). Raises ``ValueError`` unless
+    ``num_derivatives`` is a positive integer; in the first step for a scale that does not fit ``u`` or the
+    factorisation.
+
+    >>> import probode
+    >>> probode.IWP(3, output_scale=2.0)
+    IWP(num_derivatives=3, output_scale=f64[])
+    """
+
+    num_derivatives: int = eqx.field(static=True)
+    output_scale: PyTree[Float[Array, "..."]]
+    is_polynomial = True
+
+    def __init__(self, num_derivatives: int, *, output_scale: PyTree = 1.0):
+        self.num_derivatives = as_integer(num_derivatives, "IWP(num_derivatives)", 1)
+        self.output_scale = as_output_scale(output_scale, "IWP(output_scale)")
+
+    def transition(self, dt, layout):
+        pascal, root = _iwp_constants(self.num_derivatives)
+        n = self.num_derivatives + 1
+        dt = jnp.asarray(dt, layout.dtype)
+        # A_ij = dt^(j-i) / (j-i)!
+        matrix = jnp.asarray(pascal, layout.dtype) * powers_of_step(dt, n)
+        # Q = T Qbar T with T_i = sqrt|dt| dt^(nu-i) / (nu-i)!
+        columns, magnitude = noise_units(dt, n)
+        noise = jnp.asarray(root, layout.dtype) * columns
+        return Transition(layout.broadcast(matrix), layout.lift(noise, self.output_scale), magnitude)
+
+
+@ft.lru_cache
+def _iwp_constants(nu: int) -> tuple[np.ndarray, np.ndarray]:
+    """``1 / (j-i)!`` above the diagonal, and the upper Cholesky factor of ``Qbar`` with columns over ``(nu-j)!``.
+
+    ``Qbar_ij = 1 / (2 nu + 1 - i - j)`` is as ill-conditioned as a Hilbert matrix: an ``L D L^T`` in fractions keeps
+    every digit, where floating point loses most of them by ``nu = 11``.
+    """
+    n = nu + 1
+    pascal = np.array([[1 / math.factorial(j - i) if j >= i else 0.0 for j in range(n)] for i in range(n)])
+    q = [[Fraction(1, 2 * nu + 1 - i - j) for j in range(n)] for i in range(n)]
+    return pascal, exact_root(q, [math.factorial(nu - j) for j in range(n)])

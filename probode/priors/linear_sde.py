@@ -1,0 +1,147 @@
+"""Priors with a linear drift: integrated Ornstein-Uhlenbeck processes and all others with ``u^(nu + 1)`` linear.
+
+What they know of an equation, a solver need not find out step by step (Bosch, Hennig & Tronarp, 2023, "Probabilistic
+exponential integrators"). ``L_i``: what multiplies the ``i``-th derivative; see discretisation for the rest.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ..algebra.factorisations import Layout
+from ..equations.problems import ODE, AbstractProblem
+from ..util.checks import as_integer
+from .discretisation import companion_transition
+from .drifts import as_finite, blocks_of, matrices_of, stack_blocks
+from .output_scale import as_output_scale
+from .prior import AbstractPrior
+
+
+class IOUP(AbstractPrior):
+    """The ``num_derivatives`` times integrated Ornstein-Uhlenbeck process: ``du^(nu) = rate u^(nu) dt + dW``.
+
+    With the linear part of a stiff or oscillating equation as ``rate``, ``TS1`` is exact on that part whatever the step
+    (Bosch, Hennig & Tronarp, 2023, "Probabilistic exponential integrators"). ``rate``, in units of ``1 / time``: a
+    number; one number for each component, as a PyTree like ``u``; a ``(d, d)`` matrix over the ravelled ``u``; or a
+    linear function from a PyTree like ``u`` to one like ``u``, of which the derivative at zero is taken (an
+    ``eqx.Module`` keeps its arrays differentiable). ``Dense()`` takes all of them, ``BlockDiagonal()`` one number or
+    one for each component, ``Isotropic()`` one number. ``output_scale``, the factor of ``dW``: see ``IWP``.
+
+    Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the rate is finite; in the first step for
+    a rate that does not fit ``u`` or the factorisation.
+
+    >>> import jax.numpy as jnp, probode
+    >>> probode.IOUP(2, jnp.array([[-1.0, 1.0], [0.0, -100.0]]))
+    IOUP(num_derivatives=2, rate=f64[2,2], output_scale=f64[])
+    """
+
+    num_derivatives: int = eqx.field(static=True)
+    rate: PyTree[Float[Array, "..."]] | Callable
+    output_scale: PyTree[Float[Array, "..."]]
+
+    def __init__(self, num_derivatives: Any, rate: PyTree | Callable, *, output_scale: PyTree = 1.0):
+        self.num_derivatives = as_integer(num_derivatives, "IOUP(num_derivatives)", 1)
+        self.rate = rate if callable(rate) else as_finite(rate, "IOUP(rate)")
+        self.output_scale = as_output_scale(output_scale, "IOUP(output_scale)")
+
+    def transition(self, dt, layout):
+        if callable(self.rate):
+            row = matrices_of(self.rate, 1, "IOUP(rate)", layout)
+        else:
+            row = stack_blocks([blocks_of(self.rate, "IOUP(rate)", layout)], layout.size)
+        return companion_transition(row, dt, self.output_scale, layout)
+
+
+class RosenbrockIOUP(AbstractPrior):
+    """``IOUP`` whose rate is the Jacobian of the vector field where a step starts.
+
+    With ``TS1`` the exponential integrator of Rosenbrock type of Bosch, Hennig & Tronarp (2023): steps as long as the
+    nonlinear part allows. The Jacobian is kept as ``TS1`` keeps it: in full under ``Dense()``, its diagonal under
+    ``BlockDiagonal()``, its mean diagonal under ``Isotropic()``. ``output_scale`` as for ``IWP``. Raises ``TypeError``
+    in the first step for anything but an ``ODE`` of order one.
+
+    >>> import probode
+    >>> probode.RosenbrockIOUP(3).differs_by_step
+    True
+    """
+
+    num_derivatives: int = eqx.field(static=True)
+    output_scale: PyTree[Float[Array, "..."]]
+    differs_by_step = True
+
+    def __init__(self, num_derivatives: Any, *, output_scale: PyTree = 1.0):
+        self.num_derivatives = as_integer(num_derivatives, "RosenbrockIOUP(num_derivatives)", 1)
+        self.output_scale = as_output_scale(output_scale, "RosenbrockIOUP(output_scale)")
+
+    def transition(self, dt, layout):
+        raise ValueError("RosenbrockIOUP takes its rate from an equation: without one use IOUP(num_derivatives, rate).")
+
+    def at(
+        self, t: Float[Array, ""], us: Float[Array, "n d"], problem: AbstractProblem, layout: Layout, args: PyTree
+    ) -> IOUP:
+        """The prior of a step that leaves the derivatives ``us`` at ``t``."""
+        if not isinstance(problem, ODE) or problem.order != 1:
+            raise TypeError(
+                "RosenbrockIOUP takes its rate from an ODE of order one: for other equations use IOUP or IWP."
+            )
+        # The equation u' - f = 0 has the derivative -J with respect to u.
+        rate = -problem.first_order(t, us, layout, args).matrix[..., : layout.identity().shape[-1]]
+        if layout.batch_shape:
+            rate = layout.unravel(jnp.reshape(rate, -1))
+        elif rate.shape != (layout.size, layout.size):
+            rate = rate[0, 0]
+        # The rate is a value of this step, not a user's, which would be checked.
+        plain = IOUP(self.num_derivatives, 0.0)
+        return eqx.tree_at(lambda prior: (prior.rate, prior.output_scale), plain, (rate, self.output_scale))
+
+
+class LinearSDE(AbstractPrior):
+    """``du^(nu) = (L_0 u + L_1 u' + ... + L_nu u^(nu)) dt + output_scale dW``: any linear equation of order ``nu + 1``.
+
+    It knows what ``u^(nu + 1)`` is but for noise: with ``TS1``, equations whose derivatives say the same are solved
+    exactly, whatever the step. ``IWP`` has ``L = 0``, ``IOUP`` only ``L_nu``; a damped oscillator with ``nu = 1`` has
+    ``L_0 = -omega^2`` and ``L_1 = -2 gamma``. (Sarkka & Solin, 2019, "Applied stochastic differential equations".)
+
+    ``drift``: a tuple of the ``nu + 1`` factors ``L_i``, in units of ``1 / time^(nu + 1 - i)``, each as the rate of
+    ``IOUP``: a number; one number for each component, as a PyTree like ``u``; or a ``(d, d)`` matrix over the ravelled
+    ``u``. Or a linear function, called as ``drift(u, u', ..., u^(nu))`` with PyTrees like ``u`` and returning one like
+    ``u``, of which the derivative at zero is taken. ``Dense()`` takes all of them, ``BlockDiagonal()`` numbers or one
+    for each component, ``Isotropic()`` numbers. ``output_scale``, the factor of ``dW``: see ``IWP``.
+
+    Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the drift is finite and has ``nu + 1``
+    parts; in the first step for parts that do not fit ``u`` or the factorisation.
+
+    >>> import probode
+    >>> oscillator = probode.LinearSDE(1, (-4.0, -0.1))  # u'' = -4 u - 0.1 u' + noise
+    >>> oscillator.num_derivatives
+    1
+    """
+
+    num_derivatives: int = eqx.field(static=True)
+    drift: tuple[PyTree[Float[Array, "..."]], ...] | Callable
+    output_scale: PyTree[Float[Array, "..."]]
+
+    def __init__(self, num_derivatives: Any, drift: PyTree | Callable, *, output_scale: PyTree = 1.0):
+        self.num_derivatives = as_integer(num_derivatives, "LinearSDE(num_derivatives)", 1)
+        if not callable(drift):
+            n = self.num_derivatives + 1
+            if not isinstance(drift, tuple | list) or len(drift) != n:
+                got = f"{len(drift)} of them" if isinstance(drift, tuple | list) else repr(drift)
+                raise ValueError(
+                    f"LinearSDE(drift) must be a linear function or a tuple of {n} parts, the factors of "
+                    f"u, ..., u^({n - 1}), got {got}."
+                )
+            drift = tuple(as_finite(part, f"LinearSDE(drift[{i}])") for i, part in enumerate(drift))
+        self.drift = drift
+        self.output_scale = as_output_scale(output_scale, "LinearSDE(output_scale)")
+
+    def transition(self, dt, layout):
+        if callable(self.drift):
+            row = matrices_of(self.drift, self.num_derivatives + 1, "LinearSDE(drift)", layout)
+        else:
+            parts = [blocks_of(part, f"LinearSDE(drift[{i}])", layout) for i, part in enumerate(self.drift)]
+            row = stack_blocks(parts, layout.size)
+        return companion_transition(row, dt, self.output_scale, layout)

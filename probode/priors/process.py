@@ -1,0 +1,149 @@
+"""A prior as a process of its own, without any equation: its samples and its marginals."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ..algebra.conditioning import Transition, predict
+from ..algebra.factorisations import AbstractFactorisation, Dense, Layout, layout_of
+from ..algebra.linalg import compiled, kron_apply
+from ..algebra.marginals import Posterior
+from ..algebra.normal import Normal, batched, certain, push, spread, square
+from ..util.checks import as_float, require
+from .prior import AbstractPrior
+
+
+def sample_prior(
+    prior: Any,
+    key: PRNGKeyArray,
+    ts: Any,
+    like: PyTree,
+    *,
+    factorisation: AbstractFactorisation = Dense(),
+    initial: Normal | Callable[[Layout], Normal] | None = None,
+    shape: tuple[int, ...] = (),
+) -> PyTree[Float[Array, "..."]]:
+    """Joint samples of ``u`` at the times ``ts`` under the prior alone, without any equation.
+
+    ``ts``: sorted times, increasing or decreasing. ``like``: a PyTree like ``u``, whose values do not matter.
+    ``initial``: the state at ``ts[0]``, a ``Normal`` in the layout of the factorisation, or a function that makes one,
+    as ``Matern(...).stationary`` does; by default zero and certain. Leaves are ``(*shape, time, *leaf.shape)``.
+
+    Raises ``TypeError`` unless ``prior`` is one and ``like`` is real and floating point, ``ValueError`` for times that
+    are not sorted and finite, or an initial state of another shape.
+
+    >>> import jax.numpy as jnp, probode
+    >>> import jax
+    >>> probode.sample_prior(probode.IWP(1), jax.random.key(0), jnp.linspace(0.0, 1.0, 5), 0.0, shape=(3,)).shape
+    (3, 5)
+    """
+    ts, initial, layout = _checked("sample_prior", prior, ts, like, factorisation, initial)
+    return _sample(prior, key, ts, initial, layout, tuple(shape))
+
+
+def prior_marginals(
+    prior: Any,
+    ts: Any,
+    like: PyTree,
+    *,
+    factorisation: AbstractFactorisation = Dense(),
+    initial: Normal | Callable[[Layout], Normal] | None = None,
+) -> Posterior:
+    """What the prior says of ``u`` and its derivatives at each of the times ``ts``, without any equation.
+
+    An object with ``.mean`` and ``.std``, PyTrees like ``u`` with leaves ``(time, *leaf.shape)``, and
+    ``.derivative(k)`` with the same of ``u^(k)``. Arguments and errors as for ``sample_prior``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> band = probode.prior_marginals(probode.IWP(1), jnp.array([0.0, 1.0]), 0.0)
+    >>> band.std.shape
+    (2,)
+    """
+    ts, initial, layout = _checked("prior_marginals", prior, ts, like, factorisation, initial)
+    return Posterior(ts, _marginals(prior, ts, initial, layout), layout)
+
+
+def _checked(name, prior, ts, like, factorisation, initial) -> tuple[Float[Array, " time"], Normal, Layout]:
+    if not isinstance(prior, AbstractPrior):
+        raise TypeError(f"{name}(prior) must be a prior such as IWP(2), got {prior!r}.")
+    for leaf in jax.tree.leaves(like):
+        as_float(leaf, f"{name}(like)")
+        if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.floating):
+            raise TypeError(f"{name}(like) has dtype {dtype}, but must be floating point.")
+    layout = layout_of(like, prior.num_derivatives, factorisation)
+    layout.require_shared_algebra(name)
+    if layout.size == 0:
+        raise ValueError(f"{name}(like) has no numbers: it must be like u.")
+    ts = as_float(ts, f"{name}(ts)").astype(layout.dtype)
+    if ts.ndim != 1 or ts.size == 0:
+        raise ValueError(f"{name}(ts) must be an array of times, got shape {ts.shape}.")
+    steps = ts[1:] - ts[:-1]
+    ordered = ((steps >= 0).all() | (steps <= 0).all()) & (abs(ts) < np.inf).all()
+    ts = require(ts, ordered, f"{name}(ts) must be finite times in increasing or in decreasing order")
+    mean = layout.pack(jnp.zeros((prior.num_derivatives + 1, layout.size), layout.dtype))
+    if initial is None:
+        initial = certain(mean)
+    elif not isinstance(initial, Normal):
+        initial = initial(layout)
+    *batch, dim, _ = mean.shape
+    got = jnp.shape(initial.mean), jnp.shape(initial.factor)
+    if got[0] != mean.shape or len(got[1]) != mean.ndim or (*got[1][:-2], got[1][-1]) != (*batch, dim):
+        raise ValueError(
+            f"{name}(initial) must have the layout of {type(factorisation).__name__}(): expected a mean of shape "
+            f"{mean.shape} and a factor of shape {(*batch, 'rows', dim)}, got {got[0]} and {got[1]}."
+        )
+    return jnp.asarray(ts), jax.tree.map(lambda x: x.astype(layout.dtype), initial), layout
+
+
+def _chain(
+    prior: AbstractPrior, ts: Float[Array, " time"], layout: Layout, first: PyTree, move: Callable, extra: PyTree = None
+) -> PyTree:
+    """States at the times, stacked: ``move(state, transition, extra)`` is the next one."""
+
+    def step(x, dt_extra):
+        dt, extra = dt_extra
+        moved = move(x, prior.transition(jnp.where(dt == 0, 1, dt), layout), extra)
+        # Twice the same time is the same state.
+        x = jax.tree.map(lambda old, new: jnp.where(dt == 0, old, new), x, moved)
+        return x, x
+
+    _, rest = lax.scan(step, first, (ts[1:] - ts[:-1], extra))
+    return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rest)
+
+
+@compiled
+def _marginals(prior, ts, initial, layout):
+    def move(x: Normal, moved: Transition, _) -> Normal:
+        magnitude = jnp.broadcast_to(moved.magnitude, layout.batch_shape)
+        return predict(push(x, moved.matrix), moved.noise, magnitude)[0]
+
+    return _chain(prior, ts, layout, square(initial), move)
+
+
+@compiled
+def _sample(prior, key, ts, initial, layout, shape):
+    number = math.prod(shape)
+    *batch, _, cols = initial.mean.shape
+    key, initial_key = jax.random.split(key)
+
+    def draw(key, factor):
+        w = jax.random.normal(key, (number, *batch, factor.shape[-2], cols), layout.dtype)
+        return jax.vmap(spread, in_axes=(None, 0))(factor, w)
+
+    def move(x: Array, moved: Transition, key: PRNGKeyArray) -> Array:
+        there = jax.vmap(batched(kron_apply), in_axes=(None, 0))(moved.matrix, x)
+        return there + moved.magnitude * draw(key, moved.noise)
+
+    def components(x):
+        return layout.unravel(layout.unpack(x)[0])
+
+    first = initial.mean + draw(initial_key, initial.factor)
+    states = _chain(prior, ts, layout, first, move, jax.random.split(key, ts.size - 1))
+    u = jax.vmap(jax.vmap(components), in_axes=1)(states)
+    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (*shape, *leaf.shape[1:])), u)

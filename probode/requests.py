@@ -1,0 +1,213 @@
+"""What users pass to a solver, checked and brought into the one form that the solver works on.
+
+Everything here happens before anything runs, on the host where values are known, so that a mistake costs a message and
+not a compilation.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .algebra.factorisations import AbstractFactorisation, Layout, layout_of
+from .algebra.normal import Normal
+from .equations.problems import AbstractProblem
+from .estimation.calibration import AbstractCalibration
+from .estimation.initialisation import InitialState
+from .estimation.strategies import AbstractStrategy
+from .information.observations import Observations
+from .posterior.solution import SaveAt, Solution
+from .stepping.adaptive import AdaptiveState
+from .stepping.controllers import AbstractController
+from .stepping.step import State
+from .util.checks import as_float, as_scalar, is_traced, require
+
+
+def floats_to_arrays(tree: PyTree) -> PyTree:
+    """Python floats would be compiled into the program, and retrace it for every new value."""
+    return jax.tree.map(lambda x: jnp.asarray(float(x)) if isinstance(x, float) else x, tree)
+
+
+def initial_value(
+    u0: Any,
+    problem: AbstractProblem,
+    num_derivatives: int,
+    factorisation: AbstractFactorisation,
+    controller: AbstractController,
+    calibration: AbstractCalibration,
+) -> tuple[Any, Layout]:
+    """``u0`` as a tuple ``(u, ..., u^(k-1))``, an ``InitialState`` or an ``AdaptiveState``, and its layout."""
+    if isinstance(u0, AdaptiveState):
+        _check_resumed(u0, num_derivatives, factorisation, controller, calibration)
+        return u0, u0.current.layout
+    if isinstance(u0, Solution):
+        raise TypeError("u0 is a Solution: pass its .state to go on from where it ended.")
+    if isinstance(u0, State):
+        raise TypeError("u0 is a state of init or step: a solve goes on from Solution.state, step goes on from this.")
+    if isinstance(u0, Normal):
+        raise TypeError(
+            "u0 is a Normal, an uncertain initial value: solve and solve_grid take it; elsewhere pass its mean, or an "
+            "InitialState from solver.initialise."
+        )
+    if isinstance(u0, InitialState):
+        layout = layout_of(u0.mean[0], num_derivatives, factorisation)
+        _check_initial_state(u0, layout)
+        return u0, layout
+    u0 = problem.split(u0)
+    return u0, layout_of(u0[0], num_derivatives, factorisation)
+
+
+def time(t: Any, name: str, layout: Layout):
+    """One finite time in the dtype of the state."""
+    t = as_scalar(t, name).astype(layout.dtype)
+    return require(t, abs(t) < np.inf, f"{name} must be finite", **{name: t})
+
+
+def interval(t0: Any, t1: Any, layout: Layout):
+    """Two different finite times."""
+    t0, t1 = time(t0, "t0", layout), time(t1, "t1", layout)
+    return t0, require(t1, t0 != t1, f"t0 and t1 are the same time in {layout.dtype}: nothing to solve", t0=t0, t1=t1)
+
+
+def resolvable(controller: AbstractController, layout: Layout, t1):
+    """``t1`` unchanged; raises ``ValueError`` if the relative tolerance is below the round-off of the state's dtype."""
+    smallest = 10 * float(jnp.finfo(layout.dtype).eps)
+    message = (
+        f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {layout.dtype}; loosen it, "
+        "or use float64: jax.config.update('jax_enable_x64', True) and a float64 u0"
+    )
+    rtol = as_float(controller.rtol, "rtol")
+    return require(t1, (rtol == 0) | (rtol >= smallest), message, rtol=rtol)
+
+
+def save_times(ts: Any, t0, t1, layout: Layout, name: str = "save_at"):
+    """Sorted times of the interval; a few units of round-off outside count as its ends where they are known."""
+    ts = ts.astype(layout.dtype)
+    traced = is_traced(ts, t0, t1)
+    # jnp on known values makes tracers of them inside a jit.
+    xp = jnp if traced else np
+    first, last, forward = xp.minimum(t0, t1), xp.maximum(t0, t1), t1 > t0
+    if not traced:
+        near = np.clip(ts, first, last)
+        ts = np.where(abs(near - ts) <= 4 * np.finfo(layout.dtype).eps * abs(near), near, ts)
+        outside = ts[~((ts >= first) & (ts <= last))]
+        if outside.size:
+            raise ValueError(f"{name} must lie in [t0, t1] = [{t0}, {t1}], but has the entry {outside[0]}.")
+    ts = require(ts, (ts >= first) & (ts <= last), f"{name} must lie between t0 and t1")
+    steps = xp.where(forward, ts[1:] - ts[:-1], ts[:-1] - ts[1:])
+    return require(ts, steps >= 0, f"{name} must be sorted from t0 to t1")
+
+
+def require_observations(data: Any) -> None:
+    """Raises for data of another kind."""
+    if not isinstance(data, Observations):
+        raise TypeError(f"data must be Observations(ts, values, noise), got {data!r}.")
+
+
+def check_data(data: Any, calibration: AbstractCalibration, certain_start: bool) -> None:
+    """Raises where data have no place in a solve."""
+    require_observations(data)
+    if calibration.rescales:
+        raise ValueError(
+            f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also what was learnt "
+            "from data with a noise that you know. Use NoCalibration() or DynamicCalibration()."
+        )
+    if not certain_start:
+        raise ValueError(
+            "An uncertain u0 is pushed forward along the solution, and learns nothing from data. Pass an InitialState "
+            "(from solver.initialise) with a factor of its own."
+        )
+
+
+def data_between(data: Observations, t0, t1, layout: Layout) -> Observations:
+    """Data whose times lie in the interval, in its direction, further apart than round-off."""
+    ts = save_times(data.ts if is_traced(data.ts) else np.asarray(data.ts), t0, t1, layout, "the times of the data")
+    xp = jnp if is_traced(ts) else np
+    later = xp.maximum(abs(ts[1:]), abs(ts[:-1]))
+    apart = abs(ts[1:] - ts[:-1]) > 1000 * np.finfo(layout.dtype).eps * later
+    ts = require(ts, apart, "the times of the data must be further apart than round-off")
+    return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(ts))
+
+
+def data_on_grid(data: Observations, grid, layout: Layout) -> Observations:
+    """Data whose times are points of a grid."""
+    ts = data.ts.astype(layout.dtype)
+    xp = jnp if is_traced(ts, grid) else np
+    ts, grid = xp.asarray(ts), xp.asarray(grid)
+    nearest = grid[xp.argmin(abs(ts[:, None] - grid), axis=1)]
+    near = abs(ts - nearest) <= 4 * np.finfo(layout.dtype).eps * xp.maximum(abs(nearest), abs(grid[-1] - grid[0]))
+    nearest = require(nearest, near, "the times of the data must be points of the grid")
+    return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(nearest))
+
+
+def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:
+    """Dense output needs the steps, which a smoother for fixed points does not keep."""
+    if save_at.dense and strategy.smooths and not strategy.keeps_steps:
+        raise ValueError(
+            f"SaveAt(dense=True) keeps every step, {type(strategy).__name__}() only the times asked for: "
+            "use strategy=FixedIntervalSmoother()."
+        )
+
+
+def first_length(dt0: Any, t0, t1, layout: Layout):
+    """The signed length of the first attempt."""
+    dt0 = as_scalar(dt0, "dt0").astype(layout.dtype)
+    dt0 = require(dt0, (dt0 != 0) & (abs(dt0) < np.inf), "dt0 must be finite and not zero", dt0=dt0)
+    return require(dt0, (dt0 > 0) | (t1 < t0), "dt0 is negative, but t1 > t0", dt0=dt0)
+
+
+def grid_times(grid: Any, layout: Layout):
+    """Two or more sorted, finite times, as different in the dtype of the state as they were."""
+    wide = as_float(grid, "grid")
+    grid = wide.astype(layout.dtype)
+    if grid.ndim != 1 or grid.size < 2:
+        raise ValueError(f"grid must be an array of at least two times, got shape {grid.shape}.")
+    steps = grid[1:] - grid[:-1]
+    ordered = ((steps >= 0).all() | (steps <= 0).all()) & (abs(grid) < np.inf).all()
+    grid = require(grid, ordered, "grid must hold finite times in increasing or in decreasing order")
+    kept = (steps != 0) | (wide[1:] == wide[:-1])
+    return require(grid, kept, f"grid has different times that are the same in {layout.dtype}, the dtype of u0")
+
+
+def _check_initial_state(u0, layout):
+    n = layout.num_derivatives
+    if len(u0.mean) != n + 1:
+        raise ValueError(
+            f"The InitialState must hold u and {n} derivatives, as many as the prior; it has {len(u0.mean) - 1}."
+        )
+    if any(jax.tree.map(jnp.shape, u) != jax.tree.map(jnp.shape, u0.mean[0]) for u in u0.mean):
+        raise ValueError("The InitialState's derivatives must all have the structure and shapes of u.")
+    dim = (n + 1) * layout.identity().shape[-1]
+    expected = (*layout.batch_shape, dim, dim)
+    if jnp.shape(u0.factor) != expected:
+        raise ValueError(
+            f"The InitialState's factor must have the layout of {type(layout.factorisation).__name__}(): "
+            f"expected shape {expected}, got {jnp.shape(u0.factor)}."
+        )
+
+
+def _check_resumed(u0, num_derivatives, factorisation, controller, calibration):
+    layout = u0.current.layout
+    if layout.num_derivatives != num_derivatives:
+        raise ValueError(
+            f"The state to go on from was made by a prior with {layout.num_derivatives} derivatives, "
+            f"this solver's prior has {num_derivatives}."
+        )
+    if type(layout.factorisation) is not type(factorisation):
+        raise ValueError(
+            f"The state to go on from has the factorisation {type(layout.factorisation).__name__}(), "
+            f"this solver has {type(factorisation).__name__}()."
+        )
+    if jax.tree.structure(u0.controller) != jax.tree.structure(controller.init(layout.dtype)):
+        raise ValueError("The state to go on from was made with another kind of controller than this solver's.")
+    collected = eqx.filter_eval_shape(lambda c: c.init(layout.batch_shape, layout.dtype), calibration)
+    shapes = (jax.tree.structure(collected), [x.shape for x in jax.tree.leaves(collected)])
+    statistics = u0.current.statistics
+    if shapes != (jax.tree.structure(statistics), [jnp.shape(x) for x in jax.tree.leaves(statistics)]):
+        raise ValueError(
+            "The state to go on from was made with a calibration that collects other statistics than this solver's, "
+            f"{type(calibration).__name__}()."
+        )

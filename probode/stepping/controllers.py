@@ -1,0 +1,208 @@
+"""Step-size controllers: accept or reject an attempt by its error norm, propose the next step.
+
+With ``E = norm^(-1/(nu+1))``, by how much the step could grow, the classical rules of Hairer, Norsett, Wanner (1993),
+II.4, and Gustafsson (1991) read ``safety E`` and ``safety E^a (E / E_previous)^b``.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ..util.checks import as_float, as_scalar, require
+
+
+class AbstractController(eqx.Module):
+    """Knows numbers, not states. ``dt`` is always the positive length of a step, ``stop_at`` holds times to be hit, at
+    which the equation jumps.
+
+    >>> import probode
+    >>> probode.testing.check_controller(probode.PIController())  # or a subclass of your own
+    """
+
+    rtol: eqx.AbstractVar[Array]
+    atol: eqx.AbstractVar[Array]
+    dt_min: eqx.AbstractVar[Array | None]
+    dt_max: eqx.AbstractVar[Array | None]
+    stop_at: eqx.AbstractVar[Array | None]
+
+    @abstractmethod
+    def init(self, dtype) -> Any:
+        """The controller's state before the first attempt: a PyTree of arrays."""
+
+    @abstractmethod
+    def propose(
+        self, dt: Float[Array, ""], error_norm: Float[Array, ""], order: int, state: Any
+    ) -> tuple[Bool[Array, ""], Float[Array, ""], Any]:
+        """From an attempt of length ``dt`` whose error is of size ``error_norm`` (1 is just good enough; infinite when
+        the attempt is not finite) and of order ``dt^order``: whether to accept, the next ``dt``, the next state."""
+
+
+class IntegralController(AbstractController):
+    """``dt <- dt * clip(safety * E, factor_min, factor_max)``; accepts when ``error_norm <= 1``.
+
+    ``E = error_norm^(-1/order)``, after an accepted step the smaller of its own and that of the accepted step before.
+    One small error is no reason to grow: residuals of a filter's steps alternate, and a longer step after an unusually
+    small one is rejected, again and again. Two small errors are one. (Without this memory:
+    ``PIController(integral=1, proportional=0)``.)
+
+    Whatever the controller proposes, a step is at most three times as long as the one before: an error of zero says
+    nothing about what lies further ahead. ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``. ``dt_min``,
+    ``dt_max`` bound the steps (the last step before ``t1`` or a ``stop_at`` may be shorter; a rejected step of
+    ``dt_min`` ends the solve).
+
+    ``stop_at``: times, in any order, at which the equation jumps: a switch, a dose, a knot of interpolated data. Such a
+    time belongs to the step before it from the left and to the next one from the right, whatever the equation says of
+    the time itself, also in derivatives with respect to it. The distribution of ``u`` (``u, .., u^(k-1)``) stays, the
+    derivatives behind the jump start anew as at ``t0``, and so do step size and controller. They move with ``u`` as the
+    linearisation says: under ``BlockDiagonal`` or ``Isotropic`` by the part of the Jacobian that is kept, under ``TS0``
+    not at all. Raises ``ValueError`` for negative or vanishing tolerances, factors out
+    of order, bounds that are not positive.
+
+    >>> import jax.numpy as jnp, probode
+    >>> controller = probode.IntegralController()
+    >>> accept, dt, _ = controller.propose(jnp.array(0.1), jnp.array(0.5), 4, controller.init(jnp.float32))
+    >>> bool(accept), bool(dt > 0.1)
+    (True, True)
+    """
+
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""]
+    safety: Float[Array, ""]
+    factor_min: Float[Array, ""]
+    factor_max: Float[Array, ""]
+    dt_min: Float[Array, ""] | None
+    dt_max: Float[Array, ""] | None
+    stop_at: Float[Array, " times"] | None
+
+    def __init__(
+        self,
+        rtol=1e-3,
+        atol=1e-6,
+        *,
+        safety=0.95,
+        factor_min=0.2,
+        factor_max=10.0,
+        dt_min=None,
+        dt_max=None,
+        stop_at=None,
+    ):
+        fields = _checked(rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at)
+        self.rtol, self.atol, self.safety, self.factor_min, self.factor_max = fields[:5]
+        self.dt_min, self.dt_max, self.stop_at = fields[5:]
+
+    def init(self, dtype):
+        return jnp.full((), jnp.inf, dtype)
+
+    def propose(self, dt, error_norm, order, state):
+        growth = _log_growth(error_norm, order)
+        accept = error_norm <= 1
+        return (
+            accept,
+            _next_dt(self, dt, jnp.where(accept, jnp.minimum(growth, state), growth)),
+            jnp.where(accept, growth, state),
+        )
+
+
+class PIController(AbstractController):
+    """Proportional-integral control: ``dt <- dt * clip(safety E^integral (E / E_previous)^proportional)``.
+
+    ``E = error_norm^(-1/order)``, ``E_previous`` that of the last accepted step. Smoother step sequences than
+    ``IntegralController``, whose other parameters it shares.
+
+    >>> import jax.numpy as jnp, probode
+    >>> controller = probode.PIController(1e-4, 1e-6)
+    >>> accept, *_ = controller.propose(jnp.array(0.1), jnp.array(2.0), 4, controller.init(jnp.float64))
+    >>> bool(accept)
+    False
+    """
+
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""]
+    safety: Float[Array, ""]
+    factor_min: Float[Array, ""]
+    factor_max: Float[Array, ""]
+    dt_min: Float[Array, ""] | None
+    dt_max: Float[Array, ""] | None
+    stop_at: Float[Array, " times"] | None
+    integral: Float[Array, ""]
+    proportional: Float[Array, ""]
+
+    def __init__(
+        self,
+        rtol=1e-3,
+        atol=1e-6,
+        *,
+        safety=0.95,
+        factor_min=0.2,
+        factor_max=10.0,
+        dt_min=None,
+        dt_max=None,
+        stop_at=None,
+        integral=0.3,
+        proportional=0.4,
+    ):
+        fields = _checked(rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at)
+        self.rtol, self.atol, self.safety, self.factor_min, self.factor_max = fields[:5]
+        self.dt_min, self.dt_max, self.stop_at = fields[5:]
+        integral = as_scalar(integral, "PIController(integral)")
+        proportional = as_scalar(proportional, "PIController(proportional)")
+        message = "PIController needs integral >= 0 and proportional >= 0, not both zero"
+        positive = (integral >= 0) & (proportional >= 0) & (integral + proportional > 0)
+        self.integral = jnp.asarray(require(integral, positive, message, integral=integral, proportional=proportional))
+        self.proportional = jnp.asarray(proportional)
+
+    def init(self, dtype):
+        return jnp.zeros((), dtype)
+
+    def propose(self, dt, error_norm, order, state):
+        growth = _log_growth(error_norm, order)
+        a, b = self.integral.astype(dt.dtype), self.proportional.astype(dt.dtype)
+        accept = error_norm <= 1
+        return accept, _next_dt(self, dt, a * growth + b * (growth - state)), jnp.where(accept, growth, state)
+
+
+def _log_growth(error_norm, order):
+    """``log E``: one logarithm and one exponential are cheaper than powers."""
+    # Bounded away from 0 and infinity: a zero residual or a NaN must not reach the next proposal.
+    bounded = jnp.where(error_norm < 1e20, jnp.maximum(error_norm, 1e-20), 1e20)
+    return -jnp.log(bounded) / order
+
+
+def _next_dt(controller, dt, log_growth):
+    safety, smallest, largest = (
+        x.astype(dt.dtype) for x in (controller.safety, controller.factor_min, controller.factor_max)
+    )
+    return dt * jnp.clip(safety * jnp.exp(log_growth), smallest, largest)
+
+
+def _checked(rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at):
+    rtol, atol = as_scalar(rtol, "rtol"), as_scalar(atol, "atol")
+    finite = (rtol >= 0) & (atol >= 0) & (rtol < np.inf) & (atol < np.inf)
+    rtol = require(rtol, finite, "Tolerances must be finite and not negative", rtol=rtol, atol=atol)
+    positive = (rtol > 0) | (atol > 0)
+    rtol = require(rtol, positive, "rtol and atol are both zero: no step could ever be accepted. Set at least one")
+    safety = as_scalar(safety, "safety")
+    safety = require(safety, (safety > 0) & (safety <= 1), "A controller needs 0 < safety <= 1", safety=safety)
+    factor_min, factor_max = as_scalar(factor_min, "factor_min"), as_scalar(factor_max, "factor_max")
+    ordered = (factor_min > 0) & (factor_min < 1) & (factor_max > 1)
+    message = "A controller needs 0 < factor_min < 1 < factor_max"
+    factor_min = require(factor_min, ordered, message, factor_min=factor_min, factor_max=factor_max)
+    if dt_min is not None:
+        dt_min = as_scalar(dt_min, "dt_min")
+        dt_min = require(dt_min, dt_min > 0, "dt_min must be positive (the length of a step)", dt_min=dt_min)
+    if dt_max is not None:
+        dt_max = as_scalar(dt_max, "dt_max")
+        dt_max = require(dt_max, dt_max > 0, "dt_max must be positive (the length of a step)", dt_max=dt_max)
+    if dt_min is not None and dt_max is not None:
+        dt_max = require(dt_max, dt_min <= dt_max, "dt_min must not exceed dt_max", dt_min=dt_min, dt_max=dt_max)
+    if stop_at is not None:
+        stop_at = as_float(stop_at, "stop_at")
+        if stop_at.ndim != 1 or stop_at.size == 0:
+            raise ValueError(f"stop_at must be an array of times of shape (times,), got shape {stop_at.shape}.")
+        stop_at = require(stop_at, abs(stop_at) < np.inf, "stop_at must hold finite times", stop_at=stop_at)
+    fields = (rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at)
+    return [None if x is None else jnp.asarray(x) for x in fields]

@@ -1,0 +1,147 @@
+"""Local error estimates and the norm in which the controllers see them.
+
+The estimate looks at the noise of one step only, so it is free of the covariance and costs no triangularisation of the
+state: a rejected attempt stops here.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..algebra.conditioning import Innovation, Linearisation, Transition, explained, posterior_noise
+from ..algebra.factorisations import Layout
+from ..algebra.linalg import safe_norm
+
+
+# Errors of single steps add up: without this factor they are above the tolerance at the end of sensitive problems
+# (chosen on end points, a driven pendulum, and close encounters).
+_SAFETY = 5.0
+
+
+def rms_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """Root mean square."""
+    return safe_norm(x) / math.sqrt(x.size)
+
+
+def max_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """Largest magnitude."""
+    return jnp.max(jnp.abs(x))
+
+
+class AbstractErrorEstimate(eqx.Module):
+    """What one attempted step does wrong, per component of ``u``, and its norm.
+
+    ``needs_defects``: whether ``innovation`` has ``inside`` and ``remainder``, the residuals of the corrected mean,
+    which cost up to two more evaluations of the equation in every attempt.
+
+    >>> import jax.numpy as jnp, probode
+    >>> float(probode.ResidualError().norm(jnp.array([4.0, 0.0, 0.0, 0.0])))  # root mean square
+    2.0
+    """
+
+    norm: eqx.AbstractVar[Callable]
+    needs_defects = False
+
+    @abstractmethod
+    def estimate(
+        self,
+        dt: Float[Array, ""],
+        transition: Transition,
+        equation: Linearisation,
+        innovation: Innovation,
+        layout: Layout,
+    ) -> Float[Array, " d"] | Float[Array, "k d"]:
+        """The local error in units of ``u``, or of ``(u, u', ...)`` row by row, each held against the tolerances.
+
+        ``innovation.scale * transition.noise`` is the noise of the step.
+        """
+
+
+class LocalError(AbstractErrorEstimate):
+    """The local error of a step in ``u, ..., u^(k-1)``, for an equation of order ``k``. The default.
+
+    Where the linearisation is the whole derivative of the equation (``TS1`` or ``SLR1`` under ``Dense``, any residual):
+    ``5 s sqrt(diag(Cov(u | z))) + (2^(nu+1) - 1) |Q H^T (H Q H^T)^-1 r|``. The first term is the standard deviation of
+    ``u`` after the step under its noise alone, as in ``StateError``: damped as the method is, so that stiff components
+    at rest do not hold up the solve. In the second, ``r`` is the residual of the corrected mean at the end of the step,
+    which the linearisation left out; what it does to ``u`` enters the derivatives too, and a polynomial of degree
+    ``nu`` extrapolates an error in equidistant values with up to that factor. Elsewhere (``TS0``, or ``TS1`` with the
+    diagonal of the Jacobian) the residual itself, for ``u`` alone, ``|dt|^k / k! s sqrt(diag(H Q H^T))``: the errors
+    of such steps add up with equal sign, and are near the tolerance in the end for this.
+
+    In both, ``s`` is the local scale that explains the residual of the prediction and the one that explains the
+    residual of the corrected mean inside the step, whichever is larger: a solution that moves between two ends at which
+    nothing happens is seen. ``norm`` as for ``ResidualError``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> float(probode.LocalError().norm(jnp.array([4.0, 0.0, 0.0, 0.0])))
+    2.0
+    """
+
+    norm: Callable = eqx.field(static=True, default=rms_norm)
+    needs_defects = True
+
+    def estimate(self, dt, transition, equation, innovation, layout):
+        scale = innovation.scale
+        if innovation.inside is not None:
+            scale = jnp.maximum(scale, innovation.size_inside)
+        scale = scale[..., None, None]
+        size = layout.identity().shape[-1]
+        order = max(1, equation.matrix.shape[-1] // size - 1)
+        if equation.block is not None and not equation.whole:
+            return jnp.abs(dt) ** order / math.factorial(order) * layout.std(scale * innovation.factor)[0]
+        left = posterior_noise(equation, transition.noise, order * size)
+        if innovation.remainder is None:
+            return _SAFETY * layout.std(scale * left)
+        left_out = layout.unpack(explained(transition, equation, innovation.factor, innovation.remainder))[:order]
+        return _SAFETY * layout.std(scale * left) + (2 ** (layout.num_derivatives + 1) - 1) * jnp.abs(left_out)
+
+
+class ResidualError(AbstractErrorEstimate):
+    """``|dt|^k / k! * s * sqrt(diag(H Q H^T))``: the residual's standard deviation under the local scale ``s``,
+    integrated ``k`` times (the order of the equation). Schober et al. (2019); Bosch et al. (2021).
+
+    For ODEs. Careful: solutions come out two to three digits better than asked for. ``norm`` is a function of the error
+    over the tolerance, ``rms_norm`` by default; ``max_norm`` bounds every component.
+
+    >>> import jax.numpy as jnp, probode
+    >>> from probode.stepping.error_estimates import max_norm
+    >>> float(probode.ResidualError(norm=max_norm).norm(jnp.array([0.5, -2.0])))
+    2.0
+    """
+
+    norm: Callable = eqx.field(static=True, default=rms_norm)
+
+    def estimate(self, dt, transition, equation, innovation, layout):
+        k = equation.block
+        if k is None:
+            raise ValueError(
+                "ResidualError() is about an equation for one derivative of u, like an ODE; a Residual, a Stack or an "
+                "equation with noise may have other units and shapes. Use error=StateError()."
+            )
+        std = layout.std(innovation.scale[..., None, None] * innovation.factor)[0]
+        return jnp.abs(dt) ** k / math.factorial(k) * std
+
+
+class StateError(AbstractErrorEstimate):
+    """``s * sqrt(diag(Cov(u | z)))``: the standard deviation of ``u`` after the step under its noise alone and the
+    local scale ``s``, that is, what the step adds to the error once the equation has been used.
+
+    Lands closer to the tolerance than ``ResidualError``, with fewer steps. It does not see what the linearisation
+    leaves out, which on stiff and far from linear problems is the larger part at loose tolerances: pass
+    ``TS1(..., evaluations=4, relinearise=True)`` there. ``norm`` as there.
+
+    >>> import jax.numpy as jnp, probode
+    >>> float(probode.StateError().norm(jnp.array([4.0, 0.0, 0.0, 0.0])))
+    2.0
+    """
+
+    norm: Callable = eqx.field(static=True, default=rms_norm)
+
+    def estimate(self, dt, transition, equation, innovation, layout):
+        left = posterior_noise(equation, transition.noise, layout.identity().shape[-1])
+        return layout.std(innovation.scale[..., None, None] * left)[0]

@@ -1,0 +1,27 @@
+"""What a solve keeps of the states that it passes."""
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float
+
+from ..algebra.conditioning import Influence
+from ..algebra.coordinates import Conditional
+from ..algebra.normal import Normal
+from ..priors.prior import AbstractPrior
+
+
+class Row(eqx.Module):
+    """What is kept of one time: or, stacked, of many.
+
+    ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
+    kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that
+    step, where it is needed; ``prior``: that of the step, if every step has its own; ``anew``: whether the row is that
+    before it, at the same time, started anew behind a jump, ``None`` where nothing jumps.
+    """
+
+    t: Float[Array, "..."]
+    distribution: Normal
+    output_scale: Float[Array, "..."]
+    past: Conditional | None
+    influence: Influence | None
+    prior: AbstractPrior | None
+    anew: Bool[Array, "..."] | None = None

@@ -1,0 +1,135 @@
+"""Loops: how the steps of an adaptive solve are repeated, which decides what can be differentiated.
+
+All are ``equinox.internal.while_loop``; bounded differentiates both ways, checkpointed in reverse, lax forward.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ..util.checks import as_integer
+
+
+def _steps(part):
+    return lambda value: as_integer(value, f"{part}(max_steps)", 1)
+
+
+def _checkpoints(value):
+    return None if value is None else as_integer(value, "CheckpointedLoop(checkpoints)", 1)
+
+
+class AbstractLoop(eqx.Module):
+    """Repeats a body while a condition holds. ``max_steps`` counts attempted steps, rejected ones included.
+
+    >>> import probode
+    >>> probode.testing.check_loop(probode.ForwardLoop(100))  # or a subclass of your own
+    """
+
+    max_steps: eqx.AbstractVar[int]
+
+    @abstractmethod
+    def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
+        """The final carry after at most ``max_steps`` iterations; ``buffers(carry)`` names the arrays that are written
+        once per entry."""
+
+
+class BoundedLoop(AbstractLoop):
+    """Differentiable forwards and backwards, to any order; the default.
+
+    Raises ``ValueError`` unless ``max_steps`` is a positive integer.
+
+    >>> import probode
+    >>> probode.BoundedLoop(max_steps=100)
+    BoundedLoop(max_steps=100)
+    """
+
+    max_steps: int = eqx.field(static=True, default=4096, converter=_steps("BoundedLoop"))
+
+    def run(self, cond, body, init, *, buffers):
+        return eqxi.while_loop(cond, body, init, max_steps=self.max_steps, buffers=buffers, kind="bounded")
+
+
+class CheckpointedLoop(AbstractLoop):
+    """Reverse mode only, with memory for ``checkpoints`` states (about ``sqrt(2 max_steps)`` by default); no overhead
+    when nothing is differentiated. For long solves. Raises ``ValueError`` for numbers that are not positive integers.
+
+    >>> import probode
+    >>> probode.CheckpointedLoop(max_steps=10_000, checkpoints=50)
+    CheckpointedLoop(max_steps=10000, checkpoints=50)
+    """
+
+    max_steps: int = eqx.field(static=True, default=4096, converter=_steps("CheckpointedLoop"))
+    checkpoints: int | None = eqx.field(static=True, default=None, converter=_checkpoints)
+
+    def run(self, cond, body, init, *, buffers):
+        return eqxi.while_loop(
+            cond,
+            body,
+            init,
+            max_steps=self.max_steps,
+            buffers=buffers,
+            kind="checkpointed",
+            checkpoints=self.checkpoints,
+        )
+
+
+class ForwardLoop(AbstractLoop):
+    """A plain ``jax.lax.while_loop``: forward mode only. Raises ``ValueError`` unless ``max_steps`` is a positive
+    integer; reverse-mode differentiation through it is a ``RuntimeError``.
+
+    >>> import probode
+    >>> probode.ForwardLoop(max_steps=100_000).max_steps
+    100000
+    """
+
+    max_steps: int = eqx.field(static=True, default=4096, converter=_steps("ForwardLoop"))
+
+    def run(self, cond, body, init, *, buffers):
+        final = eqxi.while_loop(cond, body, init, max_steps=self.max_steps, buffers=buffers, kind="lax")
+        message = (
+            "ForwardLoop() cannot be differentiated in reverse mode (jax.grad, jax.vjp). "
+            "Use Solver(..., loop=BoundedLoop()) or CheckpointedLoop()."
+        )
+        return eqxi.nondifferentiable_backward(final, msg=message, symbolic=True)
+
+
+def repeat(loop: AbstractLoop, cond: Callable, body: Callable, init: PyTree, rows: Array) -> tuple[PyTree, Array]:
+    """``body(carry, rows)`` while ``cond(carry)``, where ``rows`` are only written to: the last of both."""
+    # Every array that a loop carries is an operation of its own to XLA on CPUs, and where ten of them are ready at once
+    # it wakes another thread, which takes longer than a step: up to half of the time, where loops are not native.
+    pack, unpack = _scalars_together(init)
+
+    def packed(carry):
+        new, rows = body(unpack(carry[0]), carry[1])
+        return pack(new), rows
+
+    carry = pack(init), rows
+    carry, rows = loop.run(lambda carry: cond(unpack(carry[0])), packed, carry, buffers=lambda carry: carry[1])
+    return unpack(carry), rows
+
+
+def _scalars_together(like):
+    """A function that puts the numbers of a tree like this one into one array for every dtype, and its inverse."""
+    leaves, tree = jax.tree.flatten(like)
+    places, alone = {}, []
+    for i, leaf in enumerate(leaves):
+        number = eqx.is_array(leaf) and leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.number)
+        (places.setdefault(leaf.dtype, []) if number else alone).append(i)
+
+    def pack(carry):
+        leaves = jax.tree.leaves(carry)
+        return [jnp.stack([leaves[i] for i in group]) for group in places.values()], [leaves[i] for i in alone]
+
+    def unpack(packed):
+        leaves = dict(zip(alone, packed[1], strict=True))
+        for group, numbers in zip(places.values(), packed[0], strict=True):
+            leaves |= {i: numbers[k] for k, i in enumerate(group)}
+        return jax.tree.unflatten(tree, [leaves[i] for i in sorted(leaves)])
+
+    return pack, unpack

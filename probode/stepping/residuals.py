@@ -1,0 +1,165 @@
+"""Residuals of an equation: what of them is round-off, and what they are where the prediction has been corrected.
+
+A residual of the prediction tells how wrong the prediction was. What a step leaves wrong is seen from the residuals of
+the corrected mean, its defects: at the end of the step they are what the linearisation left out, inside it they tell
+whether the solution does something there that neither end shows.
+"""
+
+import dataclasses
+import functools as ft
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ..algebra.conditioning import Innovation, Linearisation, Transition, noise_mean, smoothing_weights
+from ..algebra.factorisations import Layout
+from ..algebra.linalg import product, safe_divide, safe_norm, substitute
+from ..algebra.normal import Normal, batched, push
+from ..equations.problems import flat_residual
+from ..information.constraints import AbstractConstraint
+from ..priors.prior import AbstractPrior
+
+
+# Where inside a step the equation is held against the mean, as a share of its length: about where the defect of a
+# polynomial is largest, and no simple fraction, since a field with a period may vanish at both ends and half-way.
+INSIDE = 0.6
+# A residual is exact to so many units of round-off of its terms.
+_ROUND_OFF = 8
+
+
+def residual_at(
+    constraint: AbstractConstraint, t: Float[Array, ""], point: Normal, layout: Layout, args: PyTree
+) -> Float[Array, "*batch m cols"]:
+    """The residual that ``linearise`` has at a point, without a Jacobian where none is needed for it."""
+    if not constraint.is_pointwise:
+        return constraint.linearise(t, point, layout, args).residual
+    us = layout.unpack(point.mean)[: constraint.order + 1]
+    return layout.pack(flat_residual(constraint.problem, layout, args)(t, us)[None])
+
+
+def without_round_off(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Linearisation:
+    """The equation without residuals that are round-off."""
+    # Residuals at round-off carry no information, but gain and scale of a short step grow like dt^-j for the j-th
+    # derivative: they would ruin what is known of the high ones. Only the value is dropped, not its derivative.
+    return eqx.tree_at(lambda e: e.residual, equation, _beyond_round_off(equation.residual, equation, mean))
+
+
+def _beyond_round_off(z, equation, mean):
+    small = jnp.abs(z) <= _ROUND_OFF * jnp.finfo(z.dtype).eps * terms(equation, mean)
+    return z - lax.stop_gradient(jnp.where(small, z, 0))
+
+
+def informative(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Bool[Array, ""]:
+    """True if the residual exceeds the round-off of the terms that it sums; only then it enters a calibration."""
+    floor = 100 * jnp.finfo(mean.dtype).eps * jnp.max(terms(equation, mean))
+    return jnp.max(jnp.abs(equation.residual)) > floor
+
+
+def terms(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Float[Array, "*batch m cols"]:
+    """The size of the terms that a residual is the sum of, to first order: ``|H| |x|``.
+
+    For a stiff field they are far larger than the derivative that they add up to, and so is their round-off.
+    """
+    p = equation.matrix.shape[-1]
+    return batched(product)(jnp.abs(equation.matrix), jnp.abs(mean[..., :p, :]))
+
+
+def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Innovation:
+    """The innovation with a local scale no smaller than what explains the round-off of the residual.
+
+    A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, and what
+    a smoother makes of it is divided by nothing.
+    """
+    std = safe_norm(innovation.factor, axis=-2)[..., None]
+    unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
+    flat = jnp.reshape(unknown, (*unknown.shape[:-2], -1))
+    floor = lax.stop_gradient(safe_norm(flat, axis=-1)) / math.sqrt(flat.shape[-1])
+    # In the prior's own units it has to be a number, too, which in single precision it may not be.
+    floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
+    return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
+
+
+def with_defects(
+    constraint: AbstractConstraint,
+    prior: AbstractPrior,
+    before: Normal,
+    t: Float[Array, ""],
+    dt: Float[Array, ""],
+    transition: Transition,
+    equation: Linearisation,
+    innovation: Innovation,
+    layout: Layout,
+    args: PyTree,
+) -> Innovation:
+    """The innovation of a step of length ``dt`` to ``t``, with the residuals of the corrected mean.
+
+    Corrected under the noise of the step alone: ``m - Q H^T (H Q H^T)^-1 z`` at the end, and inside what the prior
+    makes of the same noise (one evaluation of the equation each). At the end only where the linearisation is ``whole``,
+    and as many times as the constraint evaluates the equation (Newton's method with the Jacobian of the prediction).
+    """
+    predicted = push(before, transition.matrix)
+    weights = smoothing_weights(equation, innovation.factor, innovation.whitened)
+
+    def residual(t, mean):
+        z = residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
+        return _beyond_round_off(z, equation, mean)
+
+    whiten = batched(substitute)
+    to_inside, to_end = prior.transition(INSIDE * dt, layout), prior.transition((1 - INSIDE) * dt, layout)
+    share = (to_inside.magnitude / transition.magnitude) ** 2
+    later = push(Normal(before.mean, to_inside.noise), to_end.matrix).factor
+    noise = noise_mean(to_inside.noise, later, innovation.factor, weights)
+    time_inside, mean_inside = t - (1 - INSIDE) * dt, push(before, to_inside.matrix).mean - share * noise
+    if not equation.whole:
+        return dataclasses.replace(innovation, inside=whiten(innovation.factor, residual(time_inside, mean_inside)))
+
+    def correct(mean, weights):
+        return mean - noise_mean(transition.noise, transition.noise, innovation.factor, weights)
+
+    corrected = correct(predicted.mean, weights)
+    # Both at once: the equation is traced, and compiled, a single time.
+    times, means = jnp.stack([time_inside, t]), jnp.stack([mean_inside, corrected])
+    inside, remainder = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))
+
+    def again(_, carry):
+        corrected, remainder = carry
+        corrected = correct(corrected, smoothing_weights(equation, innovation.factor, remainder))
+        return corrected, whiten(innovation.factor, residual(t, corrected))
+
+    if constraint.evaluations > 1:
+        _, remainder = lax.fori_loop(1, constraint.evaluations, again, (corrected, remainder))
+    return dataclasses.replace(innovation, inside=inside, remainder=remainder)
+
+
+def scale_inside(innovation: Innovation, equation: Linearisation, layout: Layout) -> Float[Array, "*batch"]:
+    """The local scale that explains the residual of the corrected mean inside the step, given the one at its end."""
+    order = max(1, equation.matrix.shape[-1] // layout.identity().shape[-1] - 1)
+    share = _std_inside(max(0, layout.num_derivatives - order))
+    return innovation.size_inside / share
+
+
+@ft.cache
+def _std_inside(m: int) -> float:
+    """Standard deviation of an ``m`` times integrated Wiener process at ``INSIDE``, given that at 1, over that at 1.
+
+    Its covariance is ``int_0^min(s,t) ((s - x) (t - x))^m dx / m!^2``; the bridge has ``C(s,s) - C(s,1)^2 / C(1,1)``.
+    """
+    here = np.poly1d([-1, INSIDE]) ** m
+    both = (here * np.poly1d([-1, 1]) ** m).integ()(INSIDE)
+    own, whole = INSIDE ** (2 * m + 1) / (2 * m + 1), 1 / (2 * m + 1)
+    return float(np.sqrt((own - both**2 / whole) / whole))
+
+
+def not_silent(innovation: Innovation, inside: Float[Array, "*batch"]) -> Innovation:
+    """The innovation with the scale found inside the step where the residual at its end vanished.
+
+    The polynomial of the prediction may satisfy an equation by accident, as that of ``u' = v`` in the first step from
+    exact derivatives, where ``v`` itself is wrong: a scale of round-off would call such a component exact.
+    """
+    scale = jnp.where(innovation.silent, jnp.maximum(innovation.scale, inside), innovation.scale)
+    return dataclasses.replace(innovation, scale=scale)

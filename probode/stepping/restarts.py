@@ -1,0 +1,126 @@
+"""Times at which an equation jumps: which side of them is meant, and how a state starts anew there.
+
+What is known of ``u, .., u^(k-1)`` stays, the higher derivatives are those of the equation behind the jump: the state
+is initialised again, as one that depends on ``u`` to first order (``u + du`` has the derivatives ``x + M du``).
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ..algebra.coordinates import Conditional, both
+from ..algebra.factorisations import Layout
+from ..algebra.linalg import eliminate, product, triangularise
+from ..algebra.normal import Normal, batched, pad, pad_rows
+from ..estimation.initialisation import AbstractInitialisation
+from ..information.constraints import AbstractConstraint
+from .spread import value_and_moves
+from .step import round_off
+
+
+def is_jump(t: Float[Array, ""], jumps: Float[Array, " times"]) -> Bool[Array, ""]:
+    """Whether ``t`` is one of the times, up to round-off."""
+    return jnp.any(jnp.abs(lax.stop_gradient(jumps - t)) <= round_off(t))
+
+
+def beside(t: Float[Array, ""], side: Float[Array, ""], jumps: Float[Array, " times"]) -> Float[Array, ""]:
+    """``t``, or one or two units of round-off above (``side`` 1) or below it (-1) where the equation jumps at ``t``.
+
+    It moves with ``t``: so a solution has the right derivative with respect to the time of a jump.
+    """
+    fixed, jumps = lax.stop_gradient(t), lax.stop_gradient(jumps)
+    ahead = (jumps - fixed) * side
+    # Of jumps that are the same time up to round-off the outermost one.
+    beyond = jnp.max(jnp.where(jnp.abs(ahead) <= round_off(fixed), ahead, 0))
+    info = jnp.finfo(t.dtype)
+    ulp = jnp.maximum(info.eps * jnp.abs(fixed + side * beyond), info.tiny)
+    return t + jnp.where(is_jump(fixed, jumps), side * (jnp.maximum(beyond, 0) + ulp), 0)
+
+
+def starts_uncertain(
+    constraint: AbstractConstraint, initialisation: AbstractInitialisation, layout: Layout, args: PyTree
+) -> bool:
+    """Whether derivatives are unknown where a state is initialised, so that its factor needs all its rows."""
+    u = jnp.zeros((constraint.problem.num_initial_values, layout.size), layout.dtype)
+    t = jnp.zeros((), layout.dtype)
+    start = eqx.filter_eval_shape(initialisation.initialise, constraint.problem, t, u, layout, args)
+    return start.factor.shape[-2] > 0
+
+
+def start_anew(
+    constraint: AbstractConstraint,
+    initialisation: AbstractInitialisation,
+    t: Float[Array, ""],
+    x: Normal,
+    past: Conditional | None,
+    layout: Layout,
+    args: PyTree,
+) -> tuple[Normal, Conditional | None]:
+    """The state with the derivatives of the equation at ``t``, and the ``past`` of ``x`` in its coordinates."""
+    start, moves = _start_and_moves(constraint, initialisation, t, x, layout, args)
+    if start.factor.shape[-2] == 0:
+        # All that is uncertain is u: whatever its coordinates are, they are those of the new state.
+        return Normal(start.mean, _moved(moves, x.factor)), past
+    factor, past = _with_unknown(moves, x.factor, start.factor, past)
+    return pad(Normal(start.mean, factor), x.factor.shape[-2]), past
+
+
+def _start_and_moves(constraint, initialisation, t, x, layout, args):
+    """The state at the mean of ``u``, and the matrix ``(*batch, dim, width)`` by which it moves with ``u``.
+
+    Solvers take the equation for what its linearisation says, and derivatives that move in any other way would be seen
+    as residuals: they would tell about ``u``, falsely, until hardly anything of its uncertainty is left. So if the
+    linearisation does not depend on ``u``, as in ``TS0``, neither do the derivatives; if the factorisation keeps a part
+    of the Jacobian, they move by the powers of that part.
+    """
+    problem, u = constraint.problem, layout.unpack(x.mean)[: constraint.problem.num_initial_values]
+    k, d = u.shape
+
+    def start(u):
+        return initialisation.initialise(problem, t, u, layout, args)
+
+    if constraint.first_order and layout.couples:
+        state, tangent = value_and_moves(start, u, jnp.reshape(jnp.eye(k * d, dtype=u.dtype), (k * d, k, d)))
+        moves = jnp.reshape(jax.vmap(layout.unpack)(tangent.mean), (k * d, -1))
+        return state, layout.broadcast(moves.T)
+    state = start(u)
+    dim, cols = x.mean.shape[-2], layout.identity().shape[-1]
+    if not constraint.first_order:
+        return state, layout.broadcast(jnp.eye(dim, k * cols, dtype=u.dtype))
+    certain = Normal(state.mean, jnp.zeros((*state.mean.shape[:-1], dim), u.dtype))
+    equation = constraint.linearise(t, certain, layout, args)
+    known = jnp.all(layout.std(state.factor) == 0, axis=1)
+    moves = batched(lambda matrix: _powers(matrix, dim, cols, k, exact=equation.block == k))(equation.matrix)
+    return state, moves * jnp.repeat(known, cols)[:, None]
+
+
+def _powers(matrix, dim, cols, k, *, exact):
+    """How all derivatives move with the first ``k`` if ``matrix x = 0`` holds at all times."""
+    width = k * cols
+    rows = jnp.eye(width, dtype=matrix.dtype)
+    told = -matrix[:, :width] if exact else -product(jnp.linalg.pinv(matrix[:, width:]), matrix[:, :width])
+    rows = jnp.concatenate([rows, told])[:dim]
+    while told.shape[0] and rows.shape[0] < dim:
+        rows = jnp.concatenate([rows, product(told[:cols], rows[-width:])])
+    return pad_rows(rows, dim)
+
+
+@batched
+def _moved(moves: Float[Array, "dim width"], factor: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
+    return product(factor[:, : moves.shape[1]], moves.T)
+
+
+@batched
+def _with_unknown(moves, factor, unknown, past):
+    """The factor of a state that moves with ``u`` and has unknown derivatives, and the past in its coordinates."""
+    width, u = moves.shape[1], factor[:, : moves.shape[1]]
+    if past is not None:
+        u = jnp.concatenate([u, past.cross], axis=1)
+    triangle, left = eliminate(jnp.zeros((width, u.shape[1]), u.dtype), u)
+    noise = triangularise(None, unknown.at[:, :width].set(0))[width:]
+    new = jnp.concatenate([product(triangle[:, :width], moves.T), noise])
+    if past is not None:
+        past = Conditional(past.shift, pad_rows(triangle[:, width:], factor.shape[0]), both(past.own, left))
+    return new, past

@@ -1,0 +1,93 @@
+"""The spread of an uncertain start in the steps of a solve: the directions in which its mean may move.
+
+Each step pushes them forward with the gain of the mean, so that its length can be chosen for them as well: the mean may
+be at rest where they are not.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ..algebra.conditioning import Innovation, Linearisation, Update
+from ..algebra.factorisations import Layout
+from ..algebra.linalg import product, root_mean_square, safe_norm, substitute
+from ..algebra.normal import Normal, batched, certain, push
+from ..information.constraints import AbstractConstraint
+from .residuals import residual_at
+
+
+def value_and_moves(fn: Callable[[PyTree], PyTree], u0: PyTree, directions: PyTree) -> tuple[PyTree, PyTree]:
+    """``fn(u0)``, and how it moves along each of the directions, along a leading axis."""
+
+    # One and the same run gives values and tangents: what is at round-off differs between compiled programs.
+    def along(direction):
+        return eqx.filter_jvp(fn, (u0,), (direction,))
+
+    return eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
+
+
+class Ahead(eqx.Module):
+    """The spread of an uncertain start where the transition of a step takes it, before the equation is seen.
+
+    ``moves``: the directions; ``residuals``: how the residual moves along them, ``whitened`` by ``(H Q H^T)^(-1/2)``;
+    ``scale``: that of a noise which explains all of them.
+    """
+
+    moves: Float[Array, "N *state"]
+    residuals: Float[Array, "N *residual"]
+    whitened: Float[Array, "N *residual"]
+    scale: Float[Array, "*batch"]
+
+
+def spread_ahead(
+    constraint: AbstractConstraint,
+    t: Float[Array, ""],
+    x: Normal,
+    spread: Float[Array, "N *state"],
+    matrix: Float[Array, "..."],
+    equation: Linearisation,
+    innovation: Innovation,
+    layout: Layout,
+    args: PyTree,
+) -> Ahead:
+    """Of a step from ``x`` to ``t`` with this transition ``matrix``, and the equation about its prediction."""
+    moves, predicted = push_moves(spread, matrix), push(x, matrix)
+    if equation.whole:
+        p = equation.matrix.shape[-1]
+        residuals = jax.vmap(lambda move: batched(product)(equation.matrix, move[..., :p, :]))(moves)
+    else:
+
+        def residual(mean):
+            return residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
+
+        residuals = jax.vmap(lambda move: jax.jvp(residual, (predicted.mean,), (move,))[1])(moves)
+    whitened = jax.vmap(batched(substitute), in_axes=(None, 0))(innovation.factor, residuals)
+    scale = safe_norm(root_mean_square(whitened), axis=0)
+    return Ahead(moves, residuals, whitened, scale)
+
+
+def push_moves(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) -> Float[Array, "N *state"]:
+    """The directions where a transition takes them."""
+    return jax.vmap(lambda move: push(certain(move), matrix).mean)(spread)
+
+
+def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float[Array, "N *state"]:
+    """The directions after an update, with the gain of the mean."""
+    influence, whole, block = update.influence, equation.whole, equation.block
+
+    @batched
+    def after(move, z, gain, matrix, h):
+        m, p = h.shape
+        if whole:
+            told = product(matrix, move)
+        else:
+            # S^(-1/2) from S^(-1/2) H, where H says nothing about how the field moves.
+            root = matrix[:, p - m : p] if block is not None else product(matrix[:, :p], jnp.linalg.pinv(h))
+            told = product(root, z)
+        return move - product(gain.T, told)
+
+    along = jax.vmap(after, in_axes=(0, 0, None, None, None))
+    return along(ahead.moves, ahead.residuals, influence.gain, influence.matrix, equation.matrix)

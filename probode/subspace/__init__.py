@@ -1,0 +1,1 @@
+"""A factorisation with an algebra of its own, for large stiff systems."""

@@ -1,0 +1,191 @@
+"""Linear algebra with a Jacobian that nobody can hold: products with it, solves by conjugate gradients, its slow modes.
+
+Axes: ``d`` components, ``r`` directions of a basis ``W`` with orthonormal columns, ``n`` derivatives.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ..algebra.factorisations import Dense, layout_of
+from ..algebra.linalg import compiled, product, safe_divide, safe_norm, triangularise
+from ..equations.problems import ODE, flat_field
+from ..util.checks import as_integer, as_scalar
+
+
+class Linearised(NamedTuple):
+    """A field ``u -> f`` at a point, ``J = [[Jaa, Jac], [Jca, Jcc]]`` in a basis and its complement.
+
+    ``jvp``, ``vjp``: products with ``J`` and its transpose; ``inner``: ``Jaa``; ``coupling``: ``Jac^T``, ``(d, r)``;
+    ``slope``: the smallest Ritz value of the basis.
+    """
+
+    basis: Float[Array, "d r"]
+    value: Float[Array, " d"]
+    jvp: Callable
+    vjp: Callable
+    inner: Float[Array, "r r"]
+    coupling: Float[Array, "d r"]
+    slope: Float[Array, ""]
+
+
+def linearised(field: Callable, u: Float[Array, " d"], basis: Float[Array, "d r"]) -> Linearised:
+    """By ``r`` products with the Jacobian and ``r`` with its transpose."""
+    value, jvp = jax.linearize(field, u)
+    vjp = lambda v: jax.linear_transpose(jvp, u)(v)[0]  # noqa: E731
+    inner = basis.T @ jax.vmap(jvp, 1, 1)(basis)
+    coupling = jax.vmap(vjp, 1, 1)(basis) - basis @ inner.T
+    symmetric = (inner + inner.T) / 2
+    # Written so that it has a derivative also where it is a multiple eigenvalue.
+    v = jnp.linalg.eigh(lax.stop_gradient(symmetric))[1][:, 0]
+    return Linearised(basis, value, jvp, vjp, inner, coupling, v @ symmetric @ v)
+
+
+def solve_innovation(
+    at: Linearised,
+    z: Float[Array, " d"],
+    fa: Float[Array, "rows dim"],
+    fc: Float[Array, "more n"],
+    preconditioner: Callable | None,
+    tol: Float[Array, ""],
+    max_krylov: int,
+) -> tuple[Float[Array, " d"], Float[Array, "n d"]]:
+    """``y = S^-1 z`` and ``P H^T y`` for ``S = H P H^T`` and ``H x = x_1 - J x_0``; NaN if the solve does not converge.
+
+    ``P`` has the root ``fa``, ``dim = n r``, on the basis, and ``fc`` times the identity on its complement.
+    """
+    basis, (d, r), n = at.basis, at.basis.shape, fc.shape[1]
+    shared = fc.T @ fc[:, :2]
+
+    def times_cov(rows, v):  # (P H^T v)[:rows]
+        v = jnp.stack([-at.vjp(v), v])
+        a = v @ basis
+        inside = jnp.reshape(fa[:, : rows * r].T @ (fa[:, : 2 * r] @ jnp.ravel(a)), (rows, r))
+        return (inside - shared[:rows] @ a) @ basis.T + product(shared[:rows], v)
+
+    def times_s(v):
+        x = times_cov(2, v)
+        return x[1] - at.jvp(x[0])
+
+    # Exact on the subspace; on the complement as if J were the slope, unless the user knows better.
+    root = triangularise(None, fa[:, r : 2 * r] - fa[:, :r] @ at.inner.T)
+    if preconditioner is None:
+        variance = jnp.sum((fc[:, 1] - at.slope * fc[:, 0]) ** 2)
+        of_complement = lambda v: safe_divide(v, variance)  # noqa: E731
+    else:
+        of_complement = preconditioner(shared[1, 1], shared[0, 1], shared[0, 0])
+
+    def precondition(v):
+        a = v @ basis
+        inside = basis @ jax.scipy.linalg.cho_solve((root, False), a)
+        if r == d:
+            return inside
+        c = of_complement(v - basis @ a)
+        return inside + c - basis @ (c @ basis)
+
+    def solve(matvec, b):
+        return conjugate_gradients(matvec, b, precondition, tol, max_krylov)
+
+    # Differentiable in both modes, implicitly.
+    y = lax.custom_linear_solve(times_s, z, solve, symmetric=True)
+    return y, times_cov(n, y)
+
+
+def conjugate_gradients(
+    matvec: Callable, b: Float[Array, " d"], precondition: Callable, tol: Float[Array, ""], max_steps: int
+) -> Float[Array, " d"]:
+    """``x`` with ``matvec(x) = b``, up to ``tol`` times the whitened residual ``sqrt(r^T M r)`` of zero; NaN if that is
+    not reached."""
+
+    def unfinished(carry):
+        *_, size, k = carry
+        return (size > tol**2 * first) & (k < max_steps)
+
+    def body(carry):
+        x, res, p, size, k = carry
+        s = matvec(p)
+        step = size / jnp.vdot(p, s)
+        x, res = x + step * p, res - step * s
+        z = precondition(res)
+        new = jnp.vdot(res, z)
+        return x, res, z + new / size * p, new, k + 1
+
+    p = precondition(b)
+    first = jnp.vdot(b, p)
+    x, *_, size, _ = lax.while_loop(unfinished, body, (jnp.zeros_like(b), b, p, first, 0))
+    return jnp.where(size <= tol**2 * first, x, jnp.nan)
+
+
+def rightmost_basis(
+    ode: Any,
+    t: Any,
+    u: PyTree,
+    rank: int,
+    *,
+    args: PyTree = None,
+    key: PRNGKeyArray | None = None,
+    rounds: int = 4,
+    degree: int = 40,
+) -> Float[Array, "d rank"]:
+    """Orthonormal columns for ``Subspace``: what the Jacobian at ``(t, u)`` damps least, or makes grow.
+
+    Subspace iteration, ``rounds`` times with a Chebyshev polynomial of the given degree that is small on the rest of
+    the spectrum (Saad 2011, chapter 5), from ``rounds * degree * (rank + 4)`` products with the Jacobian. It works for
+    Jacobians that are nearly symmetric, like those of reaction-diffusion equations: the spectrum is taken to lie along
+    the real axis, and the filter amplifies what does not. ``key``: of the random start. Raises ``TypeError`` for
+    another problem than an ODE, ``ValueError`` for one of higher order or a rank that is not in ``1, ..., d``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> ode = probode.ODE(lambda t, u, args: -jnp.arange(1.0, 6.0) * u)
+    >>> probode.rightmost_basis(ode, 0.0, jnp.ones(5), 2).shape  # the two slowest modes
+    (5, 2)
+    """
+    if not isinstance(ode, ODE):
+        raise TypeError(f"rightmost_basis(ode) must be an ODE, got {ode!r}.")
+    if ode.order != 1:
+        raise ValueError(f"rightmost_basis needs an equation of order one, got one of order {ode.order}.")
+    layout = layout_of(*ode.split(u), 1, Dense())
+    rank = as_integer(rank, "rightmost_basis(rank)", 1, layout.size)
+    rounds, degree = (as_integer(x, "rightmost_basis(rounds, degree)", 1) for x in (rounds, degree))
+    t = jnp.asarray(as_scalar(t, "rightmost_basis(t)")).astype(layout.dtype)
+    key = jax.random.key(0) if key is None else key
+    return _rightmost(ode, t, layout.ravel(u), args, key, layout, rank, rounds, degree)
+
+
+@compiled
+def _rightmost(ode, t, u, args, key, layout, rank, rounds, degree):
+    field = flat_field(ode, layout, args)
+    times = jax.vmap(jax.linearize(lambda u: field(t, u[None]), u)[1], 1, 1)
+
+    def grow(_, v):
+        return (w := times(v)) / jnp.maximum(safe_norm(w), jnp.finfo(w.dtype).tiny)
+
+    # The largest eigenvalue in size, and a margin for what thirty power iterations have not found.
+    start = jax.random.normal(key, (layout.size, min(rank + 4, layout.size)), u.dtype)
+    norm = 1.1 * safe_norm(times(lax.fori_loop(0, 30, grow, start[:, :1] / safe_norm(start[:, 0]))))
+
+    def ritz(x):
+        x = jnp.linalg.qr(x)[0]
+        projected = x.T @ times(x)
+        values, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
+        return values[::-1], x @ vectors[:, ::-1]
+
+    def filtered(_, x):
+        values, x = ritz(x)
+        # The polynomial of Chebyshev on [-norm, last Ritz value], scaled to one at the first Ritz value.
+        centre, half = (values[-1] - norm) / 2, jnp.maximum((values[-1] + norm) / 2, 1e-3 * norm)
+        sigma = half / jnp.maximum(values[0] - centre, half)
+
+        def recur(_, carry):
+            before, now, last = carry
+            new = 1 / (2 / sigma - last)
+            return now, 2 * new / half * (times(now) - centre * now) - last * new * before, new
+
+        once = (times(x) - centre * x) * (sigma / half)
+        return lax.fori_loop(1, degree, recur, (x, once, sigma))[1]
+
+    return ritz(lax.fori_loop(0, rounds, filtered, start))[1][:, :rank]

@@ -1,0 +1,1 @@
+"""Checks of what users pass, what objects look like, options of XLA: nothing about differential equations."""

@@ -1,0 +1,305 @@
+"""The kit for subclassers: parts of the package pass, and broken ones are told which law they break."""
+
+import dataclasses
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+import probode as po
+from probode import testing
+from probode.algebra.conditioning import Linearisation, Transition
+from probode.algebra.normal import Normal
+
+from ..extending.test_calibration import MaximumLikelihood
+from ..extending.test_controller import Constant
+from ..extending.test_factorisation import Grouped
+from ..helpers import name
+
+
+def field(t, u, args):
+    return jnp.stack([-u[0] * u[1] + jnp.sin(t), u[0] - 0.5 * u[1]])
+
+
+ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("check", "part"),
+    [
+        (testing.check_prior, po.IWP(3)),
+        (testing.check_prior, po.IWP(1, output_scale=jnp.array([1.0, 2.0]))),
+        pytest.param(testing.check_factorisation, Grouped(2), marks=pytest.mark.thorough),
+        pytest.param(lambda part: testing.check_constraint(part, U0), po.TS0(ODE), marks=pytest.mark.thorough),
+        (
+            lambda part: testing.check_constraint(part, U0, first_order=True),
+            po.TS1(po.Residual(lambda t, u, du, args: du - field(t, u, args))),
+        ),
+        pytest.param(
+            lambda part: testing.check_constraint(part, (U0, 2 * U0)),
+            po.Stack(
+                po.TS1(po.Residual(lambda t, u, du, _: u @ u + du @ du - 5 * U0 @ U0, order=1)),
+                po.TS1(po.ODE(lambda t, u, du, _: -u, order=2)),
+            ),
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(testing.check_strategy, po.FixedIntervalSmoother(), marks=pytest.mark.thorough),
+        pytest.param(testing.check_calibration, MaximumLikelihood(), marks=pytest.mark.thorough),
+        pytest.param(testing.check_calibration, po.DynamicCalibration(memory=0.5), marks=pytest.mark.thorough),
+        pytest.param(testing.check_error, po.ResidualError(), marks=pytest.mark.thorough),
+        pytest.param(testing.check_error, po.StateError(), marks=pytest.mark.thorough),
+        (testing.check_controller, po.PIController()),
+        (testing.check_loop, po.BoundedLoop(50)),
+        (testing.check_loop, po.CheckpointedLoop(50)),
+        (testing.check_loop, po.ForwardLoop(3)),
+        (testing.check_initialisation, po.Diffuse(2, scale=10.0)),
+        (testing.check_cubature, po.SphericalCubature()),
+        (testing.check_cubature, po.UnscentedTransform()),
+        (testing.check_cubature, po.GaussHermite(3)),
+        (lambda part: testing.check_jacobian(part, field, U0), po.ExactJacobian()),
+        (lambda part: testing.check_jacobian(part, field, U0), po.BandedJacobian(1, 1)),
+    ],
+    ids=name,
+)
+def test_parts_of_the_package_pass(check, part):
+    check(part)
+
+
+@pytest.mark.thorough
+def test_a_solver_passes():
+    solver = po.Solver(po.IWP(2), po.TS1(ODE), controller=po.IntegralController(1e-4, 1e-4), loop=po.BoundedLoop(64))
+    testing.check_solver(solver, U0, 0.0, 1.0)
+
+
+class WrongPower(po.AbstractPrior):
+    num_derivatives: int = eqx.field(static=True, default=2)
+
+    def transition(self, dt, layout):
+        right = po.IWP(2).transition(dt, layout)
+        return Transition(right.matrix, right.noise * jnp.sqrt(jnp.abs(dt)), right.magnitude)
+
+
+class NoZeroStep(WrongPower):
+    def transition(self, dt, layout):
+        right = po.IWP(2).transition(dt, layout)
+        return Transition(right.matrix * dt / dt, right.noise, right.magnitude)
+
+
+class ForgetsDtype(WrongPower):
+    def transition(self, dt, layout):
+        wide = dataclasses.replace(layout, dtype=jnp.dtype(float))
+        return po.IWP(2).transition(jnp.asarray(dt, float), wide)
+
+
+class NoDerivatives(WrongPower):
+    def transition(self, dt, layout):
+        right = po.IWP(2).transition(dt, layout)
+        decay = jnp.exp(-dt) * jnp.eye(3, dtype=layout.dtype)
+        noise = layout.lift(jnp.sqrt((1 - jnp.exp(-2 * dt)) / 2) * jnp.eye(3, dtype=layout.dtype), 1.0)
+        return Transition(layout.broadcast(decay), noise, jnp.ones_like(right.magnitude))
+
+
+class Retraces(WrongPower):
+    rate: float = 1.5
+
+    def transition(self, dt, layout):
+        return po.IWP(2, output_scale=self.rate).transition(dt, layout)
+
+
+class LosesOrder(Grouped):
+    def unpack(self, mean, d):
+        return mean[..., 0].reshape(-1, d)
+
+
+class IgnoresScale(Grouped):
+    def lift(self, matrix, scale, d):
+        return super().lift(matrix, 1.0, d)
+
+
+class IgnoresJacobian(Grouped):
+    def project(self, jacobian):
+        return 0 * super().project(jacobian)
+
+
+class FrozenInTime(po.AbstractConstraint):
+    problem: po.ODE = ODE
+
+    def linearise(self, t, predicted, layout, args):
+        return po.TS1(self.problem).linearise(0 * t, predicted, layout, args)
+
+
+class FalsePromise(FrozenInTime):
+    def linearise(self, t, predicted, layout, args):
+        right = po.TS1(self.problem).linearise(t, predicted, layout, args)
+        return Linearisation(2 * right.matrix, right.residual, block=1)
+
+
+class WrongJacobian(FrozenInTime):
+    def linearise(self, t, predicted, layout, args):
+        right = po.TS1(self.problem).linearise(t, predicted, layout, args)
+        return Linearisation(right.matrix.at[..., :2].multiply(-1), right.residual, block=1)
+
+
+class Forgets(po.AbstractStrategy):
+    keeps_steps = True
+
+    def remember(self, kept):
+        return jax.tree.map(jnp.zeros_like, po.FixedIntervalSmoother().remember(kept))
+
+
+class Negative(po.AbstractCalibration):
+    def init(self, shape, dtype):
+        return jnp.zeros(shape, dtype)
+
+    def scale(self, innovation):
+        return -innovation.scale
+
+    def update(self, statistics, whitened, informative):
+        return statistics
+
+    def finalise(self, statistics):
+        return None
+
+
+class CountsEverything(Negative):
+    def scale(self, innovation):
+        return innovation.unit
+
+    def update(self, statistics, whitened, informative):
+        return statistics + jnp.mean(whitened**2, axis=(-2, -1))
+
+    def finalise(self, statistics):
+        return jnp.sqrt(statistics)
+
+
+class OneForAll(Negative):
+    def scale(self, innovation):
+        return jnp.max(innovation.scale)
+
+
+class Uncalibrated(Negative):
+    def scale(self, innovation):
+        return innovation.unit
+
+
+class SumOfSquares(po.AbstractErrorEstimate):
+    norm: object = eqx.field(static=True, default=lambda x: jnp.sum(x**2))
+
+    def estimate(self, dt, transition, equation, innovation, layout):
+        return po.ResidualError().estimate(dt, transition, equation, innovation, layout)
+
+
+class NeverSmaller(SumOfSquares):
+    norm: object = eqx.field(static=True, default=lambda x: jnp.max(jnp.abs(x)))
+
+    def estimate(self, dt, transition, equation, innovation, layout):
+        return super().estimate(dt, transition, equation, innovation, layout) / dt**4
+
+
+class DividesByZero(Constant):
+    def propose(self, dt, error_norm, order, state):
+        return error_norm <= 1, jnp.minimum(dt * error_norm ** (-1 / order), 10 * dt) * (error_norm / error_norm), None
+
+
+class OneTooMany(po.AbstractLoop):
+    max_steps: int = eqx.field(static=True, default=20)
+
+    def run(self, cond, body, init, *, buffers):
+        return po.ForwardLoop(self.max_steps + 1).run(cond, body, init, buffers=buffers)
+
+
+class StartsAtZero(po.AbstractInitialisation):
+    def initialise(self, problem, t0, u0, layout, args):
+        return po.TaylorMode().initialise(problem, 0 * t0, u0, layout, args)
+
+
+class Guesses(po.AbstractInitialisation):
+    def initialise(self, problem, t0, u0, layout, args):
+        right = po.TaylorMode().initialise(problem, t0, u0, layout, args)
+        return Normal(right.mean + 0.1, right.factor)
+
+
+class TooWide(po.AbstractCubature):
+    def rule(self, dim):
+        points, weights = po.SphericalCubature().rule(dim)
+        return 1.1 * points, weights
+
+
+class TurnsOver(po.AbstractJacobian):
+    def evaluate(self, fn, t, us, layout, args):
+        value, jacobian = po.ExactJacobian().evaluate(fn, t, us, layout, args)
+        return value, jnp.swapaxes(jacobian, -1, -2)
+
+
+@pytest.mark.parametrize(
+    ("check", "part", "law"),
+    [
+        (testing.check_prior, WrongPower(), "Chapman-Kolmogorov"),
+        (testing.check_prior, NoZeroStep(), "step of length zero"),
+        (testing.check_prior, ForgetsDtype(), "dtype of the state"),
+        (testing.check_prior, NoDerivatives(), r"derivative of u\^\(i\) is u\^\(i\+1\)"),
+        (testing.check_prior, Retraces(), "do not retrace"),
+        (testing.check_factorisation, LosesOrder(2), "unpack is the inverse of pack"),
+        (testing.check_factorisation, IgnoresScale(2), "times the scale squared"),
+        (testing.check_factorisation, IgnoresJacobian(2), "multiple of the identity is kept"),
+        (
+            lambda part: testing.check_constraint(part, U0),
+            FrozenInTime(),
+            "residual is that of the equation",
+        ),
+        (lambda part: testing.check_constraint(part, U0), FalsePromise(), "block=k promises"),
+        (
+            lambda part: testing.check_constraint(part, U0, first_order=True),
+            WrongJacobian(),
+            "derivative of the residual",
+        ),
+        (testing.check_strategy, Forgets(), "what the whole solve tells"),
+        (testing.check_calibration, Negative(), "scales are positive"),
+        (testing.check_calibration, CountsEverything(), "says nothing changes no statistics"),
+        (testing.check_calibration, OneForAll(), "a scale for every element"),
+        (testing.check_calibration, Uncalibrated(), "does not depend on the scale of the prior"),
+        (testing.check_error, SumOfSquares(), "homogeneous"),
+        (testing.check_error, NeverSmaller(), "much smaller error"),
+        (testing.check_controller, Constant(), "larger ones are not"),
+        (testing.check_controller, DividesByZero(), "positive and finite"),
+        (testing.check_loop, OneTooMany(), "max_steps"),
+        (testing.check_initialisation, StartsAtZero(), "those of the equation, at its time"),
+        (testing.check_initialisation, Guesses(), "initial value is kept"),
+        (testing.check_cubature, TooWide(), "covariance is the identity"),
+        (lambda part: testing.check_jacobian(part, field, U0), TurnsOver(), "Jacobian is that of the equation"),
+    ],
+    ids=lambda x: name(x) if isinstance(x, eqx.Module) else "",
+)
+def test_broken_parts_are_told_the_law(check, part, law):
+    with pytest.raises(testing.LawBroken, match=law):
+        check(part)
+
+
+def test_other_kinds_and_single_precision(monkeypatch):
+    with pytest.raises(TypeError):
+        testing.check_prior(po.Dense())
+    with pytest.raises(TypeError, match="from the equation"):
+        testing.check_prior(po.RosenbrockIOUP(2))
+    with jax.enable_x64(False), pytest.raises(RuntimeError, match="double precision"):
+        testing.check_prior(po.IWP(2))
+    monkeypatch.setitem(sys.modules, "hypothesis.strategies", None)
+    with pytest.raises(ImportError, match="pip install hypothesis"):
+        testing.priors()
+
+
+@given(problem=testing.problems(), grid=testing.grids(0.0, 1.0, (17,)))
+def test_known_solutions(problem, grid):
+    solver = po.Solver(po.IWP(3), po.TS1(problem.problem))
+    solution = solver.solve_grid(problem.u0, grid * problem.t1, args=problem.args)
+    np.testing.assert_allclose(solution.mean[0], problem.solution(0.0, problem.args), atol=1e-12)
+    np.testing.assert_allclose(solution.mean[-1], problem.solution(problem.t1, problem.args), atol=0.1)
+
+
+@given(normal=testing.normals(), prior=testing.priors(), solver=testing.solvers(ODE))
+def test_other_strategies(normal, prior, solver):
+    assert normal.factor.shape == (normal.mean.size,) * 2 and jnp.isfinite(normal.factor).all()
+    assert isinstance(prior, po.AbstractPrior) and isinstance(solver, po.Solver)
