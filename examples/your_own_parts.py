@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 
 import probode
-from probode.algebra.conditioning import Linearisation
-from probode.equations.problems import flat_field
 
 
 jax.config.update("jax_enable_x64", True)
@@ -20,8 +18,8 @@ jax.config.update("jax_enable_x64", True)
 # ## A filter
 #
 # An information operator is linearised: a matrix on the state `(u, u', ...)` and a residual. This one takes the field's
-# slope from secants instead of derivatives. `layout` knows how states are stored; `block=1` says that the matrix is the
-# identity on `u'`, which makes the update fast.
+# slope from secants instead of derivatives. `Linearisation.explicit` stores an equation `u' = f(t, u)` as the
+# factorisation of the solver wants it: the Jacobian of `f`, and the residual `u' - f`.
 
 
 # %%
@@ -32,13 +30,12 @@ class Secants(probode.AbstractConstraint):
     step: jax.Array = eqx.field(converter=jnp.asarray, default=1e-6)
 
     def linearise(self, t, predicted, layout, args):
-        field = flat_field(self.problem, layout, args)  # on flat vectors: (order, d) to (d,)
+        field = probode.flat_field(self.problem, layout, args)  # on flat vectors: (order, d) to (d,)
         u, du = layout.unpack(predicted.mean)[:2]
         step = self.step.astype(u.dtype)
         shifted = jax.vmap(lambda e: field(t, (u + step * e)[None]) - field(t, u[None]))
         jacobian = shifted(jnp.eye(u.size, dtype=u.dtype)).T / step
-        matrix = jnp.concatenate([-layout.project(jacobian), layout.identity()], axis=-1)
-        return Linearisation(matrix, layout.pack((du - field(t, u[None]))[None]), block=1)
+        return probode.Linearisation.explicit(layout, [jacobian], du - field(t, u[None]))
 
 
 def pendulum(t, u, args):

@@ -4,10 +4,16 @@ from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 from . import testing as testing
+from .algebra.conditioning import Innovation as Innovation
+from .algebra.conditioning import Linearisation as Linearisation
+from .algebra.conditioning import Transition as Transition
+from .algebra.coordinates import Conditional as Conditional
 from .algebra.factorisations import AbstractFactorisation as AbstractFactorisation
 from .algebra.factorisations import BlockDiagonal as BlockDiagonal
 from .algebra.factorisations import Dense as Dense
 from .algebra.factorisations import Isotropic as Isotropic
+from .algebra.factorisations import Layout as Layout
+from .algebra.marginals import Moments as Moments
 from .algebra.marginals import Posterior as Posterior
 from .algebra.normal import Normal as Normal
 from .diagnostics import plots as plots
@@ -21,7 +27,9 @@ from .equations.jacobians import GivenJacobian as GivenJacobian
 from .equations.jacobians import HutchinsonDiagonal as HutchinsonDiagonal
 from .equations.jacobians import SparseJacobian as SparseJacobian
 from .equations.problems import ODE as ODE
+from .equations.problems import AbstractProblem as AbstractProblem
 from .equations.problems import Residual as Residual
+from .equations.problems import flat_field as flat_field
 from .estimation.calibration import AbstractCalibration as AbstractCalibration
 from .estimation.calibration import DynamicCalibration as DynamicCalibration
 from .estimation.calibration import LeaveOneOutCalibration as LeaveOneOutCalibration
@@ -66,6 +74,7 @@ from .priors.process import sample_prior as sample_prior
 from .priors.relative_scale import RelativeScale as RelativeScale
 from .solver import Solver as Solver
 from .stepping.adaptive import AdaptiveState as AdaptiveState
+from .stepping.attempt import Attempt as Attempt
 from .stepping.controllers import AbstractController as AbstractController
 from .stepping.controllers import IntegralController as IntegralController
 from .stepping.controllers import PIController as PIController
@@ -73,6 +82,8 @@ from .stepping.error_estimates import AbstractErrorEstimate as AbstractErrorEsti
 from .stepping.error_estimates import LocalError as LocalError
 from .stepping.error_estimates import ResidualError as ResidualError
 from .stepping.error_estimates import StateError as StateError
+from .stepping.error_estimates import max_norm as max_norm
+from .stepping.error_estimates import rms_norm as rms_norm
 from .stepping.loops import AbstractLoop as AbstractLoop
 from .stepping.loops import BoundedLoop as BoundedLoop
 from .stepping.loops import CheckpointedLoop as CheckpointedLoop
@@ -81,6 +92,7 @@ from .stepping.progress import AbstractProgress as AbstractProgress
 from .stepping.progress import TextProgress as TextProgress
 from .stepping.progress import TqdmProgress as TqdmProgress
 from .stepping.result import Result as Result
+from .stepping.step import State as State
 from .subspace.factorisation import Subspace as Subspace
 from .subspace.krylov import rightmost_basis as rightmost_basis
 from .util.xla import by_default as _compile_small_loops_by_default

@@ -1,6 +1,7 @@
 """The algebra of a step: predict a Gaussian state, and condition it on an equation."""
 
 import math
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -8,15 +9,28 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .coordinates import Conditional, more_left_over
+from .factorisations import Layout
 from .linalg import eliminate, product, root_mean_square, safe_norm, substitute, triangularise
 from .normal import Normal, batched, pad, pad_rows
 
 
 class Transition(eqx.Module):
-    """``x(t + dt) | x(t) ~ N(A x, magnitude^2 noise^T noise)``; an ``A`` smaller than ``x`` means ``kron(A, I)``.
+    """The Gaussian distribution of the state after a time step given that before it, as a prior returns it.
 
-    ``noise`` is upper triangular. ``magnitude`` takes the powers of ``dt`` out of it that would leave the range of
-    floating-point numbers: the scale of a step times ``magnitude`` is representable where neither of them is.
+    ``x(t + dt) | x(t) ~ N(A x(t), magnitude^2 noise^T noise)`` in the layout of the factorisation:
+
+    - ``matrix``: ``A``. Smaller than the state it stands for ``kron(A, I)``, the same for all components.
+    - ``noise``: upper triangular right square root of the covariance, ``(*batch, dim, dim)``, under an output scale of
+      one.
+    - ``magnitude``: the powers of ``dt`` in the noise that would leave the range of floating-point numbers. An output
+      scale times ``magnitude`` is a number where neither of them is.
+
+    >>> import jax.numpy as jnp, probode
+    >>> state = probode.Solver(probode.IWP(2), probode.TS0(probode.ODE(lambda t, u, args: -u))).init(1.0, 0.0)
+    >>> probode.IWP(2).transition(jnp.array(0.5), state.layout).matrix  # a Taylor polynomial
+    Array([[1.   , 0.5  , 0.125],
+           [0.   , 1.   , 0.5  ],
+           [0.   , 0.   , 1.   ]], dtype=float64)
     """
 
     matrix: Float[Array, "*batch p p"]
@@ -25,35 +39,86 @@ class Transition(eqx.Module):
 
 
 class Linearisation(eqx.Module):
-    """An equation ``z(x) = 0`` about a point: ``z(x) ~ residual + H (x - point)``.
+    """An equation ``z(x) = 0`` to first order about a point: ``z(x) ~ residual + H (x - point)``.
 
-    ``matrix`` is ``H`` on the leading rows of the state, ``(*batch, m, p)`` with ``p <= dim``; ``residual`` is ``z`` at
-    the point, ``(*batch, m, cols)``. ``block = k`` says that ``H`` is the identity on the ``k``-th derivative and ends
-    with it: ``z`` can replace that derivative as a coordinate of the state, which is fast. ``None`` promises nothing.
-    ``noise``: right square root of the covariance of what ``z`` is off by, ``(*batch, rows, m)``, where the equation is
-    not exact; then ``block`` is ``None``. ``left``: right square root of the covariance of ``u`` given the equation
-    under the noise of the step alone, ``(rows, k)``, from a factorisation with an algebra of its own. ``whole``:
-    whether ``matrix`` is the whole derivative of ``z``, so that what it leaves out is of second order; it is not where
-    the field is frozen, or only the diagonal of its Jacobian is kept.
+    It is what ``AbstractConstraint.linearise`` returns; made by ``explicit`` for equations that are solved for a
+    derivative, by ``general`` for all others. In the layout of the factorisation:
+
+    - ``matrix``: ``H`` on the leading rows of the state, ``(*batch, m, p)`` with ``p <= dim``.
+    - ``residual``: ``z`` at the point, ``(*batch, m, cols)``.
+    - ``gives``: the derivatives that the equation gives, as a ``range``. ``range(1, 2)`` says that it has the form
+      ``u' - f(t, u) = 0``: the last ``m`` columns of ``H`` are the identity on ``u'``, so that conditioning needs no
+      further columns. ``None``: an equation of general form.
+    - ``noise``: right square root of the covariance of the equation's error, ``(*batch, rows, m)``, where it does not
+      hold exactly; then ``gives`` is ``None``.
+    - ``left``: right square root of the covariance of ``u`` given the equation under the noise of the step alone,
+      ``(rows, k)``, from factorisations with an algebra of their own.
+    - ``whole``: whether ``matrix`` is the whole derivative of ``z``, so that what it leaves out is of second order. It
+      is not where the field is frozen, or where only the diagonal of its Jacobian is kept.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -3 * u)))
+    >>> state = solver.init(1.0, 0.0)
+    >>> equation = solver.constraint.linearise(state.t, state.distribution, state.layout, None)
+    >>> equation.matrix, equation.gives
+    (Array([[3., 1.]], dtype=float64), range(1, 2))
     """
 
     matrix: Float[Array, "*batch m p"]
     residual: Float[Array, "*batch m cols"]
-    block: int | None = eqx.field(static=True, default=None)
+    gives: range | None = eqx.field(static=True, default=None)
     noise: Float[Array, "*batch rows m"] | None = None
     left: Float[Array, "more k"] | None = None
     whole: bool = eqx.field(static=True, default=True)
 
+    @staticmethod
+    def explicit(
+        layout: Layout, jacobians: Sequence[Array | None], residual: Float[Array, " d"], *, whole: bool = True
+    ) -> "Linearisation":
+        """The equation ``u^(k) - f(t, u, ..., u^(k-1)) = 0`` with ``k = len(jacobians)``.
+
+        ``jacobians``: the derivative of ``f`` with respect to each of ``u, ..., u^(k-1)``, of shape ``(d, d)``, or
+        ``(d,)`` for diagonals where ``layout.factorisation.keeps_diagonal``; ``None`` for zero. ``residual``:
+        ``u^(k) - f`` at the point, for the flat ``u``. ``whole``: whether these are all derivatives of ``f``.
+        """
+        zero, k = jnp.zeros_like(layout.identity()), len(jacobians)
+        blocks = [zero if jacobian is None else -layout.project(jacobian) for jacobian in jacobians]
+        matrix = jnp.concatenate([*blocks, layout.identity()], axis=-1)
+        return Linearisation(matrix, layout.pack(residual[None]), range(k, k + 1), whole=whole and layout.keeps_all)
+
+    @staticmethod
+    def general(
+        layout: Layout, jacobians: Sequence[Array], residual: Float[Array, " m"], *, whole: bool = True
+    ) -> "Linearisation":
+        """The equation ``r(t, u, ..., u^(k)) = 0`` with ``k = len(jacobians) - 1``.
+
+        ``jacobians``: the derivative of ``r`` with respect to each of ``u, ..., u^(k)``, of shape ``(m, d)``.
+        ``residual``: ``r`` at the point. ``whole``: whether these are all derivatives of ``r``.
+        """
+        matrix = jnp.concatenate([layout.project(jacobian) for jacobian in jacobians], axis=-1)
+        return Linearisation(matrix, layout.pack(residual[None]), whole=whole and layout.keeps_all)
+
 
 class Innovation(eqx.Module):
-    """The residual measured against the process noise of one step alone, in units of the transition's ``noise``.
+    """The residual of a step's prediction, and its covariance under the noise of that step alone.
 
-    ``factor``: square root of ``H Q H^T``, ``(*batch, m, m)``; ``whitened``: ``(H Q H^T)^(-1/2) z``; ``scale``: its
-    root mean square per batch element, the local (quasi-maximum-likelihood) scale of Schober et al. (2019), infinite
-    for a residual without noise to explain it. ``unit``: what an output scale of one is in these units. ``last``: what
-    the last step's was, zero before the first; set when the step is accepted. ``inside``, ``remainder``: residuals of
-    the corrected mean, at a time inside the step and at its end, whitened in the same way; only where an error estimate
-    asks for them (``residuals.with_defects``).
+    Calibrations and error estimates receive it. The covariance is ``S = H Q H^T`` with ``Q = noise^T noise`` of the
+    ``Transition``, so that output scales have the unit ``1 / magnitude``:
+
+    - ``factor``: upper triangular square root of ``S``, ``(*batch, m, m)``.
+    - ``whitened``: ``S^(-1/2) z``, ``(*batch, m, cols)``.
+    - ``scale``: its root mean square per batch element, the local quasi-maximum-likelihood estimate of the output scale
+      (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value problems");
+      infinite for a residual that no noise explains.
+    - ``unit``: the prior's own output scale in this unit.
+    - ``last``: the scale of the step before, zero before the first; set when the step is accepted.
+    - ``inside``, ``remainder``: residuals of the corrected mean, at a time inside the step and at its end, whitened in
+      the same way; only where the error estimate needs them (``needs_defects``).
+
+    >>> import probode
+    >>> innovation = probode.testing.example_attempt().innovation
+    >>> probode.NoCalibration().scale(innovation) == innovation.unit
+    Array(True, dtype=bool)
     """
 
     factor: Float[Array, "*batch m m"]
@@ -134,8 +199,8 @@ def _observed(equation, noise, columns=0):
     m, p = equation.matrix.shape
     leading = noise[:p, :p]
     observed = jnp.concatenate([product(leading, equation.matrix.T), leading[:, :columns]], axis=1)
-    if equation.block is not None:
-        # Only the rows of the block itself are triangular in the columns of z.
+    if equation.gives is not None:
+        # Only the rows of that derivative itself are triangular in the columns of z.
         return observed[p - m :], observed[: p - m]
     return jnp.zeros((m, m + columns), noise.dtype), observed
 
@@ -227,7 +292,7 @@ def join(
     """
     h, noise, dim = equation.matrix, scale * noise, x.mean.shape[0]
     m, p = h.shape
-    if equation.block is None:
+    if equation.gives is None:
         inverse, kept = _replacement(equation, noise)
 
         def beside(factor):
@@ -254,7 +319,7 @@ def join(
 def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditional | None = None) -> Update:
     """Condition on the equation, linearised about the mean of ``x``: by substitution, since ``joint`` is triangular.
 
-    The posterior's factor has as many rows as derivatives are left, or as the state if ``block`` is ``None``. (Where
+    The posterior's factor has as many rows as derivatives are left, or as the state if ``gives`` is ``None``. (Where
     ``x.factor`` has more rows, zeros keep the shape.)
     """
     triangle, dim, h = joint.triangle, x.mean.shape[0], equation.matrix

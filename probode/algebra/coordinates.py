@@ -13,18 +13,41 @@ from .normal import Normal, batched, pad_rows
 
 
 class Conditional(eqx.Module):
-    """The coordinates ``w`` of an earlier state given those of a later one, ``v``.
+    """The Gaussian distribution of an earlier state given a later one: the backward conditional of a smoother.
 
-    ``w | v ~ N(shift + cross^T v, own^T own)``. Coordinates are those of ``Normal``, standard normal given the data so
-    far, so ``cross`` and ``own`` are blocks of an orthogonal matrix: nothing is ever inverted, however small a
-    covariance. (Smoothing by orthogonal transformations: Paige & Saunders, 1977.) ``shift``: ``(*batch, p, cols)``;
-    ``cross``: ``(*batch, rows, p)``; ``own``: ``(*batch, q, p)``, without rows where ``v`` tells everything, and upper
-    triangular for large ``p``.
+    It is about coordinates. Those of a state are the standard normal ``w`` in ``x = mean + factor^T w``. With ``w``
+    those of the earlier and ``v`` those of the later state, ``w | v ~ N(shift + cross^T v, own^T own)``:
+
+    - ``shift``: ``(*batch, p, cols)``.
+    - ``cross``: ``(*batch, rows, p)``.
+    - ``own``: ``(*batch, q, p)``, without rows where ``v`` determines ``w``.
+
+    Both are standard normal given the data so far, so ``cross`` and ``own`` are blocks of an orthogonal matrix: nothing
+    is ever inverted, however small a covariance (Paige & Saunders 1977, "Least squares estimation of discrete linear
+    dynamic systems using orthogonal transformations").
+
+    >>> import jax.numpy as jnp, probode
+    >>> state = probode.Normal(jnp.zeros((2, 1)), jnp.eye(2))
+    >>> past = probode.Conditional.identity(state)
+    >>> past.cross.shape, past.own.shape  # the later state is the earlier one
+    ((2, 2), (0, 2))
     """
 
     shift: Float[Array, "*batch p cols"]
     cross: Float[Array, "*batch rows p"]
     own: Float[Array, "*batch q p"]
+
+    @staticmethod
+    def identity(x: Normal) -> "Conditional":
+        """The coordinates of ``x`` given themselves: what a smoother knows of a state that it has just left."""
+
+        @batched
+        def of_one(x):
+            rows, cols = x.factor.shape[0], x.mean.shape[1]
+            eye = jnp.eye(rows, dtype=x.factor.dtype)
+            return Conditional(jnp.zeros((rows, cols), x.mean.dtype), eye, eye[:0])
+
+        return of_one(x)
 
 
 def more_left_over(past, left):
@@ -40,14 +63,6 @@ def both(own, rows):
     if own.shape[0] == p and not is_written_out(p):
         return triangularise(own, rows)
     return triangularise(None, jnp.concatenate([own, rows]))
-
-
-@batched
-def identity(x: Normal) -> Conditional:
-    """The coordinates of ``x`` in its own terms."""
-    rows, cols = x.factor.shape[0], x.mean.shape[1]
-    eye = jnp.eye(rows, dtype=x.factor.dtype)
-    return Conditional(jnp.zeros((rows, cols), x.mean.dtype), eye, eye[:0])
 
 
 def carried(past: Conditional | None) -> Conditional | None:

@@ -165,7 +165,21 @@ def _diagonal(jacobian, factorisation):
 
 
 class Layout(eqx.Module):
-    """A factorisation bound to the state of one problem: knows ``n``, ``d`` and the structure of ``u``."""
+    """How the state of one problem is stored: a factorisation, the number of derivatives, and the structure of ``u``.
+
+    Parts of a solver receive it to go from PyTrees to arrays:
+
+    - ``ravel`` and ``unravel``: between a ``u`` and a flat ``(d,)``, where ``d = size``.
+    - ``pack`` and ``unpack``: between a stack of derivatives ``(m, d)`` and a mean.
+    - ``project`` and ``lift``: from Jacobians and square roots to what the factorisation keeps of them.
+    - ``dtype``: that of the state, which all arrays of a part must have.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -u)))
+    >>> layout = solver.init(jnp.ones(3), 0.0).layout
+    >>> layout.size, layout.pack(jnp.ones((3, 3))).shape  # u, u' and u'' of three components
+    (3, (9, 1))
+    """
 
     factorisation: AbstractFactorisation
     num_derivatives: int = eqx.field(static=True)
@@ -235,6 +249,11 @@ class Layout(eqx.Module):
     def identity(self) -> Float[Array, "*batch m m"]:
         """The identity over the components of one derivative."""
         return self.lift(jnp.ones((1, 1), self.dtype), 1.0)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing of a Jacobian is left out."""
+        return self.size == 1 or not self.factorisation.keeps_diagonal
 
     @property
     def couples(self) -> bool:

@@ -16,7 +16,13 @@ from .normal import Normal
 
 
 class Moments(eqx.Module):
-    """Mean and standard deviation of one derivative, PyTrees like ``u``."""
+    """Mean and standard deviation of ``u`` or of one of its derivatives, both PyTrees like ``u``.
+
+    >>> import probode
+    >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
+    >>> solution.derivative(1).mean.shape, solution.derivative(1).std.shape
+    ((1,), (1,))
+    """
 
     mean: PyTree[Float[Array, "..."]]
     std: PyTree[Float[Array, "..."]]

@@ -25,7 +25,14 @@ def _jacobian_field() -> Any:
 
 
 class AbstractProblem(eqx.Module):
-    """An equation about ``u`` and its derivatives up to ``order``."""
+    """An equation about ``u`` and its derivatives up to ``order``; a constraint linearises it.
+
+    A subclass has the field ``order`` and defines ``check``, ``first_order`` and ``residual_of``.
+
+    >>> import probode
+    >>> isinstance(probode.ODE(lambda t, u, args: -u), probode.AbstractProblem)
+    True
+    """
 
     order: eqx.AbstractVar[int]
 
@@ -115,14 +122,13 @@ class ODE(AbstractProblem):
     ) -> Linearisation:
         """The equation with the vector field frozen at a point."""
         k = self.order
-        blocks = [jnp.zeros_like(layout.identity())] * k + [layout.identity()]
-        return _linearisation(blocks, us[k] - flat_field(self, layout, args)(t, us[:k]), layout, block=k)
+        residual = us[k] - flat_field(self, layout, args)(t, us[:k])
+        return Linearisation.explicit(layout, [None] * k, residual, whole=False)
 
     def first_order(self, t, us, layout, args):
         k = self.order
         f, jacobian = self.jacobian.evaluate(flat_field(self, layout, args), t, us[:k], layout, args)
-        blocks = [-layout.project(block) for block in jacobian] + [layout.identity()]
-        return _linearisation(blocks, us[k] - f, layout, block=k, whole=_is_whole(layout))
+        return Linearisation.explicit(layout, list(jacobian), us[k] - f)
 
 
 class Residual(AbstractProblem):
@@ -172,8 +178,7 @@ class Residual(AbstractProblem):
     def first_order(self, t, us, layout, args):
         us = us[: self.order + 1]
         value, jacobian = self.jacobian.evaluate(flat_residual(self, layout, args), t, us, layout, args)
-        blocks = [layout.project(block) for block in jacobian]
-        return _linearisation(blocks, value, layout, block=None, whole=_is_whole(layout))
+        return Linearisation.general(layout, list(jacobian), value)
 
 
 class _Lifted(eqx.Module):
@@ -205,7 +210,17 @@ class _Lifted(eqx.Module):
 
 
 def flat_field(ode: ODE, layout: Layout, args: PyTree) -> Callable:
-    """The field as ``f(t, us)`` on a stack ``us`` of shape ``(order, d)``, returning ``(d,)``."""
+    """The vector field of an ODE as a function of flat arrays.
+
+    Returns ``f(t, us)``, where ``us``, of shape ``(order, d)``, holds ``u, u', ...`` and the value has the shape
+    ``(d,)``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> ode = probode.ODE(lambda t, u, args: {"x": u["y"], "y": -u["x"]})
+    >>> layout = probode.Solver(probode.IWP(2), probode.TS1(ode)).init({"x": 1.0, "y": 0.0}, 0.0).layout
+    >>> probode.flat_field(ode, layout, None)(jnp.array(0.0), jnp.array([[1.0, 2.0]]))
+    Array([ 2., -1.], dtype=float64)
+    """
 
     def field(t: Float[Array, ""], us: Float[Array, "order d"]) -> Float[Array, " d"]:
         return layout.ravel(ode.vector_field(t, *(layout.unravel(u) for u in us), args))
@@ -220,15 +235,6 @@ def flat_residual(problem: AbstractProblem, layout: Layout, args: PyTree) -> Cal
         return layout.ravel(problem.residual_of(t, tuple(layout.unravel(u) for u in us), args))
 
     return residual
-
-
-def _linearisation(blocks, value, layout, block, whole=False):
-    return Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack(value[None]), block=block, whole=whole)
-
-
-def _is_whole(layout):
-    """Whether nothing of a Jacobian is left out."""
-    return layout.size == 1 or not layout.factorisation.keeps_diagonal
 
 
 def _require_signature(fn, name, letter, t0, values, args):

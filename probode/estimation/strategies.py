@@ -9,7 +9,7 @@ from abc import abstractmethod
 import equinox as eqx
 import jax.numpy as jnp
 
-from ..algebra.coordinates import Conditional, identity
+from ..algebra.coordinates import Conditional
 from ..algebra.normal import Normal
 
 
@@ -67,7 +67,7 @@ class FixedPointSmoother(AbstractStrategy):
     keeps_steps = False
 
     def remember(self, kept):
-        return identity(kept)
+        return Conditional.identity(kept)
 
 
 class FixedIntervalSmoother(AbstractStrategy):
@@ -83,4 +83,4 @@ class FixedIntervalSmoother(AbstractStrategy):
     keeps_steps = True
 
     def remember(self, kept):
-        return identity(kept)
+        return Conditional.identity(kept)

@@ -169,7 +169,7 @@ def _average(constraint, linearise, t, predicted: Normal, layout: Layout, args) 
     # An ODE's own derivative enters it linearly, and stays at the prediction.
     matrix, residual = (jnp.tensordot(weights, x, axes=1) for x in (equations.matrix, equations.residual))
     if not constraint.noise:
-        return Linearisation(matrix, residual, block=equations.block, whole=equations.whole)
+        return Linearisation(matrix, residual, gives=equations.gives, whole=equations.whole)
     moved = jax.vmap(layout.pack)(points - us)[..., : matrix.shape[-1], :]
     unexplained = equations.residual - residual - matrix @ moved
     if unexplained.shape[-1] > 1:

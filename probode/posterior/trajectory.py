@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ..algebra.conditioning import predict
-from ..algebra.coordinates import Conditional, coordinates_of, identity, look_back, realise, standard
+from ..algebra.coordinates import Conditional, coordinates_of, look_back, realise, standard
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import product
 from ..algebra.normal import Normal, batched, certain, pad, push, spread
@@ -179,7 +179,7 @@ def _between(layout, prior, scale, left, before, after):
         return predict(push(x, transition.matrix), transition.noise, scale * transition.magnitude, past)
 
     here, _ = step(left, before, None)
-    predicted, past = step(here, after, identity(here))
+    predicted, past = step(here, after, Conditional.identity(here))
     return here, predicted, past
 
 

@@ -12,9 +12,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..algebra.conditioning import Innovation, Linearisation, Transition, explained, posterior_noise
+from ..algebra.conditioning import explained, posterior_noise
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import safe_norm
+from .attempt import Attempt
 
 
 # Errors of single steps add up: without this factor they are above the tolerance at the end of sensitive problems
@@ -23,12 +24,22 @@ _SAFETY = 5.0
 
 
 def rms_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
-    """Root mean square."""
+    """The root mean square of an array, a scalar: the norm of error estimates by default.
+
+    >>> import jax.numpy as jnp, probode
+    >>> float(probode.rms_norm(jnp.array([3.0, 4.0, 0.0, 0.0])))
+    2.5
+    """
     return safe_norm(x) / math.sqrt(x.size)
 
 
 def max_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
-    """Largest magnitude."""
+    """The largest magnitude in an array, a scalar: a norm for error estimates that bounds every component.
+
+    >>> import jax.numpy as jnp, probode
+    >>> float(probode.max_norm(jnp.array([3.0, -4.0])))
+    4.0
+    """
     return jnp.max(jnp.abs(x))
 
 
@@ -48,16 +59,13 @@ class AbstractErrorEstimate(eqx.Module):
 
     @abstractmethod
     def estimate(
-        self,
-        dt: Float[Array, ""],
-        transition: Transition,
-        equation: Linearisation,
-        innovation: Innovation,
-        layout: Layout,
+        self, attempt: Attempt, dt: Float[Array, ""], layout: Layout
     ) -> Float[Array, " d"] | Float[Array, "k d"]:
-        """The local error in units of ``u``, or of ``(u, u', ...)`` row by row, each held against the tolerances.
+        """The local error of a step, in the units of ``u`` for every component, ``(d,)``; or of ``(u, u', ...)`` row by
+        row, ``(k, d)``, each held against the tolerances.
 
-        ``innovation.scale * transition.noise`` is the noise of the step.
+        ``attempt``: the step. The square root of its noise is ``innovation.scale * transition.noise``. ``dt``: its
+        signed length. ``layout``: how the state is stored.
         """
 
 
@@ -85,14 +93,15 @@ class LocalError(AbstractErrorEstimate):
     norm: Callable = eqx.field(static=True, default=rms_norm)
     needs_defects = True
 
-    def estimate(self, dt, transition, equation, innovation, layout):
+    def estimate(self, attempt, dt, layout):
+        transition, equation, innovation = attempt.transition, attempt.equation, attempt.innovation
         scale = innovation.scale
         if innovation.inside is not None:
             scale = jnp.maximum(scale, innovation.size_inside)
         scale = scale[..., None, None]
         size = layout.identity().shape[-1]
         order = max(1, equation.matrix.shape[-1] // size - 1)
-        if equation.block is not None and not equation.whole:
+        if equation.gives is not None and not equation.whole:
             return jnp.abs(dt) ** order / math.factorial(order) * layout.std(scale * innovation.factor)[0]
         left = posterior_noise(equation, transition.noise, order * size)
         if innovation.remainder is None:
@@ -109,20 +118,20 @@ class ResidualError(AbstractErrorEstimate):
     over the tolerance, ``rms_norm`` by default; ``max_norm`` bounds every component.
 
     >>> import jax.numpy as jnp, probode
-    >>> from probode.stepping.error_estimates import max_norm
-    >>> float(probode.ResidualError(norm=max_norm).norm(jnp.array([0.5, -2.0])))
+    >>> float(probode.ResidualError(norm=probode.max_norm).norm(jnp.array([0.5, -2.0])))
     2.0
     """
 
     norm: Callable = eqx.field(static=True, default=rms_norm)
 
-    def estimate(self, dt, transition, equation, innovation, layout):
-        k = equation.block
-        if k is None:
+    def estimate(self, attempt, dt, layout):
+        equation, innovation = attempt.equation, attempt.innovation
+        if equation.gives is None:
             raise ValueError(
                 "ResidualError() is about an equation for one derivative of u, like an ODE; a Residual, a Stack or an "
                 "equation with noise may have other units and shapes. Use error=StateError()."
             )
+        k = equation.gives.start
         std = layout.std(innovation.scale[..., None, None] * innovation.factor)[0]
         return jnp.abs(dt) ** k / math.factorial(k) * std
 
@@ -142,6 +151,6 @@ class StateError(AbstractErrorEstimate):
 
     norm: Callable = eqx.field(static=True, default=rms_norm)
 
-    def estimate(self, dt, transition, equation, innovation, layout):
-        left = posterior_noise(equation, transition.noise, layout.identity().shape[-1])
-        return layout.std(innovation.scale[..., None, None] * left)[0]
+    def estimate(self, attempt, dt, layout):
+        left = posterior_noise(attempt.equation, attempt.transition.noise, layout.identity().shape[-1])
+        return layout.std(attempt.innovation.scale[..., None, None] * left)[0]

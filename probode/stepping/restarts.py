@@ -92,7 +92,7 @@ def _start_and_moves(constraint, initialisation, t, x, layout, args):
     certain = Normal(state.mean, jnp.zeros((*state.mean.shape[:-1], dim), u.dtype))
     equation = constraint.linearise(t, certain, layout, args)
     known = jnp.all(layout.std(state.factor) == 0, axis=1)
-    moves = batched(lambda matrix: _powers(matrix, dim, cols, k, exact=equation.block == k))(equation.matrix)
+    moves = batched(lambda matrix: _powers(matrix, dim, cols, k, exact=equation.gives is not None))(equation.matrix)
     return state, moves * jnp.repeat(known, cols)[:, None]
 
 

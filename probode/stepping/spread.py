@@ -76,7 +76,7 @@ def push_moves(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) ->
 
 def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float[Array, "N *state"]:
     """The directions after an update, with the gain of the mean."""
-    influence, whole, block = update.influence, equation.whole, equation.block
+    influence, whole, explicit = update.influence, equation.whole, equation.gives is not None
 
     @batched
     def after(move, z, gain, matrix, h):
@@ -85,7 +85,7 @@ def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float
             told = product(matrix, move)
         else:
             # S^(-1/2) from S^(-1/2) H, where H says nothing about how the field moves.
-            root = matrix[:, p - m : p] if block is not None else product(matrix[:, :p], jnp.linalg.pinv(h))
+            root = matrix[:, p - m : p] if explicit else product(matrix[:, :p], jnp.linalg.pinv(h))
             told = product(root, z)
         return move - product(gain.T, told)
 

@@ -15,9 +15,6 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ..algebra.conditioning import (
     Influence,
-    Innovation,
-    Linearisation,
-    Transition,
     Update,
     condition,
     innovate,
@@ -35,13 +32,22 @@ from ..information.observations import Observations
 from ..priors.prior import AbstractPrior
 from ..util.checks import as_integer
 from ..util.describe import brief, shape_of_u
+from .attempt import Attempt
 from .error_estimates import rms_norm
 from .residuals import informative, not_silent, residual_at, with_floor, without_round_off
 from .spread import Ahead, push_moves, spread_after, spread_ahead
 
 
 class State(eqx.Module):
-    """A solver between two steps: the time, the Gaussian over ``(u, ..., u^(nu))``, and what the parts remember.
+    """The state of a solver between two steps, as ``Solver.init`` and ``Solver.step`` return it.
+
+    It holds the time ``t``, the Gaussian ``distribution`` over ``(u, ..., u^(nu))``, and what the parts remember.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)))
+    >>> state = solver.step(solver.init(1.0, 0.0), 0.1)
+    >>> bool(jnp.abs(state.mean - jnp.exp(-0.1)) < 1e-6)
+    True
 
     ``prior``: that of the step that ended here, if every step has its own. ``last_move``: see ``iterates``.
     ``data_evidence``: the log density of the data so far, where there are any. ``spread``: how the mean moves along the
@@ -88,20 +94,6 @@ class Step(eqx.Module):
     data: Observations | None = None
 
 
-class Attempt(eqx.Module):
-    """What is known of a step before its covariance: enough to estimate the error and to reject."""
-
-    transition: Transition
-    mean: Float[Array, "*batch dim cols"]
-    equation: Linearisation
-    innovation: Innovation
-    prior: AbstractPrior | None  # if it is this step's own
-    # If the factorisation has conditioned already, by an algebra of its own; and the part of that update of the mean
-    # which the noise of the step does not explain.
-    update: Update | None = None
-    unexplained: Float[Array, "*batch dim cols"] | None = None
-
-
 def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree) -> State:
     """The state of a solver before its first step."""
     shape, dtype = layout.batch_shape, layout.dtype
@@ -110,7 +102,7 @@ def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout
     else:
         equation = _shape_of_equation(parts, t, distribution, layout, args)
         # As many rows as a step leaves.
-        rows = distribution.mean.shape[-2] - (0 if equation.block is None else equation.residual.shape[-2])
+        rows = distribution.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
         distribution = pad(distribution, rows)
     ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
     state = State(t, distribution, ones, statistics, Evidence.none(shape, dtype), layout, None, None, None)

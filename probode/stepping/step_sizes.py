@@ -21,6 +21,7 @@ from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm
 from ..algebra.normal import batched, push
 from ..estimation.initialisation import AbstractInitialisation
 from ..priors.prior import AbstractPrior
+from .attempt import Attempt
 from .controllers import AbstractController
 from .error_estimates import AbstractErrorEstimate
 from .loops import AbstractLoop
@@ -191,16 +192,17 @@ def next_time(
 
 
 def error_norm(
-    control: Control, layout: Layout, now: State, dt: Array, attempted: Any, innovation: Innovation
+    control: Control, layout: Layout, now: State, dt: Array, attempted: Attempt, innovation: Innovation
 ) -> Float[Array, ""]:
     """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
-    error = _estimated(control, layout, dt, attempted, innovation)
+    attempted = dataclasses.replace(attempted, innovation=innovation)
+    error = _estimated(control, layout, dt, attempted)
     norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error)
     finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.mean))
     return jnp.where(finite, norm, jnp.inf)
 
 
-def surprise(control: Control, layout: Layout, now: State, attempted: Any, update: Update) -> Float[Array, ""]:
+def surprise(control: Control, layout: Layout, now: State, attempted: Attempt, update: Update) -> Float[Array, ""]:
     """The norm, in tolerances, of the part of an update of ``u`` that the noise of the step does not explain.
 
     The error estimates look at the noise of a step alone, as if the state before were known. Where the prior's scale
@@ -216,7 +218,7 @@ def surprise(control: Control, layout: Layout, now: State, attempted: Any, updat
 
 
 def spread_norm(
-    control: Control, layout: Layout, now: State, dt: Array, attempted: Any, ahead: Ahead
+    control: Control, layout: Layout, now: State, dt: Array, attempted: Attempt, ahead: Ahead
 ) -> Float[Array, ""]:
     """The size of what an attempt does wrong to the spread of an uncertain initial value, against the tolerances.
 
@@ -230,7 +232,7 @@ def spread_norm(
         if control.error.needs_defects:
             nothing = jnp.zeros_like(whitened)
             innovation = dataclasses.replace(innovation, inside=nothing, remainder=nothing)
-        return _estimated(control, layout, dt, attempted, innovation)
+        return _estimated(control, layout, dt, dataclasses.replace(attempted, innovation=innovation))
 
     def std(spread):
         return safe_norm(jax.vmap(layout.unpack)(spread), axis=0)
@@ -241,10 +243,9 @@ def spread_norm(
     return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
 
 
-def _estimated(control, layout, dt, attempted, innovation):
+def _estimated(control, layout, dt, attempted):
     """The local error of ``u``, or of ``u, u', ...``, one row each."""
-    error = control.error.estimate(dt, attempted.transition, attempted.equation, innovation, layout)
-    return jnp.reshape(error, (-1, layout.size))
+    return jnp.reshape(control.error.estimate(attempted, dt, layout), (-1, layout.size))
 
 
 def _against_tolerances(control, layout, before, after, error, widths=()):

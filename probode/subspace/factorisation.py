@@ -39,9 +39,10 @@ from ..estimation.strategies import AbstractStrategy
 from ..information.constraints import TS1, AbstractConstraint
 from ..priors.iwp import IWP
 from ..priors.prior import AbstractPrior
+from ..stepping.attempt import Attempt
 from ..stepping.error_estimates import AbstractErrorEstimate, StateError
 from ..stepping.residuals import without_round_off
-from ..stepping.step import Attempt, Step
+from ..stepping.step import Step
 from ..util.checks import as_float, as_integer, as_scalar, is_traced, require
 from .krylov import linearised, solve_innovation
 
@@ -199,7 +200,7 @@ class Subspace(AbstractFactorisation):
         field = flat_field(parts.constraint.problem, layout, args)
         at = linearised(lambda u: field(t, u[None]), mean[0], jnp.asarray(self.basis, mean.dtype))
         of_complement = jnp.stack([-at.slope, jnp.ones_like(at.slope)])[None]
-        equation = without_round_off(Linearisation(of_complement, (mean[1] - at.value)[None], block=1), mean)
+        equation = without_round_off(Linearisation(of_complement, (mean[1] - at.value)[None], range(1, 2)), mean)
         z = equation.residual[0]
         solve = ft.partial(
             solve_innovation,
@@ -272,7 +273,7 @@ def _augmented(inner, noise, extra):
     eye, zeros = jnp.eye(r, dtype=noise.dtype), jnp.zeros((noise.shape[0], r), noise.dtype)
     wide = jnp.concatenate([noise[:, :r], zeros, noise[:, r:]], axis=1)
     middle = jnp.pad(extra, ((0, 0), (r, noise.shape[1] - r)))
-    equation = Linearisation(jnp.concatenate([-inner, eye, eye], axis=1), jnp.zeros((r, 1), noise.dtype), block=2)
+    equation = Linearisation(jnp.concatenate([-inner, eye, eye], axis=1), jnp.zeros((r, 1), noise.dtype), range(2, 3))
     return equation, jnp.concatenate([wide[:r], middle, wide[r:]])
 
 

@@ -22,9 +22,11 @@ from ..information.regression import AbstractCubature
 from ..priors.iwp import IWP
 from ..priors.prior import AbstractPrior
 from ..solver import Solver
+from ..stepping.attempt import Attempt
 from ..stepping.controllers import AbstractController
 from ..stepping.error_estimates import AbstractErrorEstimate
 from ..stepping.loops import AbstractLoop
+from ..stepping.step import Step, attempt
 from .laws import equal, finite, has_dtype, hold, in_single, require_double, require_kind, survives
 
 
@@ -36,6 +38,19 @@ _U0 = np.array([1.0, 0.6])
 def _field(t, u, args):
     """Nonlinear, depends on time; components do not depend on each other."""
     return -u * (1 + 0.5 * jnp.sin(3 * t)) + 0.1 * u**2
+
+
+def example_attempt(dt: Any = 0.1, *, scale: float = 1.0) -> Attempt:
+    """The first attempt of a small solve with ``TS1``, ``IWP(2)`` and ``Dense``, as error estimates receive it.
+
+    ``dt``: its signed length, whose dtype is that of the state. ``scale``: the unit of ``u``.
+    """
+    dt = jnp.asarray(dt)
+    layout = layout_of(_U0.astype(dt.dtype), 2, Dense())
+    constraint = TS1(ODE(lambda t, u, args: scale * _field(t, u / scale, args)))
+    u0 = jnp.asarray(scale * _U0, dt.dtype)
+    distribution = TaylorMode().initialise(constraint.problem, jnp.zeros_like(dt), u0[None], layout, None)
+    return attempt(Step(IWP(2), constraint, NoCalibration()), distribution, dt, dt, layout, None)
 
 
 def check_prior(prior: AbstractPrior, *, u0: Any = None) -> None:
@@ -192,9 +207,9 @@ def check_constraint(
     m, p = equation.matrix.shape[-2:]
     hold(equation.residual.shape[-2] == m, f"{name}: matrix and residual have the same number of rows")
     hold(p <= layout.pack(stack).shape[-2], f"{name}: the matrix has no more columns than the state")
-    if equation.block is not None:
-        law = f"{name}: block=k promises that the matrix is the identity on the k-th derivative and ends there"
-        hold(p == (equation.block + 1) * m, law, f"{p} columns for block={equation.block}")
+    if equation.gives is not None:
+        law = f"{name}: where the equation gives a derivative the matrix is the identity on it and ends there"
+        hold(p * len(equation.gives) == equation.gives.stop * m, law, f"{p} columns for gives={equation.gives}")
         equal(equation.matrix[..., -m:], jnp.broadcast_to(jnp.eye(m), (*equation.matrix.shape[:-2], m, m)), law, 1e-15)
     if first_order and layout.couples:
         residual = lambda x: linearise(constraint, jnp.asarray(t + 0.4), x.reshape(stack.shape)).residual[:, 0]  # noqa: E731
@@ -314,17 +329,9 @@ def check_error(error: AbstractErrorEstimate) -> None:
     hold(error.norm(x) > 0 and error.norm(0 * x) == 0, f"{name}: the norm is zero at zero alone")
     hold(error.norm(jnp.full(3, 0.5)) <= 0.5 + 1e-12, f"{name}: errors of half the tolerance are good enough")
 
-    start = Solver(IWP(2), TS1(ODE(_field))).init(_U0, 0.0).distribution
-
     def estimate(error, dt, scale=1.0, dtype=float):
         layout, dt = layout_of(_U0.astype(dtype), 2, Dense()), jnp.asarray(dt, dtype)
-        transition = IWP(2).transition(dt, layout)
-        state = Normal(scale * start.mean.astype(dtype), start.factor.astype(dtype))
-        predicted = push(state, transition.matrix)
-        constraint = TS1(ODE(lambda t, u, args: scale * _field(t, u / scale, args)))
-        equation = constraint.linearise(dt, predicted, layout, None)
-        innovation = innovate(equation, transition.noise, transition.magnitude)
-        return error.estimate(dt, transition, equation, innovation, layout)
+        return error.estimate(example_attempt(dt, scale=scale), dt, layout)
 
     coarse, fine = estimate(error, 0.2), estimate(error, 0.02)
     hold(jnp.shape(coarse) == (2,), f"{name}: an error for every component of u", f"shape {jnp.shape(coarse)}")

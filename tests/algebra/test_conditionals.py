@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from probode.algebra.conditioning import Linearisation, predict
-from probode.algebra.coordinates import Conditional, coordinates_of, identity, look_back, realise, standard
+from probode.algebra.coordinates import Conditional, coordinates_of, look_back, realise, standard
 from probode.algebra.normal import Normal, push
 
 from ..helpers import central_differences, condition, first_of, left_to_nox, relative
@@ -156,7 +156,7 @@ def past_of(x):
 def equation_of(case, x):
     eye = jnp.broadcast_to(jnp.eye(case.m, dtype=x.coupling.dtype), (*case.batch, case.m, case.m))
     matrix = jnp.concatenate([jnp.asarray(x.coupling), eye], axis=-1)
-    return Linearisation(matrix, jnp.asarray(x.residual), case.block)
+    return Linearisation(matrix, jnp.asarray(x.residual), range(case.block, case.block + 1))
 
 
 predicting = jax.jit(lambda x: predict(state_of(x), x.noise, x.scale, past_of(x)))
@@ -420,7 +420,7 @@ def test_looking_back_is_marginalisation(case, seed, later_rows, data):
 @pytest.mark.parametrize("case", [DENSE, SQUARE, SECOND_ORDER, MATRICES])
 def test_coordinates_of_a_state_and_the_state_of_its_coordinates(case):
     x = random_problem(case, 4)
-    start, own = standard(state_of(x)), identity(state_of(x))
+    start, own = standard(state_of(x)), Conditional.identity(state_of(x))
     assert start.factor.shape == own.cross.shape == (*case.batch, case.rows, case.rows)
     same = realising(start, state_of(x))
     np.testing.assert_array_equal(same.mean, x.mean)
@@ -458,14 +458,16 @@ def advance(case, x, past, matrix, step):
 @jax.jit
 def predicting_from(x, matrix, step):
     """The prediction of ``matrix x`` with noise, and ``x`` in its coordinates."""
-    return predict(push(x, matrix), step.noise, step.scale, identity(x))
+    return predict(push(x, matrix), step.noise, step.scale, Conditional.identity(x))
 
 
 def run(case, chain, past_of_each=False):
     """The last state, and the first one in its coordinates; or every state's predecessor in its own."""
-    x, past, pasts = chain.earlier, identity(chain.earlier), []
+    x, past, pasts = chain.earlier, Conditional.identity(chain.earlier), []
     for matrix, step in chain.steps:
-        changed = advance(case, x, identity(x) if past_of_each else past, jnp.asarray(matrix), on_device(step))
+        changed = advance(
+            case, x, Conditional.identity(x) if past_of_each else past, jnp.asarray(matrix), on_device(step)
+        )
         x, past = changed.state, changed.past
         pasts.append((x, past))
     return pasts if past_of_each else (x, past)
@@ -627,7 +629,7 @@ def test_a_step_is_an_orthogonal_map(case, earlier_rows):
     # cross^T cross + own^T own + what the equation has said = I: the columns of an orthogonal matrix.
     problem = chain(case, 10, earlier_rows)
     x, (matrix, step) = problem.earlier, problem.steps[0]
-    changed = advance(case, x, identity(x), jnp.asarray(matrix), on_device(step))
+    changed = advance(case, x, Conditional.identity(x), jnp.asarray(matrix), on_device(step))
     predicted, before = predicting_from(x, jnp.asarray(matrix), on_device(step))
     for first, state, earlier, past, a, one in each(case, x, predicted, before, changed.past, matrix, step):
         h = observation(case, one)[:, : case.dim]
@@ -646,7 +648,7 @@ def test_no_column_is_longer_than_one_whatever_the_sizes(case, earlier_rows, see
     rng = np.random.default_rng(seed)
     problem = chain(case, seed, earlier_rows)
     x = problem.earlier
-    past = identity(x)
+    past = Conditional.identity(x)
     for matrix, step in problem.steps:
         step = in_units(case, step, data.draw(units(case, largest=100)))
         step = step._replace(scale=step.scale * 10.0 ** rng.uniform(-30, 30) * rng.choice([0.0, 1.0], p=[0.2, 0.8]))

@@ -95,7 +95,7 @@ def inputs(draw, case):
 
 def linearisation(case, x):
     eye = jnp.broadcast_to(jnp.eye(case.m), (*case.batch, case.m, case.m))
-    return Linearisation(jnp.concatenate([x.coupling, eye], axis=-1), x.residual, case.block)
+    return Linearisation(jnp.concatenate([x.coupling, eye], axis=-1), x.residual, range(case.block, case.block + 1))
 
 
 def unstacked(case, x):

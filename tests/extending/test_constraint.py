@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import probode as po
-from probode.algebra.conditioning import Linearisation
-from probode.equations.problems import flat_field
 
 from ..helpers import lotka_volterra, relative
 
@@ -17,15 +15,14 @@ class CubatureFilter(po.AbstractConstraint):
     problem: po.ODE
 
     def linearise(self, t, predicted, layout, args):
-        field, d = flat_field(self.problem, layout, args), layout.size
+        field, d = po.flat_field(self.problem, layout, args), layout.size
         u, du = layout.unpack(predicted.mean)[:2]
         root = jnp.linalg.qr(predicted.factor[:, :d], mode="r")
         offsets = jnp.sqrt(d) * jnp.concatenate([root, -root])
         values = jax.vmap(lambda offset: field(t, (u + offset)[None]))(offsets)
         # Where nothing is uncertain, or not yet, there is nothing to regress on.
         slope = jnp.linalg.lstsq(offsets, values - values.mean(axis=0), rcond=1e-10)[0].T
-        matrix = jnp.concatenate([-slope, layout.identity()], axis=-1)
-        return Linearisation(matrix, layout.pack((du - values.mean(axis=0))[None]), block=1)
+        return po.Linearisation.explicit(layout, [slope], du - values.mean(axis=0))
 
 
 U0, TIMES = jnp.array([20.0, 20.0]), np.linspace(0.0, 5.0, 6)

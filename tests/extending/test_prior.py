@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import probode as po
-from probode.algebra.conditioning import Transition
 
 from ..helpers import FACTORISATIONS, first_of, name
 
@@ -25,7 +24,7 @@ class OrnsteinUhlenbeck(po.AbstractPrior):
         block = jax.scipy.linalg.expm(dt * jnp.block([[-drift, noise], [jnp.zeros((n, n)), drift.T]]))
         matrix = block[n:, n:].T
         root = jnp.linalg.cholesky(matrix @ block[:n, n:]).T
-        return Transition(layout.broadcast(matrix), layout.lift(root, 1.0), jnp.ones(()))
+        return po.Transition(layout.broadcast(matrix), layout.lift(root, 1.0), jnp.ones(()))
 
 
 @pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import probode as po
-from probode.algebra.coordinates import identity
 
 
 class Interval(po.AbstractStrategy):
@@ -14,7 +13,7 @@ class Interval(po.AbstractStrategy):
     keeps_steps = True
 
     def remember(self, kept):
-        return identity(kept)
+        return po.Conditional.identity(kept)
 
 
 class Points(po.AbstractStrategy):
@@ -23,7 +22,7 @@ class Points(po.AbstractStrategy):
     keeps_steps = False
 
     def remember(self, kept):
-        return identity(kept)
+        return po.Conditional.identity(kept)
 
 
 class Past(po.AbstractStrategy):

@@ -40,9 +40,10 @@ def estimate(factorisation, k, dt, z, scale=1.0, error=po.ResidualError()):
     transition = po.IWP(NU, output_scale=scale).transition(jnp.asarray(dt), layout)
     unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
     blocks = [-layout.project(jnp.asarray(j)) for j in jacobians(k)] + [layout.identity()]
-    equation = Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack(jnp.asarray(z)), k)
+    equation = Linearisation(jnp.concatenate(blocks, axis=-1), layout.pack(jnp.asarray(z)), range(k, k + 1))
     innovation = innovate(equation, transition.noise, unit)
-    return error.estimate(jnp.asarray(dt), transition, equation, innovation, layout)
+    attempt = po.Attempt(transition, jnp.zeros_like(innovation.whitened), equation, innovation, None)
+    return error.estimate(attempt, jnp.asarray(dt), layout)
 
 
 def kept(factorisation, jacobian):
@@ -134,7 +135,7 @@ def test_short_steps_do_not_lose_the_error(nu, dtype, rtol):
     # With one component the estimate is |dt z|: an underflow on the way would accept anything.
     layout = layout_of(po.Isotropic(), 1, nu, dtype)
     z = jnp.asarray([[1e-3]], dtype)
-    equation = Linearisation(jnp.asarray([[0.0, 1.0]], dtype), z, 1)
+    equation = Linearisation(jnp.asarray([[0.0, 1.0]], dtype), z, range(1, 2))
     for step in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
         dt = jnp.asarray(step, dtype)
         transition = po.IWP(nu).transition(dt, layout)

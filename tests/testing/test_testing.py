@@ -135,13 +135,13 @@ class FrozenInTime(po.AbstractConstraint):
 class FalsePromise(FrozenInTime):
     def linearise(self, t, predicted, layout, args):
         right = po.TS1(self.problem).linearise(t, predicted, layout, args)
-        return Linearisation(2 * right.matrix, right.residual, block=1)
+        return Linearisation(2 * right.matrix, right.residual, range(1, 2))
 
 
 class WrongJacobian(FrozenInTime):
     def linearise(self, t, predicted, layout, args):
         right = po.TS1(self.problem).linearise(t, predicted, layout, args)
-        return Linearisation(right.matrix.at[..., :2].multiply(-1), right.residual, block=1)
+        return Linearisation(right.matrix.at[..., :2].multiply(-1), right.residual, range(1, 2))
 
 
 class Forgets(po.AbstractStrategy):
@@ -189,15 +189,15 @@ class Uncalibrated(Negative):
 class SumOfSquares(po.AbstractErrorEstimate):
     norm: object = eqx.field(static=True, default=lambda x: jnp.sum(x**2))
 
-    def estimate(self, dt, transition, equation, innovation, layout):
-        return po.ResidualError().estimate(dt, transition, equation, innovation, layout)
+    def estimate(self, attempt, dt, layout):
+        return po.ResidualError().estimate(attempt, dt, layout)
 
 
 class NeverSmaller(SumOfSquares):
     norm: object = eqx.field(static=True, default=lambda x: jnp.max(jnp.abs(x)))
 
-    def estimate(self, dt, transition, equation, innovation, layout):
-        return super().estimate(dt, transition, equation, innovation, layout) / dt**4
+    def estimate(self, attempt, dt, layout):
+        return super().estimate(attempt, dt, layout) / dt**4
 
 
 class DividesByZero(Constant):
@@ -251,7 +251,7 @@ class TurnsOver(po.AbstractJacobian):
             FrozenInTime(),
             "residual is that of the equation",
         ),
-        (lambda part: testing.check_constraint(part, U0), FalsePromise(), "block=k promises"),
+        (lambda part: testing.check_constraint(part, U0), FalsePromise(), "gives a derivative"),
         (
             lambda part: testing.check_constraint(part, U0, first_order=True),
             WrongJacobian(),
