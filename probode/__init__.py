@@ -31,6 +31,7 @@ from .equations.problems import AbstractProblem as AbstractProblem
 from .equations.problems import Residual as Residual
 from .equations.problems import flat_field as flat_field
 from .estimation.calibration import AbstractCalibration as AbstractCalibration
+from .estimation.calibration import AbstractLeaveOneOut as AbstractLeaveOneOut
 from .estimation.calibration import DynamicCalibration as DynamicCalibration
 from .estimation.calibration import LeaveOneOutCalibration as LeaveOneOutCalibration
 from .estimation.calibration import MLECalibration as MLECalibration
@@ -92,7 +93,7 @@ from .stepping.progress import AbstractProgress as AbstractProgress
 from .stepping.progress import TextProgress as TextProgress
 from .stepping.progress import TqdmProgress as TqdmProgress
 from .stepping.result import Result as Result
-from .stepping.step import State as State
+from .stepping.state import State as State
 from .subspace.factorisation import Subspace as Subspace
 from .subspace.krylov import rightmost_basis as rightmost_basis
 from .util.xla import by_default as _compile_small_loops_by_default

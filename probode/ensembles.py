@@ -91,7 +91,7 @@ def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
     def solve(lane, shared):
         u0, t0, t1, args = eqx.combine(lane, shared)
         u0, layout = bind(solver, u0)
-        return solve_adaptive(solver, Request(u0, t0, t1, request.ts, request.dt0, layout, request.keep), args)
+        return solve_adaptive(solver, Request(u0, t0, t1, request.save_at, request.dt0, layout), args)
 
     def solve_share(mapped, shared):
         if block == 1:
@@ -173,7 +173,7 @@ def _number_of_lanes(operands, axes):
 
 def _check_times(u0s, t0s, t1s, request):
     """The times, if what ``check_request`` has seen of the first lane holds for all of them."""
-    dtype, ts = request.layout.dtype, request.ts
+    dtype, ts = request.layout.dtype, request.save_at.ts
     xp = jnp if is_traced(t0s, t1s, ts) else np
     t0s, t1s = (as_float(t, "t0 and t1").astype(dtype) for t in (t0s, t1s))
     t1s = require(t1s, (abs(t0s) < np.inf) & (abs(t1s) < np.inf), "t0 and t1 must be finite in every lane")

@@ -15,37 +15,33 @@ from jaxtyping import Array, Float, PyTree
 
 from . import requests as inputs
 from .algebra.factorisations import AbstractFactorisation, Dense, Layout
-from .algebra.linalg import compiled, detach
+from .algebra.linalg import compiled, detach, is_finite
 from .algebra.marginals import widen
 from .algebra.normal import Normal, certain, pad, square
-from .estimation.calibration import AbstractCalibration, DynamicCalibration
+from .estimation.calibration import AbstractCalibration, AbstractLeaveOneOut, DynamicCalibration
 from .estimation.initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .estimation.strategies import AbstractStrategy, Filter
 from .information.constraints import AbstractConstraint
 from .information.observations import Observations
-from .posterior.assemble import Keep, answer
+from .posterior.assemble import answer
 from .posterior.solution import SaveAt, Solution, raise_unless_successful
 from .posterior.uncertain_start import check_moves, check_uncertain, directions_of, push_forward, spread_start
 from .priors.prior import AbstractPrior
-from .stepping.adaptive import (
-    AdaptiveState,
-    begin,
-    is_finite,
-    is_usable,
-    row_of,
-    solve_keeping_steps,
-    solve_keeping_times,
-    starting_anew,
-)
+from .stepping.adaptive import AdaptiveState, begin, is_usable
 from .stepping.controllers import AbstractController, IntegralController
 from .stepping.error_estimates import AbstractErrorEstimate, LocalError, StateError
+from .stepping.keeping import solve_keeping_steps, solve_keeping_times
+from .stepping.kept import Kept, Row
 from .stepping.loops import AbstractLoop, BoundedLoop
 from .stepping.progress import AbstractProgress
-from .stepping.restarts import beside, start_anew, starts_uncertain
+from .stepping.restarts import start_anew, starts_uncertain
 from .stepping.result import Result
 from .stepping.spread import value_and_moves
-from .stepping.step import State, Step, adopt, no_influence, nothing_of_the_past, start, unconditional
-from .stepping.step_sizes import Control, bounded_step, first_step, nearest, smallest_error
+from .stepping.state import State
+from .stepping.step import Step
+from .stepping.step_sizes import Control, bounded_step, first_step, smallest_error
+from .stepping.stops import starting_anew
+from .stepping.times import beside, direction_of, nearest
 from .util import describe
 from .util.checks import require
 
@@ -259,8 +255,8 @@ def _certain_part(solver, u0):
     return mean, directions
 
 
-def _steps(solver: Solver, data: Observations | None = None) -> Step:
-    return Step(solver.prior, solver.constraint, solver.calibration, data)
+def _step_of(solver: Solver, layout: Layout, args: PyTree, data: Observations | None = None) -> Step:
+    return Step(solver.prior, solver.constraint, solver.calibration, layout, args, data)
 
 
 def _state(solver, u0, t0, args, layout, data=None, behind=None) -> State:
@@ -278,7 +274,7 @@ def _state(solver, u0, t0, args, layout, data=None, behind=None) -> State:
     else:
         stack = jnp.stack([layout.ravel(u) for u in u0])
         distribution = solver.initialisation.initialise(problem, t0 if behind is None else behind, stack, layout, args)
-    return start(_steps(solver, data), t0, distribution, layout, args)
+    return _step_of(solver, layout, args, data).start(t0, distribution)
 
 
 @compiled
@@ -301,9 +297,8 @@ def _init_uncertain(solver, mean, directions, t0, args, layout):
 
 @compiled
 def _step(solver, state, dt, args):
-    parts = _steps(solver)
-    state, *_ = unconditional(parts, adopt(parts, state, args), state.t + dt, args)
-    return state
+    step = _step_of(solver, state.layout, args)
+    return step.fixed(step.resume(state), state.t + dt).state
 
 
 class Request(eqx.Module):
@@ -312,10 +307,9 @@ class Request(eqx.Module):
     u0: Any
     t0: Float[Array, ""]
     t1: Float[Array, ""]
-    ts: Float[Array, " times"] | None
+    save_at: SaveAt
     dt0: Float[Array, ""] | None
     layout: Layout
-    keep: Keep
     data: Observations | None = None
     progress: AbstractProgress | None = None
     through: Float[Array, " times"] | None = None  # times at which steps end, where the equation does not jump
@@ -350,33 +344,32 @@ def check_request(
             message = "What is seen at the time from which a solve goes on belongs to the solve before"
             data = eqx.tree_at(lambda d: d.ts, data, require(data.ts, data.ts != t0, message))
     t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
-    keep = Keep(save_at.t0, ts is not None, save_at.steps, save_at.t1, save_at.dense)
-    return Request(u0, t0, t1, ts, dt0, layout, keep, data, progress)
+    if ts is not None:
+        save_at = eqx.tree_at(lambda s: s.ts, save_at, ts)
+    return Request(u0, t0, t1, save_at, dt0, layout, data, progress)
 
 
 @compiled
 def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
     """Answer a request."""
-    t1, ts, layout, keep = request.t1, request.ts, request.layout, request.keep
-    parts, control, begun = _begin(solver, request, args)
-    dense = keep.steps or keep.dense or solver.strategy.keeps_steps
+    save_at, strategy = request.save_at, solver.strategy
+    step, control, begun = _begin(solver, request, args)
+    dense = save_at.steps or save_at.dense or strategy.keeps_steps
     if dense:
-        influence = solver.calibration.leaves_one_out
-        ended, rows, reached = solve_keeping_steps(
-            parts, control, solver.strategy, begun, t1, args, influence=influence
-        )
+        influence = isinstance(solver.calibration, AbstractLeaveOneOut)
+        ended, *kept = solve_keeping_steps(step, control, strategy, begun, request.t1, influence=influence)
     else:
         # Nobody asks what the start looks like from the end.
-        strategy = solver.strategy if keep.ts or keep.t0 else Filter()
-        times = jnp.zeros(0, layout.dtype) if ts is None else ts
-        ended, rows, reached = solve_keeping_times(parts, control, strategy, begun, t1, args, times)
-    return answer(keep, ts, rows, reached, ended, layout, solver.prior, solver.calibration, solver.loop, dense=dense)
+        strategy = strategy if save_at.ts is not None or save_at.t0 else Filter()
+        times = jnp.zeros(0, request.layout.dtype) if save_at.ts is None else save_at.ts
+        ended, *kept = solve_keeping_times(step, control, strategy, begun, request.t1, times)
+    return answer(save_at, Kept(*kept, dense), ended, step, solver.loop)
 
 
 def _begin(solver, request, args):
-    """The parts of a step, those that control it, and the solve before its first attempt."""
+    """The step, the parts that control it, and the solve before its first attempt."""
     u0, t0, t1, layout = request.u0, request.t0, request.t1, request.layout
-    parts = _steps(solver, request.data)
+    step = _step_of(solver, layout, args, request.data)
     control = Control(
         solver.error, solver.controller, solver.loop, solver.initialisation, request.progress, request.through
     )
@@ -391,20 +384,20 @@ def _begin(solver, request, args):
     stops, behind, until = control.stops(layout.dtype), t0, t1
     if stops is not None:
         layout.require_shared_algebra("stop_at")
-        direction = jnp.where(t1 >= t0, 1, -1).astype(t0.dtype)
+        direction = direction_of(t0, t1)
         behind, until = beside(t0, direction, stops), nearest(stops, t0, t1, direction)
     resumed = isinstance(u0, AdaptiveState)
     if resumed:
-        state = adopt(parts, u0.current, args)
+        state = step.resume(u0.current)
     else:
         state = _state(solver, u0, t0, args, layout, request.data, behind)
     if request.directions is not None:
         start = lambda u0: _state(solver, u0, t0, args, layout, behind=behind).distribution.mean  # noqa: E731
         _, spread = detach(value_and_moves(start, detach(u0), request.directions))
-        state = eqx.tree_at(lambda s: s.spread, state, spread, is_leaf=lambda x: x is None)
+        state = dataclasses.replace(state, spread=spread)
     if stops is not None and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
         distribution = pad(state.distribution, state.distribution.mean.shape[-2])
-        state = eqx.tree_at(lambda s: s.distribution, state, distribution)
+        state = dataclasses.replace(state, distribution=distribution)
     if request.dt0 is not None:
         dt = jnp.abs(request.dt0)
     elif resumed:
@@ -414,20 +407,20 @@ def _begin(solver, request, args):
         dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint.order)
     begun = begin(control, state, bounded_step(control, dt))
     if resumed:
-        begun = _go_on(parts, control, begun, u0, t1, args, choose_dt=request.dt0 is None)
-    return parts, control, begun
+        begun = _go_on(step, control, begun, u0, t1, choose_dt=request.dt0 is None)
+    return step, control, begun
 
 
-def _go_on(parts, control, begun, before, t1, args, *, choose_dt):
+def _go_on(step, control, begun, before, t1, *, choose_dt):
     """A solve that goes on from another one: behind the jump, if that has ended before one."""
-    begun = eqx.tree_at(lambda s: s.controller, begun, before.controller, is_leaf=lambda x: x is None)
-    passing_stop = starting_anew(parts, control, begun, t1, args)
+    begun = dataclasses.replace(begun, controller=before.controller)
+    passing_stop = starting_anew(step, control, begun, t1)
     if passing_stop is None:
         return begun
     if before.anew is not None:
-        begun = eqx.tree_at(lambda s: s.anew, begun, before.anew)
+        begun = dataclasses.replace(begun, anew=before.anew)
     new, *_ = passing_stop(begun, None, begun.anew.t != begun.t)
-    return new if choose_dt else eqx.tree_at(lambda s: s.dt, new, begun.dt)
+    return new if choose_dt else dataclasses.replace(new, dt=begun.dt)
 
 
 @compiled
@@ -447,16 +440,15 @@ def _solve_uncertain(solver, request, args, directions):
 def _solve_grid(solver, u0, directions, grid, args, layout, data):
     if directions is not None:
         return push_forward(lambda u0: _solve_grid(solver, u0, None, grid, args, layout, None), u0, directions)
-    parts = _steps(solver, data)
+    step = _step_of(solver, layout, args, data)
     state = _state(solver, u0, grid[0], args, layout, data)
-    remember, influences = solver.strategy.remember, solver.calibration.leaves_one_out
+    remember, influences = solver.strategy.remember, isinstance(solver.calibration, AbstractLeaveOneOut)
 
     def body(state, t):
-        state, past, influence = unconditional(parts, state, t, args, remember(state.distribution))
-        return state, row_of(state, past, influence=influence if influences else None)
+        stepped = step.fixed(state, t, remember(state.distribution))
+        return stepped.state, Row.of(stepped.state, stepped.past, stepped.influence if influences else None)
 
-    none = no_influence(parts, state, args) if influences else None
-    first = row_of(state, nothing_of_the_past(parts, remember(state.distribution), state, args), influence=none)
+    first = Row.of(state, *step.nothing(state, remember(state.distribution), influence=influences))
     final, rows = lax.scan(body, state, grid[1:])
     rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
     finite = is_usable(final) & is_finite((rows.distribution, rows.output_scale))
@@ -466,9 +458,8 @@ def _solve_grid(solver, u0, directions, grid, args, layout, data):
     result = Result.where(finite, result, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
-    keep = Keep(t0=True, ts=False, steps=True, t1=False, dense=True)
-    reached = jnp.ones(grid.size, bool)
-    return answer(keep, None, rows, reached, ended, layout, solver.prior, solver.calibration, solver.loop, dense=True)
+    kept = Kept(rows, jnp.ones(grid.size, bool), dense=True)
+    return answer(SaveAt(t0=True, steps=True, dense=True), kept, ended, step, solver.loop)
 
 
 def _part(name, value, kind):

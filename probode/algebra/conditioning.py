@@ -111,13 +111,12 @@ class Innovation(eqx.Module):
       (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value problems");
       infinite for a residual that no noise explains.
     - ``unit``: the prior's own output scale in this unit.
-    - ``last``: the scale of the step before, zero before the first; set when the step is accepted.
     - ``inside``, ``remainder``: residuals of the corrected mean, at a time inside the step and at its end, whitened in
       the same way; only where the error estimate needs them (``needs_defects``).
 
     >>> import probode
     >>> innovation = probode.testing.example_attempt().innovation
-    >>> probode.NoCalibration().scale(innovation) == innovation.unit
+    >>> probode.NoCalibration().scale(innovation, None) == innovation.unit
     Array(True, dtype=bool)
     """
 
@@ -125,7 +124,6 @@ class Innovation(eqx.Module):
     whitened: Float[Array, "*batch m cols"]
     scale: Float[Array, "*batch"]
     unit: Float[Array, "*batch"]
-    last: Float[Array, "*batch"] | None = None
     inside: Float[Array, "*batch m cols"] | None = None
     remainder: Float[Array, "*batch m cols"] | None = None
 

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ..util.xla import compiles_small_loops
 
@@ -64,6 +64,17 @@ def safe_divide(x: Array, y: Array) -> Array:
 def detach(tree: PyTree) -> PyTree:
     """The same numbers, without derivatives."""
     return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+def choose(flag: Bool[Array, ""], these: PyTree, those: PyTree) -> PyTree:
+    """The numbers of one tree or those of another."""
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)
+
+
+def is_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether no number of a tree is infinite or NaN."""
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return ft.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in numbers], jnp.array(True))
 
 
 def compiled(fn: Callable) -> Callable:

@@ -10,7 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..algebra.conditioning import Innovation
 from ..algebra.linalg import safe_sqrt
@@ -58,13 +58,15 @@ class Evidence(eqx.Module):
 class AbstractCalibration(eqx.Module):
     """Where the output scale comes from; its shape is the layout's batch shape.
 
-    Scales are in the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale. ``relinearise``:
-    whether the equation is linearised once more when the scale is known, for linearisations that look at the
-    covariance. ``memory``: not zero if the scale depends on ``innovation.last``. ``is_local``: whether
-    ``scale`` follows ``innovation.scale``, so that the noise of a step explains its residual; otherwise steps whose
-    residual it does not explain are refused. ``leaves_one_out``: whether it has a method ``leave_one_out`` for solves
-    that keep their steps. ``rescales``: whether ``finalise`` returns a factor. It would also scale what a user knows,
-    as the noise of data: data and an uncertain ``u0`` are then refused.
+    A subclass defines ``init``, ``scale``, ``update`` and ``finalise``, and may set, as class attributes:
+
+    - ``relinearise``: whether the equation is linearised once more when the scale is known, for linearisations that
+      look at the covariance.
+    - ``is_local``: whether ``scale`` follows ``innovation.scale``, so that the noise of a step explains its residual;
+      otherwise steps whose residual it does not explain are refused.
+    - ``remembers``: whether ``scale`` depends on the statistics.
+    - ``rescales``: whether ``finalise`` returns a factor; found out from the method itself. It would also scale what a
+      user knows, as the noise of data: data and an uncertain ``u0`` are then refused.
 
     >>> import probode
     >>> probode.NoCalibration().finalise(None) is None  # all covariances stay as they are
@@ -72,9 +74,8 @@ class AbstractCalibration(eqx.Module):
     """
 
     relinearise = False
-    memory = 0.0
     is_local = False
-    leaves_one_out = False
+    remembers = False
 
     @property
     def rescales(self) -> bool:
@@ -88,16 +89,51 @@ class AbstractCalibration(eqx.Module):
         """The statistics before the first step: a PyTree of arrays."""
 
     @abstractmethod
-    def scale(self, innovation: Innovation) -> Float[Array, "*batch"]:
-        """The factor on the square root of this step's process noise."""
+    def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
+        """The factor on the square root of a step's process noise, from its innovation and the steps before.
+
+        In the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale.
+        """
 
     @abstractmethod
-    def update(self, statistics: Any, whitened: Float[Array, "*batch m cols"], informative: Array) -> Any:
-        """Statistics after a step with whitened residual ``S^(-1/2) z``; not ``informative`` at round-off level."""
+    def update(
+        self,
+        statistics: Any,
+        scale: Float[Array, "*batch"],
+        whitened: Float[Array, "*batch m cols"],
+        informative: Bool[Array, ""],
+    ) -> Any:
+        """Statistics after an accepted step.
+
+        ``scale``: its output scale, as a factor on the prior's own; zero, for a step that never was, behind a time at
+        which the equation jumps. ``whitened``: the residual over its standard deviation, ``S^(-1/2) z``.
+        ``informative``: false if the residual is no more than round-off.
+        """
 
     @abstractmethod
     def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
         """The factor on the square root of all covariances when the solve has ended; ``None`` leaves them alone."""
+
+
+class AbstractLeaveOneOut(AbstractCalibration):
+    """A calibration that compares each residual with its prediction from all others, later ones included.
+
+    A subclass defines ``leave_one_out`` beside the methods of ``AbstractCalibration``. It is called once, at the end of
+    solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``).
+
+    >>> import probode
+    >>> isinstance(probode.LeaveOneOutCalibration(), probode.AbstractLeaveOneOut)
+    True
+    """
+
+    @abstractmethod
+    def leave_one_out(
+        self, statistics: Any, squares: Float[Array, "steps *batch"], weights: Float[Array, "steps *batch"]
+    ) -> Any:
+        """The statistics of a solve with the residuals of its steps given all others.
+
+        ``squares``: these residuals squared, over their variances. ``weights``: zero for steps that do not count.
+        """
 
 
 class NoCalibration(AbstractCalibration):
@@ -111,10 +147,10 @@ class NoCalibration(AbstractCalibration):
     def init(self, shape, dtype):
         return None
 
-    def scale(self, innovation):
+    def scale(self, innovation, statistics):
         return innovation.unit
 
-    def update(self, statistics, whitened, informative):
+    def update(self, statistics, scale, whitened, informative):
         return None
 
     def finalise(self, statistics):
@@ -137,10 +173,10 @@ class MLECalibration(AbstractCalibration):
     def init(self, shape, dtype):
         return MeanSquare.none(shape, dtype)
 
-    def scale(self, innovation):
+    def scale(self, innovation, statistics):
         return innovation.unit
 
-    def update(self, statistics, whitened, informative):
+    def update(self, statistics, scale, whitened, informative):
         return statistics.update(whitened, informative)
 
     def finalise(self, statistics):
@@ -172,20 +208,24 @@ class DynamicCalibration(AbstractCalibration):
     def __check_init__(self):
         _check_memory(self)
 
+    @property
+    def remembers(self):
+        return self.memory > 0
+
     def init(self, shape, dtype):
-        return None
+        return jnp.zeros(shape, dtype) if self.remembers else None
 
-    def scale(self, innovation):
-        return _constant_if(self.stop_gradient, _local(innovation, self.memory))
+    def scale(self, innovation, statistics):
+        return _constant_if(self.stop_gradient, _local(innovation, self.memory, statistics))
 
-    def update(self, statistics, whitened, informative):
-        return None
+    def update(self, statistics, scale, whitened, informative):
+        return scale if self.remembers else None
 
     def finalise(self, statistics):
         return None
 
 
-class LeaveOneOutCalibration(AbstractCalibration):
+class LeaveOneOutCalibration(AbstractLeaveOneOut):
     """The dynamic scale for mean and gains, then all covariances times ``min(mean r^2, mean l^2)``.
 
     ``r^2 = z^T S^-1 z / size(z)`` compares each residual with its prediction from the past, ``l^2`` with that from all
@@ -201,38 +241,42 @@ class LeaveOneOutCalibration(AbstractCalibration):
     for it, but the uncertainty can be too small by a factor of seven (Lotka-Volterra, ``IWP(3)``).
 
     >>> import probode
-    >>> probode.LeaveOneOutCalibration().leaves_one_out
-    True
+    >>> probode.LeaveOneOutCalibration(stop_gradient=True)
+    LeaveOneOutCalibration(stop_gradient=True)
     """
 
     stop_gradient: bool = eqx.field(static=True, default=False)
     memory: float = eqx.field(static=True, default=0.0)
     is_local = True
-    leaves_one_out = True
 
     def __check_init__(self):
         _check_memory(self)
 
+    @property
+    def remembers(self):
+        return self.memory > 0
+
     def init(self, shape, dtype):
-        return MeanSquare.none(shape, dtype)
+        return MeanSquare.none(shape, dtype), jnp.zeros(shape, dtype) if self.remembers else None
 
-    def scale(self, innovation):
-        return _constant_if(self.stop_gradient, _local(innovation, self.memory))
+    def scale(self, innovation, statistics):
+        _, last = statistics
+        return _constant_if(self.stop_gradient, _local(innovation, self.memory, last))
 
-    def update(self, statistics, whitened, informative):
-        return statistics.update(whitened, informative)
+    def update(self, statistics, scale, whitened, informative):
+        square, _ = statistics
+        return square.update(whitened, informative), scale if self.remembers else None
 
-    def leave_one_out(
-        self, statistics: "MeanSquare", squares: Float[Array, "steps *batch"], weights: Float[Array, "steps *batch"]
-    ) -> "MeanSquare":
-        """The statistics, no larger than the weighted mean of leave-one-out residuals squared."""
+    def leave_one_out(self, statistics, squares, weights):
+        square, last = statistics
         number = jnp.sum(weights, axis=0)
         left_out = jnp.sum(weights * squares, axis=0) / jnp.where(number > 0, number, 1)
-        mean = jnp.where(number > 0, jnp.minimum(statistics.mean, left_out), statistics.mean)
-        return MeanSquare(mean * statistics.number, statistics.number)
+        mean = jnp.where(number > 0, jnp.minimum(square.mean, left_out), square.mean)
+        return MeanSquare(mean * square.number, square.number), last
 
     def finalise(self, statistics):
-        return _constant_if(self.stop_gradient, safe_sqrt(statistics.mean))
+        square, _ = statistics
+        return _constant_if(self.stop_gradient, safe_sqrt(square.mean))
 
 
 class MeanSquare(eqx.Module):
@@ -260,11 +304,12 @@ class MeanSquare(eqx.Module):
         return jnp.where(some, self.total / jnp.where(some, self.number, 1), 1)
 
 
-def _local(innovation, memory):
-    """The local scale, with what is to be remembered of the last step's, if there was one."""
-    local, last = innovation.scale, innovation.last
+def _local(innovation, memory, last):
+    """The local scale, mixed with the one of the step before, ``last``, if there was one and it is to be remembered."""
+    local = innovation.scale
     if not memory:
         return local
+    last = last * innovation.unit
     known = (local > 0) & (last > 0) & jnp.isfinite(last)
     local, last = jnp.where(known, local, 1), jnp.where(known, last, 1)
     mixed = jnp.hypot((1 - memory) ** 0.5 * local, memory**0.5 * jnp.minimum(last, _REMEMBERED * local))

@@ -4,6 +4,7 @@ Gauss-Newton's method for the most probable trajectory given the equation at all
 linearises each time once, knowing the past alone (Bell 1994; Tronarp, Sarkka & Hennig 2021).
 """
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -123,4 +124,4 @@ def _iterate(solver, u0, grid, args, data, first, tolerance, number):
         lambda carry: carry[1] > tolerance, body, init, max_steps=number, kind="bounded"
     )
     stats = solution.stats | {"num_iterations": iterations, "last_move": move}
-    return eqx.tree_at(lambda s: s.stats, solution, stats, is_leaf=lambda x: isinstance(x, dict))
+    return dataclasses.replace(solution, stats=stats)

@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from ..algebra.conditioning import predict
 from ..algebra.coordinates import Conditional, coordinates_of, look_back, realise, standard
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import product
+from ..algebra.linalg import choose, product
 from ..algebra.normal import Normal, batched, certain, pad, push, spread
 from ..priors.prior import AbstractPrior
 from ..stepping.kept import Row
+from ..stepping.times import direction_of
 from ..util.xla import compiles_small_loops
 
 
@@ -111,9 +112,9 @@ def _evaluate(path, t):
     if path.smoothed is not None:
         here = realise(look_back(coordinates_of(right, predicted), past), here)
     # At an end: a step of no length, which still has a derivative.
-    end, t_end, scale = _choose(at_left, (left, t_left, scale_left), (right, t_right, scale_right))
+    end, t_end, scale = choose(at_left, (left, t_left, scale_left), (right, t_right, scale_right))
     there = push(end, prior.transition(t - t_end, path.layout).matrix)
-    return _choose(at_left | at_right, there, here), scale
+    return choose(at_left | at_right, there, here), scale
 
 
 def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batch dim cols"]:
@@ -137,7 +138,7 @@ def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -
     """One joint sample of the states at any times inside the steps kept of a smoothed trajectory."""
     rows_key, key = jax.random.split(key)
     rows = sample_rows(path, rows_key)
-    direction = _direction(path)
+    direction = direction_of(path.rows.t[0], path.rows.t[-1])
     order = jnp.argsort(ts * direction)
 
     def body(later, x):
@@ -164,7 +165,7 @@ def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -
 
 def _locate(path, t):
     """The step that holds ``t``, and whether ``t`` is its left or its right end."""
-    direction = _direction(path)
+    direction = direction_of(path.rows.t[0], path.rows.t[-1])
     i = jnp.searchsorted(path.rows.t * direction, t * direction, side="right") - 1
     i = jnp.clip(i, 0, jnp.maximum(path.last - 1, 0))
     return i, t == path.rows.t[i], t == path.rows.t[i + 1]
@@ -223,15 +224,6 @@ def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " row
 def column(flags: Bool[Array, " rows"], like: Array) -> Array:
     """Flags of rows, to choose among rows of any shape."""
     return flags.reshape(flags.shape + (1,) * (like.ndim - 1))
-
-
-def _direction(path):
-    first, last = path.rows.t[0], path.rows.t[-1]
-    return jnp.where(last >= first, 1, -1).astype(first.dtype)
-
-
-def _choose(flag, these, those):
-    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)
 
 
 def _row(tree, i):

@@ -7,9 +7,9 @@ steps have to be short enough for the directions, too, which may move where the 
 solve has its spread, the directions pushed forward with the gains of the steps.
 """
 
+import dataclasses
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,15 +67,12 @@ def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: Py
     """The solution at ``u0``, or from the mean of a state, together with how it moves along the directions."""
     solution, tangent = value_and_moves(solve, u0, directions)
     means = tangent.marginals.mean
-    return eqx.tree_at(
-        lambda s: (s.marginals, s.state.current.spread, s.spread),
+    current = dataclasses.replace(solution.state.current, spread=tangent.state.current.distribution.mean)
+    return dataclasses.replace(
         solution,
-        (
-            widen(solution.marginals, means),
-            tangent.state.current.distribution.mean,
-            Spread(means, tangent.trajectory),
-        ),
-        is_leaf=lambda x: x is None,
+        marginals=widen(solution.marginals, means),
+        state=dataclasses.replace(solution.state, current=current),
+        spread=Spread(means, tangent.trajectory),
     )
 
 

@@ -1,12 +1,10 @@
-"""The adaptive loop: every iteration attempts a step; what it has to keep of it depends on the times asked for.
+"""The adaptive solve: one attempt of a step after the other, from prediction to decision.
 
 The controller decides on values without derivatives; an accepted attempt gets its derivative back. So gradients are
-those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them. At the times in
-the controller's ``stop_at``, where the equation may jump, the state starts anew: such a time has two rows, the state
-before the jump and the one behind it.
+those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
 """
 
-import functools as ft
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,27 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
-from ..algebra.conditioning import Influence
-from ..algebra.coordinates import Conditional, carried
-from ..algebra.linalg import detach
-from ..algebra.normal import Normal, pad_rows
-from ..estimation.strategies import AbstractStrategy
-from .kept import Row
-from .loops import repeat
+from ..algebra.linalg import choose, detach, is_finite
 from .progress import tell
 from .residuals import not_silent, scale_inside, with_defects
-from .restarts import beside, is_jump, start_anew
 from .result import Result
-from .spread import value_and_moves
-from .step import State, Step, accept, ahead_of, attempt, no_influence, nothing_of_the_past
+from .state import State
+from .step import Step
 from .step_sizes import (
     Control,
-    bounded_step,
     error_norm,
-    first_step,
-    nearest,
+    longest,
     next_time,
     shortest_near_zero,
     spread_norm,
@@ -43,6 +32,7 @@ from .step_sizes import (
     tolerance_in_range,
     trusted,
 )
+from .times import beside, direction_of
 
 
 # An error so far below the tolerance is followed by a step that is longer by half or more.
@@ -85,24 +75,6 @@ class AdaptiveState(eqx.Module):
         return self.current.t
 
 
-def row_of(state: State, past: Conditional | None, influence: Influence | None = None) -> Row:
-    """What is kept of a state."""
-    return Row(state.t, state.distribution, state.output_scale, past, influence, state.prior)
-
-
-def is_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every number of a tree is a real one."""
-    numbers = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
-    return ft.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in numbers], jnp.array(True))
-
-
-def is_usable(state: State) -> Bool[Array, ""]:
-    """Whether the state and what is told of it are real numbers. (Statistics are the calibration's own business, and
-    data that cannot be are told by their evidence. An algebra of a factorisation's own need not know the evidence.)"""
-    evidence = None if state.layout.factorisation.own_algebra else state.evidence
-    return is_finite((state.distribution, state.output_scale, evidence))
-
-
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
     """A solve before its first attempt."""
     zero = jnp.zeros((), jnp.int32)
@@ -113,342 +85,212 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, anew)
 
 
-def solve_keeping_steps(
-    parts: Step,
-    control: Control,
-    strategy: AbstractStrategy,
-    solve: AdaptiveState,
-    t1: Float[Array, ""],
-    args: PyTree,
-    *,
-    influence: bool = False,
-) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
-    """Solve to ``t1``; the rows at the start and after every accepted step, and which of them are real.
+def end(solve: AdaptiveState, t1: Float[Array, ""]) -> AdaptiveState:
+    """The solve with its result, which the end of a loop does not tell."""
+    unfinished = (solve.t != t1) & (solve.result == Result.successful)
+    return dataclasses.replace(solve, result=Result.where(unfinished, Result.max_steps_reached, solve.result))
 
-    There are ``max_steps + 1`` rows, and one more for every stop, at which a row of its own follows on that of the step
-    (``Row.anew``); those not reached repeat the last one. With ``influence`` the rows have theirs.
+
+def is_usable(state: State) -> Bool[Array, ""]:
+    """Whether a state, and what is told of it, holds no number that is infinite or NaN.
+
+    (Statistics are the calibration's own business, and data that cannot be are told by their evidence. A factorisation
+    with an algebra of its own need not know the evidence.)
     """
-    running, try_step = _stepping(parts, control, solve, t1, args)
-    passing_stop = starting_anew(parts, control, solve, t1, args)
-    none = no_influence(parts, solve.current, args) if influence else None
-    no_past = nothing_of_the_past(parts, strategy.remember(solve.current.distribution), solve.current, args)
-    first, unpack = ravel_pytree(row_of(solve.current, no_past, none))
-    like_past, (no_past, unpack_past) = no_past, ravel_pytree(no_past)
-
-    def step(solve, rows, number):
-        """The solve and the rows after one attempt, and whether the attempt was accepted."""
-        left = strategy.remember(solve.current.distribution)
-        new, past, effect, moved = try_step(solve, no_past, lambda past, t: left, none)
-        row, _ = ravel_pytree(row_of(new.current, unpack_past(past), effect))
-        return new, rows.at[number(new)].set(row, pred=moved), moved
-
-    def body(solve, rows):
-        return step(solve, rows, lambda new: new.num_accepted_steps)[:2]
-
-    def body_with_stops(carry, rows):
-        solve, stops = carry
-        new, rows, moved = step(solve, rows, lambda new: new.num_accepted_steps + stops)
-        new, past, anew = passing_stop(new, carried(strategy.remember(new.current.distribution)), moved)
-        if past is not None:
-            past = Conditional(past.shift, past.cross, pad_rows(past.own, like_past.own.shape[-2]))
-        row, _ = ravel_pytree(row_of(new.current, past, none))
-        stops = stops + anew.astype(jnp.int32)
-        return (new, stops), rows.at[new.num_accepted_steps + stops].set(row, pred=anew)
-
-    def start(number):
-        return jnp.zeros((number, first.size), first.dtype).at[0].set(first)
-
-    number = control.loop.max_steps + 1
-    if passing_stop is None:
-        solve, rows = repeat(control.loop, running, body, solve, start(number))
-        rows, reached = _repeat_last(rows, solve.num_accepted_steps)
-        return _ended(solve, t1), jax.vmap(unpack)(rows), reached
-    number += control.controller.stop_at.size
-    init = solve, jnp.zeros((), jnp.int32)
-    (solve, stops), rows = repeat(control.loop, lambda carry: running(carry[0]), body_with_stops, init, start(number))
-    rows, reached = _repeat_last(rows, solve.num_accepted_steps + stops)
-    rows = jax.vmap(unpack)(rows)
-    again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
-    return _ended(solve, t1), eqx.tree_at(lambda r: r.anew, rows, again, is_leaf=lambda x: x is None), reached
+    evidence = None if state.layout.factorisation.own_algebra else state.evidence
+    return is_finite((state.distribution, state.output_scale, evidence))
 
 
-class _Passing(eqx.Module):
-    solve: AdaptiveState
-    past: Float[Array, " flat"]  # of the last state kept, in the coordinates of the current one
-    passed: Int[Array, ""]  # how many of the times lie behind
-    kept: Int[Array, ""]  # in how many steps
+class Leg(eqx.Module):
+    """Where an attempt goes: from the time of the state to ``t``, over the signed length ``dt``.
 
-
-def solve_keeping_times(
-    parts: Step,
-    control: Control,
-    strategy: AbstractStrategy,
-    solve: AdaptiveState,
-    t1: Float[Array, ""],
-    args: PyTree,
-    ts: Float[Array, " times"],
-) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
-    """Solve to ``t1``; the rows at the start, at both ends of the steps that hold one of ``ts``, and at the end.
-
-    The prior tells what happens inside a step; what lies between the steps kept is marginalised as it is passed. There
-    are ``2 times + 2`` rows; those not reached, as the flags say, repeat the last one. In a solve with stops there are
-    ``3 times + 2``: a step that is kept has a third row, with which the next one starts.
+    ``seen_at``: the time of the equation: that on the step's own side where it jumps at ``t``. ``since``: the time on
+    this side of a jump where the step starts, ``None`` in a solve without stops. ``clipped``: whether it was cut to hit
+    a time. ``floor``: the shortest length there.
     """
-    direction = _direction(solve, t1)
-    running, try_step = _stepping(parts, control, solve, t1, args)
-    passing_stop = starting_anew(parts, control, solve, t1, args)
-    width = 2 if passing_stop is None else 3
 
-    def remember(state):
-        return ravel_pytree(carried(strategy.remember(state.distribution)))
-
-    def row_with(state, past):
-        return row_of(state, unpack_past(past))
-
-    start, unpack_past = remember(solve.current)
-    first, unpack = ravel_pytree(row_with(solve.current, start))
-    ahead = jnp.append(lax.stop_gradient(ts) * direction, jnp.inf)
-
-    def passing(solve, past, moved):
-        solve, past, _ = passing_stop(solve, unpack_past(past), moved)
-        return solve, ravel_pytree(past)[0]
-
-    def passed(t):
-        t = lax.stop_gradient(t) * direction
-        return jnp.searchsorted(ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
-
-    def body(carry, rows):
-        solve = carry.solve
-        if ts.size == 0:
-            new, past, _, moved = try_step(solve, carry.past, lambda past, t: unpack_past(past))
-            if passing_stop is not None:
-                new, past = passing(new, past, moved)
-            return _Passing(new, past, carry.passed, carry.kept), rows
-
-        def leaving(past, t):
-            holds = ahead[carry.passed] <= lax.stop_gradient(t) * direction
-            return unpack_past(jnp.where(holds, remember(solve.current)[0], past))
-
-        new, past, _, moved = try_step(solve, carry.past, leaving)
-        behind = passed(new.t)
-        keep = behind > carry.passed
-        # One flat row: the price of an iteration is that of its instructions.
-        kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
-        past = jnp.where(keep, remember(new.current)[0], past)
-        if passing_stop is not None:
-            new, past = passing(new, past, moved)
-            kept.append(row_with(new.current, past))
-            past = jnp.where(keep, remember(new.current)[0], past)
-        row, _ = ravel_pytree(tuple(kept))
-        rows = rows.at[carry.kept].set(row.reshape(width, -1), pred=keep)
-        return _Passing(new, past, behind, carry.kept + keep.astype(jnp.int32)), rows
-
-    init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
-    rows = jnp.zeros((ts.size, width, first.size), first.dtype)
-    carry, rows = repeat(control.loop, lambda carry: running(carry.solve), body, init, rows)
-    solve = _ended(carry.solve, t1)
-    last, _ = ravel_pytree(row_with(solve.current, carry.past))
-    rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])
-    rows, reached = _repeat_last(rows.at[width * carry.kept + 1].set(last), width * carry.kept + 1)
-    return solve, jax.vmap(unpack)(rows), reached
+    t: Float[Array, ""]
+    dt: Float[Array, ""]
+    seen_at: Float[Array, ""]
+    since: Float[Array, ""] | None
+    clipped: Bool[Array, ""]
+    floor: Float[Array, ""]
 
 
-def _repeat_last(rows, last):
-    """The rows, those behind the last real one replaced by it, and which are real."""
-    reached = jnp.arange(rows.shape[0]) <= last
-    return jnp.where(reached[:, None], rows, rows[last]), reached
+class Taken(eqx.Module):
+    """What is left when an attempt has been conditioned or rejected.
 
-
-def _stepping(parts, control, solve, t1, args):
-    """Whether a solve goes on, and its next attempt: the solve after it, its past, its influence, whether it moved.
-
-    ``past``: flat, before and after; ``leaving(past, t)``: what to take along on a step to ``t``.
+    ``past``: an earlier state given ``current``, as one flat array. ``influence``: of the equation, where it is kept.
+    ``fine``: whether conditioning has returned finite numbers. ``likely``: whether the scale explains the residual.
     """
-    t0, direction, layout = solve.t, _direction(solve, t1), solve.current.layout
-    max_steps, stops, smallest = control.loop.max_steps, control.stops(t1.dtype), shortest_near_zero(solve.dt)
-    # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.
-    harmless = direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
 
-    # Traced once; what the user's functions close over becomes an input that can be differentiated.
-    attempting = eqx.filter_closure_convert(
-        lambda distribution, t, dt, *since: attempt(parts, distribution, t, dt, layout, args, *since),
-        solve.current.distribution,
-        *[t1] * (2 if stops is None else 3),
-    )
+    current: State
+    past: Float[Array, " flat"]
+    influence: Any
+    fine: Bool[Array, ""]
+    likely: Bool[Array, ""]
 
-    def measured(now, t, dt, attempted):
-        """The size of an attempt's error, and its innovation as far as it had to be looked at for that."""
+
+class Stepper:
+    """Attempts of steps to ``t1``, for the body of a loop.
+
+    (No module: it holds a function that was traced once, with what the user's functions close over as inputs.)
+    """
+
+    def __init__(self, step: Step, control: Control, solve: AdaptiveState, t1: Float[Array, ""]):
+        self.step, self.control, self.t0, self.t1 = step, control, solve.t, t1
+        self.direction, self.layout = direction_of(solve.t, t1), solve.current.layout
+        self.stops, self.smallest = control.stops(t1.dtype), shortest_near_zero(solve.dt)
+        # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.
+        self.harmless = self.direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
+        # Traced once; what the user's functions close over becomes an input that can be differentiated.
+        times = [t1] * (2 if self.stops is None else 3)
+        self.attempt = eqx.filter_closure_convert(step.attempt, solve.current.distribution, *times)
+
+    def running(self, solve: AdaptiveState) -> Bool[Array, ""]:
+        """Whether a solve goes on."""
+        unfinished = (self.t1 - solve.t) * self.direction > 0
+        return unfinished & (solve.num_steps < self.control.loop.max_steps) & (solve.result == Result.successful)
+
+    def advance(
+        self, solve: AdaptiveState, past: Array, leaving: Callable, influence: Any = None
+    ) -> tuple[AdaptiveState, Array, Any, Bool[Array, ""]]:
+        """One attempt of a step: the solve after it, its past, the influence of the equation, whether it was accepted.
+
+        1. Predict: ``m = A mean``, ``P = A cov A^T + s^2 Q``.
+        2. Linearise and compare: ``z(t + dt, x) ~ z + H (x - m)``, whitened by ``S = H Q H^T``; the local scale
+           ``s^2 = z^T S^-1 z / size(z)``.
+        3. Measure: the norm of the estimated error over ``atol + rtol max(|u|, |m|)``.
+        4. Decide: the controller accepts a norm up to one, and proposes the next length.
+        5. If accepted, condition on ``z = 0``: ``K = P H^T (H P H^T)^-1``, ``mean = m - K z``,
+           ``cov = (I - K H) P``; and refuse after all what is not finite, or what the scale does not explain.
+
+        ``past``, ``influence``: before the attempt, the first as one flat array. ``leaving(past, t)``: what is to be
+        taken along of the past on a step to ``t``.
+        """
+        active, before = self.running(solve), solve.current
+        leg = self.leg(solve, active)
+        attempted = detach(self.attempt(*detach(self.inputs(before, leg))))
+        norm, attempted, unseen = self.measure(solve, leg, attempted)
+        length, order = jnp.abs(detach(leg.dt)), self.layout.num_derivatives + 1
+        good, proposed, memory = self.control.controller.propose(length, norm, order, solve.controller)
+        good = good & jnp.isfinite(norm) & active
+        rejected = lambda *_: Taken(before, past, influence, jnp.array(True), jnp.array(True))  # noqa: E731
+        accepted = lambda before, past, left, influence: self.condition(  # noqa: E731
+            before, leg, good, attempted, unseen, (past, left, influence)
+        )
+        taken = lax.cond(good, accepted, rejected, before, past, leaving(past, leg.t), influence)
+        new, good = self.decide(solve, leg, active, good, norm, taken, attempted, unseen, (proposed, memory))
+        return new, taken.past, taken.influence, good
+
+    def inputs(self, before, leg):
+        """What the prediction of an attempt is a function of."""
+        return before.distribution, leg.seen_at, leg.dt, *(() if self.stops is None else (leg.since,))
+
+    def leg(self, solve, active) -> Leg:
+        """Where the next attempt goes."""
+        t_now = solve.t
+        t, dt, clipped, floor = next_time(self.control, t_now, solve.dt, self.t1, self.direction, self.smallest)
+        dt = jnp.where(active, dt, self.direction)
+        if self.stops is None:
+            return Leg(t, dt, t, None, clipped, floor)
+        # Where the equation jumps it is that of the step's own side.
+        seen_at, since = beside(t, -self.direction, self.stops), beside(t_now, self.direction, self.stops)
+        return Leg(t, dt, seen_at, since, clipped, floor)
+
+    def measure(self, solve, leg, attempted):
+        """The norm of an attempt's error, the attempt with what had to be looked at for it, and ``Start.unseen``."""
+        now, step, control = solve.current, self.step, self.control
 
         def size(innovation):
-            return error_norm(control, layout, now, dt, attempted, innovation)
+            return error_norm(control, self.layout, detach(now), detach(leg.dt), attempted, innovation)
 
         def seen(_):
             # Only lengths are decided from it: a derivative would be computed, and compiled, for nothing.
-            constraint, prior = detach((parts.constraint, parts.prior if attempted.prior is None else attempted.prior))
+            prior = step.prior if attempted.prior is None else attempted.prior
+            constraint, prior, args = detach((step.constraint, prior, step.args))
             at = attempted.transition, attempted.equation, attempted.innovation
-            innovation = with_defects(constraint, prior, now.distribution, t, dt, *at, layout, detach(args))
-            return size(innovation), scale_inside(innovation, attempted.equation, layout)
+            to = detach((now.distribution, leg.seen_at, leg.dt))
+            innovation = with_defects(constraint, prior, *to, *at, self.layout, args)
+            return size(innovation), scale_inside(innovation, attempted.equation, self.layout)
 
         unseen = jnp.zeros_like(attempted.innovation.scale)
         if not control.error.needs_defects:
-            return size(attempted.innovation), unseen
-        if attempted.equation.whole:
-            return seen(None)
-        # Where the field is frozen its evaluations are most of the cost; where the residual is as large as usual, the
-        # step is no longer than its neighbours, and sees as much.
-        blind = size(attempted.innovation)
-        return lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
-
-    def running(solve):
-        unfinished = (t1 - solve.t) * direction > 0
-        return unfinished & (solve.num_steps < max_steps) & (solve.result == Result.successful)
-
-    def try_step(solve, past, leaving, influence=None):
-        active = running(solve)
-        now = solve.current
-        t, dt, clipped, floor = next_time(control, now.t, solve.dt, t1, direction, smallest)
-        dt = jnp.where(active, dt, direction)
-        # Where the equation jumps it is that of the step's own side.
-        seen_at, since = t, ()
-        if stops is not None:
-            seen_at = beside(t, -direction, stops)
-            since = (beside(now.t, direction, stops),)
-
-        attempted = detach(attempting(*detach((now.distribution, seen_at, dt, *since))))
-        norm, inside = detach(measured(detach(now), detach(seen_at), detach(dt), attempted))
-        unseen = None if stops is None else solve.anew.unseen
+            norm, inside = size(attempted.innovation), unseen
+        elif attempted.equation.whole:
+            norm, inside = seen(None)
+        else:
+            # Where the field is frozen its evaluations are most of the cost; where the residual is as large as usual,
+            # the step is no longer than its neighbours, and sees as much.
+            blind = size(attempted.innovation)
+            norm, inside = lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
+        norm, inside = detach((norm, inside))
+        unseen = None if self.stops is None else solve.anew.unseen
         if now.spread is not None:
-            ahead = ahead_of(parts, now, seen_at, attempted, args)
-            norm = jnp.maximum(norm, detach(spread_norm(control, layout, now, dt, attempted, ahead)))
-            unseen = None if stops is None else unseen & (ahead.scale == 0)
-        attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, inside))
-        length = jnp.abs(detach(dt))
-        good, proposed, memory = control.controller.propose(length, norm, layout.num_derivatives + 1, solve.controller)
-        finite = jnp.isfinite(norm)
-        good = good & finite & active
+            ahead = step.ahead(now, leg.seen_at, attempted)
+            norm = jnp.maximum(norm, detach(spread_norm(control, self.layout, now, leg.dt, attempted, ahead)))
+            unseen = None if self.stops is None else unseen & (ahead.scale == 0)
+        innovation = not_silent(attempted.innovation, inside)
+        return norm, dataclasses.replace(attempted, innovation=innovation), unseen
 
-        left = leaving(past, t)
+    def condition(self, before, leg, good, attempted, unseen, others) -> Taken:
+        """An attempt that was accepted, conditioned on the equation; the state before it if that is of no use."""
+        past, left, influence = others
+        # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
+        t = jnp.where(good, leg.t, before.t)
+        seen_at = t if self.stops is None else jnp.where(good, leg.seen_at, leg.since)
+        at = dataclasses.replace(leg, seen_at=seen_at, dt=jnp.where(good, leg.dt, self.harmless))
+        values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
+        mean = jnp.where(good, attempted.mean, detach(before.distribution.mean))
+        known = _with_derivative(dataclasses.replace(values, mean=mean), self.attempt, self.inputs(before, at))
 
-        def accepted(now, past, left, influence):
-            # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
-            when = jnp.where(good, t, now.t)
-            at = when if stops is None else jnp.where(good, seen_at, since[0])
-            inputs = (now.distribution, at, jnp.where(good, dt, harmless), *since)
-            values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
-            mean = jnp.where(good, attempted.mean, detach(now.distribution.mean))
-            values = eqx.tree_at(lambda a: a.mean, values, mean)
-            known = _with_derivative(values, attempting, inputs)
+        def conditioned(before, t, known, left, *sides):
+            stepped, likely = self.step.accept(before, known, t, left, *sides), True
+            if self.control.doubts_scale:
+                moved = surprise(self.control, self.layout, *detach((before, known, stepped.influence)))
+                likely = moved <= _SURPRISE
+            effect = None if influence is None else stepped.influence
+            return stepped.state, ravel_pytree(stepped.past)[0], effect, likely
 
-            def conditioned(now, t, known, left, *sides):
-                state, update = accept(parts, now, t, known, left, args, *sides)
-                likely = True
-                if control.doubts_scale:
-                    likely = surprise(control, layout, detach(now), detach(known), detach(update)) <= _SURPRISE
-                effect = None if influence is None else update.influence
-                return state, ravel_pytree(update.past)[0], effect, likely
+        inputs = before, t, known, left, *(() if self.stops is None else (seen_at, unseen))
+        (*after, likely), fine = _with_verdict(eqx.filter_closure_convert(conditioned, *inputs), inputs)
+        likely = jnp.asarray(likely)
+        return Taken(*choose(fine & likely, tuple(after), (before, past, influence)), fine, likely)
 
-            inputs = now, when, known, left, *(() if stops is None else (at, unseen))
-            (*after, likely), fine = _with_verdict(eqx.filter_closure_convert(conditioned, *inputs), inputs)
-            return *_choose(fine & likely, tuple(after), (now, past, influence)), fine, likely
-
-        def rejected(now, past, left, influence):
-            return now, past, influence, True, True
-
-        current, past, influence, fine, likely = lax.cond(good, accepted, rejected, now, past, left, influence)
-        spoilt, good, finite = good & ~(fine & likely), good & fine & likely, finite & fine
+    def decide(self, solve, leg, active, good, norm, taken, attempted, unseen, proposal):
+        """The solve after an attempt, with the length of the next one and a result where there is none; whether it was
+        accepted."""
+        (proposed, memory), length = proposal, jnp.abs(detach(leg.dt))
+        usable = taken.fine & taken.likely
+        spoilt, good, finite = good & ~usable, good & usable, jnp.isfinite(norm) & taken.fine
         proposed = trusted(proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
-        kept = jnp.where(clipped, jnp.maximum(proposed, solve.dt), proposed)
+        kept = jnp.where(leg.clipped, jnp.maximum(proposed, solve.dt), proposed)
         # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.
-        shorter = jnp.where(spoilt, length / 2, length - floor / 2)
+        shorter = jnp.where(spoilt, length / 2, length - leg.floor / 2)
         proposed = jnp.where(good, kept, jnp.minimum(proposed, shorter))
-        proposed = jnp.clip(lax.stop_gradient(proposed), floor, _dt_max(control.controller, dt.dtype))
+        proposed = jnp.clip(lax.stop_gradient(proposed), leg.floor, longest(self.control, length.dtype))
         # What was asked for, too: the length of the shortest step is rounded to one between two times.
-        stuck = active & ~good & (jnp.minimum(solve.dt, length) <= floor)
-        failure = Result.where(likely, Result.step_size_too_small, Result.scale_mismatch)
+        stuck = active & ~good & (jnp.minimum(solve.dt, length) <= leg.floor)
+        failure = Result.where(taken.likely, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
-        tiny = good & ~tolerance_in_range(control, detach(layout.unpack(attempted.mean)[0]))
+        tiny = good & ~tolerance_in_range(self.control, detach(self.layout.unpack(attempted.mean)[0]))
+        anew = None
+        if self.stops is not None:
+            anew = Start(solve.anew.t, jnp.where(good, unseen & attempted.innovation.silent, solve.anew.unseen))
         new = AdaptiveState(
-            current,
+            taken.current,
             proposed,
-            _choose(active & fine & likely, lax.stop_gradient(memory), solve.controller),
+            choose(active & usable, lax.stop_gradient(memory), solve.controller),
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
-            None
-            if stops is None
-            else Start(solve.anew.t, jnp.where(good, unseen & attempted.innovation.silent, solve.anew.unseen)),
-        )
-        if control.progress is not None:
-            tell(control.progress, _share(now.t, t0, t1), jnp.where(running(new), _share(current.t, t0, t1), 1))
-        return new, past, influence, good
-
-    return running, try_step
-
-
-def starting_anew(
-    parts: Step, control: Control, solve: AdaptiveState, t1: Float[Array, ""], args: PyTree
-) -> Callable | None:
-    """What happens after an attempt, ``None`` in a solve without stops: from a solve, the coordinates of an earlier
-    state, and whether to look, the solve that starts anew if it is at a stop, these coordinates, and whether it does.
-    """
-    stops, begun, direction = control.stops(t1.dtype), solve, _direction(solve, t1)
-    if stops is None:
-        return None
-    layout, constraint = solve.current.layout, parts.constraint
-
-    def spread_anew(now, t):
-        problem, initialise = constraint.problem, control.initialisation.initialise
-        u, *moves = (layout.unpack(x)[: problem.num_initial_values] for x in (now.distribution.mean, *now.spread))
-        start = lambda u: initialise(problem, t, u, layout, detach(args)).mean  # noqa: E731
-        return value_and_moves(start, u, jnp.stack(moves))[1]
-
-    def pass_stop(solve, past, moved):
-        now = solve.current
-        here = moved & is_jump(now.t, stops) & ((t1 - now.t) * direction > 0)
-
-        def start(now, past):
-            # Lanes of a vmap come here wherever they are: they differentiate at a point that is known to be fine.
-            t = jnp.where(here, now.t, begun.t)
-            mean = jnp.where(here, now.distribution.mean, begun.current.distribution.mean)
-            x = Normal(mean, now.distribution.factor)
-            behind = beside(t, direction, stops)
-            return start_anew(constraint, control.initialisation, behind, x, past, layout, args)
-
-        x, new_past = lax.cond(here, start, lambda now, past: (now.distribution, past), now, past)
-        # Where no derivatives satisfy the equation together with u, as an algebraic one that jumps, the state goes on.
-        anew = here & is_finite(x)
-        x, past = _choose(anew, (x, new_past), (now.distribution, past))
-        current = eqx.tree_at(lambda s: s.distribution, now, x)
-        if now.spread is not None:
-            spread = jnp.where(anew, spread_anew(*detach((now, beside(now.t, direction, stops)))), now.spread)
-            current = eqx.tree_at(lambda s: s.spread, current, spread)
-        until = nearest(stops, now.t, t1, direction) - now.t
-        prior = parts.prior if current.prior is None else current.prior
-        # As in a solve that starts here: so one with stops takes the steps of its pieces.
-        dt = first_step(control, detach(current), detach(prior), until, constraint.order)
-        dt = bounded_step(control, dt)
-        return (
-            AdaptiveState(
-                current,
-                jnp.where(anew, lax.stop_gradient(dt), solve.dt),
-                _choose(anew, control.controller.init(t1.dtype), solve.controller),
-                solve.num_steps,
-                solve.num_accepted_steps,
-                solve.result,
-                _choose(anew, Start(lax.stop_gradient(now.t), jnp.ones_like(solve.anew.unseen)), solve.anew),
-            ),
-            past,
             anew,
         )
-
-    return pass_stop
-
-
-def _ended(solve, t1):
-    """The solve with its result, which the end of a loop does not tell."""
-    unfinished = (solve.t != t1) & (solve.result == Result.successful)
-    return eqx.tree_at(lambda s: s.result, solve, Result.where(unfinished, Result.max_steps_reached, solve.result))
+        if self.control.progress is not None:
+            share = lambda t: jnp.clip((t - self.t0) / (self.t1 - self.t0), 0, 1)  # noqa: E731
+            tell(self.control.progress, share(solve.t), jnp.where(self.running(new), share(new.t), 1))
+        return new, good
 
 
 @eqx.filter_custom_jvp
@@ -497,19 +339,3 @@ def _(primals, tangents):
         return jax.tree.map(lambda x: jnp.where(fine, x, 0) if eqx.is_inexact_array(x) else None, tree)
 
     return (out, fine), (where_fine(derivative(where_fine(tangents))), None)
-
-
-def _choose(flag, these, those):
-    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)
-
-
-def _share(t, t0, t1):
-    return jnp.clip((t - t0) / (t1 - t0), 0, 1)
-
-
-def _direction(solve, t1):
-    return jnp.where(t1 >= solve.t, 1, -1).astype(t1.dtype)
-
-
-def _dt_max(controller, dtype):
-    return jnp.inf if controller.dt_max is None else controller.dt_max.astype(dtype)

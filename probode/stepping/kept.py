@@ -7,6 +7,15 @@ from ..algebra.conditioning import Influence
 from ..algebra.coordinates import Conditional
 from ..algebra.normal import Normal
 from ..priors.prior import AbstractPrior
+from .state import State
+
+
+class Kept(eqx.Module):
+    """The rows of a solve, which of them are real, and whether they are all of its steps."""
+
+    rows: "Row"
+    reached: Bool[Array, " rows"]
+    dense: bool = eqx.field(static=True)
 
 
 class Row(eqx.Module):
@@ -25,3 +34,8 @@ class Row(eqx.Module):
     influence: Influence | None
     prior: AbstractPrior | None
     anew: Bool[Array, "..."] | None = None
+
+    @staticmethod
+    def of(state: State, past: Conditional | None, influence: Influence | None = None) -> "Row":
+        """What is kept of a state."""
+        return Row(state.t, state.distribution, state.output_scale, past, influence, state.prior)

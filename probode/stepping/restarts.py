@@ -1,4 +1,4 @@
-"""Times at which an equation jumps: which side of them is meant, and how a state starts anew there.
+"""How a state starts anew at a time at which the equation jumps.
 
 What is known of ``u, .., u^(k-1)`` stays, the higher derivatives are those of the equation behind the jump: the state
 is initialised again, as one that depends on ``u`` to first order (``u + du`` has the derivatives ``x + M du``).
@@ -7,8 +7,7 @@ is initialised again, as one that depends on ``u`` to first order (``u + du`` ha
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ..algebra.coordinates import Conditional, both
 from ..algebra.factorisations import Layout
@@ -17,26 +16,6 @@ from ..algebra.normal import Normal, batched, pad, pad_rows
 from ..estimation.initialisation import AbstractInitialisation
 from ..information.constraints import AbstractConstraint
 from .spread import value_and_moves
-from .step import round_off
-
-
-def is_jump(t: Float[Array, ""], jumps: Float[Array, " times"]) -> Bool[Array, ""]:
-    """Whether ``t`` is one of the times, up to round-off."""
-    return jnp.any(jnp.abs(lax.stop_gradient(jumps - t)) <= round_off(t))
-
-
-def beside(t: Float[Array, ""], side: Float[Array, ""], jumps: Float[Array, " times"]) -> Float[Array, ""]:
-    """``t``, or one or two units of round-off above (``side`` 1) or below it (-1) where the equation jumps at ``t``.
-
-    It moves with ``t``: so a solution has the right derivative with respect to the time of a jump.
-    """
-    fixed, jumps = lax.stop_gradient(t), lax.stop_gradient(jumps)
-    ahead = (jumps - fixed) * side
-    # Of jumps that are the same time up to round-off the outermost one.
-    beyond = jnp.max(jnp.where(jnp.abs(ahead) <= round_off(fixed), ahead, 0))
-    info = jnp.finfo(t.dtype)
-    ulp = jnp.maximum(info.eps * jnp.abs(fixed + side * beyond), info.tiny)
-    return t + jnp.where(is_jump(fixed, jumps), side * (jnp.maximum(beyond, 0) + ulp), 0)
 
 
 def starts_uncertain(

@@ -1,11 +1,12 @@
 """One step of a solver: predict, linearise, compare with the noise of the step; then, if it is good enough, condition.
 
 The equations are those of the square-root Kalman filter on the state ``x = (u, u', ..., u^(nu))`` with the noise-free
-observation ``z(t, x) = 0`` (Tronarp et al. 2019; Kraemer & Hennig 2020).
+observation ``z(t, x) = 0`` (Tronarp, Kersting, Sarkka, Hennig 2019, "Probabilistic solutions to ordinary differential
+equations as nonlinear Bayesian filtering"; Kraemer & Hennig 2020, "Stable implementation of probabilistic ODE
+solvers").
 """
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,280 +14,266 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..algebra.conditioning import (
-    Influence,
-    Update,
-    condition,
-    innovate,
-    join,
-    seen_from,
-)
+from ..algebra.conditioning import Influence, Update, condition, innovate, join, seen_from
 from ..algebra.coordinates import Conditional, in_coordinates, realise
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import detach
-from ..algebra.marginals import Moments, moments, widen
+from ..algebra.linalg import choose, detach
 from ..algebra.normal import Normal, pad, pad_rows, push
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
 from ..priors.prior import AbstractPrior
-from ..util.checks import as_integer
-from ..util.describe import brief, shape_of_u
 from .attempt import Attempt
 from .error_estimates import rms_norm
 from .residuals import informative, not_silent, residual_at, with_floor, without_round_off
 from .spread import Ahead, push_moves, spread_after, spread_ahead
+from .state import State
+from .times import round_off
 
 
-class State(eqx.Module):
-    """The state of a solver between two steps, as ``Solver.init`` and ``Solver.step`` return it.
+class Stepped(eqx.Module):
+    """What a step leaves: the state after it, an earlier one given that, and how the equation has moved the state."""
 
-    It holds the time ``t``, the Gaussian ``distribution`` over ``(u, ..., u^(nu))``, and what the parts remember.
-
-    >>> import jax.numpy as jnp, probode
-    >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)))
-    >>> state = solver.step(solver.init(1.0, 0.0), 0.1)
-    >>> bool(jnp.abs(state.mean - jnp.exp(-0.1)) < 1e-6)
-    True
-
-    ``prior``: that of the step that ended here, if every step has its own. ``last_move``: see ``iterates``.
-    ``data_evidence``: the log density of the data so far, where there are any. ``spread``: how the mean moves along the
-    rows of the factor of an uncertain initial value, if that is where the solve came from: it adds to the covariance.
-    """
-
-    t: Float[Array, ""]
-    distribution: Normal
-    output_scale: Float[Array, "*batch"]
-    statistics: Any
-    evidence: Evidence
-    layout: Layout
-    prior: AbstractPrior | None
-    last_move: Float[Array, ""] | None
-    data_evidence: Float[Array, ""] | None
-    spread: Float[Array, "N *batch dim cols"] | None = None
-
-    def __repr__(self):
-        return f"State(t={brief(self.t)}, u={shape_of_u(self.layout)}, layout={self.layout!r})"
-
-    @property
-    def mean(self) -> PyTree:
-        """Mean of ``u``."""
-        return self.derivative(0).mean
-
-    @property
-    def std(self) -> PyTree:
-        """Standard deviation of ``u``."""
-        return self.derivative(0).std
-
-    def derivative(self, k: Any) -> Moments:
-        """Mean and standard deviation of ``u^(k)``."""
-        k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
-        whole = self.distribution if self.spread is None else widen(self.distribution, self.spread)
-        return moments(self.layout, whole, k)
+    state: State
+    past: Conditional | None
+    influence: Influence
 
 
 class Step(eqx.Module):
-    """The parts of a solver that make a step."""
+    """The parts of a solver that make a step, bound to a problem: its layout, its ``args``, and data to learn from."""
 
     prior: AbstractPrior
     constraint: AbstractConstraint
     calibration: AbstractCalibration
+    layout: Layout
+    args: PyTree = None
     data: Observations | None = None
 
+    def start(self, t: Float[Array, ""], distribution: Normal) -> State:
+        """The state of a solver before its first step."""
+        layout, shape, dtype = self.layout, self.layout.batch_shape, self.layout.dtype
+        if layout.factorisation.own_algebra:
+            distribution = layout.factorisation.start(distribution)
+        else:
+            equation = self._shape_of_equation(t, distribution)
+            # As many rows as a step leaves.
+            rows = distribution.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
+            distribution = pad(distribution, rows)
+        evidence = jnp.zeros((), dtype)
+        if self.data is not None:
+            layout.require_shared_algebra("Conditioning on data")
+            distribution, _, evidence = self._learn(t, distribution, None, evidence)
+        return State(
+            t,
+            distribution,
+            output_scale=jnp.ones(shape, dtype),
+            statistics=self.calibration.init(shape, dtype),
+            evidence=Evidence.none(shape, dtype),
+            layout=layout,
+            prior=self.own_prior(t, distribution),
+            last_move=jnp.zeros((), dtype),
+            data_evidence=evidence,
+        )
 
-def start(parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree) -> State:
-    """The state of a solver before its first step."""
-    shape, dtype = layout.batch_shape, layout.dtype
-    if layout.factorisation.own_algebra:
-        distribution = layout.factorisation.start(distribution)
-    else:
-        equation = _shape_of_equation(parts, t, distribution, layout, args)
-        # As many rows as a step leaves.
-        rows = distribution.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
-        distribution = pad(distribution, rows)
-    ones, statistics = jnp.ones(shape, dtype), parts.calibration.init(shape, dtype)
-    state = State(t, distribution, ones, statistics, Evidence.none(shape, dtype), layout, None, None, None)
-    if parts.data is None:
-        return adopt(parts, state, args)
-    layout.require_shared_algebra("Conditioning on data")
-    distribution, _, evidence = _learn(parts.data, t, state.distribution, None, jnp.zeros((), dtype), layout, args)
-    state = eqx.tree_at(
-        lambda s: (s.distribution, s.data_evidence), state, (distribution, evidence), is_leaf=lambda x: x is None
-    )
-    return adopt(parts, state, args)
+    def resume(self, state: State) -> State:
+        """A state from ``start`` or another solve, prepared for the steps of these parts."""
+        return dataclasses.replace(state, prior=self.own_prior(state.t, state.distribution))
+
+    def own_prior(self, t: Float[Array, ""], distribution: Normal) -> AbstractPrior | None:
+        """The prior of the next step from a state where priors differ from step to step; ``None`` elsewhere."""
+        if not self.prior.differs_by_step:
+            return None
+        us = self.layout.unpack(distribution.mean)
+        return self.prior.at(t, us, self.constraint.problem, self.layout, self.args)
+
+    def attempt(
+        self, before: Normal, t: Float[Array, ""], dt: Float[Array, ""], since: Float[Array, ""] | None = None
+    ) -> Attempt:
+        """Predict over ``dt`` to the time ``t``, and hold the prediction against the equation.
+
+        ``before``: the state where the step starts. ``since``: the time there, where it matters on which side of it.
+        """
+        prior = self.own_prior(t - dt if since is None else since, before)
+        transition = (self.prior if prior is None else prior).transition(dt, self.layout)
+        predicted = push(before, transition.matrix)
+        if self.layout.factorisation.own_algebra:
+            return self.layout.factorisation.attempt(self, predicted, t, transition)
+        equation = self._linearise(t, predicted)
+        unit = jnp.broadcast_to(transition.magnitude, self.layout.batch_shape)
+        innovation = with_floor(innovate(equation, transition.noise, unit), equation, predicted.mean)
+        return Attempt(transition, predicted.mean, equation, innovation, prior)
+
+    def accept(
+        self,
+        before: State,
+        attempted: Attempt,
+        t: Float[Array, ""],
+        past: Conditional | None,
+        seen_at: Float[Array, ""] | None = None,
+        anew: Bool[Array, "*batch"] | None = None,
+    ) -> Stepped:
+        """Condition the prediction of an attempt on the equation: what the step leaves at ``t``.
+
+        ``past``: an earlier state given the one ``before``, for smoothers. ``seen_at``: the time of the equation, where
+        it matters on which side of ``t``. ``anew``: whether the state has started anew behind a jump, and no residual
+        has been seen since.
+        """
+        at, spread = t if seen_at is None else seen_at, before.spread
+        if spread is not None:
+            # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
+            ahead = self.ahead(before, at, attempted)
+            attempted = dataclasses.replace(attempted, innovation=not_silent(attempted.innovation, ahead.scale))
+            anew = None if anew is None else anew & (ahead.scale == 0)
+        innovation = attempted.innovation
+        scale = self.calibration.scale(innovation, before.statistics)
+        if attempted.update is None:
+            update, equation, move = self._condition(before, at, attempted, scale, past)
+        else:
+            update, equation, move = attempted.update, attempted.equation, jnp.zeros_like(before.last_move)
+        if anew is not None:
+            update = _unless_silent(update, anew & innovation.silent, before, attempted, past)
+        influence, output_scale = update.influence, scale / innovation.unit
+        counts = informative(equation, attempted.mean)
+        statistics = self.calibration.update(before.statistics, output_scale, influence.whitened, counts)
+        if spread is not None:
+            spread = spread_after(*detach((ahead, update, equation)))
+        distribution, past, data_evidence = update.state, update.past, before.data_evidence
+        if self.data is not None:
+            distribution, past, data_evidence = self._learn(t, distribution, past, data_evidence)
+        state = State(
+            t,
+            distribution,
+            output_scale,
+            statistics,
+            before.evidence.update(influence.whitened, update.pivots),
+            self.layout,
+            attempted.prior,
+            jnp.maximum(before.last_move, move),
+            data_evidence,
+            spread,
+        )
+        return Stepped(state, past, dataclasses.replace(influence, weight=influence.weight * counts))
+
+    def fixed(self, before: State, t: Float[Array, ""], past: Conditional | None = None) -> Stepped:
+        """One step to the time ``t`` without error control; shorter than round-off it only predicts."""
+        dt = t - before.t
+        shortest = round_off(jnp.maximum(jnp.abs(t), jnp.abs(before.t)))
+        short = jnp.abs(dt) <= shortest
+        # A zero step must not reach the derivative of sqrt|dt|: the step that is thrown away has some length.
+        some = jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt)
+        attempted = self.attempt(before.distribution, t, some)
+        stepped = self.accept(before, attempted, t, past)
+        prior = self.prior if attempted.prior is None else attempted.prior
+        matrix = prior.transition(dt, self.layout).matrix
+        waited = dataclasses.replace(
+            before,
+            t=t,
+            distribution=push(before.distribution, matrix),
+            prior=attempted.prior,
+            spread=None if before.spread is None else detach(push_moves(before.spread, matrix)),
+        )
+        if past is not None:
+            past = Conditional(past.shift, past.cross, pad_rows(past.own, stepped.past.own.shape[-2]))
+        no_influence = jax.tree.map(jnp.zeros_like, stepped.influence)
+        return choose(short, Stepped(waited, past, no_influence), stepped)
+
+    def ahead(self, before: State, t: Float[Array, ""], attempted: Attempt) -> Ahead:
+        """The spread of a state where an attempt takes it: without derivatives, since only steps are chosen by it.
+
+        (And without error control it is what a state says of itself; what a solve reports are its own derivatives.)
+        """
+        a = attempted
+        inputs = t, before.distribution, before.spread, a.transition.matrix, a.equation, a.innovation
+        return spread_ahead(*detach((self.constraint, *inputs, self.layout, self.args)))
+
+    def nothing(
+        self, before: State, past: Conditional | None, *, influence: bool
+    ) -> tuple[Conditional | None, Influence | None]:
+        """Zeros of the shapes in which a step returns ``past``, if any, and the ``influence`` of the equation."""
+        if past is None and not influence:
+            return None, None
+
+        def step(x, past):
+            equation = self.constraint.linearise(before.t, x, self.layout, self.args)
+            *batch, dim, _ = x.mean.shape
+            noise, scale = jnp.zeros((*batch, dim, dim), x.mean.dtype), jnp.zeros(batch, x.mean.dtype)
+            update = condition(join(x, noise, scale, equation, past), x, equation, past)
+            return update.past, update.influence if influence else None
+
+        shapes = eqx.filter_eval_shape(step, before.distribution, past)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    @property
+    def iterates(self) -> bool:
+        """Whether a step iterates its linearisation, so that a user wants to know whether it has converged."""
+        return self.constraint.relinearise and self.constraint.evaluations > 1
+
+    def _shape_of_equation(self, t, x):
+        return eqx.filter_eval_shape(self.constraint.linearise, t, x, self.layout, self.args)
+
+    def _linearise(self, t, x):
+        return without_round_off(self.constraint.linearise(t, x, self.layout, self.args), x.mean)
+
+    def _learn(self, t, x, past, evidence):
+        """A state, an earlier one in its coordinates, and the log density of all data, with those at ``t``, if any."""
+
+        def learn(x, past, evidence):
+            coordinates, log_density = self.data.learn(i, x, self.layout, self.args)
+            past = None if past is None else in_coordinates(past, coordinates)
+            return realise(coordinates, x), past, evidence + log_density
+
+        i, seen = self.data.find(t)
+        return lax.cond(seen, learn, lambda *same: same, x, past, evidence)
+
+    def _condition(self, before, t, attempted, scale, past):
+        """The update, the equation that it is about, and how far the last of several linearisations has moved it."""
+        transition, equation = attempted.transition, attempted.equation
+        predicted = Normal(attempted.mean, push(before.distribution, transition.matrix).factor)
+        if self.calibration.relinearise:
+            noise = transition.noise * scale[..., None, None]
+            equation = self._linearise(t, Normal(predicted.mean, jnp.concatenate([predicted.factor, noise], axis=-2)))
+        joint = join(predicted, transition.noise, scale, equation, past)
+        update = condition(joint, predicted, equation, past)
+
+        def again(_, carry):
+            joint, update, equation, _ = carry
+            whitened = update.influence.whitened
+            equation = self._evaluate_at(update.state, t, predicted, equation)
+            if self.constraint.relinearise:
+                joint = join(predicted, transition.noise, scale, equation, past)
+            return joint, condition(joint, predicted, equation, past), equation, whitened
+
+        carry = joint, update, equation, jnp.zeros_like(update.influence.whitened)
+        times = self.constraint.evaluations - 1
+        # One extra evaluation is inlined so that XLA can fuse it. More go into a loop: inlined, compile time grows
+        # exponentially.
+        if times == 1:
+            carry = again(0, carry)
+        elif times:
+            carry = lax.fori_loop(0, times, again, carry)
+        _, update, equation, whitened = carry
+        move = rms_norm(update.influence.whitened - whitened) if self.iterates else jnp.zeros_like(before.last_move)
+        return update, equation, move
+
+    def _evaluate_at(self, point, t, predicted, equation):
+        """The equation with its residual, or as a whole, taken at another point, as the prediction sees it."""
+        point = Normal(point.mean, predicted.factor)
+        if self.constraint.relinearise:
+            new = self.constraint.linearise(t, point, self.layout, self.args)
+        else:
+            residual = residual_at(self.constraint, t, point, self.layout, self.args)
+            new = dataclasses.replace(equation, residual=residual)
+        residual = seen_from(predicted.mean, point.mean, new)
+        return without_round_off(dataclasses.replace(new, residual=residual), predicted.mean)
 
 
-def _learn(data, t, x, past, evidence, layout, args):
-    """A state, an earlier one in its coordinates, and the log density of all data, with those of this time, if any."""
-
-    def learn(x, past, evidence):
-        coordinates, log_density = data.learn(i, x, layout, args)
-        past = None if past is None else in_coordinates(past, coordinates)
-        return realise(coordinates, x), past, evidence + log_density
-
-    i, seen = data.find(t)
-    return lax.cond(seen, learn, lambda *same: same, x, past, evidence)
-
-
-def adopt(parts: Step, state: State, args: PyTree) -> State:
-    """A state that other parts may have made, as these ones go on from it."""
-    prior = own_prior(parts, state.t, state.distribution, state.layout, args)
-    last_move = None
-    if iterates(parts.constraint):
-        last_move = jnp.zeros((), state.layout.dtype) if state.last_move is None else state.last_move
-    evidence = None
-    if parts.data is not None:
-        evidence = jnp.zeros((), state.layout.dtype) if state.data_evidence is None else state.data_evidence
-    return eqx.tree_at(
-        lambda s: (s.prior, s.last_move, s.data_evidence),
-        state,
-        (prior, last_move, evidence),
-        is_leaf=lambda x: x is None,
-    )
-
-
-def iterates(constraint: AbstractConstraint) -> bool:
-    """Whether a step iterates its linearisation, so that a user wants to know whether it converged.
-
-    The state then has the largest ``last_move`` of all steps: how far the last iteration moved the innovation, in its
-    own standard deviations (root mean square).
-    """
-    return constraint.relinearise and constraint.evaluations > 1
-
-
-def _shape_of_equation(parts, t, distribution, layout, args):
-    return eqx.filter_eval_shape(parts.constraint.linearise, t, distribution, layout, args)
-
-
-def own_prior(
-    parts: Step, t: Float[Array, ""], distribution: Normal, layout: Layout, args: PyTree
-) -> AbstractPrior | None:
-    """The prior of the next step from a state, for priors that differ from step to step; ``None`` for all others."""
-    if not parts.prior.differs_by_step:
-        return None
-    return parts.prior.at(t, layout.unpack(distribution.mean), parts.constraint.problem, layout, args)
-
-
-def no_influence(parts: Step, state: State, args: PyTree) -> Influence:
-    """Of no equation at all."""
-    equation = _shape_of_equation(parts, state.t, state.distribution, state.layout, args)
-    m, (*batch, dim, cols), dtype = equation.residual.shape[-2], state.distribution.mean.shape, state.layout.dtype
-    zeros = jnp.zeros((*batch, m, dim), dtype)
-    return Influence(jnp.zeros((*batch, m, cols), dtype), zeros, zeros, jnp.zeros(batch, dtype))
-
-
-def nothing_of_the_past(parts: Step, past: Conditional | None, state: State, args: PyTree) -> Conditional | None:
-    """Zeros of the shape in which a step returns ``past``, the coordinates of the state that it leaves."""
-    if past is None:
-        return None
-
-    def step(x, past):
-        equation = parts.constraint.linearise(state.t, x, state.layout, args)
-        *batch, dim, _ = x.mean.shape
-        noise, scale = jnp.zeros((*batch, dim, dim), x.mean.dtype), jnp.zeros(batch, x.mean.dtype)
-        return condition(join(x, noise, scale, equation, past), x, equation, past).past
-
-    shapes = eqx.filter_eval_shape(step, state.distribution, past)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-
-def attempt(
-    parts: Step,
-    distribution: Normal,
-    t: Float[Array, ""],
-    dt: Float[Array, ""],
-    layout: Layout,
-    args: PyTree,
-    since: Float[Array, ""] | None = None,
-) -> Attempt:
-    """Predict over ``dt`` to the time ``t`` and hold the prediction against the equation.
-
-    ``since``: the time at which the step starts, where it matters on which side of it.
-    """
-    prior = own_prior(parts, t - dt if since is None else since, distribution, layout, args)
-    transition = (parts.prior if prior is None else prior).transition(dt, layout)
-    predicted = push(distribution, transition.matrix)
-    if layout.factorisation.own_algebra:
-        return layout.factorisation.attempt(parts, predicted, t, transition, layout, args)
-    equation = without_round_off(parts.constraint.linearise(t, predicted, layout, args), predicted.mean)
-    unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
-    innovation = with_floor(innovate(equation, transition.noise, unit), equation, predicted.mean)
-    return Attempt(transition, predicted.mean, equation, innovation, prior)
-
-
-def accept(
-    parts: Step,
-    state: State,
-    t: Float[Array, ""],
-    attempted: Attempt,
-    past: Conditional | None,
-    args: PyTree,
-    seen_at: Float[Array, ""] | None = None,
-    anew: Bool[Array, "*batch"] | None = None,
-) -> tuple[State, Update]:
-    """Condition the prediction on the equation: the state at ``t``, and what has led to it.
-
-    ``seen_at``: the time of the equation, where it matters on which side of ``t``. ``anew``: whether the state has
-    started anew behind a jump, and no residual has been seen since. The scale of the step before is forgotten then.
-    """
-    at, spread = t if seen_at is None else seen_at, None
-    if state.spread is not None:
-        # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
-        ahead = ahead_of(parts, state, at, attempted, args)
-        attempted = eqx.tree_at(lambda a: a.innovation, attempted, not_silent(attempted.innovation, ahead.scale))
-        anew = None if anew is None else anew & (ahead.scale == 0)
-    remembered = state.evidence.number > 0 if anew is None else (state.evidence.number > 0) & ~anew
-    last = jnp.where(remembered, state.output_scale * attempted.innovation.unit, 0)
-    scale = parts.calibration.scale(dataclasses.replace(attempted.innovation, last=last))
-    if attempted.update is None:
-        update, equation, before = _conditioned(parts, state, at, attempted, scale, past, args)
-    else:
-        update, equation = attempted.update, attempted.equation
-    if anew is not None:
-        update = _unless_silent(update, anew & attempted.innovation.silent, state, attempted, past)
-    whitened, counts = update.influence.whitened, informative(equation, attempted.mean)
-    statistics = parts.calibration.update(state.statistics, whitened, counts)
-    evidence = state.evidence.update(whitened, update.pivots)
-    update = eqx.tree_at(lambda u: u.influence.weight, update, update.influence.weight * counts)
-    last_move = data_evidence = None
-    if state.spread is not None:
-        spread = spread_after(*detach((ahead, update, equation)))
-    if iterates(parts.constraint):
-        last_move = jnp.maximum(state.last_move, rms_norm(update.influence.whitened - before))
-    if parts.data is not None:
-        *told, data_evidence = _learn(parts.data, t, update.state, update.past, state.data_evidence, state.layout, args)
-        update = eqx.tree_at(lambda u: (u.state, u.past), update, told, is_leaf=lambda x: x is None)
-    return State(
-        t,
-        update.state,
-        scale / attempted.innovation.unit,
-        statistics,
-        evidence,
-        state.layout,
-        attempted.prior,
-        last_move,
-        data_evidence,
-        spread,
-    ), update
-
-
-def ahead_of(parts: Step, state: State, t: Float[Array, ""], attempted: Attempt, args: PyTree) -> Ahead:
-    """The spread of a state where an attempt takes it: without derivatives, since only steps are chosen by it.
-
-    (And without error control it is what a state says of itself; what a solve reports are its own derivatives.)
-    """
-    a = attempted
-    inputs = t, state.distribution, state.spread, a.transition.matrix, a.equation, a.innovation, state.layout, args
-    return spread_ahead(*detach((parts.constraint, *inputs)))
-
-
-def _unless_silent(update, silent, state, attempted, past):
+def _unless_silent(update, silent, before, attempted, past):
     """The update, or the prediction where derivatives are still those of the start, and there was no residual.
 
     They move with ``u`` just as the equation wants it. So the innovation of a step without noise has no variance, and
     round-off in its place would tell about ``u``, falsely.
     """
-    predicted = push(state.distribution, attempted.transition.matrix)
+    predicted = push(before.distribution, attempted.transition.matrix)
     if past is not None:
         past = Conditional(past.shift, past.cross, pad_rows(past.own, update.past.own.shape[-2]))
     influence = jax.tree.map(jnp.zeros_like, update.influence)
@@ -294,83 +281,4 @@ def _unless_silent(update, silent, state, attempted, past):
     axes = jnp.ndim(silent)
     return jax.tree.map(
         lambda a, b: jnp.where(jnp.reshape(silent, silent.shape + (1,) * (a.ndim - axes)), a, b), nothing, update
-    )
-
-
-def _conditioned(parts, state, t, attempted, scale, past, args):
-    """The update, the equation that it is about, and the whitened residual before the last iteration, if any."""
-    transition, equation = attempted.transition, attempted.equation
-    predicted = Normal(attempted.mean, push(state.distribution, transition.matrix).factor)
-    if parts.calibration.relinearise:
-        noise = transition.noise * scale[..., None, None]
-        whole = Normal(predicted.mean, jnp.concatenate([predicted.factor, noise], axis=-2))
-        equation = without_round_off(parts.constraint.linearise(t, whole, state.layout, args), predicted.mean)
-    joint = join(predicted, transition.noise, scale, equation, past)
-    update = condition(joint, predicted, equation, past)
-
-    def again(_, carry):
-        joint, update, equation, _ = carry
-        before = update.influence.whitened
-        equation = _evaluated_at(parts.constraint, t, update.state, predicted, equation, state.layout, args)
-        if parts.constraint.relinearise:
-            joint = join(predicted, transition.noise, scale, equation, past)
-        return joint, condition(joint, predicted, equation, past), equation, before
-
-    carry = joint, update, equation, jnp.zeros_like(update.influence.whitened)
-    times = parts.constraint.evaluations - 1
-    # Once more belongs to the step's straight line, which melts together; many copies would compile exponentially long.
-    if times == 1:
-        carry = again(0, carry)
-    elif times:
-        carry = lax.fori_loop(0, times, again, carry)
-    _, update, equation, before = carry
-    return update, equation, before
-
-
-def _evaluated_at(constraint, t, point, predicted, equation, layout, args):
-    # The residual of the prediction as the equation about another point tells it.
-    point = Normal(point.mean, predicted.factor)
-    if constraint.relinearise:
-        new = constraint.linearise(t, point, layout, args)
-    else:
-        new = eqx.tree_at(lambda e: e.residual, equation, residual_at(constraint, t, point, layout, args))
-    residual = seen_from(predicted.mean, point.mean, new)
-    return without_round_off(eqx.tree_at(lambda e: e.residual, new, residual), predicted.mean)
-
-
-def round_off(t: Float[Array, ""]) -> Float[Array, ""]:
-    """The length below which a step at ``t`` is noise: 100 units of round-off."""
-    return 100 * jnp.finfo(t.dtype).eps * jnp.abs(t)
-
-
-def unconditional(
-    parts: Step, state: State, t: Float[Array, ""], args: PyTree, past: Conditional | None = None
-) -> tuple[State, Conditional | None, Influence]:
-    """One step to the time ``t`` without error control; shorter than round-off it only predicts.
-
-    Also the past in the new state's coordinates, and the influence of the equation.
-    """
-    dt = t - state.t
-    shortest = round_off(jnp.maximum(jnp.abs(t), jnp.abs(state.t)))
-    short = jnp.abs(dt) <= shortest
-    # A zero step must not reach the derivative of sqrt|dt|: the step that is thrown away has some length.
-    attempted = attempt(
-        parts, state.distribution, t, jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt), state.layout, args
-    )
-    stepped, update = accept(parts, state, t, attempted, past, args)
-    prior = parts.prior if attempted.prior is None else attempted.prior
-    matrix = prior.transition(dt, state.layout).matrix
-    drifted = push(state.distribution, matrix)
-    spread = None if state.spread is None else detach(push_moves(state.spread, matrix))
-    waited = eqx.tree_at(
-        lambda s: (s.t, s.distribution, s.prior, s.spread),
-        state,
-        (t, drifted, attempted.prior, spread),
-        is_leaf=lambda x: x is None,
-    )
-    no_influence = jax.tree.map(jnp.zeros_like, update.influence)
-    if past is not None:
-        past = Conditional(past.shift, past.cross, pad_rows(past.own, update.past.own.shape[-2]))
-    return jax.tree.map(
-        lambda a, b: jnp.where(short, a, b), (waited, past, no_influence), (stepped, update.past, update.influence)
     )

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ..algebra.conditioning import Innovation, Update, explained
+from ..algebra.conditioning import Influence, Innovation, explained
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm
 from ..algebra.normal import batched, push
@@ -27,7 +27,8 @@ from .error_estimates import AbstractErrorEstimate
 from .loops import AbstractLoop
 from .progress import AbstractProgress
 from .spread import Ahead
-from .step import State, round_off
+from .state import State
+from .times import nearest, round_off
 
 
 # The largest share of the way to the next stop that a first step takes unless the user says how long it is; and where
@@ -143,22 +144,16 @@ def shortest_near_zero(first: Float[Array, ""]) -> Float[Array, ""]:
     return lax.stop_gradient(jnp.maximum(limits.eps**2 * first, limits.tiny))
 
 
+def longest(control: Control, dtype: Any) -> Float[Array, ""] | float:
+    """The length that no step may exceed."""
+    return jnp.inf if control.controller.dt_max is None else control.controller.dt_max.astype(dtype)
+
+
 def bounded_step(control: Control, dt: Float[Array, ""]) -> Float[Array, ""]:
     """A first step within the bounds of the controller."""
     if control.controller.dt_min is not None:
         dt = jnp.maximum(dt, control.controller.dt_min.astype(dt.dtype))
-    if control.controller.dt_max is not None:
-        dt = jnp.minimum(dt, control.controller.dt_max.astype(dt.dtype))
-    return dt
-
-
-def nearest(
-    hits: Float[Array, " times"], t: Float[Array, ""], t1: Float[Array, ""], direction: Float[Array, ""]
-) -> Float[Array, ""]:
-    """The first of the times behind ``t`` that a step must not cross, or ``t1``."""
-    distance = (hits - t) * direction
-    usable = (distance > round_off(t)) & ((t1 - hits) * direction > round_off(t1))
-    return jnp.where(jnp.any(usable), hits[jnp.argmin(jnp.where(usable, distance, jnp.inf))], t1)
+    return jnp.minimum(dt, longest(control, dt.dtype))
 
 
 def next_time(
@@ -202,14 +197,16 @@ def error_norm(
     return jnp.where(finite, norm, jnp.inf)
 
 
-def surprise(control: Control, layout: Layout, now: State, attempted: Attempt, update: Update) -> Float[Array, ""]:
+def surprise(
+    control: Control, layout: Layout, now: State, attempted: Attempt, influence: Influence
+) -> Float[Array, ""]:
     """The norm, in tolerances, of the part of an update of ``u`` that the noise of the step does not explain.
 
     The error estimates look at the noise of a step alone, as if the state before were known. Where the prior's scale
     does not follow the residuals, a residual that it does not expect is explained by moving the past instead.
     """
     if (unexplained := attempted.unexplained) is None:
-        innovation, influence = attempted.innovation, update.influence
+        innovation = attempted.innovation
         expected = explained(attempted.transition, attempted.equation, innovation.factor, innovation.whitened)
         moved = batched(lambda gain, z: product(gain.T, z))(influence.gain, influence.whitened)
         unexplained = moved - expected

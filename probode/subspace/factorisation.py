@@ -8,6 +8,7 @@ direction of the complement, the mean is ``(n, d)`` and the factor has the ``r +
 derivative; no row has entries in both.
 """
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from ..algebra.conditioning import (
     Influence,
@@ -29,12 +30,12 @@ from ..algebra.conditioning import (
     join,
     posterior_noise,
 )
-from ..algebra.factorisations import AbstractFactorisation, Layout
+from ..algebra.factorisations import AbstractFactorisation
 from ..algebra.linalg import safe_divide, safe_norm, safe_sqrt, triangularise
 from ..algebra.normal import Normal, pad
 from ..equations.jacobians import ExactJacobian
 from ..equations.problems import ODE, flat_field
-from ..estimation.calibration import AbstractCalibration
+from ..estimation.calibration import AbstractCalibration, AbstractLeaveOneOut
 from ..estimation.strategies import AbstractStrategy
 from ..information.constraints import TS1, AbstractConstraint
 from ..priors.iwp import IWP
@@ -168,7 +169,7 @@ class Subspace(AbstractFactorisation):
         jacobian = constraint.problem.jacobian
         need(isinstance(jacobian, ExactJacobian), jacobian, "it takes exact products by itself, so leave jacobian out")
         need(not strategy.smooths, strategy, "it cannot smooth, so use strategy=Filter()")
-        plain = not (calibration.leaves_one_out or calibration.relinearise or calibration.memory)
+        plain = not (isinstance(calibration, AbstractLeaveOneOut) or calibration.relinearise or calibration.remembers)
         need(plain, calibration, "use DynamicCalibration(), MLECalibration() or NoCalibration()")
         need(isinstance(error, StateError), error, "use error=StateError()")
 
@@ -188,16 +189,15 @@ class Subspace(AbstractFactorisation):
 
     def attempt(
         self,
-        parts: Step,
+        step: Step,
         predicted: Normal,
         t: Float[Array, ""],
         transition: Transition,
-        layout: Layout,
-        args: PyTree,
     ) -> Attempt:
         """Hold the prediction against the equation and condition on it; see ``steps``."""
-        n, d, r, mean = layout.num_derivatives + 1, layout.size, self.rank, predicted.mean
-        field = flat_field(parts.constraint.problem, layout, args)
+        layout, mean = step.layout, predicted.mean
+        n, d, r = layout.num_derivatives + 1, layout.size, self.rank
+        field = flat_field(step.constraint.problem, layout, step.args)
         at = linearised(lambda u: field(t, u[None]), mean[0], jnp.asarray(self.basis, mean.dtype))
         of_complement = jnp.stack([-at.slope, jnp.ones_like(at.slope)])[None]
         equation = without_round_off(Linearisation(of_complement, (mean[1] - at.value)[None], range(1, 2)), mean)
@@ -217,8 +217,9 @@ class Subspace(AbstractFactorisation):
         of_subspace = Linearisation(jnp.concatenate([-at.inner, jnp.eye(r, dtype=z.dtype)], 1), (z @ at.basis)[:, None])
         own = jnp.maximum(overall, innovate(of_subspace, qa, transition.magnitude).scale)
         innovation = Innovation(jnp.ones((1, 1), z.dtype), own[None, None], own, transition.magnitude)
-        scale_a = parts.calibration.scale(innovation)
-        scale_c = parts.calibration.scale(eqx.tree_at(lambda i: i.scale, innovation, overall))
+        statistics = step.calibration.init((), z.dtype)  # which do not matter: see `check`
+        scale_a = step.calibration.scale(innovation, statistics)
+        scale_c = step.calibration.scale(dataclasses.replace(innovation, scale=overall), statistics)
 
         # The mean, under the prediction with the noise of the step.
         blocks = jnp.reshape(predicted.factor, (-1, n, r + 1))
@@ -239,8 +240,8 @@ class Subspace(AbstractFactorisation):
         state = Normal(mean - shift, _together(new_a, new_c, n))
         nothing, unknown = jnp.zeros((1, 0), z.dtype), jnp.full(1, jnp.nan, z.dtype)
         update = Update(state, None, Influence(whitened, nothing, nothing, jnp.ones_like(own)), unknown)
-        equation = eqx.tree_at(lambda e: e.left, equation, left, is_leaf=lambda x: x is None)
-        innovation = eqx.tree_at(lambda i: i.scale, innovation, jnp.where(jnp.isfinite(whitened[0, 0]), own, jnp.inf))
+        equation = dataclasses.replace(equation, left=left)
+        innovation = dataclasses.replace(innovation, scale=jnp.where(jnp.isfinite(whitened[0, 0]), own, jnp.inf))
         return Attempt(transition, mean, equation, innovation, None, update, shift - explained)
 
 

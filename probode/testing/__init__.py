@@ -28,4 +28,4 @@ from .parts import check_loop as check_loop
 from .parts import check_prior as check_prior
 from .parts import check_strategy as check_strategy
 from .parts import example_attempt as example_attempt
-from .solvers import check_solver as check_solver
+from .solver import check_solver as check_solver

@@ -381,7 +381,7 @@ def test_derivative_of_the_local_scale_vanishes_with_the_residual():
 def test_single_precision_innovations_of_short_steps(size):
     # sqrt(H Q H^T) is of size dt^(nu - 1/2): its square underflows in single precision, the whitened one overflows.
     noise = jnp.asarray(size * np.triu(np.ones((2, 2))), jnp.float32)
-    equation = Linearisation(jnp.asarray([[0.0, 1.0]], jnp.float32), jnp.asarray([[1e-3]], jnp.float32), 1)
+    equation = Linearisation(jnp.asarray([[0.0, 1.0]], jnp.float32), jnp.asarray([[1e-3]], jnp.float32), range(1, 2))
     innovation = innovate(equation, noise, jnp.ones(()))
     assert innovation.scale.dtype == jnp.float32
     np.testing.assert_allclose(innovation.factor[0, 0], np.sqrt(2) * size, rtol=1e-5)

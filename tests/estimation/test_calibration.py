@@ -101,16 +101,14 @@ def test_left_out_residuals_are_those_of_the_dense_formula(dynamic):
     # residuals from the past alone: whitened by the Cholesky factor
     r2 = np.mean(np.linalg.solve(np.linalg.cholesky(s), z) ** 2)
 
-    class Probe(po.AbstractCalibration):
-        leaves_one_out = True
-
+    class Probe(po.AbstractLeaveOneOut):
         def init(self, shape, dtype):
             return None
 
-        def scale(self, innovation):
+        def scale(self, innovation, statistics):
             return innovation.scale if dynamic else innovation.unit
 
-        def update(self, statistics, whitened, informative):
+        def update(self, statistics, scale, whitened, informative):
             return None
 
         def leave_one_out(self, statistics, squares, weights):
@@ -293,7 +291,7 @@ def test_state_error_is_the_posterior_deviation_of_the_noise(factorisation, orde
     equation = solver.constraint.linearise(dt, predicted, layout, None)
     unit = jnp.broadcast_to(transition.magnitude, layout.batch_shape)
     innovation = innovate(equation, transition.noise, unit)
-    got = po.StateError().estimate(dt, transition, equation, innovation, layout)
+    got = po.StateError().estimate(po.Attempt(transition, predicted.mean, equation, innovation, None), dt, layout)
 
     flat = [np.reshape(x, (-1, *x.shape[-2:])) for x in (transition.noise, equation.matrix, equation.residual)]
     std = []

@@ -15,10 +15,10 @@ class MaximumLikelihood(po.AbstractCalibration):
     def init(self, shape, dtype):
         return jnp.zeros(shape, dtype), jnp.zeros((), dtype)
 
-    def scale(self, innovation):
+    def scale(self, innovation, statistics):
         return innovation.unit
 
-    def update(self, statistics, whitened, informative):
+    def update(self, statistics, scale, whitened, informative):
         total, count = statistics
         return total + jnp.where(informative, jnp.mean(whitened**2, axis=(-2, -1)), 0), count + informative
 

@@ -75,7 +75,7 @@ def test_moments_of_a_quadratic_field(cubature):
     slope = np.array([[0.5 - 0.05 * m[0, 1], -0.05 * m[0, 0]], [0.05 * m[0, 1], -0.5 + 0.05 * m[0, 0]]])
     np.testing.assert_allclose(equation.residual[:, 0], m[1] - field, rtol=1e-12)
     np.testing.assert_allclose(equation.matrix, np.concatenate([-slope, np.eye(2)], axis=1), rtol=1e-12, atol=1e-14)
-    assert equation.block == 1 and equation.noise is None
+    assert equation.gives == range(1, 2) and equation.noise is None
 
 
 def test_what_a_quadratic_field_leaves_unexplained():
@@ -87,7 +87,7 @@ def test_what_a_quadratic_field_leaves_unexplained():
     variance = covariance[0, 0] * covariance[1, 1] + covariance[0, 1] ** 2
     expected = 0.05**2 * variance * np.array([[1, -1], [-1, 1]])
     np.testing.assert_allclose(equation.noise.T @ equation.noise, expected, rtol=1e-11)
-    assert equation.block is None
+    assert equation.gives is None
 
 
 def test_zeroth_order():

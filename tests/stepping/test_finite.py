@@ -122,10 +122,10 @@ class Nothing(po.AbstractCalibration):
     def init(self, shape, dtype):
         return jnp.zeros(shape, dtype)
 
-    def scale(self, innovation):
+    def scale(self, innovation, statistics):
         return innovation.unit
 
-    def update(self, statistics, whitened, informative):
+    def update(self, statistics, scale, whitened, informative):
         return statistics
 
     def finalise(self, statistics):

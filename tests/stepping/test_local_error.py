@@ -3,6 +3,7 @@
 And what may be called successful: scales that do not explain residuals, scales of zero, priors that return to zero.
 """
 
+import dataclasses
 import functools as ft
 import math
 
@@ -15,7 +16,7 @@ import pytest
 import probode as po
 from probode.algebra.factorisations import layout_of
 from probode.stepping.residuals import INSIDE, with_defects
-from probode.stepping.step import Step, attempt, start
+from probode.stepping.step import Step
 
 from ..helpers import FACTORISATIONS, first_of, name
 
@@ -43,13 +44,14 @@ def attempted(constraint):
     """A step of ``DT`` from derivatives that are not exact, with the residuals of the corrected mean."""
     layout = layout_of(U0, NU, po.Dense())
     mean = jnp.stack([U0, jnp.array([0.2, 0.5]), jnp.array([-1.0, 0.3]), jnp.array([0.4, 2.0])]).reshape(-1, 1)
-    parts = Step(po.IWP(NU), constraint, po.DynamicCalibration())
-    state = start(parts, jnp.asarray(T), po.Normal(mean, jnp.zeros((0, mean.size))), layout, None)
+    step = Step(po.IWP(NU), constraint, po.DynamicCalibration(), layout)
+    state = step.start(jnp.asarray(T), po.Normal(mean, jnp.zeros((0, mean.size))))
     dt = jnp.asarray(DT)
-    got = attempt(parts, state.distribution, T + dt, dt, layout, None)
+    got = step.attempt(state.distribution, T + dt, dt)
     at = got.transition, got.equation, got.innovation
-    innovation = with_defects(constraint, parts.prior, state.distribution, T + dt, dt, *at, layout, None)
-    return got, innovation, po.LocalError().estimate(dt, got.transition, got.equation, innovation, layout), mean[:, 0]
+    innovation = with_defects(constraint, step.prior, state.distribution, T + dt, dt, *at, layout, None)
+    estimate = po.LocalError().estimate(dataclasses.replace(got, innovation=innovation), dt, layout)
+    return got, innovation, estimate, mean[:, 0]
 
 
 @pytest.mark.parametrize("constraint", [po.TS1, po.TS0], ids=name)
@@ -92,14 +94,11 @@ def test_affine_equations_leave_nothing_out():
 def test_second_order_errors_of_both_initial_values():
     solver = po.Solver(po.IWP(4), po.TS1(po.ODE(lambda t, u, du, args: -jnp.sin(u) - du, order=2)))
     layout = layout_of(jnp.ones(2), 4, po.Dense())
-    parts = Step(solver.prior, solver.constraint, solver.calibration)
-    state = solver.init((jnp.ones(2), jnp.zeros(2)), 0.0)
-    got = attempt(parts, state.distribution, jnp.asarray(0.5), jnp.asarray(0.5), layout, None)
+    state, dt = solver.init((jnp.ones(2), jnp.zeros(2)), 0.0), jnp.asarray(0.5)
+    got = Step(solver.prior, solver.constraint, solver.calibration, layout).attempt(state.distribution, dt, dt)
     at = got.transition, got.equation, got.innovation
-    innovation = with_defects(
-        solver.constraint, solver.prior, state.distribution, jnp.asarray(0.5), jnp.asarray(0.5), *at, layout, None
-    )
-    error = solver.error.estimate(jnp.asarray(0.5), got.transition, got.equation, innovation, layout)
+    innovation = with_defects(solver.constraint, solver.prior, state.distribution, dt, dt, *at, layout, None)
+    error = solver.error.estimate(dataclasses.replace(got, innovation=innovation), dt, layout)
     assert error.shape == (2, 2) and np.all(error > 0)
 
 

@@ -155,10 +155,10 @@ class Negative(po.AbstractCalibration):
     def init(self, shape, dtype):
         return jnp.zeros(shape, dtype)
 
-    def scale(self, innovation):
+    def scale(self, innovation, statistics):
         return -innovation.scale
 
-    def update(self, statistics, whitened, informative):
+    def update(self, statistics, scale, whitened, informative):
         return statistics
 
     def finalise(self, statistics):
@@ -166,10 +166,10 @@ class Negative(po.AbstractCalibration):
 
 
 class CountsEverything(Negative):
-    def scale(self, innovation):
+    def scale(self, innovation, statistics):
         return innovation.unit
 
-    def update(self, statistics, whitened, informative):
+    def update(self, statistics, scale, whitened, informative):
         return statistics + jnp.mean(whitened**2, axis=(-2, -1))
 
     def finalise(self, statistics):
@@ -177,12 +177,12 @@ class CountsEverything(Negative):
 
 
 class OneForAll(Negative):
-    def scale(self, innovation):
+    def scale(self, innovation, statistics):
         return jnp.max(innovation.scale)
 
 
 class Uncalibrated(Negative):
-    def scale(self, innovation):
+    def scale(self, innovation, statistics):
         return innovation.unit
 
 

@@ -1,0 +1,166 @@
+"""The loop of an adaptive solve, and what it keeps: every step, or those that hold the times asked for.
+
+At the times in the controller's ``stop_at``, where the equation may jump, the state starts anew: such a time has two
+rows, the state before the jump and the one behind it.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int
+
+from ..algebra.coordinates import Conditional, carried
+from ..algebra.normal import pad_rows
+from ..estimation.strategies import AbstractStrategy
+from .adaptive import AdaptiveState, Stepper, end
+from .kept import Row
+from .loops import repeat
+from .step import Step
+from .step_sizes import Control
+from .stops import starting_anew
+from .times import direction_of
+
+
+def solve_keeping_steps(
+    step: Step,
+    control: Control,
+    strategy: AbstractStrategy,
+    solve: AdaptiveState,
+    t1: Float[Array, ""],
+    *,
+    influence: bool = False,
+) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
+    """Solve to ``t1``; the rows at the start and after every accepted step, and which of them are real.
+
+    There are ``max_steps + 1`` rows, and one more for every stop, at which a row of its own follows on that of the step
+    (``Row.anew``); those not reached repeat the last one. With ``influence`` the rows have theirs.
+    """
+    stepper, passing_stop = Stepper(step, control, solve, t1), starting_anew(step, control, solve, t1)
+    no_past, none = step.nothing(solve.current, strategy.remember(solve.current.distribution), influence=influence)
+    first, unpack = ravel_pytree(Row.of(solve.current, no_past, none))
+    like_past, (no_past, unpack_past) = no_past, ravel_pytree(no_past)
+
+    def attempt(solve, rows, number):
+        """The solve and the rows after one attempt, and whether the attempt was accepted."""
+        left = strategy.remember(solve.current.distribution)
+        new, past, effect, moved = stepper.advance(solve, no_past, lambda past, t: left, none)
+        row, _ = ravel_pytree(Row.of(new.current, unpack_past(past), effect))
+        return new, rows.at[number(new)].set(row, pred=moved), moved
+
+    def body(solve, rows):
+        return attempt(solve, rows, lambda new: new.num_accepted_steps)[:2]
+
+    def body_with_stops(carry, rows):
+        solve, stops = carry
+        new, rows, moved = attempt(solve, rows, lambda new: new.num_accepted_steps + stops)
+        new, past, anew = passing_stop(new, carried(strategy.remember(new.current.distribution)), moved)
+        if past is not None:
+            past = Conditional(past.shift, past.cross, pad_rows(past.own, like_past.own.shape[-2]))
+        row, _ = ravel_pytree(Row.of(new.current, past, none))
+        stops = stops + anew.astype(jnp.int32)
+        return (new, stops), rows.at[new.num_accepted_steps + stops].set(row, pred=anew)
+
+    def start(number):
+        return jnp.zeros((number, first.size), first.dtype).at[0].set(first)
+
+    number, running = control.loop.max_steps + 1, stepper.running
+    if passing_stop is None:
+        solve, rows = repeat(control.loop, running, body, solve, start(number))
+        rows, reached = _repeat_last(rows, solve.num_accepted_steps)
+        return end(solve, t1), jax.vmap(unpack)(rows), reached
+    number += control.controller.stop_at.size
+    init = solve, jnp.zeros((), jnp.int32)
+    (solve, stops), rows = repeat(control.loop, lambda carry: running(carry[0]), body_with_stops, init, start(number))
+    rows, reached = _repeat_last(rows, solve.num_accepted_steps + stops)
+    rows = jax.vmap(unpack)(rows)
+    again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
+    return end(solve, t1), dataclasses.replace(rows, anew=again), reached
+
+
+class _Passing(eqx.Module):
+    solve: AdaptiveState
+    past: Float[Array, " flat"]  # of the last state kept, in the coordinates of the current one
+    passed: Int[Array, ""]  # how many of the times lie behind
+    kept: Int[Array, ""]  # in how many steps
+
+
+def solve_keeping_times(
+    step: Step,
+    control: Control,
+    strategy: AbstractStrategy,
+    solve: AdaptiveState,
+    t1: Float[Array, ""],
+    ts: Float[Array, " times"],
+) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
+    """Solve to ``t1``; the rows at the start, at both ends of the steps that hold one of ``ts``, and at the end.
+
+    The prior tells what happens inside a step; what lies between the steps kept is marginalised as it is passed. There
+    are ``2 times + 2`` rows; those not reached, as the flags say, repeat the last one. In a solve with stops there are
+    ``3 times + 2``: a step that is kept has a third row, with which the next one starts.
+    """
+    direction = direction_of(solve.t, t1)
+    stepper, passing_stop = Stepper(step, control, solve, t1), starting_anew(step, control, solve, t1)
+    width = 2 if passing_stop is None else 3
+
+    def remember(state):
+        return ravel_pytree(carried(strategy.remember(state.distribution)))
+
+    def row_with(state, past):
+        return Row.of(state, unpack_past(past))
+
+    start, unpack_past = remember(solve.current)
+    first, unpack = ravel_pytree(row_with(solve.current, start))
+    ahead = jnp.append(lax.stop_gradient(ts) * direction, jnp.inf)
+
+    def passing(solve, past, moved):
+        solve, past, _ = passing_stop(solve, unpack_past(past), moved)
+        return solve, ravel_pytree(past)[0]
+
+    def passed(t):
+        t = lax.stop_gradient(t) * direction
+        return jnp.searchsorted(ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
+
+    def body(carry, rows):
+        solve = carry.solve
+        if ts.size == 0:
+            new, past, _, moved = stepper.advance(solve, carry.past, lambda past, t: unpack_past(past))
+            if passing_stop is not None:
+                new, past = passing(new, past, moved)
+            return _Passing(new, past, carry.passed, carry.kept), rows
+
+        def leaving(past, t):
+            holds = ahead[carry.passed] <= lax.stop_gradient(t) * direction
+            return unpack_past(jnp.where(holds, remember(solve.current)[0], past))
+
+        new, past, _, moved = stepper.advance(solve, carry.past, leaving)
+        behind = passed(new.t)
+        keep = behind > carry.passed
+        # One flat row: the price of an iteration is that of its instructions.
+        kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
+        past = jnp.where(keep, remember(new.current)[0], past)
+        if passing_stop is not None:
+            new, past = passing(new, past, moved)
+            kept.append(row_with(new.current, past))
+            past = jnp.where(keep, remember(new.current)[0], past)
+        row, _ = ravel_pytree(tuple(kept))
+        rows = rows.at[carry.kept].set(row.reshape(width, -1), pred=keep)
+        return _Passing(new, past, behind, carry.kept + keep.astype(jnp.int32)), rows
+
+    init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
+    rows = jnp.zeros((ts.size, width, first.size), first.dtype)
+    carry, rows = repeat(control.loop, lambda carry: stepper.running(carry.solve), body, init, rows)
+    solve = end(carry.solve, t1)
+    last, _ = ravel_pytree(row_with(solve.current, carry.past))
+    rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])
+    rows, reached = _repeat_last(rows.at[width * carry.kept + 1].set(last), width * carry.kept + 1)
+    return solve, jax.vmap(unpack)(rows), reached
+
+
+def _repeat_last(rows, last):
+    """The rows, those behind the last real one replaced by it, and which are real."""
+    reached = jnp.arange(rows.shape[0]) <= last
+    return jnp.where(reached[:, None], rows, rows[last]), reached

@@ -1,0 +1,67 @@
+"""The state of a solver between two steps."""
+
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, PyTree
+
+from ..algebra.factorisations import Layout
+from ..algebra.marginals import Moments, moments, widen
+from ..algebra.normal import Normal
+from ..estimation.calibration import Evidence
+from ..priors.prior import AbstractPrior
+from ..util.checks import as_integer
+from ..util.describe import brief, shape_of_u
+
+
+class State(eqx.Module):
+    """The state of a solver between two steps, as ``Solver.init`` and ``Solver.step`` return it.
+
+    - ``t``: the time.
+    - ``distribution``: the Gaussian over ``(u, ..., u^(nu))``.
+    - ``output_scale``: of the step that ended here, in units of the prior's own.
+    - ``statistics``: what the calibration has collected.
+    - ``evidence``: what the log likelihood of the equation is made of.
+    - ``prior``: that of the step that ended here, where the solver's prior differs from step to step.
+    - ``last_move``: by how much the last iteration of a linearisation has moved an innovation, at most, in standard
+      deviations (root mean square); zero where nothing is iterated.
+    - ``data_evidence``: the log density of the data so far.
+    - ``spread``: for solves from an uncertain initial value how the mean moves along the rows of its factor, which
+      adds to the covariance.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)))
+    >>> state = solver.step(solver.init(1.0, 0.0), 0.1)
+    >>> bool(jnp.abs(state.mean - jnp.exp(-0.1)) < 1e-6)
+    True
+    """
+
+    t: Float[Array, ""]
+    distribution: Normal
+    output_scale: Float[Array, "*batch"]
+    statistics: Any
+    evidence: Evidence
+    layout: Layout
+    prior: AbstractPrior | None
+    last_move: Float[Array, ""]
+    data_evidence: Float[Array, ""]
+    spread: Float[Array, "N *batch dim cols"] | None = None
+
+    def __repr__(self):
+        return f"State(t={brief(self.t)}, u={shape_of_u(self.layout)}, layout={self.layout!r})"
+
+    @property
+    def mean(self) -> PyTree:
+        """Mean of ``u``."""
+        return self.derivative(0).mean
+
+    @property
+    def std(self) -> PyTree:
+        """Standard deviation of ``u``."""
+        return self.derivative(0).std
+
+    def derivative(self, k: Any) -> Moments:
+        """Mean and standard deviation of ``u^(k)``."""
+        k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
+        whole = self.distribution if self.spread is None else widen(self.distribution, self.spread)
+        return moments(self.layout, whole, k)

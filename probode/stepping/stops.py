@@ -1,0 +1,73 @@
+"""What happens at a stop, a time at which the equation jumps, in an adaptive solve: the state starts anew."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ..algebra.linalg import choose, detach, is_finite
+from ..algebra.normal import Normal
+from .adaptive import AdaptiveState, Start
+from .restarts import start_anew
+from .spread import value_and_moves
+from .step import Step
+from .step_sizes import Control, bounded_step, first_step
+from .times import beside, direction_of, is_jump, nearest
+
+
+def starting_anew(step: Step, control: Control, solve: AdaptiveState, t1: Float[Array, ""]) -> Callable | None:
+    """What happens after an attempt, ``None`` in a solve without stops: from a solve, the coordinates of an earlier
+    state, and whether to look, the solve that starts anew if it is at a stop, these coordinates, and whether it does.
+    """
+    stops, begun, direction = control.stops(t1.dtype), solve, direction_of(solve.t, t1)
+    if stops is None:
+        return None
+    layout, constraint, args = step.layout, step.constraint, step.args
+
+    def spread_anew(now, t):
+        problem, initialise = constraint.problem, control.initialisation.initialise
+        u, *moves = (layout.unpack(x)[: problem.num_initial_values] for x in (now.distribution.mean, *now.spread))
+        start = lambda u: initialise(problem, t, u, layout, detach(args)).mean  # noqa: E731
+        return value_and_moves(start, u, jnp.stack(moves))[1]
+
+    def pass_stop(solve, past, moved):
+        now = solve.current
+        here = moved & is_jump(now.t, stops) & ((t1 - now.t) * direction > 0)
+
+        def start(now, past):
+            # Lanes of a vmap come here wherever they are: they differentiate at a point that is known to be fine.
+            t = jnp.where(here, now.t, begun.t)
+            mean = jnp.where(here, now.distribution.mean, begun.current.distribution.mean)
+            x = Normal(mean, now.distribution.factor)
+            behind = beside(t, direction, stops)
+            return start_anew(constraint, control.initialisation, behind, x, past, layout, args)
+
+        x, new_past = lax.cond(here, start, lambda now, past: (now.distribution, past), now, past)
+        # Where no derivatives satisfy the equation together with u, as an algebraic one that jumps, the state goes on.
+        anew = here & is_finite(x)
+        x, past = choose(anew, (x, new_past), (now.distribution, past))
+        # What is only true of one side is forgotten: a step without any noise that says nothing.
+        nothing = jnp.zeros_like(now.output_scale), jnp.zeros((*layout.batch_shape, 1, 1), layout.dtype)
+        forgotten = step.calibration.update(now.statistics, *nothing, jnp.zeros((), bool))
+        statistics = choose(anew, forgotten, now.statistics)
+        current = dataclasses.replace(now, distribution=x, statistics=statistics)
+        if now.spread is not None:
+            spread = jnp.where(anew, spread_anew(*detach((now, beside(now.t, direction, stops)))), now.spread)
+            current = dataclasses.replace(current, spread=spread)
+        until = nearest(stops, now.t, t1, direction) - now.t
+        prior = step.prior if current.prior is None else current.prior
+        # As in a solve that starts here: so one with stops takes the steps of its pieces.
+        dt = first_step(control, detach(current), detach(prior), until, constraint.order)
+        dt = bounded_step(control, dt)
+        new = dataclasses.replace(
+            solve,
+            current=current,
+            dt=jnp.where(anew, lax.stop_gradient(dt), solve.dt),
+            controller=choose(anew, control.controller.init(t1.dtype), solve.controller),
+            anew=choose(anew, Start(lax.stop_gradient(now.t), jnp.ones_like(solve.anew.unseen)), solve.anew),
+        )
+        return new, past, anew
+
+    return pass_stop
