@@ -12,11 +12,15 @@ from .helpers import left_to_nox
 
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+READMES = sorted(
+    path
+    for folder in (".", ".github", "benchmarks", "examples", "probode", "tests")
+    for path in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+)
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, readme=ROOT / "README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", readme.read_text(), re.DOTALL)
 
 
 def run(command, **settings):
@@ -28,11 +32,35 @@ def run(command, **settings):
     return done.stdout
 
 
-@pytest.mark.parametrize("number", [4, *left_to_nox(None)])
-def test_the_tour_runs(number):
-    """All of its code in the sessions of nox, which takes minutes to compile; the first blocks in every run."""
-    assert len(blocks("python")) >= 4
-    run(["-W", "error", "-c", "\n".join(blocks("python")[:number])])
+WITH_CODE = [path for path in READMES if blocks("python", path)]
+SHORT = [ROOT / "README.md", ROOT / "probode" / "testing" / "README.md"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*SHORT, *left_to_nox(*(path for path in WITH_CODE if path not in SHORT))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_the_code_runs(path):
+    run(["-W", "error", "-c", "\n".join(blocks("python", path))])
+
+
+def test_the_front_door_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), target
+        if anchor:
+            titles = [
+                re.sub(r"[^\w -]", "", t).strip().lower() for t in re.findall(r"^#+ (.*)$", there.read_text(), re.M)
+            ]
+            assert anchor in [title.replace(" ", "-") for title in titles], target
 
 
 def test_there_are_two_commands_and_ci_runs_the_second():
