@@ -70,6 +70,7 @@ from .priors.linear_sde import LinearSDE as LinearSDE
 from .priors.linear_sde import RosenbrockIOUP as RosenbrockIOUP
 from .priors.matern import Matern as Matern
 from .priors.prior import AbstractPrior as AbstractPrior
+from .priors.prior import AbstractPriorFamily as AbstractPriorFamily
 from .priors.process import prior_marginals as prior_marginals
 from .priors.process import sample_prior as sample_prior
 from .priors.relative_scale import RelativeScale as RelativeScale
@@ -89,6 +90,7 @@ from .stepping.loops import AbstractLoop as AbstractLoop
 from .stepping.loops import BoundedLoop as BoundedLoop
 from .stepping.loops import CheckpointedLoop as CheckpointedLoop
 from .stepping.loops import ForwardLoop as ForwardLoop
+from .stepping.own_algebra import AbstractOwnAlgebra as AbstractOwnAlgebra
 from .stepping.progress import AbstractProgress as AbstractProgress
 from .stepping.progress import TextProgress as TextProgress
 from .stepping.progress import TqdmProgress as TqdmProgress

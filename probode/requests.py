@@ -205,9 +205,10 @@ def _check_resumed(u0, num_derivatives, factorisation, controller, calibration):
         raise ValueError("The state to go on from was made with another kind of controller than this solver's.")
     collected = eqx.filter_eval_shape(lambda c: c.init(layout.batch_shape, layout.dtype), calibration)
     shapes = (jax.tree.structure(collected), [x.shape for x in jax.tree.leaves(collected)])
-    statistics = u0.current.statistics
-    if shapes != (jax.tree.structure(statistics), [jnp.shape(x) for x in jax.tree.leaves(statistics)]):
+    statistics, made_by = u0.current.statistics, u0.current.calibration
+    same = shapes == (jax.tree.structure(statistics), [jnp.shape(x) for x in jax.tree.leaves(statistics)])
+    if made_by is not type(calibration) or not same:
         raise ValueError(
-            "The state to go on from was made with a calibration that collects other statistics than this solver's, "
-            f"{type(calibration).__name__}()."
+            f"The state to go on from was made with {made_by.__name__}(), and this solver has another calibration, "
+            f"{type(calibration).__name__}(): its scales and statistics mean something else. Go on with the same one."
         )

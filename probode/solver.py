@@ -26,7 +26,7 @@ from .information.observations import Observations
 from .posterior.assemble import answer
 from .posterior.solution import SaveAt, Solution, raise_unless_successful
 from .posterior.uncertain_start import check_moves, check_uncertain, directions_of, push_forward, spread_start
-from .priors.prior import AbstractPrior
+from .priors.prior import AbstractPrior, AbstractPriorFamily
 from .stepping.adaptive import AdaptiveState, begin, is_usable
 from .stepping.controllers import AbstractController, IntegralController
 from .stepping.error_estimates import AbstractErrorEstimate, LocalError, StateError
@@ -61,7 +61,7 @@ class Solver(eqx.Module):
     (1,)
     """
 
-    prior: AbstractPrior
+    prior: AbstractPrior | AbstractPriorFamily
     constraint: AbstractConstraint
     factorisation: AbstractFactorisation
     strategy: AbstractStrategy
@@ -85,7 +85,7 @@ class Solver(eqx.Module):
         initialisation: Any = TaylorMode(),
     ):
         controller = IntegralController() if controller is None else controller
-        self.prior = _part("prior", prior, AbstractPrior)
+        self.prior = _part("prior", prior, AbstractPrior, AbstractPriorFamily)
         self.constraint = _part("constraint", constraint, AbstractConstraint)
         self.factorisation = _part("factorisation", factorisation, AbstractFactorisation)
         self.strategy = _part("strategy", strategy, AbstractStrategy)
@@ -462,8 +462,9 @@ def _solve_grid(solver, u0, directions, grid, args, layout, data):
     return answer(SaveAt(t0=True, steps=True, dense=True), kept, ended, step, solver.loop)
 
 
-def _part(name, value, kind):
-    if not isinstance(value, kind):
-        hint = f" Did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
+def _part(name, value, kind, *others):
+    kinds = (kind, *others)
+    if not isinstance(value, kinds):
+        hint = f" Did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kinds) else ""
         raise TypeError(f"Solver({name}) must be an instance of a subclass of {kind.__name__}, got {value!r}.{hint}")
     return value

@@ -129,6 +129,54 @@ def test_there_are_few_modules_at_the_top():
     assert len(list(PACKAGE.glob("*.py"))) <= 10
 
 
+PARTS = {
+    "prior": (probode.AbstractPrior, probode.AbstractPriorFamily),
+    "constraint": (probode.AbstractConstraint,),
+    "problem": (probode.AbstractProblem,),
+    "jacobian": (probode.AbstractJacobian,),
+    "cubature": (probode.AbstractCubature,),
+    "factorisation": (probode.AbstractFactorisation, probode.AbstractOwnAlgebra),
+    "strategy": (probode.AbstractStrategy,),
+    "calibration": (probode.AbstractCalibration, probode.AbstractLeaveOneOut),
+    "error": (probode.AbstractErrorEstimate,),
+    "controller": (probode.AbstractController,),
+    "loop": (probode.AbstractLoop,),
+    "initialisation": (probode.AbstractInitialisation,),
+    "progress": (probode.AbstractProgress,),
+}
+
+
+def declared(kind):
+    names = {name for base in kind.__mro__ for name in vars(base)}
+    return names | set(kind.__abstractvars__) | set(getattr(kind, "__annotations__", {}))
+
+
+def test_what_is_asked_of_a_part_is_declared():
+    """Wherever the package takes an attribute of something called ``prior``, ``calibration``, ..., a base has it."""
+    asked = 0
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute):
+                continue
+            name = getattr(node.value, "id", getattr(node.value, "attr", None))
+            if name in PARTS and not node.attr.startswith("__"):
+                known = any(node.attr in declared(kind) for kind in PARTS[name])
+                # A field that a prior need not have; who takes it asks for it first.
+                known = known or (name, node.attr) == ("prior", "output_scale")
+                assert known, f"{dotted(path)}, line {node.lineno}: no base of a {name} declares {node.attr}"
+                asked += 1
+    assert asked > 100
+
+
+@pytest.mark.parametrize("kind", [kind for kinds in PARTS.values() for kind in kinds], ids=lambda kind: kind.__name__)
+def test_a_base_documents_what_it_asks_of_a_subclass(kind):
+    for name in kind.__abstractmethods__:
+        assert inspect.getdoc(getattr(kind, name)), f"{kind.__name__}.{name}"
+    flags = {name for name, value in vars(kind).items() if isinstance(value, bool) and not name.startswith("_")}
+    for name in flags | (set(kind.__abstractvars__) - set(getattr(kind.__base__, "__abstractvars__", ()))):
+        assert f"``{name}``" in inspect.getdoc(kind), f"{kind.__name__} does not say what {name} is"
+
+
 def public_names():
     return sorted(
         name for name in vars(probode) if not name.startswith("_") and not inspect.ismodule(getattr(probode, name))

@@ -22,8 +22,7 @@ class AbstractFactorisation(eqx.Module):
     """Which entries of the covariance of ``(u, u', ..., u^(nu))`` are kept; rows go derivative by derivative.
 
     ``keeps_diagonal``: whether of a Jacobian nothing but its diagonal matters, so that nobody computes the rest.
-    ``own_algebra``: whether it has methods ``check``, ``start``, ``attempt`` and ``std`` in place of the algebra of
-    ``conditioning``, because its covariance is more than one square root times an identity; see ``Subspace``.
+    ``own_algebra``: whether it conditions in its own way (see ``AbstractOwnAlgebra``).
 
     >>> import probode
     >>> probode.Dense().batch_shape(3), probode.BlockDiagonal().batch_shape(3)

@@ -13,7 +13,7 @@ from ..algebra.conditioning import Influence
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import kron_apply, kron_apply_right, product, substitute, triangularise
 from ..algebra.normal import batched
-from ..priors.prior import AbstractPrior
+from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..stepping.kept import Row
 from .trajectory import backwards, column
 
@@ -24,7 +24,7 @@ class _Later(eqx.Module):
 
 
 def left_out_squares(
-    rows: Row, reached: Bool[Array, " rows"], prior: AbstractPrior, layout: Layout
+    rows: Row, reached: Bool[Array, " rows"], prior: AbstractPrior | AbstractPriorFamily, layout: Layout
 ) -> tuple[Float[Array, "rows *batch"], Float[Array, "rows *batch"]]:
     """The leave-one-out residual of the step that ends in each row, squared over its own variance (the mean over its
     components), and its weight: zero where there is none, or none above round-off."""

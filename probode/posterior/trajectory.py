@@ -17,7 +17,7 @@ from ..algebra.coordinates import Conditional, coordinates_of, look_back, realis
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose, product
 from ..algebra.normal import Normal, batched, certain, pad, push, spread
-from ..priors.prior import AbstractPrior
+from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..stepping.kept import Row
 from ..stepping.times import direction_of
 from ..util.xla import compiles_small_loops
@@ -39,7 +39,7 @@ class Trajectory(eqx.Module):
     rows: Row
     reached: Bool[Array, " rows"]
     smoothed: Normal | None
-    prior: AbstractPrior
+    prior: AbstractPrior | AbstractPriorFamily
     layout: Layout
     dense: bool = eqx.field(static=True)
 
@@ -58,7 +58,7 @@ class Trajectory(eqx.Module):
 
 
 def trajectory(
-    rows: Row, reached: Bool[Array, " rows"], prior: AbstractPrior, layout: Layout, *, dense: bool
+    rows: Row, reached: Bool[Array, " rows"], prior: AbstractPrior | AbstractPriorFamily, layout: Layout, *, dense: bool
 ) -> Trajectory:
     """The trajectory of the kept rows, smoothed if they remember their past."""
     smoothed = None

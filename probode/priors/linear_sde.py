@@ -11,13 +11,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.factorisations import Layout
-from ..equations.problems import ODE, AbstractProblem
+from ..equations.problems import ODE
 from ..util.checks import as_integer
 from .discretisation import companion_transition
 from .drifts import as_finite, blocks_of, matrices_of, stack_blocks
 from .output_scale import as_output_scale
-from .prior import AbstractPrior
+from .prior import AbstractPrior, AbstractPriorFamily
 
 
 class IOUP(AbstractPrior):
@@ -55,7 +54,7 @@ class IOUP(AbstractPrior):
         return companion_transition(row, dt, self.output_scale, layout)
 
 
-class RosenbrockIOUP(AbstractPrior):
+class RosenbrockIOUP(AbstractPriorFamily):
     """``IOUP`` whose rate is the Jacobian of the vector field where a step starts.
 
     With ``TS1`` the exponential integrator of Rosenbrock type of Bosch, Hennig & Tronarp (2023): steps as long as the
@@ -64,25 +63,18 @@ class RosenbrockIOUP(AbstractPrior):
     in the first step for anything but an ``ODE`` of order one.
 
     >>> import probode
-    >>> probode.RosenbrockIOUP(3).differs_by_step
-    True
+    >>> probode.RosenbrockIOUP(3).num_derivatives
+    3
     """
 
     num_derivatives: int = eqx.field(static=True)
     output_scale: PyTree[Float[Array, "..."]]
-    differs_by_step = True
 
     def __init__(self, num_derivatives: Any, *, output_scale: PyTree = 1.0):
         self.num_derivatives = as_integer(num_derivatives, "RosenbrockIOUP(num_derivatives)", 1)
         self.output_scale = as_output_scale(output_scale, "RosenbrockIOUP(output_scale)")
 
-    def transition(self, dt, layout):
-        raise ValueError("RosenbrockIOUP takes its rate from an equation: without one use IOUP(num_derivatives, rate).")
-
-    def at(
-        self, t: Float[Array, ""], us: Float[Array, "n d"], problem: AbstractProblem, layout: Layout, args: PyTree
-    ) -> IOUP:
-        """The prior of a step that leaves the derivatives ``us`` at ``t``."""
+    def at(self, t, us, problem, layout, args):
         if not isinstance(problem, ODE) or problem.order != 1:
             raise TypeError(
                 "RosenbrockIOUP takes its rate from an ODE of order one: for other equations use IOUP or IWP."

@@ -16,7 +16,7 @@ from ..algebra.linalg import compiled, kron_apply
 from ..algebra.marginals import Posterior
 from ..algebra.normal import Normal, batched, certain, push, spread, square
 from ..util.checks import as_float, require
-from .prior import AbstractPrior
+from .prior import AbstractPrior, AbstractPriorFamily
 
 
 def sample_prior(
@@ -70,6 +70,11 @@ def prior_marginals(
 
 
 def _checked(name, prior, ts, like, factorisation, initial) -> tuple[Float[Array, " time"], Normal, Layout]:
+    if isinstance(prior, AbstractPriorFamily):
+        raise ValueError(
+            f"{type(prior).__name__} takes its parameters from an equation and the state where a step starts: without "
+            "them pass a prior with parameters of its own, like IWP(2) or IOUP(2, rate)."
+        )
     if not isinstance(prior, AbstractPrior):
         raise TypeError(f"{name}(prior) must be a prior such as IWP(2), got {prior!r}.")
     for leaf in jax.tree.leaves(like):

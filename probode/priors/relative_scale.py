@@ -5,15 +5,14 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
-from ..algebra.factorisations import Layout
 from ..algebra.linalg import safe_divide, safe_norm
 from .output_scale import as_positive
-from .prior import AbstractPrior
+from .prior import AbstractPrior, AbstractPriorFamily
 
 
-class RelativeScale(AbstractPrior):
+class RelativeScale(AbstractPriorFamily):
     """A prior under which components move by as much as they are large: in every step the output scale of ``prior``
     times the sizes of the components where the step starts.
 
@@ -34,12 +33,11 @@ class RelativeScale(AbstractPrior):
     4
     """
 
-    prior: AbstractPrior
+    prior: AbstractPrior | AbstractPriorFamily
     floor: Float[Array, ""]
-    differs_by_step = True
 
     def __init__(self, prior: Any, floor: Any = 1e-12):
-        if not isinstance(prior, AbstractPrior) or not hasattr(prior, "output_scale"):
+        if not isinstance(prior, AbstractPrior | AbstractPriorFamily) or not hasattr(prior, "output_scale"):
             raise TypeError(f"RelativeScale(prior) must be a prior with an output_scale, like IWP(4), got {prior!r}.")
         self.prior, self.floor = prior, as_positive(floor, "RelativeScale(floor)")
 
@@ -53,14 +51,10 @@ class RelativeScale(AbstractPrior):
         """As of the prior whose output scale it is."""
         return self.prior.is_polynomial
 
-    def transition(self, dt, layout):
-        raise ValueError("RelativeScale takes its scale from the state where a step starts: without one use its prior.")
-
-    def at(
-        self, t: Float[Array, ""], us: Float[Array, "n d"], problem: Any, layout: Layout, args: PyTree
-    ) -> AbstractPrior:
-        """The prior of a step that leaves the derivatives ``us`` at ``t``."""
-        prior = self.prior.at(t, us, problem, layout, args) if self.prior.differs_by_step else self.prior
+    def at(self, t, us, problem, layout, args):
+        prior = self.prior
+        if isinstance(prior, AbstractPriorFamily):
+            prior = prior.at(t, us, problem, layout, args)
         size = jnp.abs(us[0])
         size = size + self.floor.astype(size.dtype) * jnp.max(size)
         rate = safe_norm(safe_divide(us[1], size)) / math.sqrt(size.size)

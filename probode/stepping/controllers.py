@@ -16,8 +16,13 @@ from ..util.checks import as_float, as_scalar, require
 
 
 class AbstractController(eqx.Module):
-    """Knows numbers, not states. ``dt`` is always the positive length of a step, ``stop_at`` holds times to be hit, at
-    which the equation jumps.
+    """Accepts or rejects an attempt by the size of its error, and proposes the next length.
+
+    It knows numbers, not states. A subclass defines ``init`` and ``propose``, and has the fields
+
+    - ``rtol``, ``atol``: tolerances, scalars; an error is weighed by ``atol + rtol |u|``.
+    - ``dt_min``, ``dt_max``: bounds of the length of a step, positive, or ``None``.
+    - ``stop_at``: times to be hit, at which the equation jumps, ``(times,)``, or ``None``.
 
     >>> import probode
     >>> probode.testing.check_controller(probode.PIController())  # or a subclass of your own

@@ -46,7 +46,8 @@ def max_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
 class AbstractErrorEstimate(eqx.Module):
     """What one attempted step does wrong, per component of ``u``, and its norm.
 
-    ``needs_defects``: whether ``innovation`` has ``inside`` and ``remainder``, the residuals of the corrected mean,
+    A subclass has the field ``norm``, a function of the errors over the tolerances that returns a number, and defines
+    ``estimate``. ``needs_defects``: whether ``innovation`` has ``inside`` and ``remainder``, the residuals of the corrected mean,
     which cost up to two more evaluations of the equation in every attempt.
 
     >>> import jax.numpy as jnp, probode

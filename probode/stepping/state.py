@@ -20,7 +20,7 @@ class State(eqx.Module):
     - ``t``: the time.
     - ``distribution``: the Gaussian over ``(u, ..., u^(nu))``.
     - ``output_scale``: of the step that ended here, in units of the prior's own.
-    - ``statistics``: what the calibration has collected.
+    - ``statistics``: what the calibration has collected; ``calibration``: its class.
     - ``evidence``: what the log likelihood of the equation is made of.
     - ``prior``: that of the step that ended here, where the solver's prior differs from step to step.
     - ``last_move``: by how much the last iteration of a linearisation has moved an innovation, at most, in standard
@@ -45,6 +45,7 @@ class State(eqx.Module):
     prior: AbstractPrior | None
     last_move: Float[Array, ""]
     data_evidence: Float[Array, ""]
+    calibration: type = eqx.field(static=True)
     spread: Float[Array, "N *batch dim cols"] | None = None
 
     def __repr__(self):

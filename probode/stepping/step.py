@@ -22,7 +22,7 @@ from ..algebra.normal import Normal, pad, pad_rows, push
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
-from ..priors.prior import AbstractPrior
+from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from .attempt import Attempt
 from .error_estimates import rms_norm
 from .residuals import informative, not_silent, residual_at, with_floor, without_round_off
@@ -42,7 +42,7 @@ class Stepped(eqx.Module):
 class Step(eqx.Module):
     """The parts of a solver that make a step, bound to a problem: its layout, its ``args``, and data to learn from."""
 
-    prior: AbstractPrior
+    prior: AbstractPrior | AbstractPriorFamily
     constraint: AbstractConstraint
     calibration: AbstractCalibration
     layout: Layout
@@ -73,6 +73,7 @@ class Step(eqx.Module):
             prior=self.own_prior(t, distribution),
             last_move=jnp.zeros((), dtype),
             data_evidence=evidence,
+            calibration=type(self.calibration),
         )
 
     def resume(self, state: State) -> State:
@@ -81,7 +82,7 @@ class Step(eqx.Module):
 
     def own_prior(self, t: Float[Array, ""], distribution: Normal) -> AbstractPrior | None:
         """The prior of the next step from a state where priors differ from step to step; ``None`` elsewhere."""
-        if not self.prior.differs_by_step:
+        if not isinstance(self.prior, AbstractPriorFamily):
             return None
         us = self.layout.unpack(distribution.mean)
         return self.prior.at(t, us, self.constraint.problem, self.layout, self.args)
@@ -150,6 +151,7 @@ class Step(eqx.Module):
             attempted.prior,
             jnp.maximum(before.last_move, move),
             data_evidence,
+            before.calibration,
             spread,
         )
         return Stepped(state, past, dataclasses.replace(influence, weight=influence.weight * counts))

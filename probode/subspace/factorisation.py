@@ -30,7 +30,6 @@ from ..algebra.conditioning import (
     join,
     posterior_noise,
 )
-from ..algebra.factorisations import AbstractFactorisation
 from ..algebra.linalg import safe_divide, safe_norm, safe_sqrt, triangularise
 from ..algebra.normal import Normal, pad
 from ..equations.jacobians import ExactJacobian
@@ -39,16 +38,17 @@ from ..estimation.calibration import AbstractCalibration, AbstractLeaveOneOut
 from ..estimation.strategies import AbstractStrategy
 from ..information.constraints import TS1, AbstractConstraint
 from ..priors.iwp import IWP
-from ..priors.prior import AbstractPrior
+from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..stepping.attempt import Attempt
 from ..stepping.error_estimates import AbstractErrorEstimate, StateError
+from ..stepping.own_algebra import AbstractOwnAlgebra
 from ..stepping.residuals import without_round_off
 from ..stepping.step import Step
 from ..util.checks import as_float, as_integer, as_scalar, is_traced, require
 from .krylov import linearised, solve_innovation
 
 
-class Subspace(AbstractFactorisation):
+class Subspace(AbstractOwnAlgebra):
     """The full covariance on the span of ``basis``, and one variance for all directions of its complement.
 
     For stiff problems too large for ``Dense()``: ``Solver(IWP(nu), TS1(ODE(f)), factorisation=Subspace(basis))``. A
@@ -86,7 +86,6 @@ class Subspace(AbstractFactorisation):
     tol: Float[Array, ""]
     max_krylov: int = eqx.field(static=True)
     preconditioner: Callable | None
-    own_algebra = True
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class Subspace(AbstractFactorisation):
 
     def check(
         self,
-        prior: AbstractPrior,
+        prior: AbstractPrior | AbstractPriorFamily,
         constraint: AbstractConstraint,
         strategy: AbstractStrategy,
         calibration: AbstractCalibration,
@@ -166,8 +165,12 @@ class Subspace(AbstractFactorisation):
         need(constraint.evaluations == 1, constraint, "it conditions once in a step, so use evaluations=1")
         need(isinstance(constraint.problem, ODE), constraint.problem, "the equation must be an ODE")
         need(constraint.order == 1, constraint.problem, "write the equation as one of order one")
-        jacobian = constraint.problem.jacobian
-        need(isinstance(jacobian, ExactJacobian), jacobian, "it takes exact products by itself, so leave jacobian out")
+        ode = constraint.problem
+        need(
+            isinstance(ode.jacobian, ExactJacobian),
+            ode.jacobian,
+            "it takes exact products by itself, so leave jacobian out",
+        )
         need(not strategy.smooths, strategy, "it cannot smooth, so use strategy=Filter()")
         plain = not (isinstance(calibration, AbstractLeaveOneOut) or calibration.relinearise or calibration.remembers)
         need(plain, calibration, "use DynamicCalibration(), MLECalibration() or NoCalibration()")

@@ -19,7 +19,7 @@ from ..estimation.strategies import AbstractStrategy, Filter, FixedIntervalSmoot
 from ..information.constraints import TS0, TS1, AbstractConstraint
 from ..information.regression import AbstractCubature
 from ..priors.iwp import IWP
-from ..priors.prior import AbstractPrior
+from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..solver import Solver
 from ..stepping.attempt import Attempt
 from ..stepping.controllers import AbstractController
@@ -60,9 +60,9 @@ def check_prior(prior: AbstractPrior, *, u0: Any = None) -> None:
     equation in every step.
     """
     require_double()
-    require_kind(prior, AbstractPrior)
-    if prior.differs_by_step:
+    if isinstance(prior, AbstractPriorFamily):
         raise TypeError(f"{type(prior).__name__} takes its parameters from the equation: check the solver instead.")
+    require_kind(prior, AbstractPrior)
     example, refused, done = _U0 if u0 is None else u0, [], 0
     for factorisation in (Dense(), BlockDiagonal(), Isotropic()):
         layout = layout_of(example, prior.num_derivatives, factorisation)

@@ -122,5 +122,5 @@ def test_a_solve_goes_on_with_it_and_without_it():
 def test_errors():
     with pytest.raises(TypeError, match="ODE of order one"):
         po.Solver(po.RosenbrockIOUP(3), po.TS1(po.ODE(pendulum, order=2))).solve_grid((1.0, 0.0), [0.0, 1.0])
-    with pytest.raises(ValueError, match="without one use IOUP"):
+    with pytest.raises(ValueError, match="without them pass a prior"):
         po.sample_prior(po.RosenbrockIOUP(3), jax.random.key(0), np.linspace(0, 1, 3), U0)
