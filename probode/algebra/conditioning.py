@@ -377,7 +377,7 @@ def _replacement(equation, noise):
 def seen_from(
     mean: Float[Array, "dim cols"], point: Float[Array, "dim cols"], equation: Linearisation
 ) -> Float[Array, "m cols"]:
-    """What the equation, linearised about ``point``, says of the residual at ``mean``."""
+    """The residual at ``mean`` by the linearisation about ``point``: ``z + H (mean - point)``."""
     return equation.residual + product(equation.matrix, (mean - point)[: equation.matrix.shape[1]])
 
 

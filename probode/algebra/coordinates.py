@@ -66,7 +66,7 @@ def both(own, rows):
 
 
 def carried(past: Conditional | None) -> Conditional | None:
-    """The same, of the shape that it has after any number of steps."""
+    """``past`` with zero rows in ``own``, in the shape that it has after any number of steps."""
     if past is None:
         return None
     return Conditional(past.shift, past.cross, pad_rows(past.own, past.own.shape[-1]))
@@ -74,14 +74,14 @@ def carried(past: Conditional | None) -> Conditional | None:
 
 @batched
 def standard(x: Normal) -> Normal:
-    """The coordinates of ``x`` themselves: a standard normal."""
+    """The standard normal distribution of the coordinates of ``x``."""
     rows, cols = x.factor.shape[0], x.mean.shape[1]
     return Normal(jnp.zeros((rows, cols), x.mean.dtype), jnp.eye(rows, dtype=x.factor.dtype))
 
 
 @batched
 def look_back(later: Normal, past: Conditional) -> Normal:
-    """The earlier state's coordinates, from the distribution of the later one's."""
+    """The distribution of the earlier state's coordinates, from that of the later one's: marginalises ``past``."""
     mean = past.shift + product(past.cross.T, later.mean)
     return Normal(mean, both(past.own, product(later.factor, past.cross)))
 

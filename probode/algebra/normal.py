@@ -72,11 +72,11 @@ def square(x: Normal) -> Normal:
 
 
 def certain(mean: Float[Array, "*batch dim cols"]) -> Normal:
-    """A state that is known: its covariance has no square root with any rows."""
+    """The Dirac distribution at ``mean``: a factor with zero rows."""
     return Normal(mean, jnp.zeros((*mean.shape[:-2], 0, mean.shape[-2]), mean.dtype))
 
 
 @batched
 def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows cols"]) -> Float[Array, "dim cols"]:
-    """What coordinates add to the mean."""
+    """``factor^T w``: what the coordinates ``w`` of a state add to its mean."""
     return product(factor.T, coordinates)

@@ -197,7 +197,10 @@ def draw(past: Conditional, noise: Float[Array, "q cols"], later: Float[Array, "
 
 
 def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " rows"]) -> PyTree:
-    """What holds at every row, stacked: ``last`` at the last one reached, and ``fn(x, what holds)`` before a row."""
+    """A scan from the last row reached to the first: ``carry[last] = last`` and ``carry[i - 1] = fn(xs[i], carry[i])``.
+
+    Returns the carries, stacked.
+    """
     rows = reached.shape[0]
     number = -(-rows // _BLOCK)
     block = rows if number == 1 else _BLOCK

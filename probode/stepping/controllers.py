@@ -50,8 +50,8 @@ class IntegralController(AbstractController):
     """``dt <- dt * clip(safety * E, factor_min, factor_max)``; accepts when ``error_norm <= 1``.
 
     ``E = error_norm^(-1/order)``, after an accepted step the smaller of its own and that of the accepted step before.
-    One small error is no reason to grow: residuals of a filter's steps alternate, and a longer step after an unusually
-    small one is rejected, again and again. Two small errors are one. (Without this memory:
+    So steps grow only after two small errors in a row: residuals of a filter alternate between small and large, and a
+    longer step after an unusually small one is rejected, again and again. (Without this memory:
     ``PIController(integral=1, proportional=0)``.)
 
     Whatever the controller proposes, a step is at most three times as long as the one before: an error of zero says

@@ -47,8 +47,8 @@ class AbstractErrorEstimate(eqx.Module):
     """What one attempted step does wrong, per component of ``u``, and its norm.
 
     A subclass has the field ``norm``, a function of the errors over the tolerances that returns a number, and defines
-    ``estimate``. ``needs_defects``: whether ``innovation`` has ``inside`` and ``remainder``, the residuals of the corrected mean,
-    which cost up to two more evaluations of the equation in every attempt.
+    ``estimate``. ``needs_defects``: whether the attempt's innovation has ``inside`` and ``remainder``, the residuals of
+    the corrected mean, which cost up to two more evaluations of the equation in every attempt.
 
     >>> import jax.numpy as jnp, probode
     >>> float(probode.ResidualError().norm(jnp.array([4.0, 0.0, 0.0, 0.0])))  # root mean square
