@@ -10,14 +10,16 @@ in XLA.
 
 import os
 
+import jaxlib
 from jax._src import xla_bridge
 
 from .checks import as_integer
 
 
 OPTION = "xla_cpu_small_while_loop_byte_threshold"
-# XLA stops at options that it does not know; jaxlib 0.10.0 to 0.10.2 were tried.
 SUMS = "--xla_cpu_experimental_ynn_fusion_type"
+# XLA ends the process at options that it does not know: they are set by default for versions that were tried.
+TESTED = ("0.10.0", "0.10.1", "0.10.2")
 VARIABLE = "PROBODE_SMALL_LOOPS"
 _EXTRA = "--xla_backend_extra_options="
 
@@ -27,10 +29,10 @@ def compile_small_loops(max_bytes: int = 1_000_000) -> None:
 
     Sums then stay in XLA, instead of going to a library: with 1000 lanes of ``jax.vmap`` that is five times faster.
 
-    Importing ``probode`` does so unless JAX has already started its backend or the environment variable
-    ``PROBODE_SMALL_LOOPS`` is 0; call this to be told when it is too late. With a threshold that is already in
-    ``XLA_FLAGS`` all is left as it is. ``python -m benchmarks.small_loops`` shows what the options do to results
-    (round-off) and to other libraries' loops (nothing, or faster).
+    Importing ``probode`` does so unless JAX has already started its backend, the environment variable
+    ``PROBODE_SMALL_LOOPS`` is 0, or the version of jaxlib was not tried; call this to be told when it is too late. With
+    a threshold that is already in ``XLA_FLAGS`` all is left as it is. ``python -m benchmarks.small_loops`` shows what
+    the options do to results (round-off) and to other libraries' loops (nothing, or faster).
 
     Raises ``RuntimeError`` if JAX has started its backend without the option: it is read once, so import ``probode``
     or call this before the first array is made, or set ``XLA_FLAGS`` yourself. ``ValueError`` for a threshold that is
@@ -59,7 +61,8 @@ def compiles_small_loops() -> bool:
 
 def by_default() -> None:
     """What importing the package does."""
-    if os.environ.get(VARIABLE, "1") not in ("0", "false", "off", "no") and not _too_late():
+    wanted = os.environ.get(VARIABLE, "1") not in ("0", "false", "off", "no")
+    if wanted and jaxlib.__version__ in TESTED and not _too_late():
         compile_small_loops()
 
 

@@ -36,6 +36,7 @@ def run(code, **environment):
         ("import probode; probode.compile_small_loops()", {"PROBODE_SMALL_LOOPS": "0"}, "True"),
         ("import probode", {"XLA_FLAGS": "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"}, "True"),
         ("import probode", {"XLA_FLAGS": f"--xla_backend_extra_options={OPTION}=100"}, "False"),
+        ("import jaxlib; jaxlib.__version__ = '9.9.9'; import probode", {}, "False"),
     ],
 )
 def test_what_importing_and_the_variable_do(before, environment, native):
