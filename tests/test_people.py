@@ -12,7 +12,7 @@ import pytest
 import probode as po
 from probode import plots
 
-from .helpers import lotka_volterra
+from .helpers import left_to_nox, lotka_volterra
 
 
 matplotlib.use("Agg")
@@ -130,7 +130,7 @@ def run(rate):
 
 @pytest.mark.parametrize(
     "transformed",
-    [run, lambda x: jax.vmap(run)(jnp.stack([x, 3 * x])), jax.grad(run), jax.jit(run)],
+    [*left_to_nox(run, lambda x: jax.vmap(run)(jnp.stack([x, 3 * x])), jax.grad(run)), jax.jit(run)],
     ids=["plain", "vmap", "grad", "jit"],
 )
 def test_progress_is_reported_up_to_the_end(transformed):

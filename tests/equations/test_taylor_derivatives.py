@@ -177,7 +177,7 @@ def without_rules(field, *args):
     raise MissingRule("everything")
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", [*list(SERIES)[::3], *left_to_nox(*(n for i, n in enumerate(SERIES) if i % 3))])
 def test_the_two_routes_and_the_recursion_agree(name, monkeypatch):
     f, u0 = SERIES[name]
     monkeypatch.setattr(probode.equations.taylor.derivatives, "MAX_NESTED", 0)

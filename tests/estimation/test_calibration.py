@@ -22,7 +22,7 @@ def solve(ode, u0, grid, nu=2, constraint=po.TS1, scale=1.0, **parts):
     return po.Solver(po.IWP(nu, output_scale=scale), constraint(ode), **parts).solve_grid(u0, grid)
 
 
-@factorisations
+@pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 @pytest.mark.parametrize("sliver", [False, True], ids=["plain", "sliver"])
 def test_maximum_likelihood_oracle(factorisation, sliver):
     grid = np.concatenate([TENTHS[:-1], [np.nextafter(1.0, 0)], TENTHS[-1:]]) if sliver else TENTHS
@@ -37,7 +37,7 @@ def test_maximum_likelihood_oracle(factorisation, sliver):
 @pytest.mark.parametrize(
     "strategy", first_of(po.FixedIntervalSmoother(), po.Filter(), po.FixedPointSmoother()), ids=name
 )
-@factorisations
+@pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 def test_evidence_is_that_of_the_reported_covariances(factorisation, strategy):
     # Solving with the calibrated scale as the prior's own must give the same posterior and the same evidence.
     u0, parts = jnp.array([20.0, 18.0]), {"factorisation": factorisation, "strategy": strategy}
@@ -87,7 +87,7 @@ def joint(solution):
     return z, s
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", first_of(True, False))
 def test_left_out_residuals_are_those_of_the_dense_formula(dynamic):
     grid = np.array([0.0, 0.3, 0.5, 0.6, 1.0, 1.5])
     calibration = po.DynamicCalibration() if dynamic else po.NoCalibration()
@@ -275,7 +275,7 @@ def test_relinearising_sees_the_whole_covariance():
     assert seen == [(0, 3), (2, 3), (5, 3)]  # for its shape alone; without the noise of the step; then with it
 
 
-@factorisations
+@pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 @pytest.mark.parametrize("order", first_of(1, 2))
 def test_state_error_is_the_posterior_deviation_of_the_noise(factorisation, order):
     """Against the dense formula ``Q_00 - Q_0z (Q_zz)^-1 Q_z0`` under the local scale."""

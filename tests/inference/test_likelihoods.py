@@ -39,7 +39,7 @@ def on_the_grid(values, mask, seen):
 
 
 @pytest.mark.parametrize("mask", first_of(MASK, None), ids=["some", "all"])
-@pytest.mark.parametrize("likelihood", LIKELIHOODS[:2], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("likelihood", first_of(*LIKELIHOODS[:2]), ids=lambda f: f.__name__)
 def test_the_density_given_the_whole_equation(likelihood, mask):
     made = solver(controller=ON_GRID)
     data = on_the_grid(VALUES, mask, SEEN)

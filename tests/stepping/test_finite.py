@@ -83,7 +83,7 @@ def test_the_derivative_of_a_step_that_was_spoilt(constraint, mode):
 @pytest.mark.parametrize(
     "strategy", [po.Filter(), po.FixedPointSmoother(), *left_to_nox(po.FixedIntervalSmoother())], ids=name
 )
-@pytest.mark.parametrize("unit", [1e-9, 1e-3])
+@pytest.mark.parametrize("unit", first_of(1e-9, 1e-3))
 def test_single_precision(strategy, unit):
     # In nanoseconds the scale of the fourth derivative leaves the range of float32.
     unit = jnp.float32(unit)
@@ -160,6 +160,7 @@ CONFIGURATIONS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float64, *left_to_nox(jnp.float32)], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("solver", CONFIGURATIONS, ids=parts)
 def test_everything_that_is_returned(solver, dtype):
