@@ -58,7 +58,7 @@ def more_left_over(past, left):
 
 
 def both(own, rows):
-    """The triangle of an ``own`` of ``Conditional`` and other rows."""
+    """Upper triangular square root of ``own^T own + rows^T rows``."""
     p = rows.shape[1]
     if own.shape[0] == p and not is_written_out(p):
         return triangularise(own, rows)
@@ -88,13 +88,13 @@ def look_back(later: Normal, past: Conditional) -> Normal:
 
 @batched
 def realise(coordinates: Normal, x: Normal) -> Normal:
-    """``x`` with its coordinates, so far standard normal, distributed as they are now known."""
+    """The distribution of ``x`` when its coordinates are no longer standard normal but ``coordinates``."""
     return Normal(x.mean + product(x.factor.T, coordinates.mean), product(coordinates.factor, x.factor))
 
 
 @batched
 def in_coordinates(past: Conditional, coordinates: Normal) -> Conditional:
-    """``past`` in standard normal coordinates of what it was given in, which now has this distribution."""
+    """``past`` given new standard normal coordinates of the later state, whose old ones have this distribution."""
     shift = past.shift + product(past.cross.T, coordinates.mean)
     return Conditional(shift, product(coordinates.factor, past.cross), past.own)
 

@@ -260,7 +260,7 @@ class Layout(eqx.Module):
         return jax.eval_shape(self.identity).shape == (self.size, self.size)
 
     def require_coupling(self, what: str) -> None:
-        """A ``ValueError`` about a parameter that couples the components where they are kept independent."""
+        """Raises ``ValueError`` where components are kept independent; ``what``: the parameter that couples them."""
         if self.size > 1 and not self.couples:
             each = " or one number for each component" if self.batch_shape == (self.size,) else ""
             raise ValueError(
@@ -269,7 +269,7 @@ class Layout(eqx.Module):
             )
 
     def require_shared_algebra(self, what: str) -> None:
-        """A ``ValueError`` about something that a factorisation with an algebra of its own has no formula for."""
+        """Raises ``ValueError`` under a factorisation with an algebra of its own; ``what`` names what it cannot do."""
         if self.factorisation.own_algebra:
             raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
 

@@ -27,7 +27,7 @@ _GROUP = 64
 
 
 class AbstractJacobian(eqx.Module):
-    """A way to find the derivative of an equation.
+    """How the derivative of an equation is computed.
 
     >>> import probode
     >>> field = lambda t, u, args: -t * u**2

@@ -53,7 +53,10 @@ def spread_ahead(
     layout: Layout,
     args: PyTree,
 ) -> Ahead:
-    """Of a step from ``x`` to ``t`` with this transition ``matrix``, and the equation about its prediction."""
+    """The spread of an uncertain start at the prediction of a step from ``x`` to ``t``.
+
+    ``spread``: where the step starts. ``matrix``: of the transition. ``equation``: linearised about the prediction.
+    """
     moves, predicted = push_moves(spread, matrix), push(x, matrix)
     if equation.whole:
         p = equation.matrix.shape[-1]
@@ -70,12 +73,12 @@ def spread_ahead(
 
 
 def push_moves(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) -> Float[Array, "N *state"]:
-    """The directions where a transition takes them."""
+    """The directions after a transition: ``A`` times each of them."""
     return jax.vmap(lambda move: push(certain(move), matrix).mean)(spread)
 
 
 def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float[Array, "N *state"]:
-    """The directions after an update, with the gain of the mean."""
+    """The directions after an update: each moves by the gain of the mean times its own residual."""
     influence, whole, explicit = update.influence, equation.whole, equation.gives is not None
 
     @batched

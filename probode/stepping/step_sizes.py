@@ -126,7 +126,7 @@ def first_step(
 
 
 def trusted(proposed: Float[Array, ""], dt: Float[Array, ""]) -> Float[Array, ""]:
-    """What of a proposal for the step after one of length ``dt`` may be tried.
+    """The proposed length of the step after one of length ``dt``, at most three times as long.
 
     Where nothing happens the error is zero and says nothing about how far it stays so: with an evaluation at the end of
     a step and one inside, steps that are three times as long as the last leave no larger gaps between two evaluations

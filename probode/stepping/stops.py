@@ -18,8 +18,10 @@ from .times import beside, direction_of, is_jump, nearest
 
 
 def starting_anew(step: Step, control: Control, solve: AdaptiveState, t1: Float[Array, ""]) -> Callable | None:
-    """What happens after an attempt, ``None`` in a solve without stops: from a solve, the coordinates of an earlier
-    state, and whether to look, the solve that starts anew if it is at a stop, these coordinates, and whether it does.
+    """A function to call after each attempt, which starts the state anew at stops; ``None`` in a solve without any.
+
+    ``fn(solve, past, moved)`` returns the solve, the past given its state, and whether it has started anew: if it has
+    ``moved``, to a stop before ``t1``. Otherwise solve and past come back as they were.
     """
     stops, begun, direction = control.stops(t1.dtype), solve, direction_of(solve.t, t1)
     if stops is None:

@@ -197,7 +197,7 @@ class Subspace(AbstractOwnAlgebra):
         t: Float[Array, ""],
         transition: Transition,
     ) -> Attempt:
-        """Hold the prediction against the equation and condition on it; see ``steps``."""
+        """Hold the prediction against the equation and condition on it; see ``Step.attempt``."""
         layout, mean = step.layout, predicted.mean
         n, d, r = layout.num_derivatives + 1, layout.size, self.rank
         field = flat_field(step.constraint.problem, layout, step.args)

@@ -34,7 +34,7 @@ class Linearised(NamedTuple):
 
 
 def linearised(field: Callable, u: Float[Array, " d"], basis: Float[Array, "d r"]) -> Linearised:
-    """By ``r`` products with the Jacobian and ``r`` with its transpose."""
+    """The field linearised at a point, by ``r`` products with the Jacobian and ``r`` with its transpose."""
     value, jvp = jax.linearize(field, u)
     vjp = lambda v: jax.linear_transpose(jvp, u)(v)[0]  # noqa: E731
     inner = basis.T @ jax.vmap(jvp, 1, 1)(basis)
