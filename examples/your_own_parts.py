@@ -84,11 +84,8 @@ except probode.testing.LawBroken as error:
 class Halving(probode.AbstractController):
     """Halves or doubles."""
 
-    rtol: jax.Array = eqx.field(converter=jnp.asarray, default=1e-3)
-    atol: jax.Array = eqx.field(converter=jnp.asarray, default=1e-6)
-    dt_min: None = None
-    dt_max: None = None
-    stop_at: None = None
+    tolerances: probode.Tolerances = probode.Tolerances()
+    limits: probode.Limits = probode.Limits()
 
     def init(self, dtype):
         return None
@@ -100,7 +97,9 @@ class Halving(probode.AbstractController):
 
 
 probode.testing.check_controller(Halving())
-solution = probode.Solver(probode.IWP(3), Secants(ode), controller=Halving(1e-5, 1e-7)).solve(u0, 0.0, 5.0)
+solution = probode.Solver(probode.IWP(3), Secants(ode), controller=Halving(probode.Tolerances(1e-5, 1e-7))).solve(
+    u0, 0.0, 5.0
+)
 print(solution.summary())
 
 # %% [markdown]

@@ -79,7 +79,9 @@ from .stepping.adaptive import AdaptiveState as AdaptiveState
 from .stepping.attempt import Attempt as Attempt
 from .stepping.controllers import AbstractController as AbstractController
 from .stepping.controllers import IntegralController as IntegralController
+from .stepping.controllers import Limits as Limits
 from .stepping.controllers import PIController as PIController
+from .stepping.controllers import Tolerances as Tolerances
 from .stepping.error_estimates import AbstractErrorEstimate as AbstractErrorEstimate
 from .stepping.error_estimates import LocalError as LocalError
 from .stepping.error_estimates import ResidualError as ResidualError

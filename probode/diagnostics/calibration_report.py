@@ -20,6 +20,7 @@ from ..algebra.normal import Normal, batched
 from ..posterior.solution import SaveAt, Solution
 from ..posterior.trajectory import rows_of_steps
 from ..solver import Solver
+from ..stepping.controllers import Tolerances
 from ..stepping.result import Result
 from ..util.checks import as_float, as_scalar
 
@@ -100,8 +101,8 @@ def calibration_report(
             raise ValueError("calibration_report(solver, ...) needs u0, t0 and t1, as solver.solve does.")
         entries = []
         for rtol in as_float(tolerances, "tolerances"):
-            controller = (jnp.asarray(rtol), jnp.asarray(rtol * as_scalar(atol_over_rtol, "atol_over_rtol")))
-            solver = eqx.tree_at(lambda s: (s.controller.rtol, s.controller.atol), subject, controller)
+            allowed = Tolerances(rtol, rtol * as_scalar(atol_over_rtol, "atol_over_rtol"))
+            solver = eqx.tree_at(lambda s: s.controller.tolerances, subject, allowed)
             solution = solver.solve(u0, t0, t1, args=args, save_at=SaveAt(t0=True, steps=True), throw=False)
             entries.append(_measure(solution, reference, float(rtol)))
     else:

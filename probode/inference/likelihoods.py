@@ -88,15 +88,14 @@ def dalton_log_likelihood(
     forward = dataclasses.replace(solver, strategy=Filter())
     joint = forward.solve(u0, t0, t1, args=args, data=data, save_at=SaveAt(t0=True, steps=True), throw=False)
     # So loose that every step goes as far as it may.
-    loose = IntegralController(1e6, 1e6, stop_at=solver.controller.stop_at, dt_min=_restarting(solver, joint))
+    stops = solver.controller.limits.stops
+    whole = lax.stop_gradient(jnp.abs(joint.t[-1] - joint.t[0]))
+    # A solve that starts anew at its stops would choose a first step there: the whole interval.
+    anew = {"stop_at": stops, "dt_min": whole} if stops.size else {}
+    loose = IntegralController(1e6, 1e6, **anew)
     forward = dataclasses.replace(forward, controller=loose)
     alone = solve_through(forward, lax.stop_gradient(joint.t), u0, t0, t1, args, dt0=t1 - t0)
     return _if_successful(joint, joint.data_log_likelihood + joint.log_likelihood - alone.log_likelihood)
-
-
-def _restarting(solver, joint):
-    """The shortest step of a solve that starts anew at its stops, where it would choose one: the whole interval."""
-    return None if solver.controller.stop_at is None else lax.stop_gradient(jnp.abs(joint.t[-1] - joint.t[0]))
 
 
 @compiled

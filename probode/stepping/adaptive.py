@@ -24,7 +24,6 @@ from .step import Step
 from .step_sizes import (
     Control,
     error_norm,
-    longest,
     next_time,
     shortest_near_zero,
     spread_norm,
@@ -80,7 +79,7 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     zero = jnp.zeros((), jnp.int32)
     result = Result.where(is_finite(state.distribution), Result.successful, Result.initial_state_nonfinite)
     anew = None
-    if control.controller.stop_at is not None:
+    if control.stops(dt.dtype) is not None:
         anew = Start(jnp.full((), jnp.nan, dt.dtype), jnp.zeros(state.layout.batch_shape, bool))
     return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, anew)
 
@@ -269,7 +268,9 @@ class Stepper:
         # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.
         shorter = jnp.where(spoilt, length / 2, length - leg.floor / 2)
         proposed = jnp.where(good, kept, jnp.minimum(proposed, shorter))
-        proposed = jnp.clip(lax.stop_gradient(proposed), leg.floor, longest(self.control, length.dtype))
+        proposed = jnp.clip(
+            lax.stop_gradient(proposed), leg.floor, self.control.controller.limits.longest.astype(length.dtype)
+        )
         # What was asked for, too: the length of the shortest step is rounded to one between two times.
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= leg.floor)
         failure = Result.where(taken.likely, Result.step_size_too_small, Result.scale_mismatch)

@@ -15,24 +15,90 @@ from jaxtyping import Array, Bool, Float
 from ..util.checks import as_float, as_scalar, require
 
 
+class Tolerances(eqx.Module):
+    """The error of a step that is allowed: ``atol + rtol |u|`` for each component.
+
+    Raises ``ValueError`` for tolerances that are negative, not finite, or both zero.
+
+    >>> import jax.numpy as jnp, probode
+    >>> probode.Tolerances(1e-3, 1e-6).weight(jnp.array([1.0, 0.0]))
+    Array([1.001e-03, 1.000e-06], dtype=float64)
+    """
+
+    rtol: Float[Array, ""]
+    atol: Float[Array, ""]
+
+    def __init__(self, rtol: Any = 1e-3, atol: Any = 1e-6):
+        rtol, atol = as_scalar(rtol, "rtol"), as_scalar(atol, "atol")
+        finite = (rtol >= 0) & (atol >= 0) & (rtol < np.inf) & (atol < np.inf)
+        rtol = require(rtol, finite, "Tolerances must be finite and not negative", rtol=rtol, atol=atol)
+        positive = (rtol > 0) | (atol > 0)
+        rtol = require(rtol, positive, "rtol and atol are both zero: no step could ever be accepted. Set at least one")
+        self.rtol, self.atol = jnp.asarray(rtol), jnp.asarray(atol)
+
+    def weight(self, size: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """``atol + rtol size`` in the dtype of ``size``."""
+        return self.atol.astype(size.dtype) + self.rtol.astype(size.dtype) * size
+
+
+class Limits(eqx.Module):
+    """Bounds of the steps, and times that must be hit.
+
+    ``shortest``, ``longest``: of the lengths that are asked for; zero and infinity for no bound. ``stops``: times at
+    which the equation jumps, ``(times,)``; without any the program knows of none. Raises ``ValueError`` for bounds that
+    are not positive or out of order, and for times that are not finite.
+
+    >>> import probode
+    >>> limits = probode.Limits(dt_max=0.1)
+    >>> float(limits.shortest), float(limits.longest), limits.stops.shape
+    (0.0, 0.1, (0,))
+    """
+
+    shortest: Float[Array, ""]
+    longest: Float[Array, ""]
+    stops: Float[Array, " times"]
+
+    def __init__(self, dt_min: Any = None, dt_max: Any = None, stop_at: Any = None):
+        if dt_min is not None:
+            dt_min = as_scalar(dt_min, "dt_min")
+            dt_min = require(dt_min, dt_min > 0, "dt_min must be positive (the length of a step)", dt_min=dt_min)
+        if dt_max is not None:
+            dt_max = as_scalar(dt_max, "dt_max")
+            dt_max = require(dt_max, dt_max > 0, "dt_max must be positive (the length of a step)", dt_max=dt_max)
+        if dt_min is not None and dt_max is not None:
+            dt_max = require(dt_max, dt_min <= dt_max, "dt_min must not exceed dt_max", dt_min=dt_min, dt_max=dt_max)
+        if stop_at is not None:
+            stop_at = as_float(stop_at, "stop_at")
+            if stop_at.ndim != 1 or stop_at.size == 0:
+                raise ValueError(f"stop_at must be an array of times of shape (times,), got shape {stop_at.shape}.")
+            stop_at = require(stop_at, abs(stop_at) < np.inf, "stop_at must hold finite times", stop_at=stop_at)
+        self.shortest = jnp.asarray(0.0 if dt_min is None else dt_min)
+        self.longest = jnp.asarray(jnp.inf if dt_max is None else dt_max)
+        self.stops = jnp.zeros(0) if stop_at is None else jnp.asarray(stop_at)
+
+
 class AbstractController(eqx.Module):
     """Accepts or rejects an attempt by the size of its error, and proposes the next length.
 
-    It knows numbers, not states. A subclass defines ``init`` and ``propose``, and has the fields
-
-    - ``rtol``, ``atol``: tolerances, scalars; an error is weighed by ``atol + rtol |u|``.
-    - ``dt_min``, ``dt_max``: bounds of the length of a step, positive, or ``None``.
-    - ``stop_at``: times to be hit, at which the equation jumps, ``(times,)``, or ``None``.
+    It knows numbers, not states. A subclass defines ``init`` and ``propose``, and has the fields ``tolerances``, which
+    weigh the error, and ``limits``, the bounds and stops of the steps.
 
     >>> import probode
     >>> probode.testing.check_controller(probode.PIController())  # or a subclass of your own
     """
 
-    rtol: eqx.AbstractVar[Array]
-    atol: eqx.AbstractVar[Array]
-    dt_min: eqx.AbstractVar[Array | None]
-    dt_max: eqx.AbstractVar[Array | None]
-    stop_at: eqx.AbstractVar[Array | None]
+    tolerances: eqx.AbstractVar[Tolerances]
+    limits: eqx.AbstractVar[Limits]
+
+    @property
+    def rtol(self) -> Float[Array, ""]:
+        """The relative tolerance."""
+        return self.tolerances.rtol
+
+    @property
+    def atol(self) -> Float[Array, ""]:
+        """The absolute tolerance."""
+        return self.tolerances.atol
 
     @abstractmethod
     def init(self, dtype) -> Any:
@@ -74,14 +140,11 @@ class IntegralController(AbstractController):
     (True, True)
     """
 
-    rtol: Float[Array, ""]
-    atol: Float[Array, ""]
+    tolerances: Tolerances
+    limits: Limits
     safety: Float[Array, ""]
     factor_min: Float[Array, ""]
     factor_max: Float[Array, ""]
-    dt_min: Float[Array, ""] | None
-    dt_max: Float[Array, ""] | None
-    stop_at: Float[Array, " times"] | None
 
     def __init__(
         self,
@@ -95,9 +158,8 @@ class IntegralController(AbstractController):
         dt_max=None,
         stop_at=None,
     ):
-        fields = _checked(rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at)
-        self.rtol, self.atol, self.safety, self.factor_min, self.factor_max = fields[:5]
-        self.dt_min, self.dt_max, self.stop_at = fields[5:]
+        self.tolerances, self.limits = Tolerances(rtol, atol), Limits(dt_min, dt_max, stop_at)
+        self.safety, self.factor_min, self.factor_max = _factors(safety, factor_min, factor_max)
 
     def init(self, dtype):
         return jnp.full((), jnp.inf, dtype)
@@ -125,14 +187,11 @@ class PIController(AbstractController):
     False
     """
 
-    rtol: Float[Array, ""]
-    atol: Float[Array, ""]
+    tolerances: Tolerances
+    limits: Limits
     safety: Float[Array, ""]
     factor_min: Float[Array, ""]
     factor_max: Float[Array, ""]
-    dt_min: Float[Array, ""] | None
-    dt_max: Float[Array, ""] | None
-    stop_at: Float[Array, " times"] | None
     integral: Float[Array, ""]
     proportional: Float[Array, ""]
 
@@ -150,9 +209,8 @@ class PIController(AbstractController):
         integral=0.3,
         proportional=0.4,
     ):
-        fields = _checked(rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at)
-        self.rtol, self.atol, self.safety, self.factor_min, self.factor_max = fields[:5]
-        self.dt_min, self.dt_max, self.stop_at = fields[5:]
+        self.tolerances, self.limits = Tolerances(rtol, atol), Limits(dt_min, dt_max, stop_at)
+        self.safety, self.factor_min, self.factor_max = _factors(safety, factor_min, factor_max)
         integral = as_scalar(integral, "PIController(integral)")
         proportional = as_scalar(proportional, "PIController(proportional)")
         message = "PIController needs integral >= 0 and proportional >= 0, not both zero"
@@ -184,30 +242,11 @@ def _next_dt(controller, dt, log_growth):
     return dt * jnp.clip(safety * jnp.exp(log_growth), smallest, largest)
 
 
-def _checked(rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at):
-    rtol, atol = as_scalar(rtol, "rtol"), as_scalar(atol, "atol")
-    finite = (rtol >= 0) & (atol >= 0) & (rtol < np.inf) & (atol < np.inf)
-    rtol = require(rtol, finite, "Tolerances must be finite and not negative", rtol=rtol, atol=atol)
-    positive = (rtol > 0) | (atol > 0)
-    rtol = require(rtol, positive, "rtol and atol are both zero: no step could ever be accepted. Set at least one")
+def _factors(safety, factor_min, factor_max):
     safety = as_scalar(safety, "safety")
     safety = require(safety, (safety > 0) & (safety <= 1), "A controller needs 0 < safety <= 1", safety=safety)
     factor_min, factor_max = as_scalar(factor_min, "factor_min"), as_scalar(factor_max, "factor_max")
     ordered = (factor_min > 0) & (factor_min < 1) & (factor_max > 1)
     message = "A controller needs 0 < factor_min < 1 < factor_max"
     factor_min = require(factor_min, ordered, message, factor_min=factor_min, factor_max=factor_max)
-    if dt_min is not None:
-        dt_min = as_scalar(dt_min, "dt_min")
-        dt_min = require(dt_min, dt_min > 0, "dt_min must be positive (the length of a step)", dt_min=dt_min)
-    if dt_max is not None:
-        dt_max = as_scalar(dt_max, "dt_max")
-        dt_max = require(dt_max, dt_max > 0, "dt_max must be positive (the length of a step)", dt_max=dt_max)
-    if dt_min is not None and dt_max is not None:
-        dt_max = require(dt_max, dt_min <= dt_max, "dt_min must not exceed dt_max", dt_min=dt_min, dt_max=dt_max)
-    if stop_at is not None:
-        stop_at = as_float(stop_at, "stop_at")
-        if stop_at.ndim != 1 or stop_at.size == 0:
-            raise ValueError(f"stop_at must be an array of times of shape (times,), got shape {stop_at.shape}.")
-        stop_at = require(stop_at, abs(stop_at) < np.inf, "stop_at must hold finite times", stop_at=stop_at)
-    fields = (rtol, atol, safety, factor_min, factor_max, dt_min, dt_max, stop_at)
-    return [None if x is None else jnp.asarray(x) for x in fields]
+    return jnp.asarray(safety), jnp.asarray(factor_min), jnp.asarray(factor_max)

@@ -1,6 +1,6 @@
 """The loop of an adaptive solve, and what it keeps: every step, or those that hold the times asked for.
 
-At the times in the controller's ``stop_at``, where the equation may jump, the state starts anew: such a time has two
+At the controller's stops, where the equation may jump, the state starts anew: such a time has two
 rows, the state before the jump and the one behind it.
 """
 
@@ -72,7 +72,7 @@ def solve_keeping_steps(
         solve, rows = repeat(control.loop, running, body, solve, start(number))
         rows, reached = _repeat_last(rows, solve.num_accepted_steps)
         return end(solve, t1), jax.vmap(unpack)(rows), reached
-    number += control.controller.stop_at.size
+    number += control.controller.limits.stops.size
     init = solve, jnp.zeros((), jnp.int32)
     (solve, stops), rows = repeat(control.loop, lambda carry: running(carry[0]), body_with_stops, init, start(number))
     rows, reached = _repeat_last(rows, solve.num_accepted_steps + stops)

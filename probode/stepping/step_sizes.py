@@ -58,8 +58,8 @@ class Control(eqx.Module):
 
     def stops(self, dtype) -> Float[Array, " times"] | None:
         """The times at which the equation may jump, if there are any."""
-        stops = self.controller.stop_at
-        return None if stops is None else stops.astype(dtype)
+        stops = self.controller.limits.stops
+        return stops.astype(dtype) if stops.size else None
 
 
 @functools.cache
@@ -99,7 +99,7 @@ def first_step(
     not extrapolate by the polynomial, but returns to its mean, is followed no further than it agrees with it.
     """
     nu, (u0, *_) = state.layout.num_derivatives, (u := state.layout.unpack(state.distribution.mean))
-    weight = _weight(control.controller, jnp.abs(u0))
+    weight = control.controller.tolerances.weight(jnp.abs(u0))
     weight = jnp.where(weight > 0, weight, jnp.max(weight))
     c = [control.error.norm(safe_divide(u[k], weight) / math.factorial(k)) for k in range(nu + 1)]
     extrapolated = safe_divide(c[nu - 1] ** (1 / (nu + 1)), c[nu] ** (2 / (nu + 1)))
@@ -144,16 +144,10 @@ def shortest_near_zero(first: Float[Array, ""]) -> Float[Array, ""]:
     return lax.stop_gradient(jnp.maximum(limits.eps**2 * first, limits.tiny))
 
 
-def longest(control: Control, dtype: Any) -> Float[Array, ""] | float:
-    """The length that no step may exceed."""
-    return jnp.inf if control.controller.dt_max is None else control.controller.dt_max.astype(dtype)
-
-
 def bounded_step(control: Control, dt: Float[Array, ""]) -> Float[Array, ""]:
     """A first step within the bounds of the controller."""
-    if control.controller.dt_min is not None:
-        dt = jnp.maximum(dt, control.controller.dt_min.astype(dt.dtype))
-    return jnp.minimum(dt, longest(control, dt.dtype))
+    limits = control.controller.limits
+    return jnp.clip(dt, limits.shortest.astype(dt.dtype), limits.longest.astype(dt.dtype))
 
 
 def next_time(
@@ -165,13 +159,12 @@ def next_time(
     by a sliver of round-off. ``smallest``: the shortest length where ``t = 0``; elsewhere it is a few units of
     round-off of ``t``. The length is the difference of two times that have been rounded, and never zero.
     """
-    controller, eps = control.controller, jnp.finfo(t.dtype).eps
+    eps = jnp.finfo(t.dtype).eps
     floor = jnp.maximum(4 * eps * jnp.abs(t), smallest)
     hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.through) if x is not None]
     ahead = nearest(jnp.concatenate(hits), t, t1, direction) if hits else t1
     room = (ahead - t) * direction
-    if controller.dt_min is not None:
-        floor = jnp.maximum(floor, controller.dt_min.astype(t.dtype))
+    floor = jnp.maximum(floor, control.controller.limits.shortest.astype(t.dtype))
     dt = jnp.maximum(dt, floor)
     noise = round_off(jnp.maximum(jnp.abs(t), jnp.abs(ahead)))
     # A step that is stretched by more could be rejected, shortened and stretched again for ever.
@@ -247,7 +240,7 @@ def _estimated(control, layout, dt, attempted):
 
 def _against_tolerances(control, layout, before, after, error, widths=()):
     sizes = [jnp.abs(x[: error.shape[0]]) for x in (layout.unpack(before), layout.unpack(after), *widths)]
-    weight = _weight(control.controller, functools.reduce(jnp.maximum, sizes))
+    weight = control.controller.tolerances.weight(functools.reduce(jnp.maximum, sizes))
     # Without an absolute tolerance a component that is zero, and stays zero, has no error.
     error = jnp.where(error == 0, 0, error / weight)
     # A norm of a user's own expects the components of u where nothing but u has an error.
@@ -260,7 +253,7 @@ def tolerance_in_range(control: Control, u: Float[Array, " d"]) -> Bool[Array, "
     In double precision the factors of covariances are not scaled before they are squared, which would cost 4 to 8 % of
     a step. Errors of 1e-154 are seen as zero then. Components that are zero have no error to be seen.
     """
-    weight = _weight(control.controller, jnp.abs(u))
+    weight = control.controller.tolerances.weight(jnp.abs(u))
     return jnp.all((weight >= smallest_error(u.dtype)) | (u == 0))
 
 
@@ -268,7 +261,3 @@ def smallest_error(dtype: Any) -> float:
     """The size of errors below which their covariances underflow."""
     limits = np.finfo(dtype)
     return float(1e6 * limits.tiny**0.5 if limits.bits >= 64 else 1e3 * limits.tiny)
-
-
-def _weight(controller, size):
-    return controller.atol.astype(size.dtype) + controller.rtol.astype(size.dtype) * size

@@ -1,7 +1,5 @@
 """A controller written outside the package."""
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,11 +11,8 @@ from ..helpers import lotka_volterra
 class Constant(po.AbstractController):
     """Every step as long as the first one."""
 
-    rtol: jax.Array = eqx.field(converter=jnp.asarray, default=1e-3)
-    atol: jax.Array = eqx.field(converter=jnp.asarray, default=1e-6)
-    dt_min: None = None
-    dt_max: None = None
-    stop_at: None = None
+    tolerances: po.Tolerances = po.Tolerances()
+    limits: po.Limits = po.Limits()
 
     def init(self, dtype):
         return None

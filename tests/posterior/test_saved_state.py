@@ -59,7 +59,7 @@ def test_going_on_from_disk_is_bit_equal(strategy, tmp_path):
 
 
 def stopping_at_one(solver):
-    return eqx.tree_at(lambda s: s.controller.stop_at, solver, jnp.array([1.0]), is_leaf=lambda x: x is None)
+    return eqx.tree_at(lambda s: s.controller.limits.stops, solver, jnp.array([1.0]))
 
 
 @strategies

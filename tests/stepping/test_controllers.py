@@ -93,7 +93,8 @@ def test_defaults_are_the_documented_ones():
     for controller in (pi, po.IntegralController()):
         numbers = (controller.rtol, controller.atol, controller.safety, controller.factor_min, controller.factor_max)
         assert tuple(map(float, numbers)) == (1e-3, 1e-6, 0.95, 0.2, 10.0)
-        assert controller.dt_min is controller.dt_max is controller.stop_at is None
+        limits = controller.limits
+        assert (limits.shortest, limits.longest, limits.stops.size) == (0, np.inf, 0)
 
 
 @controllers
@@ -242,5 +243,5 @@ def test_what_is_no_number_is_refused(controller):
 @controllers
 def test_edge_values_are_fine(controller):
     c = controller(rtol=0.0, atol=1, safety=1, dt_min=0.1, dt_max=0.1, stop_at=[1, 2])
-    assert c.stop_at.dtype == c.atol.dtype == c.safety.dtype == jnp.float64
-    np.testing.assert_array_equal(c.stop_at, [1.0, 2.0])
+    assert c.limits.stops.dtype == c.atol.dtype == c.safety.dtype == jnp.float64
+    np.testing.assert_array_equal(c.limits.stops, [1.0, 2.0])

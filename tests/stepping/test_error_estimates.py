@@ -140,7 +140,8 @@ def test_short_steps_do_not_lose_the_error(nu, dtype, rtol):
         dt = jnp.asarray(step, dtype)
         transition = po.IWP(nu).transition(dt, layout)
         innovation = innovate(equation, transition.noise, transition.magnitude)
-        error = po.ResidualError().estimate(dt, transition, equation, innovation, layout)
+        attempt = po.Attempt(transition, jnp.zeros((2, 1), dtype), equation, innovation, None)
+        error = po.ResidualError().estimate(attempt, dt, layout)
         np.testing.assert_allclose(error, [step * 1e-3], rtol=rtol, err_msg=f"dt = {step}")
 
 
