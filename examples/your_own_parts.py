@@ -84,8 +84,8 @@ except probode.testing.LawBroken as error:
 class Halving(probode.AbstractController):
     """Halves or doubles."""
 
-    tolerances: probode.Tolerances = probode.Tolerances()
-    limits: probode.Limits = probode.Limits()
+    tolerances: probode.Tolerances = eqx.field(default_factory=probode.Tolerances)
+    limits: probode.Limits = eqx.field(default_factory=probode.Limits)
 
     def init(self, dtype):
         return None
@@ -97,9 +97,8 @@ class Halving(probode.AbstractController):
 
 
 probode.testing.check_controller(Halving())
-solution = probode.Solver(probode.IWP(3), Secants(ode), controller=Halving(probode.Tolerances(1e-5, 1e-7))).solve(
-    u0, 0.0, 5.0
-)
+halving = Halving(probode.Tolerances(1e-5, 1e-7))
+solution = probode.Solver(probode.IWP(3), Secants(ode), controller=halving).solve(u0, 0.0, 5.0)
 print(solution.summary())
 
 # %% [markdown]

@@ -1,7 +1,7 @@
 """The solver: a prior, a constraint and the parts that make a method of them.
 
 ``Solver`` checks what it is given, binds the factorisation to the state of the problem and hands over to the one step
-(``steps.py``), on a grid or in the adaptive loop (``adaptive.py``).
+(``stepping/step.py``), on a grid or in the adaptive loop (``stepping/keeping.py``).
 """
 
 import dataclasses

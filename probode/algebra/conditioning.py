@@ -22,8 +22,9 @@ class Transition(eqx.Module):
     - ``matrix``: ``A``. Smaller than the state it stands for ``kron(A, I)``, the same for all components.
     - ``noise``: upper triangular right square root of the covariance, ``(*batch, dim, dim)``, under an output scale of
       one.
-    - ``magnitude``: the powers of ``dt`` in the noise that would leave the range of floating-point numbers. An output
-      scale times ``magnitude`` is a number where neither of them is.
+    - ``magnitude``: a factor on ``noise``, such as a power of ``dt`` that would leave the range of floating-point
+      numbers in it. The product of an output scale and ``magnitude`` is representable where neither of them is. One is
+      fine for steps of ordinary length.
 
     >>> import jax.numpy as jnp, probode
     >>> state = probode.Solver(probode.IWP(2), probode.TS0(probode.ODE(lambda t, u, args: -u))).init(1.0, 0.0)
@@ -263,9 +264,15 @@ class Update(eqx.Module):
 class Joint(eqx.Module):
     """Square root of the joint covariance of an innovation, the state that is predicted, and an earlier state.
 
-    ``triangle``: upper triangular, with the columns of ``z``, of the coordinates of the state that ``z`` does not
-    replace, and of the earlier state's coordinates, if any. ``left``: the rows that only they still have. ``inverse``:
-    the coordinates that are replaced, in terms of ``z``, where these are not a whole derivative.
+    Upper triangular in the columns of ``z``, of ``x'`` (the state without the coordinates that ``z`` replaces), and of
+    ``w``, the earlier state's coordinates, if there is one::
+
+               z        x'       w
+        [ S^(1/2)     gain     ...  ]   triangle
+        [    0     posterior   ...  ]
+        [    0         0       own  ]   left
+
+    ``inverse``: the replaced coordinates in terms of ``z``, where these are not a whole derivative.
     """
 
     triangle: Float[Array, "*batch n width"]

@@ -13,18 +13,19 @@ from .normal import Normal, batched, pad_rows
 
 
 class Conditional(eqx.Module):
-    """The Gaussian distribution of an earlier state given a later one: the backward conditional of a smoother.
+    """The Gaussian distribution of an earlier state's coordinates given a later one's: the backward kernel of a smoother.
 
-    It is about coordinates. Those of a state are the standard normal ``w`` in ``x = mean + factor^T w``. With ``w``
-    those of the earlier and ``v`` those of the later state, ``w | v ~ N(shift + cross^T v, own^T own)``:
+    The coordinates of a state are the ``w`` in ``x = mean + factor^T w``, standard normal given the data up to its
+    time; means and factors are kept elsewhere. With ``w`` those of the earlier state, ``p`` of them, and ``v`` those of
+    the later one, ``w | v ~ N(shift + cross^T v, own^T own)``:
 
-    - ``shift``: ``(*batch, p, cols)``.
-    - ``cross``: ``(*batch, rows, p)``.
+    - ``shift``: ``(*batch, p, cols)``; what the data after the earlier state have moved.
+    - ``cross``: ``(*batch, rows, p)``, for as many coordinates ``v``.
     - ``own``: ``(*batch, q, p)``, without rows where ``v`` determines ``w``.
 
-    Both are standard normal given the data so far, so ``cross`` and ``own`` are blocks of an orthogonal matrix: nothing
-    is ever inverted, however small a covariance (Paige & Saunders 1977, "Least squares estimation of discrete linear
-    dynamic systems using orthogonal transformations").
+    ``cross`` and ``own`` are blocks of an orthogonal matrix, ``cross^T cross + own^T own <= I``: nothing is ever
+    inverted, however small a covariance (Paige & Saunders 1977, "Least squares estimation of discrete linear dynamic
+    systems using orthogonal transformations").
 
     >>> import jax.numpy as jnp, probode
     >>> state = probode.Normal(jnp.zeros((2, 1)), jnp.eye(2))

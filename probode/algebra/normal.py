@@ -1,8 +1,8 @@
 """Square-root Gaussians.
 
 A Gaussian is a mean ``(dim, cols)`` and a right square root ``(rows, dim)`` of a covariance shared by the columns,
-which are independent: ``x = mean + factor^T w`` with standard normal coordinates ``w``, ``(rows, cols)``. Every
-function treats one element of a batch; ``batched`` maps it over the leading axes.
+which are independent: ``x = mean + factor^T w`` with standard normal coordinates ``w``, ``(rows, cols)``. Functions
+that are ``batched`` are written for one element of a batch, and mapped over the leading axes.
 """
 
 import functools as ft

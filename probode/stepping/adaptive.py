@@ -41,7 +41,7 @@ _SURPRISE = 10.0
 
 
 class Start(eqx.Module):
-    """Where a state has started anew last: the time, and for which batch elements no residual has been seen since."""
+    """The last restart at a jump: its time, and for which batch elements all residuals since were zero."""
 
     t: Float[Array, ""]
     unseen: Bool[Array, "*batch"]
@@ -103,9 +103,9 @@ def is_usable(state: State) -> Bool[Array, ""]:
 class Leg(eqx.Module):
     """Where an attempt goes: from the time of the state to ``t``, over the signed length ``dt``.
 
-    ``seen_at``: the time of the equation: that on the step's own side where it jumps at ``t``. ``since``: the time on
-    this side of a jump where the step starts, ``None`` in a solve without stops. ``clipped``: whether it was cut to hit
-    a time. ``floor``: the shortest length there.
+    ``seen_at``: the time at which the equation is evaluated at the end: where it jumps at ``t`` a unit of round-off
+    before that. ``since``: likewise where the step starts, a unit of round-off after a jump; ``None`` in a solve
+    without stops. ``clipped``: whether the length was cut to hit a time. ``floor``: the shortest length there.
     """
 
     t: Float[Array, ""]
@@ -164,8 +164,8 @@ class Stepper:
         5. If accepted, condition on ``z = 0``: ``K = P H^T (H P H^T)^-1``, ``mean = m - K z``,
            ``cov = (I - K H) P``; and refuse after all what is not finite, or what the scale does not explain.
 
-        ``past``, ``influence``: before the attempt, the first as one flat array. ``leaving(past, t)``: what is to be
-        taken along of the past on a step to ``t``.
+        ``past``, ``influence``: before the attempt, the first as one flat array. ``leaving(past, t)``: the
+        ``Conditional`` that a step to ``t`` carries on, if any: of the state kept last, or of the one that it leaves.
         """
         active, before = self.running(solve), solve.current
         leg = self.leg(solve, active)
@@ -219,8 +219,8 @@ class Stepper:
         elif attempted.equation.whole:
             norm, inside = seen(None)
         else:
-            # Where the field is frozen its evaluations are most of the cost; where the residual is as large as usual,
-            # the step is no longer than its neighbours, and sees as much.
+            # Without a Jacobian evaluations are most of the cost: the residual inside is looked at only where the error
+            # is so small that the next step will be longer, and might skip over something.
             blind = size(attempted.innovation)
             norm, inside = lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
         norm, inside = detach((norm, inside))
@@ -268,9 +268,8 @@ class Stepper:
         # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.
         shorter = jnp.where(spoilt, length / 2, length - leg.floor / 2)
         proposed = jnp.where(good, kept, jnp.minimum(proposed, shorter))
-        proposed = jnp.clip(
-            lax.stop_gradient(proposed), leg.floor, self.control.controller.limits.longest.astype(length.dtype)
-        )
+        longest = self.control.controller.limits.longest.astype(length.dtype)
+        proposed = jnp.clip(lax.stop_gradient(proposed), leg.floor, longest)
         # What was asked for, too: the length of the shortest step is rounded to one between two times.
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= leg.floor)
         failure = Result.where(taken.likely, Result.step_size_too_small, Result.scale_mismatch)

@@ -36,8 +36,8 @@ def solve_keeping_steps(
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
     """Solve to ``t1``; the rows at the start and after every accepted step, and which of them are real.
 
-    There are ``max_steps + 1`` rows, and one more for every stop, at which a row of its own follows on that of the step
-    (``Row.anew``); those not reached repeat the last one. With ``influence`` the rows have theirs.
+    There are ``max_steps + 1`` rows, and one more for every stop: the state before it and the one started anew
+    (``Row.anew``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation.
     """
     stepper, passing_stop = Stepper(step, control, solve, t1), starting_anew(step, control, solve, t1)
     no_past, none = step.nothing(solve.current, strategy.remember(solve.current.distribution), influence=influence)

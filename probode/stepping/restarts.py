@@ -49,10 +49,10 @@ def start_anew(
 def _start_and_moves(constraint, initialisation, t, x, layout, args):
     """The state at the mean of ``u``, and the matrix ``(*batch, dim, width)`` by which it moves with ``u``.
 
-    Solvers take the equation for what its linearisation says, and derivatives that move in any other way would be seen
-    as residuals: they would tell about ``u``, falsely, until hardly anything of its uncertainty is left. So if the
-    linearisation does not depend on ``u``, as in ``TS0``, neither do the derivatives; if the factorisation keeps a part
-    of the Jacobian, they move by the powers of that part.
+    Derivatives must move with ``u`` exactly as the linearised equation says. Otherwise the filter takes the mismatch
+    for data about ``u``, and its variance shrinks step by step, falsely. So if the linearisation does not depend on
+    ``u``, as in ``TS0``, neither do the derivatives; if the factorisation keeps a part of the Jacobian, they move by
+    the powers of that part.
     """
     problem, u = constraint.problem, layout.unpack(x.mean)[: constraint.problem.num_initial_values]
     k, d = u.shape

@@ -116,8 +116,7 @@ class Step(eqx.Module):
         """Condition the prediction of an attempt on the equation: what the step leaves at ``t``.
 
         ``past``: an earlier state given the one ``before``, for smoothers. ``seen_at``: the time of the equation, where
-        it matters on which side of ``t``. ``anew``: whether the state has started anew behind a jump, and no residual
-        has been seen since.
+        it matters on which side of ``t``. ``anew``: whether all residuals since the last restart at a jump were zero.
         """
         at, spread = t if seen_at is None else seen_at, before.spread
         if spread is not None:
@@ -180,9 +179,9 @@ class Step(eqx.Module):
         return choose(short, Stepped(waited, past, no_influence), stepped)
 
     def ahead(self, before: State, t: Float[Array, ""], attempted: Attempt) -> Ahead:
-        """The spread of a state where an attempt takes it: without derivatives, since only steps are chosen by it.
+        """The spread of an uncertain start at the prediction of an attempt, without derivatives.
 
-        (And without error control it is what a state says of itself; what a solve reports are its own derivatives.)
+        Steps are chosen by it, and ``State.std`` has it; ``Solution.std`` has the derivative of the whole solve.
         """
         a = attempted
         inputs = t, before.distribution, before.spread, a.transition.matrix, a.equation, a.innovation

@@ -50,7 +50,7 @@ def starting_anew(step: Step, control: Control, solve: AdaptiveState, t1: Float[
         # Where no derivatives satisfy the equation together with u, as an algebraic one that jumps, the state goes on.
         anew = here & is_finite(x)
         x, past = choose(anew, (x, new_past), (now.distribution, past))
-        # What is only true of one side is forgotten: a step without any noise that says nothing.
+        # The memory of scales is reset by an update with scale zero that is not informative.
         nothing = jnp.zeros_like(now.output_scale), jnp.zeros((*layout.batch_shape, 1, 1), layout.dtype)
         forgotten = step.calibration.update(now.statistics, *nothing, jnp.zeros((), bool))
         statistics = choose(anew, forgotten, now.statistics)

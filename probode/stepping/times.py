@@ -18,7 +18,7 @@ def round_off(t: Float[Array, ""]) -> Float[Array, ""]:
 def nearest(
     hits: Float[Array, " times"], t: Float[Array, ""], t1: Float[Array, ""], direction: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """The first of the times behind ``t`` that a step must not cross, or ``t1``."""
+    """The first of the times after ``t``, in the direction of the solve, that a step must not cross; or ``t1``."""
     distance = (hits - t) * direction
     usable = (distance > round_off(t)) & ((t1 - hits) * direction > round_off(t1))
     return jnp.where(jnp.any(usable), hits[jnp.argmin(jnp.where(usable, distance, jnp.inf))], t1)

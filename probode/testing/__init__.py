@@ -26,6 +26,8 @@ from .parts import check_initialisation as check_initialisation
 from .parts import check_jacobian as check_jacobian
 from .parts import check_loop as check_loop
 from .parts import check_prior as check_prior
+from .parts import check_problem as check_problem
+from .parts import check_progress as check_progress
 from .parts import check_strategy as check_strategy
 from .parts import example_attempt as example_attempt
 from .solver import check_solver as check_solver

@@ -12,7 +12,7 @@ from ..algebra.conditioning import innovate
 from ..algebra.factorisations import AbstractFactorisation, BlockDiagonal, Dense, Isotropic, layout_of
 from ..algebra.normal import Normal, push
 from ..equations.jacobians import AbstractJacobian
-from ..equations.problems import ODE
+from ..equations.problems import ODE, AbstractProblem
 from ..estimation.calibration import AbstractCalibration, NoCalibration
 from ..estimation.initialisation import AbstractInitialisation, TaylorMode
 from ..estimation.strategies import AbstractStrategy, Filter, FixedIntervalSmoother
@@ -25,6 +25,7 @@ from ..stepping.attempt import Attempt
 from ..stepping.controllers import AbstractController
 from ..stepping.error_estimates import AbstractErrorEstimate
 from ..stepping.loops import AbstractLoop
+from ..stepping.progress import AbstractProgress
 from ..stepping.step import Step
 from .laws import equal, finite, has_dtype, hold, in_single, require_double, require_kind, survives
 
@@ -233,6 +234,21 @@ def check_constraint(
     hold(size < 1e-10 or rate > 0.9, law, f"order {rate:.1f}")
 
 
+def check_problem(problem: AbstractProblem, u0: Any, *, args: Any = None) -> None:
+    """The laws of an equation: its linearisation has its residual and the derivative of that, at its time; it can be
+    evaluated at ``u0``, a state or a tuple of derivatives.
+
+    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(problem, AbstractProblem)
+    values = problem.split(u0)
+    known = problem.num_initial_values
+    hold(len(values) == known, f"{type(problem).__name__}: as many initial values as it says", f"{len(values)}")
+    problem.check(jnp.asarray(0.3), values, args)
+    check_constraint(TS1(problem), u0, args=args, first_order=True)
+
+
 def check_strategy(strategy: AbstractStrategy) -> None:
     """The laws of a strategy: what it remembers smooths, or it filters; on a grid and between adaptive steps.
 
@@ -417,6 +433,23 @@ def check_loop(loop: AbstractLoop) -> None:
         number = jax.jit(lambda loop: run(loop, jnp.asarray(0.7), 10**6)[0])(loop)
         law = f"{name}: it ends after max_steps iterations at the latest"
         hold(number == loop.max_steps, law, f"{number}")
+
+
+def check_progress(progress: AbstractProgress) -> None:
+    """The laws of a meter: it can be told any share of the way, and a solve is the same with it as without.
+
+    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """
+    require_double()
+    require_kind(progress, AbstractProgress)
+    name = type(progress).__name__
+    hold(isinstance(progress.marks, int) and progress.marks > 0, f"{name}: marks is a positive integer")
+    for fraction in (0.0, 0.5, 1.0):
+        progress.report(fraction)
+    solver = Solver(IWP(2), TS1(ODE(_field)))
+    told, alone = (solver.solve(_U0, 0.0, 1.0, progress=meter).mean for meter in (progress, None))
+    equal(told, alone, f"{name}: a solve is the same with it as without", 1e-12)
+    jax.effects_barrier()
 
 
 def check_initialisation(initialisation: AbstractInitialisation) -> None:

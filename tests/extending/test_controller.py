@@ -1,5 +1,6 @@
 """A controller written outside the package."""
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,8 +12,8 @@ from ..helpers import lotka_volterra
 class Constant(po.AbstractController):
     """Every step as long as the first one."""
 
-    tolerances: po.Tolerances = po.Tolerances()
-    limits: po.Limits = po.Limits()
+    tolerances: po.Tolerances = eqx.field(default_factory=po.Tolerances)
+    limits: po.Limits = eqx.field(default_factory=po.Limits)
 
     def init(self, dtype):
         return None
