@@ -13,7 +13,7 @@ from .normal import Normal, batched, pad_rows
 
 
 class Conditional(eqx.Module):
-    """The Gaussian distribution of an earlier state's coordinates given a later one's: the backward kernel of a smoother.
+    """The Gaussian distribution of an earlier state's coordinates given a later one's, for smoothers.
 
     The coordinates of a state are the ``w`` in ``x = mean + factor^T w``, standard normal given the data up to its
     time; means and factors are kept elsewhere. With ``w`` those of the earlier state, ``p`` of them, and ``v`` those of
