@@ -7,6 +7,7 @@ import pytest
 
 import probode as po
 
+from . import oracles
 from .helpers import (
     CONSTRAINTS,
     FACTORISATIONS,
@@ -62,13 +63,7 @@ def test_against_a_plain_numpy_kalman_filter():
     solver = po.Solver(po.IWP(nu, output_scale=2.0), po.TS1(po.ODE(lotka_volterra)), calibration=po.NoCalibration())
     start = solver.initialise(jnp.array([20.0, 10.0]), 0.0)
 
-    n = nu + 1
-    fact = [1.0, 1.0, 2.0, 6.0, 24.0]
-    a = np.array([[h ** (j - i) / fact[j - i] if j >= i else 0 for j in range(n)] for i in range(n)])
-    powers = [[2 * nu + 1 - i - j for j in range(n)] for i in range(n)]
-    q = np.array(
-        [[h ** powers[i][j] / (powers[i][j] * fact[nu - i] * fact[nu - j]) for j in range(n)] for i in range(n)]
-    )
+    n, (a, q) = nu + 1, oracles.iwp(nu, h)
     big_a, big_q = np.kron(a, np.eye(d)), 4.0 * np.kron(q, np.eye(d))
     m, p = np.concatenate([np.asarray(x) for x in start.mean]), np.zeros((n * d, n * d))
     for _ in range(10):

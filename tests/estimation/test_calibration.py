@@ -10,6 +10,7 @@ import probode as po
 from probode.algebra.conditioning import innovate
 from probode.algebra.normal import push
 
+from .. import oracles
 from ..helpers import FACTORISATIONS, first_of, left_to_nox, lotka_volterra, name
 
 
@@ -159,8 +160,7 @@ def test_leave_one_out_leaves_the_mean_alone_and_needs_the_steps(factorisation):
 def scales_of_a_quadrature(nu, order, memory, steps):
     """The scales of ``u^(order) = t^k / k!`` with ``u^(nu + 1) = 1``, unit steps: plain covariances, from ``u = 0``."""
     n, k = nu + 1, nu + 1 - order
-    a = np.array([[1 / factorial(j - i) if j >= i else 0 for j in range(n)] for i in range(n)])
-    noise = [[1 / ((2 * nu + 1 - i - j) * factorial(nu - i) * factorial(nu - j)) for j in range(n)] for i in range(n)]
+    a, noise = (np.array(table) for table in oracles.iwp(nu, 1.0))
     mean, covariance, variances = np.zeros(n), np.zeros((n, n)), []
     for t in range(1, steps + 1):
         mean, covariance = a @ mean, a @ covariance @ a.T

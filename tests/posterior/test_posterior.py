@@ -11,6 +11,7 @@ import pytest
 
 import probode as po
 
+from .. import oracles
 from ..helpers import FACTORISATIONS, first_of, left_to_nox, lotka_volterra, name
 
 
@@ -27,14 +28,7 @@ first_factorisation = pytest.mark.parametrize("index", first_of(*range(3)), ids=
 
 
 def transition(h):
-    n = NU + 1
-    a = [[h ** (j - i) / math.factorial(j - i) if j >= i else 0.0 for j in range(n)] for i in range(n)]
-    power = [[2 * NU + 1 - i - j for j in range(n)] for i in range(n)]
-    q = [
-        [h ** power[i][j] / (power[i][j] * math.factorial(NU - i) * math.factorial(NU - j)) for j in range(n)]
-        for i in range(n)
-    ]
-    return np.kron(a, np.eye(2)), np.kron(q, np.eye(2))
+    return tuple(np.kron(table, np.eye(2)) for table in oracles.iwp(NU, h))
 
 
 @functools.cache

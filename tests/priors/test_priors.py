@@ -16,6 +16,7 @@ import pytest
 import probode as po
 from probode.algebra.factorisations import Layout
 
+from .. import oracles
 from ..helpers import FACTORISATIONS, name
 
 
@@ -50,18 +51,8 @@ def transition(nu, dt):
 
 
 def exact_transition(nu, dt):
-    """Kersting et al. (2020), eq. (A.1), for a step of either sign, exactly: tables of fractions."""
-    dt, n = Fraction(dt), nu + 1
-    zero = Fraction(0)
-    a = [[dt ** (j - i) / math.factorial(j - i) if j >= i else zero for j in range(n)] for i in range(n)]
-    sign = 1 if dt > 0 else -1
-
-    def q(i, j):
-        power = 2 * nu + 1 - i - j
-        size = abs(dt) ** power / (power * math.factorial(nu - i) * math.factorial(nu - j))
-        return sign ** (i + j) * size
-
-    return a, [[q(i, j) for j in range(n)] for i in range(n)]
+    """Tables of fractions."""
+    return oracles.iwp(nu, Fraction(dt))
 
 
 def units(nu, dt):

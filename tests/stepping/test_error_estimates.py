@@ -15,6 +15,7 @@ from probode.algebra.conditioning import Linearisation, innovate
 from probode.algebra.factorisations import Layout
 from probode.stepping.error_estimates import max_norm, rms_norm
 
+from .. import oracles
 from ..helpers import FACTORISATIONS, name
 
 
@@ -56,18 +57,7 @@ def kept(factorisation, jacobian):
 
 def formula(factorisation, k, dt, z, scale=1.0):
     """Schober et al. (2019), eq. (41) and (44), on the full covariance."""
-    sign = math.copysign(1, dt)
-    q = np.array(
-        [
-            [
-                sign ** (i + j)
-                * abs(dt) ** (2 * NU + 1 - i - j)
-                / ((2 * NU + 1 - i - j) * math.factorial(NU - i) * math.factorial(NU - j))
-                for j in range(NU + 1)
-            ]
-            for i in range(NU + 1)
-        ]
-    )
+    _, q = oracles.iwp(NU, dt)
     full = np.kron(q, np.diag(np.broadcast_to(scale, (D,)) ** 2))
     h = np.zeros((D, (NU + 1) * D))
     for j, jacobian in enumerate(jacobians(k)):

@@ -12,6 +12,7 @@ import pytest
 
 import probode as po
 
+from .. import oracles
 from ..helpers import FACTORISATIONS, first_of, left_to_nox, lotka_volterra, name
 
 
@@ -208,11 +209,7 @@ def joint(index, known):
 
 
 def noise(h):
-    power = [[2 * NU + 1 - i - j for j in range(NU + 1)] for i in range(NU + 1)]
-    factorials = [math.factorial(NU - i) for i in range(NU + 1)]
-    return [
-        [h ** power[i][j] / (power[i][j] * factorials[i] * factorials[j]) for j in range(NU + 1)] for i in range(NU + 1)
-    ]
+    return oracles.iwp(NU, h)[1]
 
 
 @functools.cache

@@ -5,7 +5,6 @@ And what may be called successful: scales that do not explain residuals, scales 
 
 import dataclasses
 import functools as ft
-import math
 
 import equinox as eqx
 import jax
@@ -18,6 +17,7 @@ from probode.algebra.factorisations import layout_of
 from probode.stepping.residuals import INSIDE, with_defects
 from probode.stepping.step import Step
 
+from .. import oracles
 from ..helpers import FACTORISATIONS, first_of, name
 
 
@@ -29,15 +29,8 @@ def field(t, u, args):
     return jnp.stack([jnp.sin(t) * u[1] - u[0] ** 2, u[0] * u[1] + t])
 
 
-def iwp(dt, nu=NU):
-    n = nu + 1
-    a = np.array([[dt ** (j - i) / math.factorial(j - i) if j >= i else 0.0 for j in range(n)] for i in range(n)])
-    exponent = [[2 * nu + 1 - i - j for j in range(n)] for i in range(n)]
-    q = [
-        [dt ** exponent[i][j] / (exponent[i][j] * math.factorial(nu - i) * math.factorial(nu - j)) for j in range(n)]
-        for i in range(n)
-    ]
-    return np.kron(a, np.eye(2)), np.kron(np.array(q), np.eye(2))
+def iwp(dt):
+    return tuple(np.kron(table, np.eye(2)) for table in oracles.iwp(NU, dt))
 
 
 def attempted(constraint):
