@@ -44,6 +44,7 @@ def arenstorf_acceleration(t, x, dx, args):
     return PROBLEMS["arenstorf_three_body"].vector_field(t, jnp.concatenate([x, dx]), args)[2:]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("problem", "acceleration", "rtols"),
     first_of(

@@ -48,6 +48,7 @@ def test_orders_and_short_steps(nu):
         assert np.all(np.isfinite(solution.std))
 
 
+@pytest.mark.thorough
 def test_fast_processes():
     # rates of a million: squares of the noise and of the residual leave the range of single precision
     decay = po.Solver(po.IWP(4), po.TS1(po.ODE(lambda t, u, args: -1e6 * u))).solve(np.float32(1.0), 0.0, 5e-6)

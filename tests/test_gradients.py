@@ -82,6 +82,7 @@ def test_grid_solves_match_central_differences(constraint, factorisation, nu):
     assert relative(reverse(x), jacobian) < 1e-10
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("constraint", first_of(*CONSTRAINTS[::-1]), ids=name)
 def test_second_order_equations(constraint):
     solver = po.Solver(po.IWP(4), constraint(po.ODE(pendulum, order=2)), calibration=po.NoCalibration())

@@ -201,6 +201,7 @@ def test_second_derivatives():
     assert abs(jax.jit(jax.grad(jax.grad(end)))(0.8) - expected) < 1e-3
 
 
+@pytest.mark.thorough
 def test_zero_residual_and_zero_start_are_differentiable():
     # a constant field has no residual at all: scale, innovation and standard deviation are zero
     solver = po.Solver(

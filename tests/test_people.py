@@ -65,6 +65,7 @@ def test_a_solution_that_has_kept_its_steps_is_drawn_from_the_start(smoothed):
     assert t[0] == 0.0 and t[-1] == 5.0 and t.size == 400
 
 
+@pytest.mark.thorough
 def test_ellipses_are_covariances(smoothed):
     # without correlations their half axes are standard deviations
     plain = FILTER.solve(U0, 0.0, 5.0, save_at=[5.0])

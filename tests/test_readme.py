@@ -87,10 +87,10 @@ def test_reverse_mode():
 
 
 EXAMPLES = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"quickstart", "reverse_mode"}
-IN_EVERY_RUN = {"stiffness"}
 
 
-@pytest.mark.parametrize("name", [*sorted(IN_EVERY_RUN), *left_to_nox(*sorted(EXAMPLES - IN_EVERY_RUN))])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_examples_run_at_small_size(name):
     """At full size: `nox -s examples`."""
     assert run([f"examples/{name}.py"], PROBODE_SMALL="1")

@@ -823,6 +823,7 @@ def special(case, x, state):
 STATES = ("uncertain", "certain", "one direction", "no residual", "just kept", "no past")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("case", first_of(SMALL_SECOND_ORDER, SMALL))
 def test_derivatives_with_respect_to_everything(case, state):
@@ -865,6 +866,7 @@ def blocks(case, x):
     return changed.past, changed.state.factor, changed.influence.gain, later, back
 
 
+@pytest.mark.thorough
 def test_derivatives_of_the_blocks_against_finite_differences():
     x = random_everything(SMALL, 14)
     outputs = jax.jit(raveled(blocks, SMALL, x))

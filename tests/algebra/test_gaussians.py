@@ -339,6 +339,7 @@ def complex_steps(case, x):
     return np.stack(columns, axis=-1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("state", ["uncertain", "exact", "low rank", "no residual"])
 @pytest.mark.parametrize("case", first_of(SMALL, SECOND_ORDER))
 def test_derivatives_with_respect_to_everything(case, state):

@@ -57,6 +57,7 @@ def test_smoothers_are_measured_twice():
     np.testing.assert_allclose(both.terminal, one.terminal, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_draws_from_the_posterior_have_the_measures_of_a_gaussian():
     solution = solve(po.Dense(), po.FixedIntervalSmoother())
     samples = np.asarray(solution.sample(jax.random.key(0), (200,)))
@@ -67,6 +68,7 @@ def test_draws_from_the_posterior_have_the_measures_of_a_gaussian():
     np.testing.assert_allclose(coverage, [0.6827, 0.9545, 0.9973], atol=0.03)
 
 
+@pytest.mark.thorough
 def test_a_sweep_over_tolerances(capsys):
     def reference(t):
         return (np.exp(-2.0 * t), np.stack([np.exp(-2.0 * t)] * 2, axis=-1))

@@ -58,6 +58,7 @@ def test_exact_ones_agree_with_the_matrix(factorisation):
         np.testing.assert_allclose(layout.unpack(equation.residual)[0], residual, rtol=1e-13)
 
 
+@pytest.mark.thorough
 def test_columns_without_a_common_row_share_a_product():
     assert EXACT["sparse"].number == 3
     # the five-point stencil on a torus, whose bandwidth is its size

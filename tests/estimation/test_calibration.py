@@ -306,6 +306,7 @@ def test_state_error_is_the_posterior_deviation_of_the_noise(factorisation, orde
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_state_error_lands_closer_to_the_tolerance():
     u0, exact = jnp.array([20.0, 20.0]), jnp.array([6.479896814873224, 2.883884183537968])
     found = {}

@@ -59,6 +59,7 @@ def test_the_smoother_tells_the_derivatives_at_the_start():
         assert jnp.all(start.std[0] < 10) and jnp.all(jnp.abs(start.mean[0] - exact[k]) < 3 * start.std[0])
 
 
+@pytest.mark.thorough
 def test_a_field_that_cannot_be_differentiated_often():
     def field(t, u, args):
         return -u + jnp.sort(jnp.clip(u, 0.2, 0.3))[::-1]  # no Taylor rule, and no derivative in places

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import probode as po
 
@@ -28,6 +29,7 @@ class CubatureFilter(po.AbstractConstraint):
 U0, TIMES = jnp.array([20.0, 20.0]), np.linspace(0.0, 5.0, 6)
 
 
+@pytest.mark.thorough
 def test_it_agrees_with_the_exact_jacobian():
     def solve(constraint):
         controller, calibration = po.IntegralController(1e-5, 1e-6), po.DynamicCalibration(relinearise=True)
@@ -40,6 +42,7 @@ def test_it_agrees_with_the_exact_jacobian():
     np.testing.assert_allclose(own.std[1:], ours.std[1:], rtol=0.5)
 
 
+@pytest.mark.thorough
 def test_in_a_stack():
     prey_is_positive = po.Residual(lambda t, u, args: u[:1] * 0.0, order=0)
     stack = po.Stack(CubatureFilter(po.ODE(lotka_volterra)), po.Noisy(po.TS1(prey_is_positive), 1.0))

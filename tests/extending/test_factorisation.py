@@ -60,6 +60,7 @@ def test_groups_are_what_lies_between(size, known, strategy):
     np.testing.assert_allclose(own.log_likelihood, ours.log_likelihood, rtol=1e-10)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("constraint", "strategy"),
     first_of((po.SLR1, po.FixedPointSmoother()), (po.TS1, po.FixedIntervalSmoother()), (po.TS0, po.Filter())),

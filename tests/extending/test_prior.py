@@ -37,6 +37,7 @@ def test_a_prior_that_knows_the_equation_is_exact(factorisation):
     np.testing.assert_allclose(solution.mean, expected, rtol=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "strategy", first_of(po.FixedIntervalSmoother(), po.FixedPointSmoother(), po.Filter()), ids=name
 )

@@ -51,6 +51,7 @@ def test_one_that_keeps_times_has_no_dense_output():
     np.testing.assert_allclose(dense.evaluate(0.5).mean, 1 / 1.5, rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_one_that_smooths_intervals_can_be_iterated():
     grid = np.linspace(0, 1, 11)
     own, given = (po.solve_grid_iterated(solver(s), 1.0, grid) for s in (Interval(), po.FixedIntervalSmoother()))

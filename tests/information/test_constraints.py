@@ -79,6 +79,7 @@ def test_factorisations_agree_on_the_mean():
     assert relative(means[0], means[1]) < 1e-12 and relative(means[0], means[2]) < 1e-12
 
 
+@pytest.mark.thorough
 def test_high_orders_are_stable():
     """Order seven, limited by stability when evaluated once, takes the steps that its accuracy asks for."""
     steps = {}

@@ -40,6 +40,7 @@ def test_where_the_solution_is_certain_the_likelihood_is_exact(likelihood):
     np.testing.assert_allclose(likelihood(certain(), jnp.array([1.0, 0.5]), 0.0, UNTIL, data), expected, rtol=1e-9)
 
 
+@pytest.mark.thorough
 def test_a_normal_density_is_noise():
     made, ts = solver(po.FixedIntervalSmoother()), GRID[SEEN]
     told = [po.Observations(ts, VALUES, 0.2, mask=MASK), po.Observations(ts, VALUES, log_density=normal, mask=MASK)]

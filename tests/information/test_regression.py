@@ -135,6 +135,7 @@ def test_a_certain_state_is_no_special_case(factorisation):
         np.testing.assert_allclose(a.residual, b.residual, rtol=1e-13)
 
 
+@pytest.mark.thorough
 def test_residuals_and_higher_orders():
     implicit = po.Residual(lambda t, u, du, args: 2 * (du - lotka_volterra(t, u, args)))
     a, b = on_grid(po.SLR1(implicit)), on_grid(po.TS1(po.ODE(lotka_volterra)))

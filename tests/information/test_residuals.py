@@ -43,6 +43,7 @@ def test_one_member_in_a_stack_is_that_member():
     same(on_grid(po.TS0(po.ODE(lotka_volterra))), on_grid(po.Stack(po.TS0(po.ODE(lotka_volterra)))))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)
 def test_a_factor_in_front_of_the_equation_moves_the_evidence_alone(factorisation):
     plain = po.Residual(lambda t, u, du, args: du - lotka_volterra(t, u, args))
@@ -141,6 +142,7 @@ def test_an_equation_with_noise():
     np.testing.assert_allclose(solution.log_likelihood, evidence, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_noise_in_a_stack():
     plain = po.TS1(po.ODE(lotka_volterra))
     sum_of_both = po.Residual(lambda t, u, args: u.sum() - 40.0, order=0)
@@ -160,6 +162,7 @@ def robertson(t, u, du, args):
     return jnp.stack([du[0] - f1, du[1] - f2, u.sum() - 1])
 
 
+@pytest.mark.thorough
 def test_robertson_keeps_its_mass():
     solver = po.Solver(
         po.IWP(3),
@@ -173,6 +176,7 @@ def test_robertson_keeps_its_mass():
     np.testing.assert_allclose(solution.mean[-1], [0.7158270688, 9.18553477e-06, 0.2841637457], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_robertson_to_its_end_by_iterated_linearisations():
     # With one linearisation in a step, errors that its estimate does not see make the steps collapse again and again.
     solver = po.Solver(
@@ -194,6 +198,7 @@ def sir(t, u, args):
     return {"s": -infections, "i": infections - recoveries, "r": recoveries}
 
 
+@pytest.mark.thorough
 def test_an_epidemic_with_its_conserved_population():
     def residual(t, u, du, args):
         f = sir(t, u, args)
@@ -244,6 +249,7 @@ def test_a_pendulum_of_any_index(index):
         np.testing.assert_allclose(solution.mean[0, 0] ** 2 + solution.mean[0, 1] ** 2, 1, rtol=1e-8)
 
 
+@pytest.mark.thorough
 def test_a_mass_matrix():
     mass = jnp.array([[2.0, 1.0], [0.0, 3.0]])
     implicit = po.Residual(lambda t, u, du, args: mass @ du - lotka_volterra(t, u, None))
@@ -517,6 +523,7 @@ def test_noise_twice_is_noise_of_both():
         po.Noisy(po.ODE(lotka_volterra), 1.0)
 
 
+@pytest.mark.thorough
 def test_single_precision_stays_so():
     equation = po.Residual(lambda t, u, du, args: jnp.stack([du[0] + u[0], u[0] + u[1] - 2]))
     solver = po.Solver(po.IWP(3), po.TS1(equation), controller=po.IntegralController(1e-4, 1e-4))

@@ -47,6 +47,7 @@ def test_round_trip_of_a_solution(strategy, tmp_path):
         np.testing.assert_array_equal(loaded.sample(key, (3,)), solution.sample(key, (3,)))
 
 
+@pytest.mark.thorough
 @strategies
 def test_going_on_from_disk_is_bit_equal(strategy, tmp_path):
     solver = make(strategy, po.MLECalibration())
@@ -81,6 +82,7 @@ def test_a_solve_with_a_stop_is_that_of_its_pieces(strategy, calibration):
     assert steps[0] + steps[1] == steps[2]
 
 
+@pytest.mark.thorough
 @strategies
 @pytest.mark.parametrize("calibration", first_of(po.MLECalibration(), po.DynamicCalibration(memory=0.5)), ids=name)
 def test_going_on_takes_the_steps_of_one_solve(strategy, calibration):

@@ -331,6 +331,7 @@ CASES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", first_of("linear", *sorted(CASES.keys() - {"linear"})))
 def test_derivatives(case):
     make, factorisation, d, points = CASES[case]
@@ -690,6 +691,7 @@ def test_marginals_are_those_of_the_joint_covariance(case):
     np.testing.assert_allclose(np.std(samples, axis=0), std, rtol=4 / math.sqrt(40_000), atol=1e-18)
 
 
+@pytest.mark.thorough
 def test_what_is_stationary_stays():
     for nu, factorisation in ((1, po.BlockDiagonal()), (4, po.Dense())):
         prior = po.Matern(nu, {"a": jnp.asarray([0.1, 2.0]), "b": 30.0})

@@ -212,6 +212,7 @@ def test_squares_underflow_on_a_grid():
     np.testing.assert_allclose(small.mean[-1] / 1e-130, [np.exp(-1), 0], rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_component_that_decays_out_of_range():
     # exp(-400) = 2e-174 under a relative tolerance alone; an absolute one says that zero will do.
     ode = po.ODE(lambda t, u, args: -args * u)

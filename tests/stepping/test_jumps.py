@@ -270,6 +270,7 @@ def test_the_posterior_is_that_of_the_joint_gaussian(index, strategy, known):
 # --- other parts
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS[::-1]), ids=name)
 @pytest.mark.parametrize("constraint", first_of(po.TS1, po.TS0))
 def test_a_stop_does_not_tell_about_u(constraint, factorisation):
@@ -283,6 +284,7 @@ def test_a_stop_does_not_tell_about_u(constraint, factorisation):
     assert np.all((stds[1] > 0.3 * stds[0]) & (stds[1] < 3 * stds[0]))
 
 
+@pytest.mark.thorough
 def test_of_second_order():
     def force(t, u, du, args):
         return jnp.where((t > 1.0) & (t < 2.0), 3.0, 0.0) + 0 * u - du
@@ -299,6 +301,7 @@ def test_of_second_order():
     np.testing.assert_allclose(at.derivative(2).mean, [3 - v1, -v2], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_an_algebraic_equation():
     # u' = s(t) - y, y = 2 u + c s(t): where c is not zero y jumps, and no state that goes on satisfies that
     def residual(t, u, du, c):

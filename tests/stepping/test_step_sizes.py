@@ -139,6 +139,7 @@ def test_a_step_that_is_cut_short_by_round_off_is_not_repeated():
     assert stopped.result == po.Result.step_size_too_small and stopped.stats["num_steps"] < 40
 
 
+@pytest.mark.thorough
 def test_data_lie_as_close_as_their_own_digits():
     # Near zero, in an interval whose round-off is longer than what lies between them.
     ts = jnp.array([0.5, 1.0])

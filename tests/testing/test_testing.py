@@ -31,13 +31,14 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
 @pytest.mark.parametrize(
     ("check", "part"),
     [
-        (testing.check_prior, po.IWP(3)),
+        pytest.param(testing.check_prior, po.IWP(3), marks=pytest.mark.thorough),
         (testing.check_prior, po.IWP(1, output_scale=jnp.array([1.0, 2.0]))),
         pytest.param(testing.check_factorisation, Grouped(2), marks=pytest.mark.thorough),
         pytest.param(lambda part: testing.check_constraint(part, U0), po.TS0(ODE), marks=pytest.mark.thorough),
-        (
+        pytest.param(
             lambda part: testing.check_constraint(part, U0, first_order=True),
             po.TS1(po.Residual(lambda t, u, du, args: du - field(t, u, args))),
+            marks=pytest.mark.thorough,
         ),
         pytest.param(
             lambda part: testing.check_constraint(part, (U0, 2 * U0)),
@@ -52,11 +53,11 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
         pytest.param(testing.check_calibration, po.DynamicCalibration(memory=0.5), marks=pytest.mark.thorough),
         pytest.param(testing.check_error, po.ResidualError(), marks=pytest.mark.thorough),
         pytest.param(testing.check_error, po.StateError(), marks=pytest.mark.thorough),
-        (testing.check_controller, po.PIController()),
+        pytest.param(testing.check_controller, po.PIController(), marks=pytest.mark.thorough),
         (testing.check_loop, po.BoundedLoop(50)),
         (testing.check_loop, po.CheckpointedLoop(50)),
         (testing.check_loop, po.ForwardLoop(3)),
-        (testing.check_initialisation, po.Diffuse(2, scale=10.0)),
+        pytest.param(testing.check_initialisation, po.Diffuse(2, scale=10.0), marks=pytest.mark.thorough),
         (testing.check_cubature, po.SphericalCubature()),
         (testing.check_cubature, po.UnscentedTransform()),
         (testing.check_cubature, po.GaussHermite(3)),
