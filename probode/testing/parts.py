@@ -53,7 +53,7 @@ def example_attempt(dt: Any = 0.1, *, scale: float = 1.0) -> Attempt:
     return Step(IWP(2), constraint, NoCalibration(), layout).attempt(distribution, dt, dt)
 
 
-def check_prior(prior: AbstractPrior, *, u0: Any = None) -> None:
+def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -> None:
     """The laws of a Gauss-Markov process: composition of transitions, derivatives that are derivatives, dtypes.
 
     Checked in all factorisations that take the prior's parameters. ``u0``: a state like those that it is for, two

@@ -14,7 +14,7 @@ import probode as po
 from ..helpers import name
 from .test_calibration import MaximumLikelihood
 from .test_constraint import CubatureFilter
-from .test_controller import Constant
+from .test_controller import Halving
 from .test_factorisation import Grouped
 from .test_prior import OrnsteinUhlenbeck
 from .test_strategy import Interval
@@ -118,12 +118,12 @@ KINDS = [
     (po.testing.check_strategy, Interval()),
     (po.testing.check_calibration, MaximumLikelihood()),
     (po.testing.check_error, Cautious()),
-    (po.testing.check_controller, Constant()),
+    (po.testing.check_controller, Halving()),
     (po.testing.check_loop, Plain()),
     (po.testing.check_initialisation, Velocity()),
     (po.testing.check_progress, Recorder()),
 ]
-IN_EVERY_RUN = (MassMatrix, ReverseMode, Corners, Constant, Recorder)
+IN_EVERY_RUN = (MassMatrix, ReverseMode, Corners, Halving, Recorder)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ class OrnsteinUhlenbeck(po.AbstractPrior):
 
     def transition(self, dt, layout):
         n = self.num_derivatives + 1
-        drift = jnp.eye(n, k=1).at[-1, -1].set(self.rate)
-        noise = jnp.zeros((n, n)).at[-1, -1].set(1.0)
-        block = jax.scipy.linalg.expm(dt * jnp.block([[-drift, noise], [jnp.zeros((n, n)), drift.T]]))
+        drift = jnp.eye(n, k=1, dtype=dt.dtype).at[-1, -1].set(self.rate.astype(dt.dtype))
+        noise = jnp.zeros((n, n), dt.dtype).at[-1, -1].set(1.0)
+        block = jax.scipy.linalg.expm(dt * jnp.block([[-drift, noise], [jnp.zeros_like(noise), drift.T]]))
         matrix = block[n:, n:].T
         root = jnp.linalg.cholesky(matrix @ block[:n, n:]).T
-        return po.Transition(layout.broadcast(matrix), layout.lift(root, 1.0), jnp.ones(()))
+        return po.Transition(layout.broadcast(matrix), layout.lift(root, 1.0), jnp.ones_like(dt))
 
 
 @pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS), ids=name)

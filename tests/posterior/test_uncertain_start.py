@@ -7,7 +7,7 @@ import pytest
 
 import probode as po
 
-from ..helpers import central_differences, check_jacobians, left_to_nox, lotka_volterra, name, relative
+from ..helpers import central_differences, check_jacobians, first_of, left_to_nox, lotka_volterra, name, relative
 
 
 MATRIX = jnp.array([[0.0, 1.0], [-2.0, -0.3]])

@@ -120,5 +120,5 @@ def test_errors():
         po.RelativeScale(po.TS1)
     with pytest.raises(ValueError, match=r"Isotropic\(\) has one output scale"):
         solver(po.TS0, factorisation=po.Isotropic()).solve_grid(jnp.ones(3), [0.0, 1.0])
-    with pytest.raises(ValueError, match="takes its scale from the state"):
+    with pytest.raises(ValueError, match="from an equation and the state where a step starts"):
         po.sample_prior(po.RelativeScale(po.IWP(2)), jax.random.key(0), [0.0, 1.0], jnp.ones(1))
