@@ -186,6 +186,7 @@ def test_objects_are_readable(smoothed, filtered):
         assert owner._repr_html_().startswith("<table>") and "<script" not in owner._repr_html_()
 
 
+@pytest.mark.thorough
 def test_summaries(smoothed, filtered):
     accepted, rejected = (int(filtered.stats[f"num_{kind}_steps"]) for kind in ("accepted", "rejected"))
     text = filtered.summary()

@@ -272,6 +272,7 @@ def test_steps_are_the_grid():
     np.testing.assert_array_equal(solution.t, grid)
 
 
+@pytest.mark.thorough
 def test_a_zero_step_changes_nothing():
     solver = po.Solver(po.IWP(2), po.TS0(po.ODE(lotka_volterra)))
     state = solver.step(solver.init(jnp.array([20.0, 20.0]), 0.0), 0.1)
@@ -282,6 +283,7 @@ def test_a_zero_step_changes_nothing():
     np.testing.assert_allclose(gradient, jnp.sum(state.derivative(1).mean), rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_going_on_is_bitwise_the_uninterrupted_solve():
     def solver(max_steps, stop_at=(2.5,)):
         return po.Solver(
@@ -350,6 +352,7 @@ def test_solve_ivp():
         np.testing.assert_allclose(solution.mean[-1], end.mean[0], rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_known_save_times_inside_a_jit():
     solver = po.Solver(po.IWP(2), po.TS0(po.ODE(logistic)))
     ts = np.array([0.5, 1.0])

@@ -368,6 +368,7 @@ def test_derivatives_are_finite_where_nothing_is_left():
     assert bool(jnp.all(jnp.isfinite(forward))) and bool(jnp.all(jnp.isfinite(reverse)))
 
 
+@pytest.mark.thorough
 def test_derivative_of_the_local_scale_vanishes_with_the_residual():
     x = random_inputs(ISOTROPIC, 11)
 

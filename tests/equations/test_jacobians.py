@@ -143,6 +143,7 @@ def test_an_estimate_has_the_moments_that_it_promises():
     np.testing.assert_allclose(estimate(key, matrix=jnp.diag(u[0])), u[0], rtol=1e-14)
 
 
+@pytest.mark.thorough
 def test_estimates_solve():
     parts = {"factorisation": po.Isotropic(), "controller": po.IntegralController(1e-5, 1e-7)}
     u0 = jnp.asarray(np.sin(np.linspace(0, np.pi, D + 2)[1:-1]))

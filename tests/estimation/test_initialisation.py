@@ -82,6 +82,7 @@ def test_gradients_with_respect_to_the_scale_and_the_start():
     check_jacobians(quantities, x)
 
 
+@pytest.mark.thorough
 def test_a_residual_whose_derivatives_are_left_unknown():
     def residual(t, u, du, args):
         return du[0] + u[0], u[0] + u[1] - 2.0

@@ -115,6 +115,7 @@ def test_derivatives_are_those_of_the_limit():
         assert relative(jax.jit(jacobian(means))(jnp.asarray(rate)), expected) < 1e-6
 
 
+@pytest.mark.thorough
 def test_it_says_when_it_has_not_converged_and_what_it_needs():
     short = po.solve_grid_iterated(solver(), U0, GRID, max_iterations=1)
     assert short.stats["num_iterations"] == 1 and short.stats["last_move"] > 1e-3

@@ -98,6 +98,7 @@ def test_the_posterior_given_equation_and_data(mask):
     np.testing.assert_allclose(solution.log_likelihood + solution.data_log_likelihood, expected, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_each_datum_given_those_before_it():
     made = solver()
     data = po.Observations(GRID[SEEN], VALUES, ROOT)

@@ -407,6 +407,7 @@ def test_lifting_makes_longer_steps():
     assert steps[0] == steps[1] and steps[2] < steps[0] / 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("levels", first_of(1, 0, 3))
 def test_conditioning_a_diffuse_start_makes_exact_what_the_equation_determines(levels):
     ode = po.ODE(lotka_volterra)

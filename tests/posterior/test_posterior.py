@@ -179,6 +179,7 @@ def test_high_order_and_tight_tolerance():
     assert np.all(np.isfinite(interval.marginals.factor))
 
 
+@pytest.mark.thorough
 def test_a_filter_is_dense_too():
     kept = lotka(3, po.TS1, po.Dense(), po.Filter(), 1e-6, po.SaveAt(ts=TS, dense=True))
     plain = lotka(3, po.TS1, po.Dense(), po.Filter(), 1e-6)

@@ -70,6 +70,7 @@ def test_the_push_forward_of_a_linear_equation(factorisation, strategy):
         np.testing.assert_allclose(np.std(again[:, 0], axis=0), np.sqrt(np.diagonal(between)), rtol=4 / np.sqrt(1000))
 
 
+@pytest.mark.thorough
 def test_standard_deviations_and_trees():
     u0 = {"x": jnp.array(1.0), "v": jnp.array([0.5])}
     stds = {"x": 0.3, "v": jnp.array([0.2])}

@@ -75,6 +75,7 @@ def test_steps_are_kept_and_padded():
     np.testing.assert_allclose(grid.output_scale, solution.output_scale[: n + 1], rtol=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", first_of(po.BlockDiagonal(), po.Dense(), po.Isotropic()), ids=name)
 def test_between_steps_the_filter_predicts_from_the_left(factorisation):
     solver = make(po.TS0, factorisation)
@@ -192,6 +193,7 @@ def test_a_jump_in_the_forcing():
     assert abs(solver.solve(jnp.array([0.0]), 0.0, 2.0).mean[0, 0]) < 1e-4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("factorisation", first_of(po.Dense(), po.BlockDiagonal(), po.Isotropic()), ids=name)
 def test_nothing_to_see(factorisation):
     # constant field, zero start, no absolute tolerance: 0/0 lurks in scale, error and weight
@@ -232,6 +234,7 @@ def test_not_a_number_is_rejected_and_named():
     assert start.result == po.Result.initial_state_nonfinite and start.t[0] == 0
 
 
+@pytest.mark.thorough
 def test_a_field_that_is_defined_on_one_side():
     # u = exp(-5 t) stays positive, the attempts of a low order do not
     def field(t, u, args):
@@ -264,6 +267,7 @@ def test_too_few_steps():
     assert exact.solve(U0, 0.0, 1.0, save_at=np.linspace(0, 1, 50)).result == po.Result.successful
 
 
+@pytest.mark.thorough
 def test_one_failing_lane():
     solver = make(po.TS1, field=blow_up, loop=po.BoundedLoop(512))
     lanes = jax.vmap(lambda u0: solver.solve(u0, 0.0, 0.9, throw=False))(jnp.array([[1.0], [2.0], [0.5]]))

@@ -94,6 +94,7 @@ def test_derivatives_with_respect_to_a_switch(strict, strategy):
     np.testing.assert_allclose(jax.jit(jax.jacrev(end))(0.5), right, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rtol", first_of(1e-5, 1e-3))
 def test_knots_of_interpolated_data(rtol):
     number = 60

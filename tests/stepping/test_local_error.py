@@ -171,6 +171,7 @@ def robertson(t, u, du, args):
     return jnp.stack([du[0] + r1 - r3, du[1] - r1 + r2 + r3, u.sum() - 1])
 
 
+@pytest.mark.thorough
 def test_robertson_as_a_differential_algebraic_equation():
     """It was off by 0.12 with a standard deviation of 6e-4."""
     right = np.array([0.7158270688, 9.18553477e-06, 0.2841637457])
@@ -190,6 +191,7 @@ def test_a_scale_that_does_not_explain_a_jump_is_named(calibration):
     np.testing.assert_allclose(told.solve(0.0, 0.0, 1.0, args=0.25).mean[0], -0.5, atol=1e-9)
 
 
+@pytest.mark.thorough
 def test_a_scale_that_does_not_explain_a_fast_phase_is_named():
     """FitzHugh-Nagumo's slow phases make steps whose uncertainty explains, falsely, what comes in the fast ones."""
 
@@ -225,6 +227,7 @@ def test_smoothing_over_steps_without_residuals(strategy, factorisation):
     assert np.all(solution.std > 0) and np.all(solution.std < 3e-3)
 
 
+@pytest.mark.thorough
 def test_a_component_that_has_nothing_to_do_in_one_step():
     """The prediction satisfies ``u' = v`` by accident, with a ``v`` that is wrong: that is not certainty."""
     ode = po.ODE(lambda t, u, args: jnp.stack([u[1], -u[0]]))
@@ -247,6 +250,7 @@ def test_a_solution_that_stays_is_certain():
 PRIORS = [po.Matern(3, 1.0), po.Matern(1, 1.0), po.LinearSDE(1, (-1.0, -2.0))]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("prior", first_of(*PRIORS), ids=["Matern(3)", "Matern(1)", "LinearSDE"])
 def test_a_prior_that_returns_to_zero_is_not_followed_there(prior):
     """Over steps longer than its memory it predicts zero, where the field is zero too: that was 0 +- 0."""

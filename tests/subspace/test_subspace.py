@@ -265,6 +265,7 @@ def test_parts_that_it_has_no_formulas_for(prior, constraint, parts, words):
         po.Solver(prior, constraint, factorisation=po.Subspace(np.eye(3, 2)), **parts)
 
 
+@pytest.mark.thorough
 def test_uses_that_it_has_no_formulas_for():
     factorisation = po.Subspace(MODES[:, :3])
     own = solver(factorisation)
