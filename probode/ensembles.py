@@ -15,10 +15,10 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from . import requests as inputs
 from .algebra.linalg import compiled
 from .posterior.solution import Solution
-from .solver import Request, Solver, bind, check_request, solve_adaptive
+from .requests import Request, bind, check_request, floats_to_arrays
+from .solver import Solver, solve_adaptive
 from .stepping.adaptive import AdaptiveState
 from .util.checks import as_float, as_integer, is_traced, require
 
@@ -56,7 +56,7 @@ def solve_ensemble(
     >>> solutions.mean.shape  # lanes, times, components
     (3, 1, 2)
     """
-    solver, args = inputs.floats_to_arrays((solver, args))
+    solver, args = floats_to_arrays((solver, args))
     operands = jax.tree.map(_automatic_sharding, (u0s, t0, t1, args))
     axes = _axes(in_axes, operands)
     lanes = _number_of_lanes(operands, axes)

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .algebra.factorisations import AbstractFactorisation, Layout, layout_of
 from .algebra.normal import Normal
@@ -22,8 +22,63 @@ from .information.observations import Observations
 from .posterior.solution import SaveAt, Solution
 from .stepping.adaptive import AdaptiveState
 from .stepping.controllers import AbstractController
-from .stepping.step import State
+from .stepping.progress import AbstractProgress
+from .stepping.state import State
 from .util.checks import as_float, as_scalar, is_traced, require
+
+
+class Request(eqx.Module):
+    """What ``solve`` is asked for, checked and in the solver's own terms."""
+
+    u0: Any
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    save_at: SaveAt
+    dt0: Float[Array, ""] | None
+    layout: Layout
+    data: Observations | None = None
+    progress: AbstractProgress | None = None
+    through: Float[Array, " times"] | None = None  # times at which steps end, where the equation does not jump
+    directions: PyTree = None  # in which u0 is uncertain, along a leading axis
+
+
+def check_request(
+    solver: Any,
+    u0: PyTree,
+    t0: Any,
+    t1: Any,
+    save_at: Any,
+    dt0: Any,
+    data: Observations | None = None,
+    progress: AbstractProgress | None = None,
+) -> Request:
+    """The request of a call of ``solve`` of a ``Solver``; raises what that raises for wrong input."""
+    save_at = SaveAt(t1=True) if save_at is None else save_at
+    save_at = save_at if isinstance(save_at, SaveAt) else SaveAt(ts=save_at)
+    u0, layout = bind(solver, u0)
+    t0, t1 = interval(t0, t1, layout)
+    t1 = resolvable(solver.controller, layout, t1)
+    if isinstance(u0, AdaptiveState):
+        message = "A solve goes on from the time of its state, which is not t0"
+        t1 = require(t1, u0.t == t0, message, t0=t0, state=u0.t)
+    check_dense(save_at, solver.strategy)
+    ts = None if save_at.ts is None else save_times(save_at.ts, t0, t1, layout)
+    dt0 = None if dt0 is None else first_length(dt0, t0, t1, layout)
+    if data is not None:
+        data = data_between(data, t0, t1, layout)
+        if isinstance(u0, AdaptiveState):
+            message = "What is seen at the time from which a solve goes on belongs to the solve before"
+            data = eqx.tree_at(lambda d: d.ts, data, require(data.ts, data.ts != t0, message))
+    t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
+    if ts is not None:
+        save_at = eqx.tree_at(lambda s: s.ts, save_at, ts)
+    return Request(u0, t0, t1, save_at, dt0, layout, data, progress)
+
+
+def bind(solver: Any, u0: PyTree) -> tuple[Any, Layout]:
+    """``u0`` as a tuple of derivatives (or the state that it is), and the layout of its state."""
+    problem, nu = solver.constraint.problem, solver.prior.num_derivatives
+    return initial_value(u0, problem, nu, solver.factorisation, solver.controller, solver.calibration)
 
 
 def floats_to_arrays(tree: PyTree) -> PyTree:

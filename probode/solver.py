@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from . import requests as inputs
+from . import requests
 from .algebra.factorisations import AbstractFactorisation, Dense, Layout
 from .algebra.linalg import compiled, detach, is_finite
 from .algebra.marginals import widen
@@ -43,7 +43,6 @@ from .stepping.step_sizes import Control, bounded_step, first_step, smallest_err
 from .stepping.stops import starting_anew
 from .stepping.times import beside, direction_of, nearest
 from .util import describe
-from .util.checks import require
 
 
 class Solver(eqx.Module):
@@ -146,15 +145,15 @@ class Solver(eqx.Module):
         ``Solution.result`` is ``nonfinite`` if the solution left the real numbers. ``u0``, ``args`` and ``data``, whose
         times are points of the grid, as in ``solve``.
         """
-        solver, args = inputs.floats_to_arrays((self, args))
+        solver, args = requests.floats_to_arrays((self, args))
         u0, directions = _certain_part(self, u0)
-        u0, layout = bind(self, u0)
+        u0, layout = requests.bind(self, u0)
         if isinstance(u0, AdaptiveState):
             raise ValueError("solve_grid starts from u0 or an InitialState, not from the state of an adaptive solve.")
-        grid = inputs.grid_times(grid, layout)
+        grid = requests.grid_times(grid, layout)
         if data is not None:
-            inputs.check_data(data, self.calibration, directions is None)
-            data = inputs.data_on_grid(data, grid, layout)
+            requests.check_data(data, self.calibration, directions is None)
+            data = requests.data_on_grid(data, grid, layout)
         return _solve_grid(solver, u0, directions, jnp.asarray(grid), args, layout, data)
 
     def initialise(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> InitialState:
@@ -166,12 +165,12 @@ class Solver(eqx.Module):
         value, or about parameters among its components, from data. Use ``NoCalibration()`` then: a scale found from
         single steps does not know how wrong the first order is.
         """
-        solver, args = inputs.floats_to_arrays((self, args))
+        solver, args = requests.floats_to_arrays((self, args))
         directions = None
         if isinstance(u0, Normal):
             u0, directions = u0.mean, directions_of(u0, self.constraint.problem)
-        u0, layout = bind(self, u0)
-        t0 = jnp.asarray(inputs.time(t0, "t0", layout))
+        u0, layout = requests.bind(self, u0)
+        t0 = jnp.asarray(requests.time(t0, "t0", layout))
         state = _init(solver, u0, t0, args, layout).distribution
         if directions is not None:
             check_moves(self.factorisation, layout.size)
@@ -184,18 +183,18 @@ class Solver(eqx.Module):
 
     def init(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> State:
         """The solver's state at ``t0``, for ``step``. ``u0`` and ``args`` as in ``solve``."""
-        solver, args = inputs.floats_to_arrays((self, args))
-        u0, layout = bind(self, u0)
+        solver, args = requests.floats_to_arrays((self, args))
+        u0, layout = requests.bind(self, u0)
         if isinstance(u0, AdaptiveState):
             return u0.current
-        return _init(solver, u0, jnp.asarray(inputs.time(t0, "t0", layout)), args, layout)
+        return _init(solver, u0, jnp.asarray(requests.time(t0, "t0", layout)), args, layout)
 
     def step(self, state: Any, dt: Any, *, args: PyTree = None) -> State:
         """One step of signed length ``dt``, without error control; a pure function of its arguments."""
         if not isinstance(state, State):
             raise TypeError("step goes on from a state of init or step (or Solution.state.current), not from u0.")
-        solver, args = inputs.floats_to_arrays((self, args))
-        return _step(solver, state, jnp.asarray(inputs.time(dt, "dt", state.layout)), args)
+        solver, args = requests.floats_to_arrays((self, args))
+        return _step(solver, state, jnp.asarray(requests.time(dt, "dt", state.layout)), args)
 
 
 def solve_through(
@@ -214,11 +213,11 @@ def solve_through(
 
     They are no times of the controller's ``stop_at``: the equation goes on there, and so does the state.
     """
-    given, (solver, args) = solver, inputs.floats_to_arrays((solver, args))
+    given, (solver, args) = solver, requests.floats_to_arrays((solver, args))
     u0, directions = _certain_part(given, u0)
     if data is not None:
-        inputs.check_data(data, given.calibration, directions is None)
-    request = check_request(given, u0, t0, t1, save_at, dt0, data, progress)
+        requests.check_data(data, given.calibration, directions is None)
+    request = requests.check_request(given, u0, t0, t1, save_at, dt0, data, progress)
     request = dataclasses.replace(request, through=through)
     try:
         if directions is None:
@@ -235,12 +234,6 @@ def solve_through(
         ) from error
 
 
-def bind(solver: Solver, u0: PyTree) -> tuple[Any, Layout]:
-    """``u0`` as a tuple of derivatives (or the state that it is), and the layout of its state."""
-    problem, nu = solver.constraint.problem, solver.prior.num_derivatives
-    return inputs.initial_value(u0, problem, nu, solver.factorisation, solver.controller, solver.calibration)
-
-
 def _certain_part(solver, u0):
     """The mean of an uncertain ``u0``, or a state, and the directions in which it is uncertain, or ``None``."""
     if isinstance(u0, AdaptiveState) and u0.current.spread is not None:
@@ -249,7 +242,7 @@ def _certain_part(solver, u0):
         mean, directions = u0.mean, directions_of(u0, solver.constraint.problem)
     else:
         return u0, None
-    _, layout = bind(solver, mean)
+    _, layout = requests.bind(solver, mean)
     layout.require_shared_algebra("An uncertain u0")
     check_uncertain(solver.factorisation, solver.calibration, layout.size)
     return mean, directions
@@ -301,56 +294,8 @@ def _step(solver, state, dt, args):
     return step.fixed(step.resume(state), state.t + dt).state
 
 
-class Request(eqx.Module):
-    """What ``solve`` is asked for, checked and in the solver's own terms."""
-
-    u0: Any
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-    save_at: SaveAt
-    dt0: Float[Array, ""] | None
-    layout: Layout
-    data: Observations | None = None
-    progress: AbstractProgress | None = None
-    through: Float[Array, " times"] | None = None  # times at which steps end, where the equation does not jump
-    directions: PyTree = None  # in which u0 is uncertain, along a leading axis
-
-
-def check_request(
-    solver: Solver,
-    u0: PyTree,
-    t0: Any,
-    t1: Any,
-    save_at: Any,
-    dt0: Any,
-    data: Observations | None = None,
-    progress: AbstractProgress | None = None,
-) -> Request:
-    """The request of a call of ``solve``; raises what that raises for wrong input."""
-    save_at = SaveAt(t1=True) if save_at is None else save_at
-    save_at = save_at if isinstance(save_at, SaveAt) else SaveAt(ts=save_at)
-    u0, layout = bind(solver, u0)
-    t0, t1 = inputs.interval(t0, t1, layout)
-    t1 = inputs.resolvable(solver.controller, layout, t1)
-    if isinstance(u0, AdaptiveState):
-        message = "A solve goes on from the time of its state, which is not t0"
-        t1 = require(t1, u0.t == t0, message, t0=t0, state=u0.t)
-    inputs.check_dense(save_at, solver.strategy)
-    ts = None if save_at.ts is None else inputs.save_times(save_at.ts, t0, t1, layout)
-    dt0 = None if dt0 is None else inputs.first_length(dt0, t0, t1, layout)
-    if data is not None:
-        data = inputs.data_between(data, t0, t1, layout)
-        if isinstance(u0, AdaptiveState):
-            message = "What is seen at the time from which a solve goes on belongs to the solve before"
-            data = eqx.tree_at(lambda d: d.ts, data, require(data.ts, data.ts != t0, message))
-    t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
-    if ts is not None:
-        save_at = eqx.tree_at(lambda s: s.ts, save_at, ts)
-    return Request(u0, t0, t1, save_at, dt0, layout, data, progress)
-
-
 @compiled
-def solve_adaptive(solver: Solver, request: Request, args: PyTree) -> Solution:
+def solve_adaptive(solver: Solver, request: requests.Request, args: PyTree) -> Solution:
     """Answer a request."""
     save_at, strategy = request.save_at, solver.strategy
     step, control, begun = _begin(solver, request, args)

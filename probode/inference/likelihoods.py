@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .. import requests as inputs
 from ..algebra.coordinates import look_back, realise, standard
 from ..algebra.linalg import compiled
 from ..estimation.strategies import Filter, FixedPointSmoother
 from ..information.observations import Observations
 from ..posterior.solution import SaveAt, Solution
 from ..posterior.trajectory import Trajectory
-from ..solver import Solver, bind, solve_through
+from ..requests import bind, data_between, interval, require_observations
+from ..solver import Solver, solve_through
 from ..stepping.controllers import IntegralController
 from ..stepping.result import Result
 
@@ -42,9 +42,9 @@ def fenrir_log_likelihood(
     >>> data = probode.Observations([0.5, 1.0], jnp.array([0.6, 0.4]), 0.1)
     >>> value = probode.fenrir_log_likelihood(solver, 1.0, 0.0, 1.0, data, args=1.0)
     """
-    inputs.require_observations(data)
+    require_observations(data)
     _, layout = bind(solver, u0)
-    data = inputs.data_between(data, *inputs.interval(t0, t1, layout), layout)
+    data = data_between(data, *interval(t0, t1, layout), layout)
     smoother = dataclasses.replace(solver, strategy=FixedPointSmoother())
     solution = solve_through(smoother, data.ts, u0, t0, t1, args, save_at=data.ts)
     return _if_successful(solution, _log_density(solution.trajectory, data, args))
