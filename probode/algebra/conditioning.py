@@ -1,6 +1,5 @@
 """The algebra of a step: predict a Gaussian state, and condition it on an equation."""
 
-import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -136,7 +135,7 @@ class Innovation(eqx.Module):
     @property
     def size_inside(self) -> Float[Array, "*batch"]:
         """Root mean square of ``inside``."""
-        return root_mean_square(self.inside)
+        return root_mean_square(self.inside, axis=(-2, -1))
 
 
 @batched
@@ -144,7 +143,7 @@ def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Floa
     """The residual under ``N(0, H Q H^T)``, ``Q = noise^T noise``; costs one triangularisation of ``m`` columns."""
     factor = triangularise(*_observed(equation, noise))
     whitened = substitute(factor, equation.residual)
-    scale = safe_norm(whitened) / math.sqrt(whitened.size)
+    scale = root_mean_square(whitened)
     unexplained = jnp.any((jnp.diagonal(factor)[:, None] == 0) & (equation.residual != 0))
     return Innovation(factor, whitened, jnp.where(unexplained, jnp.inf, scale), unit)
 

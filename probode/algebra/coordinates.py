@@ -66,16 +66,19 @@ def both(own, rows):
     return triangularise(None, jnp.concatenate([own, rows]))
 
 
+def pad_own(past: Conditional, rows: int) -> Conditional:
+    """``past`` with at least so many rows in ``own``, the new ones zero."""
+    return Conditional(past.shift, past.cross, pad_rows(past.own, rows))
+
+
 def carried(past: Conditional | None) -> Conditional | None:
-    """``past`` with zero rows in ``own``, in the shape that it has after any number of steps."""
-    if past is None:
-        return None
-    return Conditional(past.shift, past.cross, pad_rows(past.own, past.own.shape[-1]))
+    """``past`` with as many rows in ``own`` as it has columns: its shape after any number of steps."""
+    return None if past is None else pad_own(past, past.own.shape[-1])
 
 
 @batched
 def standard(x: Normal) -> Normal:
-    """The standard normal distribution of the coordinates of ``x``."""
+    """``N(0, I)``, the distribution of the coordinates of ``x`` given the data up to its time."""
     rows, cols = x.factor.shape[0], x.mean.shape[1]
     return Normal(jnp.zeros((rows, cols), x.mean.dtype), jnp.eye(rows, dtype=x.factor.dtype))
 

@@ -251,12 +251,12 @@ class Layout(eqx.Module):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing of a Jacobian is left out."""
+        """True if ``project`` keeps every entry of a Jacobian."""
         return self.size == 1 or not self.factorisation.keeps_diagonal
 
     @property
     def couples(self) -> bool:
-        """Whether the components may depend on each other, all in one block."""
+        """True if the covariance has entries between different components."""
         return jax.eval_shape(self.identity).shape == (self.size, self.size)
 
     def require_coupling(self, what: str) -> None:

@@ -50,9 +50,10 @@ def safe_norm(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None)
     return jnp.squeeze(length, axis)
 
 
-def root_mean_square(x: Float[Array, "*batch m cols"]) -> Float[Array, "*batch"]:
-    """Root mean square over the last two axes, with derivative zero at zero; squares do not overflow."""
-    return safe_norm(x, axis=(-2, -1)) / math.sqrt(x.shape[-2] * x.shape[-1])
+def root_mean_square(x: Float[Array, "..."], axis: tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """Root mean square along axes (or of all entries), with derivative zero at zero."""
+    number = x.size if axis is None else math.prod(x.shape[i] for i in axis)
+    return safe_norm(x, axis) / math.sqrt(number)
 
 
 def safe_divide(x: Array, y: Array) -> Array:

@@ -1,6 +1,5 @@
 """Means and standard deviations of ``u`` and its derivatives, read off the distributions of the whole state."""
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from ..util import describe
 from ..util.checks import as_integer
 from .factorisations import Layout
-from .linalg import compiled, safe_divide, safe_norm
+from .linalg import compiled, root_mean_square, safe_divide
 from .normal import Normal
 
 
@@ -30,7 +29,7 @@ class Moments(eqx.Module):
 
 @compiled
 def moments(layout: Layout, state: Normal, k: int) -> Moments:
-    """Mean and standard deviation of ``u^(k)``, for any number of leading axes (time, lanes) of ``state``."""
+    """The means and standard deviations of ``u^(k)``, with the leading axes (time, lanes) of ``state``."""
 
     def one(layout, mean, factor):
         means, stds = layout.unpack(mean), layout.std(factor)
@@ -43,7 +42,7 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
 
 
 def _std_through_the_field(means, std, k):
-    """About what standard deviations of ``u^(k-1)`` make of ``u^(k)``, which an equation tells as a function of it.
+    """An estimate of the standard deviation of ``u^(k)``, ``(d,)``, from that of ``u^(k-1)``.
 
     A constraint that freezes the field calls that derivative exact. How the field moves is not known here, but along
     the solution it does so at the rate ``|u^(k+1)| / |u^(k)|``, and in that measure every component is taken to depend
@@ -51,9 +50,7 @@ def _std_through_the_field(means, std, k):
     much. Of the highest derivative the rate is that of the one below.
     """
 
-    def rms(x):
-        return safe_norm(x) / math.sqrt(x.size)
-
+    rms = root_mean_square
     below, own = jnp.abs(means[k - 1]), jnp.abs(means[k])
     size = below + safe_divide(own, rms(safe_divide(own, below)))
     above = min(k, len(means) - 2)
@@ -83,12 +80,12 @@ class Posterior(eqx.Module):
 
     @property
     def mean(self) -> PyTree[Float[Array, "..."]]:
-        """Posterior mean of ``u``."""
+        """Mean of ``u``, a PyTree like it with leaves ``(*time, *leaf.shape)``."""
         return self.derivative(0).mean
 
     @property
     def std(self) -> PyTree[Float[Array, "..."]]:
-        """Posterior standard deviation of ``u``."""
+        """Standard deviation of ``u``, a PyTree like it with leaves ``(*time, *leaf.shape)``."""
         return self.derivative(0).std
 
     def derivative(self, k: Any) -> Moments:

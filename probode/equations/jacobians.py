@@ -263,7 +263,7 @@ def _colours(rows, columns):
 
 
 def _as_matrix(given, m, d, sizes, layout):
-    """A Jacobian in any of the forms that users write as ``(m, d)``, or ``(d,)`` for a diagonal."""
+    """The array ``(m, d)`` of a Jacobian, or ``(d,)`` of its diagonal, from any form that users return."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(given)]
     shapes = [leaf.shape for leaf in leaves]
     if shapes == [(m, d)] or (shapes == [(d,)] and m == d):

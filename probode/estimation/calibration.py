@@ -116,7 +116,7 @@ class AbstractCalibration(eqx.Module):
 
 
 class AbstractLeaveOneOut(AbstractCalibration):
-    """A calibration that compares each residual with its prediction from all others, later ones included.
+    """A calibration that uses leave-one-out residuals: of each step given the equation at all others, later ones too.
 
     A subclass defines ``leave_one_out`` beside the methods of ``AbstractCalibration``. It is called once, at the end of
     solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``).

@@ -44,10 +44,6 @@ class Along(AbstractConstraint):
     def first_order(self):
         return self.constraint.first_order
 
-    @property
-    def determines_derivative(self):
-        return self.constraint.determines_derivative
-
     def linearise(self, t, predicted, layout, args):
         point = _nearest(self.means, self.ts, t)
         equation = self.constraint.linearise(t, Normal(point, predicted.factor), layout, args)

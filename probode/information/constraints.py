@@ -54,8 +54,8 @@ class AbstractConstraint(eqx.Module):
 
     >>> import probode
     >>> spring = probode.ODE(lambda t, u, du, args: -u, order=2)
-    >>> probode.TS1(spring).order, probode.TS1(spring).determines_derivative
-    (2, True)
+    >>> probode.TS1(spring).order
+    2
     """
 
     problem: eqx.AbstractVar[AbstractProblem]
@@ -68,11 +68,6 @@ class AbstractConstraint(eqx.Module):
     def order(self) -> int:
         """The order of the highest derivative of ``u`` in the equation."""
         return self.problem.order
-
-    @property
-    def determines_derivative(self) -> bool:
-        """Whether it is one ODE, exactly, whose residual has the units of the highest derivative."""
-        return isinstance(self.problem, ODE)
 
     @abstractmethod
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
@@ -175,10 +170,6 @@ class Noisy(AbstractConstraint):
     def first_order(self):
         return self.constraint.first_order
 
-    @property
-    def determines_derivative(self):
-        return False
-
     def linearise(self, t, predicted, layout, args):
         equation = self.constraint.linearise(t, predicted, layout, args)
         own = layout.broadcast(self.std.astype(layout.dtype) * jnp.eye(equation.residual.shape[-2], dtype=layout.dtype))
@@ -226,10 +217,6 @@ class Stack(AbstractConstraint):
     @property
     def first_order(self):
         return any(constraint.first_order for constraint in self.constraints)
-
-    @property
-    def determines_derivative(self):
-        return False
 
     @property
     def order(self):

@@ -116,7 +116,7 @@ class Observations(eqx.Module):
         return i, ts[i] == t
 
     def linearise(self, i: Array, mean: Float[Array, "*batch dim cols"], layout: Layout, args: PyTree) -> Linearisation:
-        """The ``i``-th observation about a mean; what is missing is an observation of nothing.
+        """The observation at ``ts[i]``, linearised about a mean; the rows of missing values are zero.
 
         Raises ``ValueError`` if ``observe`` returns other shapes, or where the factorisation cannot keep what is seen.
         """

@@ -108,8 +108,8 @@ class SLR1(AbstractConstraint):
 
     Equal to ``TS1`` where the equation is affine, or the state certain. ``cubature``: the rule of the averages, over
     ``(order + 1) d`` directions (``order d`` for an ODE). ``noise``: whether what the fit leaves unexplained enters as
-    noise of the equation; then the equation no longer holds exactly, and the error estimate is ``StateError``. The
-    state is spread by what is uncertain so far; ``DynamicCalibration(relinearise=True)`` adds the noise of the step.
+    noise of the equation, which no longer holds exactly then. The state is spread by what is uncertain so far;
+    ``DynamicCalibration(relinearise=True)`` adds the noise of the step.
     ``evaluations`` and ``relinearise`` as for ``TS1``. Raises ``TypeError`` for anything but an ``ODE`` or a
     ``Residual``.
 
@@ -125,16 +125,12 @@ class SLR1(AbstractConstraint):
     evaluations: int = evaluations_field()
     relinearise: bool = relinearise_field()
 
-    @property
-    def determines_derivative(self):
-        return isinstance(self.problem, ODE) and not self.noise
-
     def linearise(self, t, predicted, layout, args):
         return _average(self, self.problem.first_order, t, predicted, layout, args)
 
 
 class SLR0(AbstractConstraint):
-    """Zeroth-order statistical linear regression: the vector field averaged over the predicted state, ``H = E_k``.
+    """The equation ``u^(k) = E[f]`` with the field averaged over the prediction: regression of order zero, ``H = E_k``.
 
     ``cubature`` and ``noise`` as for ``SLR1``. Equal to ``TS0`` where the state is certain or the field affine (without
     ``noise``). Raises ``TypeError`` for anything but an ``ODE``.
@@ -149,10 +145,6 @@ class SLR0(AbstractConstraint):
     noise: bool = eqx.field(static=True, default=False, kw_only=True)
     evaluations: int = evaluations_field()
     first_order = False
-
-    @property
-    def determines_derivative(self):
-        return not self.noise
 
     def linearise(self, t, predicted, layout, args):
         return _average(self, self.problem.zeroth_order, t, predicted, layout, args)

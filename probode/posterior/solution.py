@@ -126,9 +126,8 @@ class Solution(eqx.Module):
         ``options``: ``components``, ``derivative``, ``std``, ``samples``, ``key``, ``ts``, ``labels``, see
         ``probode.plots.plot``. Other pictures are in ``probode.plots``.
         """
-        from ..diagnostics import (
-            plots,  # pictures are made of solutions: at the top of this file that would be a circle
-        )
+        # Pictures are made of solutions: at the top of this file the import would close a circle.
+        from ..diagnostics import plots
 
         return plots.plot(self, ax, **options)
 

@@ -1,13 +1,12 @@
 """An output scale in proportion to the sizes of the components."""
 
-import math
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..algebra.linalg import safe_divide, safe_norm
+from ..algebra.linalg import root_mean_square, safe_divide
 from .output_scale import as_positive
 from .prior import AbstractPrior, AbstractPriorFamily
 
@@ -57,7 +56,7 @@ class RelativeScale(AbstractPriorFamily):
             prior = prior.at(t, us, problem, layout, args)
         size = jnp.abs(us[0])
         size = size + self.floor.astype(size.dtype) * jnp.max(size)
-        rate = safe_norm(safe_divide(us[1], size)) / math.sqrt(size.size)
+        rate = root_mean_square(safe_divide(us[1], size))
         size = size + safe_divide(jnp.abs(us[1]), rate)
         size = jnp.where(size > 0, size, 1)  # where all components are zero
         scale = layout.output_scale(prior.output_scale) * size

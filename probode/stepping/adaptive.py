@@ -201,27 +201,26 @@ class Stepper:
         """The norm of an attempt's error, the attempt with what had to be looked at for it, and ``Start.unseen``."""
         now, step, control = solve.current, self.step, self.control
 
-        def size(innovation):
-            return error_norm(control, self.layout, detach(now), detach(leg.dt), attempted, innovation)
+        def size(attempted):
+            return error_norm(control, self.layout, detach(now), detach(leg.dt), attempted)
 
         def seen(_):
             # Only lengths are decided from it: a derivative would be computed, and compiled, for nothing.
             prior = step.prior if attempted.prior is None else attempted.prior
             constraint, prior, args = detach((step.constraint, prior, step.args))
-            at = attempted.transition, attempted.equation, attempted.innovation
             to = detach((now.distribution, leg.seen_at, leg.dt))
-            innovation = with_defects(constraint, prior, *to, *at, self.layout, args)
-            return size(innovation), scale_inside(innovation, attempted.equation, self.layout)
+            looked = with_defects(constraint, prior, *to, attempted, self.layout, args)
+            return size(looked), scale_inside(looked.innovation, looked.equation, self.layout)
 
         unseen = jnp.zeros_like(attempted.innovation.scale)
         if not control.error.needs_defects:
-            norm, inside = size(attempted.innovation), unseen
+            norm, inside = size(attempted), unseen
         elif attempted.equation.whole:
             norm, inside = seen(None)
         else:
             # Without a Jacobian evaluations are most of the cost: the residual inside is looked at only where the error
             # is so small that the next step will be longer, and might skip over something.
-            blind = size(attempted.innovation)
+            blind = size(attempted)
             norm, inside = lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
         norm, inside = detach((norm, inside))
         unseen = None if self.stops is None else solve.anew.unseen

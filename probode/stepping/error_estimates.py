@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ..algebra.conditioning import explained, posterior_noise
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import safe_norm
+from ..algebra.linalg import root_mean_square
 from .attempt import Attempt
 
 
@@ -30,7 +30,7 @@ def rms_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
     >>> float(probode.rms_norm(jnp.array([3.0, 4.0, 0.0, 0.0])))
     2.5
     """
-    return safe_norm(x) / math.sqrt(x.size)
+    return root_mean_square(x)
 
 
 def max_norm(x: Float[Array, "..."]) -> Float[Array, ""]:

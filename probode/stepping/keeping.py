@@ -13,8 +13,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from ..algebra.coordinates import Conditional, carried
-from ..algebra.normal import pad_rows
+from ..algebra.coordinates import carried, pad_own
 from ..estimation.strategies import AbstractStrategy
 from .adaptive import AdaptiveState, Stepper, end
 from .kept import Row
@@ -59,7 +58,7 @@ def solve_keeping_steps(
         new, rows, moved = attempt(solve, rows, lambda new: new.num_accepted_steps + stops)
         new, past, anew = passing_stop(new, carried(strategy.remember(new.current.distribution)), moved)
         if past is not None:
-            past = Conditional(past.shift, past.cross, pad_rows(past.own, like_past.own.shape[-2]))
+            past = pad_own(past, like_past.own.shape[-2])
         row, _ = ravel_pytree(Row.of(new.current, past, none))
         stops = stops + anew.astype(jnp.int32)
         return (new, stops), rows.at[new.num_accepted_steps + stops].set(row, pred=anew)

@@ -7,7 +7,6 @@ whether the solution does something there that neither end shows.
 
 import dataclasses
 import functools as ft
-import math
 
 import equinox as eqx
 import jax
@@ -16,13 +15,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..algebra.conditioning import Innovation, Linearisation, Transition, noise_mean, smoothing_weights
+from ..algebra.conditioning import Innovation, Linearisation, noise_mean, smoothing_weights
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import product, safe_divide, safe_norm, substitute
+from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm, substitute
 from ..algebra.normal import Normal, batched, push
 from ..equations.problems import flat_residual
 from ..information.constraints import AbstractConstraint
 from ..priors.prior import AbstractPrior
+from .attempt import Attempt
 
 
 # Where inside a step the equation is held against the mean, as a share of its length: about where the defect of a
@@ -77,8 +77,7 @@ def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Arra
     """
     std = safe_norm(innovation.factor, axis=-2)[..., None]
     unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
-    flat = jnp.reshape(unknown, (*unknown.shape[:-2], -1))
-    floor = lax.stop_gradient(safe_norm(flat, axis=-1)) / math.sqrt(flat.shape[-1])
+    floor = lax.stop_gradient(root_mean_square(unknown, axis=(-2, -1)))
     # In the prior's own units it has to be a number, too, which in single precision it may not be.
     floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
     return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
@@ -90,18 +89,17 @@ def with_defects(
     before: Normal,
     t: Float[Array, ""],
     dt: Float[Array, ""],
-    transition: Transition,
-    equation: Linearisation,
-    innovation: Innovation,
+    attempt: Attempt,
     layout: Layout,
     args: PyTree,
-) -> Innovation:
-    """The innovation of a step of length ``dt`` to ``t``, with the residuals of the corrected mean.
+) -> Attempt:
+    """The attempt of a step of length ``dt`` to ``t`` with the residuals of the corrected mean in its innovation.
 
     Corrected under the noise of the step alone: ``m - Q H^T (H Q H^T)^-1 z`` at the end, and inside what the prior
     makes of the same noise (one evaluation of the equation each). At the end only where the linearisation is ``whole``,
     and as many times as the constraint evaluates the equation (Newton's method with the Jacobian of the prediction).
     """
+    transition, equation, innovation = attempt.transition, attempt.equation, attempt.innovation
     predicted = push(before, transition.matrix)
     weights = smoothing_weights(equation, innovation.factor, innovation.whitened)
 
@@ -116,7 +114,8 @@ def with_defects(
     noise = noise_mean(to_inside.noise, later, innovation.factor, weights)
     time_inside, mean_inside = t - (1 - INSIDE) * dt, push(before, to_inside.matrix).mean - share * noise
     if not equation.whole:
-        return dataclasses.replace(innovation, inside=whiten(innovation.factor, residual(time_inside, mean_inside)))
+        inside = whiten(innovation.factor, residual(time_inside, mean_inside))
+        return dataclasses.replace(attempt, innovation=dataclasses.replace(innovation, inside=inside))
 
     def correct(mean, weights):
         return mean - noise_mean(transition.noise, transition.noise, innovation.factor, weights)
@@ -133,7 +132,8 @@ def with_defects(
 
     if constraint.evaluations > 1:
         _, remainder = lax.fori_loop(1, constraint.evaluations, again, (corrected, remainder))
-    return dataclasses.replace(innovation, inside=inside, remainder=remainder)
+    innovation = dataclasses.replace(innovation, inside=inside, remainder=remainder)
+    return dataclasses.replace(attempt, innovation=innovation)
 
 
 def scale_inside(innovation: Innovation, equation: Linearisation, layout: Layout) -> Float[Array, "*batch"]:

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import Innovation, Linearisation, Update
+from ..algebra.conditioning import Linearisation, Update
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, root_mean_square, safe_norm, substitute
 from ..algebra.normal import Normal, batched, certain, push
 from ..information.constraints import AbstractConstraint
+from .attempt import Attempt
 from .residuals import residual_at
 
 
@@ -47,16 +48,15 @@ def spread_ahead(
     t: Float[Array, ""],
     x: Normal,
     spread: Float[Array, "N *state"],
-    matrix: Float[Array, "..."],
-    equation: Linearisation,
-    innovation: Innovation,
+    attempt: Attempt,
     layout: Layout,
     args: PyTree,
 ) -> Ahead:
-    """The spread of an uncertain start at the prediction of a step from ``x`` to ``t``.
+    """The spread of an uncertain start at the prediction of an attempt from ``x`` to ``t``.
 
-    ``spread``: where the step starts. ``matrix``: of the transition. ``equation``: linearised about the prediction.
+    ``spread``: where the step starts.
     """
+    matrix, equation = attempt.transition.matrix, attempt.equation
     moves, predicted = push_moves(spread, matrix), push(x, matrix)
     if equation.whole:
         p = equation.matrix.shape[-1]
@@ -67,8 +67,8 @@ def spread_ahead(
             return residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
 
         residuals = jax.vmap(lambda move: jax.jvp(residual, (predicted.mean,), (move,))[1])(moves)
-    whitened = jax.vmap(batched(substitute), in_axes=(None, 0))(innovation.factor, residuals)
-    scale = safe_norm(root_mean_square(whitened), axis=0)
+    whitened = jax.vmap(batched(substitute), in_axes=(None, 0))(attempt.innovation.factor, residuals)
+    scale = safe_norm(root_mean_square(whitened, axis=(-2, -1)), axis=0)
     return Ahead(moves, residuals, whitened, scale)
 
 

@@ -15,10 +15,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ..algebra.conditioning import Influence, Update, condition, innovate, join, seen_from
-from ..algebra.coordinates import Conditional, in_coordinates, realise
+from ..algebra.coordinates import Conditional, in_coordinates, pad_own, realise
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose, detach
-from ..algebra.normal import Normal, pad, pad_rows, push
+from ..algebra.normal import Normal, pad, push
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
@@ -174,7 +174,7 @@ class Step(eqx.Module):
             spread=None if before.spread is None else detach(push_moves(before.spread, matrix)),
         )
         if past is not None:
-            past = Conditional(past.shift, past.cross, pad_rows(past.own, stepped.past.own.shape[-2]))
+            past = pad_own(past, stepped.past.own.shape[-2])
         no_influence = jax.tree.map(jnp.zeros_like, stepped.influence)
         return choose(short, Stepped(waited, past, no_influence), stepped)
 
@@ -183,9 +183,8 @@ class Step(eqx.Module):
 
         Steps are chosen by it, and ``State.std`` has it; ``Solution.std`` has the derivative of the whole solve.
         """
-        a = attempted
-        inputs = t, before.distribution, before.spread, a.transition.matrix, a.equation, a.innovation
-        return spread_ahead(*detach((self.constraint, *inputs, self.layout, self.args)))
+        inputs = t, before.distribution, before.spread, attempted, self.layout, self.args
+        return spread_ahead(*detach((self.constraint, *inputs)))
 
     def nothing(
         self, before: State, past: Conditional | None, *, influence: bool
@@ -276,7 +275,7 @@ def _unless_silent(update, silent, before, attempted, past):
     """
     predicted = push(before.distribution, attempted.transition.matrix)
     if past is not None:
-        past = Conditional(past.shift, past.cross, pad_rows(past.own, update.past.own.shape[-2]))
+        past = pad_own(past, update.past.own.shape[-2])
     influence = jax.tree.map(jnp.zeros_like, update.influence)
     nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, jnp.zeros_like(update.pivots))
     axes = jnp.ndim(silent)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ..algebra.conditioning import Influence, Innovation, explained
+from ..algebra.conditioning import Influence, explained
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm
 from ..algebra.normal import batched, push
@@ -179,11 +179,8 @@ def next_time(
     return new_t, new_t - t, to_the_end | in_two, lax.stop_gradient(floor)
 
 
-def error_norm(
-    control: Control, layout: Layout, now: State, dt: Array, attempted: Attempt, innovation: Innovation
-) -> Float[Array, ""]:
+def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Attempt) -> Float[Array, ""]:
     """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
-    attempted = dataclasses.replace(attempted, innovation=innovation)
     error = _estimated(control, layout, dt, attempted)
     norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error)
     finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.mean))
@@ -217,7 +214,7 @@ def spread_norm(
     """
 
     def estimate(whitened):
-        scale = root_mean_square(whitened)
+        scale = root_mean_square(whitened, axis=(-2, -1))
         innovation = dataclasses.replace(attempted.innovation, whitened=whitened, scale=scale)
         if control.error.needs_defects:
             nothing = jnp.zeros_like(whitened)
