@@ -13,10 +13,11 @@ nox.options.reuse_existing_virtualenvs = True
 
 @nox.session
 def lint(session):
-    """Style and formatting."""
-    session.install("ruff>=0.14,<1")
+    """Style, formatting, and types."""
+    session.install("-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
 
 
 @nox.session

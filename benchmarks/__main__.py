@@ -1,7 +1,8 @@
 """All benchmarks, one after the other: `python -m benchmarks`; the quick ones: `python -m benchmarks --quick`.
 
-Every part is a process of its own, once with probode's default for XLA's small loops and, where that matters, once
-without. Each writes a CSV file to `benchmarks/results/`; at the end come the summary and the plots made from them.
+Each benchmark runs in a process of its own, with XLA's options for small loops as probode sets them, and where these
+matter once more without them (`--plain`). Each writes a CSV file to `benchmarks/results/`. At the end
+`benchmarks.summary` makes the table of targets and the plots from these files.
 """
 
 import argparse
@@ -36,7 +37,7 @@ QUICK = [
 
 
 def main() -> None:
-    """Run the parts, then the summary."""
+    """Run the benchmarks, then the summary."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two problems, few configurations: a few minutes")
     parser.add_argument("--output", metavar="DIR", help="instead of benchmarks/results")

@@ -1,8 +1,8 @@
 """Calibration of the uncertainty on a set of problems: `python -m benchmarks.calibration` writes and prints the table.
 
-`--further`: an equation of second order, a stiff one, EK1 with block-diagonal covariances, and scales with a memory, in
-a table of their own. References by extrapolation (Gragg, Bulirsch & Stoer) in extended precision, from saved time to
-saved time.
+`--further` writes a second table: an equation of second order, a stiff equation, EK1 with block-diagonal covariances,
+and output scales with a memory. Reference solutions are computed in extended precision by extrapolation (Gragg,
+Bulirsch & Stoer), from each saved time to the next.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .timing import parse
+
+
+# Plain Python functions of `u` alone: JAX has no extended precision, in which the references are computed.
 
 
 def lotka_volterra(u):
@@ -51,8 +54,11 @@ def stiff_van_der_pol(u):
 
 
 class Problem(NamedTuple):
-    """A system of first order, its start and end; whether its second half is the derivative of the first, which is then
-    solved as an equation of second order; and the longest step of the reference."""
+    """An initial value problem `u' = field(u)`, `u(0) = start`, on `[0, end]`.
+
+    `second_order`: the second half of `u` is the derivative of the first half, and the problem is solved as an equation
+    of second order for the first half. `longest`: the longest step of the reference.
+    """
 
     field: Callable
     start: tuple[float, ...]
@@ -61,7 +67,7 @@ class Problem(NamedTuple):
     longest: float = 0.05
 
     def equation(self):
-        """The equation as it is solved, and its initial value."""
+        """The `probode.ODE` and its initial value."""
         import probode
 
         start, half = jnp.array(self.start), len(self.start) // 2
@@ -71,7 +77,7 @@ class Problem(NamedTuple):
         return ode, (start[:half], start[half:])
 
     def reference(self, times):
-        """The solution at sorted times, in extended precision inside."""
+        """The solution at increasing times that begin at 0, `(times, components)`, computed in extended precision."""
         u, out = np.array(self.start, np.longdouble), [np.array(self.start)]
         for a, b in itertools.pairwise(times):
             parts = max(1, int(np.ceil((b - a) / self.longest)))
@@ -96,7 +102,7 @@ TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 
 
 def _extrapolated(field, u, h, rows=9):
-    """One step of the extrapolated modified midpoint rule, of order up to 18."""
+    """The solution after one step of the extrapolated modified midpoint rule, of order up to 18."""
     table = []
     for i in range(rows):
         n = 2 * (i + 1)
@@ -109,14 +115,14 @@ def _extrapolated(field, u, h, rows=9):
             ratio = (np.longdouble(i + 1) / np.longdouble(i - k)) ** 2
             row.append(row[k] + (row[k] - table[k]) / (ratio - 1))
         table = row
-        # Short steps need few rows.
+        # On short steps further rows of the table change nothing but the time.
         if i > 1 and np.max(abs(row[-1] - row[-2])) <= 1e-18 * np.max(abs(u)):
             break
     return table[-1]
 
 
 def solvers(nu):
-    """The recommended configurations, and the others for comparison."""
+    """Functions from an ODE to its solver, by name: the recommended configurations, and others for comparison."""
     import probode
 
     def ek(constraint, factorisation, calibration):
@@ -145,7 +151,7 @@ def solvers(nu):
 
 
 def cases(further):
-    """Problems by name, each with the names of the configurations to solve it with."""
+    """The names of the configurations for each problem, by the name of the problem."""
     neglecting = ("EK1 dynamic, per component", "EK1 leave one out, per component")
     remembering = ("EK1 leave one out, memory", "EK1 dynamic, memory")
     if not further:
@@ -155,7 +161,7 @@ def cases(further):
 
 
 def main() -> None:
-    """Run the sweep, write the table, print a summary."""
+    """Solve all problems with all configurations, write the table, print a summary."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="orders 3 and 5, three tolerances")
     parser.add_argument("--problem", action="append", choices=[*PROBLEMS, *FURTHER])

@@ -1,8 +1,9 @@
 """Growth with the dimension: `python -m benchmarks.dimension [--largest 1000000]`.
 
-The Brusselator with weak diffusion on a circle, d = 10^3 .. 10^6: microseconds per accepted step of EK0 (isotropic and
-block-diagonal), rejected attempts and the first derivatives apart, beside a step of Tsit5. And Burgers' equation,
-which is stiff when it is fine, by EK1 (dense) at d = 16 .. 128 beside Kvaerno5.
+The Brusselator with weak diffusion on a circle, d = 10^3 .. 10^6: the time of a solve of twenty steps of fixed length,
+its initial derivatives included, over the number of accepted steps, by EK0 (isotropic, and block-diagonal up to 10^5)
+and by Tsit5. And Burgers' equation, which is stiff on fine grids, d = 16 .. 128: the time of a solve by EK1 (dense) and
+by Kvaerno5.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ STEPS = 20
 
 
 def brusselator(t, u, args):
-    """Reaction, and diffusion of strength one between neighbours, on a circle; `u` is x followed by y."""
+    """The Brusselator's vector field on a circle, with diffusion of strength one; `u` is x followed by y."""
     x, y = jnp.split(u, 2)
     reaction = x * x * y
 
@@ -32,14 +33,14 @@ def brusselator(t, u, args):
 
 
 def burgers(t, u, args):
-    """Burgers' equation with viscosity `args` between walls of value zero, by central differences."""
+    """The vector field of Burgers' equation by central differences: viscosity `args`, boundary values zero."""
     cells = u.size + 1
     padded = jnp.pad(u, 1)
     return args * cells**2 * (padded[2:] - 2.0 * u + padded[:-2]) - cells / 4.0 * (padded[2:] ** 2 - padded[:-2] ** 2)
 
 
 def explicit(d: int, dtype) -> dict:
-    """Programs for `STEPS` steps of a given length."""
+    """Functions that are timed, by name, each with its arguments: `STEPS` steps of fixed length on the Brusselator."""
     import diffrax
 
     import probode
@@ -82,7 +83,7 @@ def explicit(d: int, dtype) -> dict:
 
 
 def stiff(d: int) -> dict:
-    """Programs for Burgers' equation at rtol 1e-5."""
+    """Functions that are timed, by name, each with its arguments: Burgers' equation at rtol 1e-5."""
     import diffrax
 
     import probode
@@ -117,17 +118,17 @@ def stiff(d: int) -> dict:
 
 
 def slope(measured: dict[int, float]) -> float:
-    """The exponent of the growth with the size, by least squares."""
+    """The exponent `p` in `value ~ size^p`, by least squares on logarithms; `measured` maps sizes to values."""
     return float(np.polyfit(np.log(list(measured)), np.log(list(measured.values())), 1)[0])
 
 
 def main() -> None:
-    """Print the tables."""
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dimension", description=__doc__.splitlines()[0])
     parser.add_argument("--largest", type=int, default=1_000_000, metavar="D")
     options = parse(parser)
 
-    import probode as probode  # sets the option, before JAX starts its backend
+    import probode as probode  # sets XLA's options, which JAX reads when it starts its backend
 
     jax.config.update("jax_enable_x64", True)
     table, growth = Table("dimension", options.output), {}

@@ -1,7 +1,8 @@
 """Random solves in search of wrong answers: `python -m benchmarks.fuzz` takes about an hour, `--quick` some minutes.
 
-Configurations meet families of equations whose solutions are known (`fuzz_families`), at tolerances, scales and spans
-drawn at random. `--pulses` and `--stiff` run the other parts, `--family` and `--configuration` some rows alone.
+Configurations of the solver are run on families of equations whose solutions are known (`fuzz_families`), at random
+tolerances, scales and intervals. Successful solves whose answer is far from the known solution are counted as wrong.
+`--pulses` and `--stiff` run only the comparison of that name, `--family` and `--configuration` only some rows.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from .timing import parse, result_file, write_rows
 
 
 SEED = 0
-MAX_STEPS = 8192  # every solve ends; a smoother that keeps its steps gets fewer
-KEPT_STEPS = 2048
-WRONG_TOLERANCES, WRONG_STDS = 1000, 100
-SHOWN = 3  # of what is flagged in a row of the table, which has the numbers of all
+MAX_STEPS = 8192  # without a bound some solves would not end
+KEPT_STEPS = 2048  # fewer for smoothers that keep their steps, each of which takes memory
+WRONG_TOLERANCES, WRONG_STDS = 1000, 100  # an answer is wrong if its error is larger than both
+SHOWN = 3  # flagged draws that are printed per row; the table has the indices of all
 
 
 class Configuration(NamedTuple):
-    """What makes a solver, but for the equation and the tolerances; `prior` is a function of the unit of time.
+    """The parts of a solver, as functions of what differs from draw to draw.
 
-    `everywhere`: whether it is run on all families that fit, not on a sample of them.
+    `prior`: a function of the unit of time. `constraint`: a function of the equation. `controller`: a function of
+    `rtol` and `atol`. `parts`: the other parts. `saves`: compare inside the interval too, not at its end alone.
+    `single`: solve in single precision. `everywhere`: run on all families that fit, not on a sample of them.
     """
 
     name: str
@@ -45,7 +48,7 @@ class Configuration(NamedTuple):
     everywhere: bool = False
 
     def solver(self, family: Family, draw: Draw) -> Any:
-        """The solver of one draw."""
+        """The solver for one draw of a family."""
         import probode as po
 
         keeps = isinstance(self.parts.get("strategy"), po.FixedIntervalSmoother)
@@ -58,7 +61,7 @@ class Configuration(NamedTuple):
         )
 
     def fits(self, family: Family) -> bool:
-        """Whether the parts take the equation, and have a chance."""
+        """Whether the parts accept equations of this family and can be expected to solve them."""
         import probode as po
 
         whole = not isinstance(self.parts.get("factorisation"), po.BlockDiagonal | po.Isotropic)
@@ -68,13 +71,13 @@ class Configuration(NamedTuple):
         return ((first and whole) or not family.stiff) and self.prior(1.0).num_derivatives >= family.order
 
     def families(self, number: int) -> list[Family]:
-        """All that fit, or a sample that depends on the name alone."""
+        """All families that fit, or a sample of `number` that depends on the name of the configuration alone."""
         fitting = [family for family in FAMILIES.values() if self.fits(family)]
         return fitting if self.everywhere else random.Random(self.name).sample(fitting, min(number, len(fitting)))
 
 
 def configurations() -> dict[str, Configuration]:
-    """The default, the parts one by one, and combinations."""
+    """All configurations by name: the default, changes of one part at a time, and combinations."""
     import probode as po
 
     found: dict[str, Configuration] = {}
@@ -150,7 +153,12 @@ QUICK = (
 
 
 class Outcome(NamedTuple):
-    """What came of a solve. `error` in tolerances and `chi2`, both the worst of the times; counts of what is wrong."""
+    """The outcome of a solve, compared with the known solution.
+
+    `error`: the largest error, in tolerances. `chi2`: the largest mean square of errors in standard deviations over the
+    times. `nonfinite`: how many numbers are not finite. `zero_std`: how many standard deviations are zero in spite of
+    an error. `wrong`: whether an error exceeds `WRONG_TOLERANCES` and `WRONG_STDS`. `words`: the worst error in words.
+    """
 
     result: str
     attempts: int = 0
@@ -163,12 +171,12 @@ class Outcome(NamedTuple):
 
     @property
     def flagged(self) -> bool:
-        """Whether there is something to look at."""
+        """Whether the solve is wrong, or returned numbers that cannot be right, or raised an error."""
         return self.wrong or self.nonfinite + self.zero_std > 0 or self.result.startswith("raised")
 
 
 def attempt(configuration: Configuration, family: Family, draw: Draw) -> Outcome:
-    """Solve, and compare with what is right."""
+    """The outcome of one draw under one configuration."""
     import probode as po
 
     dtype = np.float32 if configuration.single else np.float64
@@ -197,7 +205,7 @@ def attempt(configuration: Configuration, family: Family, draw: Draw) -> Outcome
             "log_likelihood": solution.log_likelihood,
         }
         returned = {name: np.asarray(x, float) for name, x in returned.items()}
-    except Exception as error:  # what a user would see is what is counted
+    except Exception as error:  # counted: a user would see it
         return Outcome(f"raised {type(error).__name__}: {str(error)[:100]}")
     nonfinite = {name: int(np.sum(~np.isfinite(x))) for name, x in returned.items()}
     mean, std = returned["mean"] / scale, returned["std"] / scale
@@ -211,10 +219,10 @@ def _judged(family, draw, mean, std, attempts, nonfinite, eps):
     error = np.where(np.isnan(mean - right), np.inf, np.abs(mean - right))
     tolerance = draw.atol / draw.scale + draw.rtol * np.abs(np.where(np.isfinite(right), right, 0))
     zero = (std == 0) & (error > floor)
-    # Errors that the reference may have itself count for nothing.
+    # Without the floor, errors of the reference itself would be counted.
     wrong = (error > WRONG_TOLERANCES * tolerance + floor) & ~(error <= WRONG_STDS * std)
     chi2 = np.max(np.mean(error**2 / (std**2 + (floor / 100) ** 2), axis=1))
-    # Where to look: at what is flagged, if something is.
+    # The entry to describe: a flagged one if there is any, otherwise the largest error.
     flagged = wrong if np.any(wrong) else zero if np.any(zero) else np.isfinite(error)
     worst = np.unravel_index(np.argmax(np.where(flagged, np.minimum(error / tolerance, 1e300), -1)), error.shape)
     words = _described(draw, mean, std, right, *worst)
@@ -241,7 +249,7 @@ def _described(draw, mean, std, right, row, component):
 
 
 def summarised(configuration: Configuration, family: Family, outcomes: list[Outcome]) -> dict:
-    """A row of the table."""
+    """A row of the table: statistics over the outcomes of a family under a configuration."""
     good = [outcome for outcome in outcomes if outcome.result == "successful"]
     errors, chi2 = ([getattr(outcome, name) for outcome in good] or [np.nan] for name in ("error", "chi2"))
     attempts = [outcome.attempts for outcome in outcomes]
@@ -272,7 +280,7 @@ def summarised(configuration: Configuration, family: Family, outcomes: list[Outc
 
 
 def run(configuration: Configuration, family: Family, number: int, *, seed=SEED, only=None) -> dict:
-    """The first draws of a family, or `only` one, under one configuration: a row, printed with what is wrong."""
+    """The row of a family under a configuration, printed with its flagged draws; `only`: skip the draws before it."""
     draws = family.draws(number, seed, configuration.single)
     draws = draws if only is None else draws[only:]
     outcomes = [attempt(configuration, family, draw) for draw in draws]
@@ -288,7 +296,7 @@ def run(configuration: Configuration, family: Family, number: int, *, seed=SEED,
 
 
 def summary(rows: list[dict]) -> str:
-    """Counts over all rows, apart where no solver can be sure, and of the default."""
+    """Counts over all rows as text, separately for equations on which no solver can be sure of its answer."""
     lines = [f"{'':<24}{'solves':>8}{'successful':>12}{'wrong':>8}{'nonfinite':>11}{'zero std':>10}{'raised':>8}"]
     for name, posed, which in (
         ("well posed", "yes", ("",)),
@@ -306,7 +314,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    """Run the part asked for, write its table, print a summary."""
+    """Run the comparison that is asked for, write its table, print a summary."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="six configurations, few draws: minutes")
     parser.add_argument("--pulses", action="store_true", help="only the pulses, beside SciPy and diffrax")
@@ -317,7 +325,7 @@ def main() -> None:
     parser.add_argument("--draw", type=int, help="this one alone, with its numbers")
     parser.add_argument("--seed", type=int, default=SEED)
     options = parse(parser)
-    # Most of the time goes to compilation, which is a third shorter so.
+    # Most of the time is compilation, which takes a third longer with optimisations.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     jax.config.update("jax_enable_x64", True)
     if options.stiff:
@@ -333,7 +341,7 @@ def main() -> None:
 
 
 def sweep(options: argparse.Namespace) -> list[dict]:
-    """The rows of all pairs asked for."""
+    """The rows of all configurations and families that are asked for."""
     print(f"{'family':<18}{'configuration':<56}{'success':>11}{'median':>11}{'max':>11}{'chi2 gm':>11}{'max':>11}")
     rows, number = [], options.draws or (10 if options.quick else 40)
     chosen = options.configuration or (QUICK if options.quick else list(configurations()))

@@ -1,7 +1,8 @@
-"""Draws from a family of equations, and what is right: the parts of `benchmarks.fuzz` that know of no equation.
+"""Random draws from families of equations, for `benchmarks.fuzz`, and the known solutions at their times.
 
-A family is written in its own variables `x` and `v`; a draw stretches time by `unit` and the solution by `scale`, both
-powers of two, so that in single precision, too, the equation is exactly the one whose solution is known.
+A family is written in variables of its own, time `x` and solution `v`. A draw stretches time by `unit` and the solution
+by `scale`. Both are powers of two: other factors would change the equation by round-off, so that in single precision
+its solution would not be the known one.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import numpy as np
 
 
 class Draw(NamedTuple):
-    """One equation of a family, where it ends, and how it is to be solved; negative units run time backwards."""
+    """One equation of a family, its interval and its tolerances. With a negative `unit` time runs backwards."""
 
     index: int
     parameters: np.ndarray
     start: np.ndarray  # (order, d): v and its derivatives
-    times: np.ndarray  # of x: three inside, and the end
+    times: np.ndarray  # values of x: three inside the interval, then its end
     unit: float
     scale: float
     rtol: float
@@ -31,11 +32,13 @@ class Draw(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """`field(x, v, p)`, `(x, v, v', p)` for an equation of second `order` or a residual; `draw(rng)` gives `p`, the
-    start and the end; `solution(p, start, x)` is `(times, d)`, not finite where there is none; without it, SciPy's.
+    """A family of equations with parameters `p`.
 
-    `small`: the size of the smallest component that matters. Not `well_posed`: no solver that looks at the field at
-    some times can be sure. `accuracy`: of the solution, relative to its largest component.
+    `field`: called as `field(x, v, p)`, or as `field(x, v, v', p)` for an equation of second `order` or a residual.
+    `draw(rng)`: returns `p`, the initial value and the end of the interval. `solution(p, start, x)`: the solution at
+    the times `x`, `(times, d)`, not finite where it does not exist; by default it is computed with SciPy. `small`: the
+    size of the smallest component that matters. `well_posed`: false if no solver that evaluates the field at some times
+    can be sure of its answer. `accuracy`: of the known solution, relative to its largest component.
     """
 
     name: str
@@ -51,7 +54,7 @@ class Family:
 
     @functools.cached_property
     def problem(self) -> Any:
-        """The equation as it is solved: one function for all draws, so that nothing compiles twice."""
+        """The equation in the stretched variables. One function for each draw would compile anew for each."""
         import probode
 
         if self.residual:
@@ -59,7 +62,7 @@ class Family:
         return probode.ODE((_stretched, _stretched_second)[self.order - 1](self.field), order=self.order)
 
     def draws(self, number: int, seed: int, single: bool = False) -> list[Draw]:
-        """The first draws of a seed, the same for all configurations but for tolerances in single precision."""
+        """The first draws of a seed, the same for all configurations but for tolerances in `single` precision."""
         return [self._draw(index, seed, single) for index in range(number)]
 
     def _draw(self, index, seed, single):
@@ -69,7 +72,7 @@ class Family:
         unit, scale = 2.0 ** rng.integers(-30, 31), 2.0 ** rng.integers(-40, 41)
         unit *= rng.choice([1.0, 1.0, 1.0, -1.0])
         rtol = 10.0 ** rng.uniform(-5 if single else -11, -2)
-        # Mostly in the units of the solution; else a number that someone left as it was.
+        # One tolerance in five is not in the units of the solution, like a default that nobody has changed.
         atol = rtol * 10.0 ** -rng.uniform(0, 4) * self.small * scale if rng.random() < 0.8 else 1e-3 * rtol
         return Draw(index, _single(parameters), _single(np.atleast_2d(start)), _single(times), unit, scale, rtol, atol)
 
@@ -88,7 +91,7 @@ _KNOWN: dict = {}
 
 
 def integrate(field, p, start, times, *, stiff, atol):
-    """SciPy's solution at `times`, close to round-off."""
+    """The solution at `times` by SciPy, with an error close to round-off, `(times, d)`; NaN if SciPy fails."""
     import scipy.integrate
 
     f, jacobian = jax.jit(field), jax.jit(jax.jacfwd(field, 1))

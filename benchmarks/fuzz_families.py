@@ -1,7 +1,7 @@
 """Families of equations with known solutions, for `benchmarks.fuzz`: fields, draws, solutions, and the list of all.
 
-Closed forms where there are any; else SciPy's solvers close to round-off. Where no solver that looks at a field at some
-times can be sure of the answer, the family says so (`well_posed`).
+Solutions are closed forms where there are any, otherwise SciPy's with an error close to round-off. Families with
+`well_posed=False` are those on which no solver that evaluates the field at some times can be sure of its answer.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _of_forced(p, start, x):
 
 
 def of_pulse(p, start, x):
-    """The convolution of the pulse with the decay, for `v = 0` at the start."""
+    """The solution of `pulse` from `v(0) = 0`: the convolution of the pulse with the exponential decay."""
     shift, erf = 0.05 * p[1], np.vectorize(math.erf)
     total = erf((x - p[0]) / p[1] - shift) - erf(-p[0] / p[1] - shift)
     return _columns(p[1] * math.sqrt(math.pi) / 2 * np.exp(shift**2 - 0.1 * (x - p[0])) * total)
@@ -155,7 +155,7 @@ def _of_cubic_dae(p, start, x):
 
 
 def _of_kepler(p, start, x):
-    """From the point next to the centre: Kepler's equation by Newton's method."""
+    """The orbit from its point closest to the centre, by Newton's method on Kepler's equation."""
     near, speed = start[0, 0], start[1, 1]
     axis = 1 / (2 / near - speed**2)
     e, mean = 1 - near / axis, x * axis**-1.5

@@ -1,7 +1,8 @@
-"""Pulses somewhere in a long interval: how often a solver steps over one, beside SciPy and diffrax.
+"""How often a short pulse in a long interval is missed, by probode, SciPy and diffrax.
 
-`u' = exp(-((t - c) / w)^2) - u / 10`, `u(0) = 0` on `[0, 10]`, `c` uniform, `w` log-uniform in `[0.01, 1]`. Missed: off
-by more than half of the right value. Part of `python -m benchmarks.fuzz`, or alone by `--pulses`.
+`u' = exp(-((t - c) / w)^2) - u / 10`, `u(0) = 0` on `[0, 10]`, `c` uniform, `w` log-uniform in `[0.01, 1]`. A pulse is
+missed if `u(10)` is wrong by more than half of its exact value. Runs at the end of `python -m benchmarks.fuzz`, alone
+with `--pulses`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ RTOLS = (1e-3, 1e-6)
 
 
 def draws(number: int) -> list[tuple[np.ndarray, float]]:
-    """Centres with widths, and the right values at the end."""
+    """Pairs `(c, w)`, each with the exact value of `u` at the end."""
     rng = np.random.default_rng(SEED)
     pairs = np.stack([rng.uniform(0, END, number), np.exp(rng.uniform(math.log(0.01), 0, number))], axis=1)
     return [(pair, float(of_pulse(pair, None, np.array([END]))[0, 0])) for pair in pairs]
 
 
 def solvers() -> dict[str, Callable[[np.ndarray, float], tuple[float, float, int, bool]]]:
-    """By name: from parameters and tolerance to the end value, its standard deviation, attempts, and success."""
+    """Functions of `(c, w)` and `rtol`, by name.
+
+    Each returns `u` at the end, its standard deviation, the number of attempts (for SciPy the number of evaluations of
+    the field), and whether the solve succeeded.
+    """
     import probode as po
 
     ode = po.ODE(pulse)
@@ -78,7 +83,7 @@ def _tsit5(p, rtol):
 
 
 def table(output: pathlib.Path, number: int) -> None:
-    """Count what each misses, and what it is sure of although it missed it."""
+    """Count the pulses that each solver misses, and those that it misses by more than 100 standard deviations."""
     rows, drawn = [], draws(number)
     print(f"\n{'pulses':<26}{'rtol':>8}{'missed':>8}{'share':>8}{'sure':>8}{'failed':>8}{'attempts':>10}")
     for rtol in RTOLS:

@@ -1,7 +1,8 @@
-"""End points of stiff problems, and of those in `problems`, by the default method: `python -m benchmarks.fuzz --stiff`.
+"""Errors of `TS1` and Kvaerno5 at the ends of stiff problems: `python -m benchmarks.fuzz --stiff`.
 
-Errors count in tolerances, `atol` being a thousandth of `rtol` times the size of the smallest component that matters.
-Equations and end values: test set for IVP solvers (Mazzia & Magherini, 2008); Hairer & Wanner (1996). Beside Kvaerno5.
+All problems of `problems`, stiff or not, are among them. Errors are in units of the tolerance; `atol` is a thousandth
+of `rtol` times the size of the smallest component that matters. Equations and end values: test set for IVP solvers
+(Mazzia & Magherini, 2008); Hairer & Wanner (1996).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from .timing import result_file, write_rows
 
 MAX_STEPS, QUICK_STEPS = 2**15, 2**14
 RTOLS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-PRIORS = ("IWP", "relative")  # one output scale for all components, or one for each, by their sizes
-LARGE = 20  # with more components, only a prior of order four
+PRIORS = ("IWP", "relative")  # one output scale for all components, or one in proportion to the size of each
+LARGE = 20  # problems with more components are solved with priors of order four alone
 
-# POLLU (Verwer, 1994), 25 reactions of 20 species: rate, species multiplied, species lost, species made.
+# POLLU (Verwer, 1994), 25 reactions of 20 species: rate, species that react, species lost, species made.
 REACTIONS = (
     (0.35, (1,), (1,), (2, 3)),
     (26.6, (2, 4), (2, 4), (1,)),
@@ -57,7 +58,7 @@ REACTIONS = (
 
 @functools.lru_cache
 def _changes() -> np.ndarray:
-    """What each reaction adds to each species."""
+    """The stoichiometric matrix, `(species, reactions)`: how much a reaction adds to each species."""
     changes = np.zeros((20, len(REACTIONS)))
     for j, (_, _, lost, made) in enumerate(REACTIONS):
         np.add.at(changes[:, j], np.array(lost) - 1, -1)
@@ -66,19 +67,19 @@ def _changes() -> np.ndarray:
 
 
 def pollu(t, u, args):
-    """Air pollution."""
+    """The vector field of the air pollution problem POLLU."""
     rates = [rate * math.prod(u[i - 1] for i in species) for rate, species, _, _ in REACTIONS]
     return jnp.asarray(_changes()) @ jnp.stack(rates)
 
 
 def oregonator(t, u, args):
-    """The Belousov-Zhabotinskii reaction."""
+    """The vector field of the Oregonator, a model of the Belousov-Zhabotinskii reaction."""
     x, y, z = u[0], u[1], u[2]
     return jnp.stack([77.27 * (y + x * (1 - 8.375e-6 * x - y)), (z - (1 + x) * y) / 77.27, 0.161 * (x - z)])
 
 
 def e5(t, u, args):
-    """Four species, whose sizes span twenty orders of magnitude."""
+    """The vector field of E5: four species whose concentrations span twenty orders of magnitude."""
     a, b, c, mc = 7.89e-10, 1.1e7, 1.13e3, 1.13e9
     w, x, y, z = u[0], u[1], u[2], u[3]
     first, second, third, back = a * w, b * w * y, mc * x * y, c * z
@@ -86,7 +87,7 @@ def e5(t, u, args):
 
 
 class Case(NamedTuple):
-    """A problem, and the size of its smallest component that matters."""
+    """A problem with the size of its smallest component that matters."""
 
     problem: problems.Problem
     small: float = 1.0
@@ -118,7 +119,7 @@ POLLU_END = (
 
 
 def cases() -> dict[str, Case]:
-    """By name."""
+    """All cases, by the names of their problems."""
     rates = problems.PROBLEMS["robertson"].args
     own = [
         _case("pollu", pollu, POLLU_START, 60.0, POLLU_END, 1e-6),
@@ -132,7 +133,8 @@ def cases() -> dict[str, Case]:
             1e-10,
             rates,
         ),
-        # The published values of the middle two differ, though the equation keeps their difference at the fourth.
+        # The published values of the middle two components differ, but the equation keeps their difference equal to the
+        # fourth, which is zero.
         _case("e5", e5, (1.76e-3, 0.0, 0.0, 0.0), 1e13, (0.0, 8.86123352128e-23, 8.86123352128e-23, 0.0), 1e-20),
         *(
             _case(f"van_der_pol_2_{mu:.0e}", problems.van_der_pol, (2.0, 0.0), 2.0, end, args=mu)
@@ -145,7 +147,7 @@ def cases() -> dict[str, Case]:
 
 
 class End(NamedTuple):
-    """The end point, its standard deviation, attempts, and how it went."""
+    """The solution at the end, its standard deviation, the number of attempts, and the result code in words."""
 
     u: np.ndarray
     std: np.ndarray
@@ -154,7 +156,7 @@ class End(NamedTuple):
 
 
 def ours(problem: problems.Problem, order: int, rtol: float, atol: float, max_steps: int, prior: str) -> End:
-    """`TS1` and one of the `PRIORS`, everything else at its default but for the number of steps."""
+    """The end by `TS1` and one of the `PRIORS`, with the default parts except for a loop of `max_steps`."""
     import probode as po
 
     controller, loop = po.IntegralController(rtol, atol), po.ForwardLoop(max_steps)
@@ -167,7 +169,7 @@ def ours(problem: problems.Problem, order: int, rtol: float, atol: float, max_st
 
 
 def kvaerno5(problem: problems.Problem, rtol: float, atol: float) -> End:
-    """diffrax's solver for stiff problems, with the same tolerances."""
+    """The end by diffrax's Kvaerno5, with the same tolerances; it has no standard deviation."""
     import diffrax
 
     start, end, dt0, u0 = jnp.asarray(problem.t0), jnp.asarray(problem.t1), None, jnp.asarray(problem.u0)
@@ -187,7 +189,7 @@ def _peer(name: str, rtol: float, atol: float) -> End:
 
 
 def compared(case: Case, prior: str, order: int, rtol: float, max_steps: int) -> dict:
-    """A row of the table."""
+    """A row of the table: a problem, prior, order and tolerance."""
     atol = 1e-3 * rtol * case.small
     right = case.problem.u1
     own, peer = ours(case.problem, order, rtol, atol, max_steps, prior), _peer(case.problem.name, rtol, atol)
@@ -212,7 +214,7 @@ def compared(case: Case, prior: str, order: int, rtol: float, max_steps: int) ->
 
 
 def summary(rows: list[dict]) -> str:
-    """How often the error is what was asked for, and attempts beside those of the peer."""
+    """How often errors are near the tolerance, and the ratio of attempts to Kvaerno5's, as text."""
     lines = []
     for prior, order in sorted({(row["prior"], row["order"]) for row in rows}):
         own = [row for row in rows if (row["prior"], row["order"]) == (prior, order)]
@@ -231,7 +233,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def table(output: pathlib.Path, quick: bool = False) -> None:
-    """All problems at all tolerances; quick: the small ones, at two."""
+    """Solve all problems at all tolerances, or with `quick` the small ones at two; write the table, print a summary."""
     rows = []
     print(
         f"{'problem':<24}{'prior':>10}{'order':>6}{'rtol':>8}{'attempts':>10}{'error':>10}{'chi2':>10}{'Kvaerno5':>10}{'error':>10}"

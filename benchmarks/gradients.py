@@ -1,9 +1,9 @@
-"""Value and gradient of a solve: `python -m benchmarks.gradients [--plain]`.
+"""Time of a value with its gradient, in reverse mode: `python -m benchmarks.gradients [--plain]`.
 
-Lotka-Volterra on [0, 10] at rtol 1e-5: the sum of the end point, differentiated in initial values and parameters; each
-package with a loop that can be differentiated. Van der Pol with mu = 1000 on [0, 0.7]: the end point, differentiated in
-mu; every configuration at several tolerances, to be compared where the gradient has an error of 1e-6. And the memory of
-a gradient through a hundred to 100,000 steps, in a table of its own.
+Each package uses a loop that can be differentiated. Lotka-Volterra on [0, 10] at rtol 1e-5: the sum of the components
+at the end, with respect to initial values and parameters. Van der Pol with mu = 1000 on [0, 0.7]: the first component
+at the end, with respect to mu, at several tolerances; methods are compared where the gradient has an error of 1e-6. A
+second table has the memory of a gradient through loops of 100 to 100,000 steps.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .problems import PROBLEMS
 from .timing import Table, compare, parse, result_file, write_rows
 
 
-# By the sensitivity equations: SciPy's Radau, LSODA and BDF at 1e-12 agree to nine digits.
+# From the sensitivity equations, by SciPy's Radau, LSODA and BDF at 1e-12, which agree to nine digits.
 VAN_DER_POL_SLOPE = -1.601940767e-6
 
 
 def lotka_volterra() -> dict:
-    """Programs by name, at the one tolerance."""
+    """Functions that are timed, by name, each with its arguments: Lotka-Volterra."""
     problem = PROBLEMS["lotka_volterra"]
     point = jnp.asarray(problem.u0), jnp.asarray(problem.args)
     ours = {f"probode {label}": _probode(problem, 10.0, 1e-5, *options) for label, *options in _OURS}
@@ -41,7 +41,7 @@ def lotka_volterra() -> dict:
 
 
 def van_der_pol() -> dict:
-    """Programs by name and tolerance."""
+    """Functions that are timed, by name, each with its arguments: Van der Pol at several tolerances."""
     problem = PROBLEMS["van_der_pol_1e3"]
     programs = {}
     for exponent in (3, 4, 5, 6, 7):
@@ -129,7 +129,7 @@ def _diffrax(problem, t1, rtol, method, direct):
 
 
 def memory() -> dict[int, int]:
-    """Temporary bytes of a gradient through a `CheckpointedLoop` of so many steps."""
+    """Bytes of temporary memory that a gradient through a `CheckpointedLoop` takes, by the `max_steps` of the loop."""
     import probode
 
     problem = PROBLEMS["lotka_volterra"]
@@ -144,10 +144,10 @@ def memory() -> dict[int, int]:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Measure, print and write both tables."""
     options = parse(argparse.ArgumentParser(prog="python -m benchmarks.gradients", description=__doc__.splitlines()[0]))
 
-    import probode as probode  # sets the option, before JAX starts its backend
+    import probode as probode  # sets XLA's options, which JAX reads when it starts its backend
 
     jax.config.update("jax_enable_x64", True)
     table = Table("gradients", options.output)

@@ -1,9 +1,9 @@
-"""A thousand solves at once: `python -m benchmarks.lanes [--plain] [--lanes 1000]`.
+"""Time of a thousand solves in one call: `python -m benchmarks.lanes [--plain] [--lanes 1000]`.
 
-Lotka-Volterra on [0, 10] at rtol 1e-5 from a line of initial values, end points, forward loops: `solve_ensemble` in
-blocks of several sizes, plain `jax.vmap` of all three JAX packages; and lanes of very different cost (Van der Pol with
-mu from 1 to 100), dealt with and without their expected cost. On an accelerator all lanes at once, also 100,000 of
-them; the table then goes to a file of its own.
+A lane is one of these solves; only its end is kept. Lanes of equal cost, Lotka-Volterra on [0, 10] at rtol 1e-5 from
+initial values on a line: `solve_ensemble` in blocks of several sizes, and `jax.vmap` of all three JAX packages. Lanes
+of different cost, Van der Pol with mu from 1 to 100: blocks of lanes in random order, and sorted by expected cost. On
+an accelerator all lanes are one block, 100,000 lanes are measured too, and the table has a file of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .timing import Table, compare, parse
 
 
 def uniform(lanes: int, dtype) -> dict:
-    """Programs by name, for lanes of the same cost."""
+    """Functions that are timed, by name, each with its arguments: lanes of equal cost."""
     import probode
 
     problem = PROBLEMS["lotka_volterra"]
@@ -46,11 +46,11 @@ def uniform(lanes: int, dtype) -> dict:
         def one(u0, solver=solver):
             return solver.solve(u0, 0.0, 10.0, args=args, throw=False).mean[-1]
 
-        if not accelerator:  # it is the one block
+        if not accelerator:  # there the one block is the same program
             programs[f"probode {label} vmap"] = jax.vmap(one), (u0s,)
     shorter = problem.until(10.0)
     if dtype == jnp.float32:
-        return programs  # the peers do not run in single precision beside double
+        return programs  # the peers do not run in single precision while double is enabled
     if peers.available("probdiffeq"):
         for nu in (3, 4):
             solve = peers.probdiffeq_function(shorter, "TS0", nu, "dynamic", "residual", "integral")
@@ -63,7 +63,7 @@ def uniform(lanes: int, dtype) -> dict:
 
 
 def uneven(lanes: int) -> dict:
-    """Programs by name, for lanes whose cost varies by a factor of ten, shuffled."""
+    """Functions that are timed, by name, each with its arguments: lanes whose cost varies by a factor of ten."""
     import probode
 
     mu = jnp.asarray(np.random.default_rng(0).permutation(np.geomspace(1.0, 100.0, lanes)))
@@ -94,12 +94,12 @@ def uneven(lanes: int) -> dict:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lanes", description=__doc__.splitlines()[0])
     parser.add_argument("--lanes", type=int, default=1000)
     options = parse(parser)
 
-    import probode as probode  # sets the option, before JAX starts its backend
+    import probode as probode  # sets XLA's options, which JAX reads when it starts its backend
 
     jax.config.update("jax_enable_x64", True)
     table = Table("lanes", options.output)

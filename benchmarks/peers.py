@@ -1,7 +1,8 @@
-"""One function per solver package: `(problem, rtol, atol)` to a callable that solves and waits for the result.
+"""Solvers of probode and its peers: a function per package, from `(problem, rtol, atol)` to a callable that solves.
 
-Each is given its fastest ways of use: everything inside one `jax.jit`, exact Jacobians, no history, no gradients.
-Tolerances are inputs of the compiled programs, so that a configuration compiles once per problem.
+Calling it waits for the result. Each package is used in its fastest way: everything inside one `jax.jit`, exact
+Jacobians, only the end kept, no gradients. Tolerances are arguments of the compiled functions: as constants they would
+be compiled anew for every tolerance.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def probode(
     safety: float = 0.95,
     loop: str = "forward",
 ) -> Callable[[], Outcome]:
-    """EK0 (isotropic) or EK1 (dense) on an integrated Wiener process, as a filter for the terminal value.
+    """A callable that solves with probode: EK0 (isotropic) or EK1 (dense), a filter with an integrated Wiener process.
 
     "EK0 twice" evaluates the vector field twice in each accepted step; "2nd EK0" solves the problem as an equation of
-    second order, where it is one. The loop is the plain one, as that of the peers.
+    second order, where it is one. The default loop is a plain while loop, like the loops of the peers.
     """
     solve = probode_function(problem, method, num_derivatives, error, control, safety, loop)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
@@ -107,7 +108,7 @@ def probdiffeq(
     error: str = "residual",
     control: str = "integral",
 ) -> Callable[[], Outcome]:
-    """TS0 (isotropic) or TS1 (dense, exact Jacobian) as a filter for terminal values."""
+    """A callable that solves with probdiffeq: TS0 (isotropic) or TS1 (dense, exact Jacobian), as a filter."""
     solve = probdiffeq_function(problem, method, num_derivatives, calibration, error, control)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
@@ -165,7 +166,7 @@ def probdiffeq_function(problem, method, num_derivatives, calibration, error, co
 
 
 def _at_most_max_steps(cond, body, init):
-    """Its own loop never ends where steps become ever smaller, as on Robertson's problem."""
+    """A while loop with a bound; probdiffeq's own never ends where steps become ever smaller, as on Robertson's."""
     import equinox.internal as eqxi
 
     return eqxi.while_loop(cond, body, init, max_steps=MAX_STEPS, kind="lax")
@@ -174,7 +175,7 @@ def _at_most_max_steps(cond, body, init):
 def diffrax(
     problem: Problem, rtol: float, atol: float, *, method: str = "Tsit5", pi: bool = False
 ) -> Callable[[], Outcome]:
-    """A Runge-Kutta method by its class name; `pi` turns on proportional-integral control."""
+    """A callable that solves with a Runge-Kutta method of diffrax; `pi` turns on proportional-integral control."""
     solve = diffrax_function(problem, method, pi)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
@@ -206,7 +207,7 @@ def diffrax_function(problem, method, pi):
 
 
 def scipy(problem: Problem, rtol: float, atol: float, *, method: str = "LSODA") -> Callable[[], Outcome]:
-    """A method of `scipy.integrate.solve_ivp`; it pays for one call into JAX per evaluation of the vector field."""
+    """A callable that solves with `scipy.integrate.solve_ivp`; each evaluation of the field is a call into JAX."""
     from scipy.integrate import solve_ivp
 
     field, jacobian = _scipy_functions(problem)
@@ -255,7 +256,7 @@ FAMILIES = ("probode", "probdiffeq", "diffrax", "scipy")
 
 
 def configurations(quick: bool = False) -> list[Configuration]:
-    """What to run: the configurations of every family, or the leading ones (`quick`)."""
+    """The configurations of every package, or with `quick` only the leading ones."""
     every = [*_probode_configurations(), *_probdiffeq_configurations(), *_others()]
     return [configuration for configuration, leading in every if leading or not quick]
 

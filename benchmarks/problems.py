@@ -19,8 +19,8 @@ import numpy as np
 class Problem:
     """An initial value problem `u' = f(t, u, args)` on `[t0, t1]` and its solution `u1` at `t1`.
 
-    `acceleration`, where there is one: the field `(t, x, x', args)` of the same problem as an equation of second order,
-    `u` being `x` followed by `x'`.
+    `acceleration`: called as `(t, x, x', args)`, the vector field of the same problem as an equation of second order,
+    where it is one; `u` is then `x` followed by `x'`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Problem:
         return self.u0.size
 
     def until(self, t1: float) -> Problem:
-        """The same on a shorter interval, whose end point is not known."""
+        """The same problem on an interval that ends at `t1`, where the solution is not known: `u1` is NaN."""
         return dataclasses.replace(self, t1=t1, u1=np.full_like(self.u1, np.nan))
 
     def error(self, u: Any) -> float:
@@ -103,10 +103,10 @@ def pleiades(t, u, args):
 
 
 def pleiades_acceleration(t, positions, velocities, args):
-    """The same as an equation of second order."""
+    """The accelerations of the stars: the same problem as an equation of second order."""
     x, y = positions[:7], positions[7:]
     dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
-    # the ones on the diagonal keep a star from dividing by its distance to itself
+    # without the ones on the diagonal the distance of a star to itself would be a division by zero
     pull = (dx * dx + dy * dy + jnp.eye(7)) ** -1.5 * jnp.arange(1.0, 8.0)
     return jnp.concatenate([jnp.sum(pull * dx, axis=1), jnp.sum(pull * dy, axis=1)])
 

@@ -1,10 +1,10 @@
-"""Is it safe, and is it worth it, that XLA compiles small loops into one native function? For the whole process?
+"""Effects of XLA's options for small loops, which act on a whole process, on results and on run times.
 
     python -m benchmarks.small_loops [--fields 40] [--no-workloads]
 
-Two kinds of evidence, each from processes that differ in the option alone. A fuzz: random vector fields with branches,
-loops, scatters, sorts and solves inside, integrated on a grid and adaptively, and differentiated; whatever the option
-does to round-off, the answers must agree. And workloads of other people's libraries, timed.
+Every comparison is between processes that differ in these options alone. Results: random vector fields with branches,
+loops, scatters, sorts and linear solves inside are integrated on a grid and adaptively, and differentiated; the answers
+must agree but for round-off. Run times: loops of other libraries, which must not become slower.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 from probode.util.xla import OPTION, SUMS
 
 
-BATCH = 10  # XLA runs out of memory maps after many programs: a process does only so many
+BATCH = 10  # fields per process: after many compiled programs XLA runs out of memory maps
 
 
 def random_field(seed: int):
-    """A bounded vector field on `d` components made of a few random operations, control flow among them."""
+    """A bounded vector field made of a few random operations, control flow among them, and an initial value."""
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -68,7 +68,7 @@ def random_field(seed: int):
 
 
 def fuzz(first: int, last: int) -> dict:
-    """End points, standard deviations and gradients of the fields with these seeds."""
+    """End points, standard deviations and gradients of the fields with the seeds from `first` to `last - 1`."""
     import jax
     import jax.numpy as jnp
 
@@ -102,7 +102,7 @@ def fuzz(first: int, last: int) -> dict:
 
 
 def workloads() -> dict:
-    """Seconds per run, compilation apart, of loops that other libraries make."""
+    """Loops of other libraries by name: seconds per run, seconds of compilation, and the sum of the result."""
     import blackjax
     import diffrax
     import jax
@@ -190,7 +190,7 @@ def workloads() -> dict:
 
 
 def in_process(what: str, threshold: int | None) -> dict:
-    """The result of `what` from a process of its own."""
+    """The result of `what` in a process of its own, with a threshold of XLA's option or, with `None`, its default."""
     flags = "" if threshold is None else f"--xla_backend_extra_options={OPTION}={threshold} {SUMS}=-reduce"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_X64": "1", "PROBODE_SMALL_LOOPS": "0"}
     command = [sys.executable, "-m", "benchmarks.small_loops", "--child", what]
@@ -222,7 +222,7 @@ def main() -> None:
                     a, b = np.array(a), np.array(b)
                     difference = float(np.max(np.abs(a - b)) / np.max(np.abs(a)))
                     worst[k] = max(worst[k], difference)
-                    # A round-off may move a step of an adaptive solve across a kink of its field.
+                    # More for adaptive solves: round-off may move a step across a kink of its field.
                     if not difference < (1e-9 if k < 2 else 1e-2):
                         failures.append((int(seed), k, difference))
         print(f"{options.fields} fields, threshold {threshold}: largest relative difference of grid mean, grid std,")

@@ -1,7 +1,8 @@
-"""What smoothing costs: `python -m benchmarks.smoothing [--plain]`.
+"""Time of filters and smoothers: `python -m benchmarks.smoothing [--plain]`.
 
-Lotka-Volterra on [0, 50] with 100 save times at a tolerance of 1e-6: our filter, our two smoothers, and probdiffeq's
-fixed-point smoother (its fixed-interval one needs a grid), in one process, repeats interleaved.
+Lotka-Volterra on [0, 50] with 100 save times at a tolerance of 1e-6: probode's filter and its two smoothers, and the
+fixed-point smoother of probdiffeq, whose fixed-interval smoother needs a grid. All are compiled in one process and run
+in turns.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ END = np.array([6.479896814873224, 2.883884183537968])
 
 
 def main() -> None:
-    """Print the table, write it."""
+    """Measure, print and write the table."""
     options = parse(argparse.ArgumentParser(prog="python -m benchmarks.smoothing", description=__doc__.splitlines()[0]))
 
-    import probode as probode  # sets the option, before JAX starts its backend
+    import probode as probode  # sets XLA's options, which JAX reads when it starts its backend
 
     jax.config.update("jax_enable_x64", True)
     table = Table("smoothing", options.output)

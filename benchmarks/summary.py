@@ -1,7 +1,7 @@
-"""What the results say: `python -m benchmarks.summary` prints the table of targets and draws the plots.
+"""The table of targets and the plots, from the results of all benchmarks: `python -m benchmarks.summary`.
 
-Reads the CSV files in `benchmarks/results/`, whatever of them is there, and writes `summary.txt` beside them; ratios
-are those of the fastest configurations at an error, by the medians of the repeats and by the minima.
+Reads the CSV files that are in `benchmarks/results/` and writes `summary.txt` beside them. A ratio compares the fastest
+configurations that reach an error; there is one of the medians of the repeats, and one of their minima.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def read(name: str, results: pathlib.Path = RESULTS) -> list[dict]:
 
 
 def fastest(rows: list[dict], belongs: Callable[[dict], bool], target: float, column: str) -> float:
-    """Seconds of the fastest row with an error of at most `target`, an infinite one for any; infinity if none is."""
+    """Seconds of the fastest row of a method with an error of at most `target`; an infinite `target` allows any error.
+
+    Infinity if no row of the method is accurate enough, NaN if it has no rows.
+    """
     own = [row for row in rows if belongs(row)]
     good = [float(row[column]) for row in own if target == math.inf or float(row["error"]) <= target]
     return min(good, default=math.inf if own else MISSING)
@@ -76,24 +79,24 @@ class Results:
         self.directory, self.statistic = directory, statistic
 
     def at_error(self, problem: str, target: float, against: Callable[[dict], bool]) -> float:
-        """How many times longer the peers take to an error than probode; `problem` names the file."""
+        """The time in which a peer reaches the error `target` over probode's; `problem` names the file."""
         rows, column = read(f"work_precision_{problem}", self.directory), f"run_seconds_{self.statistic}"
         return fastest(rows, against, target, column) / fastest(rows, _family("probode"), target, column)
 
     def against(self, name: str, case: str, ours: str, theirs: str, target: float = math.inf) -> float:
-        """The same in the tables of the other benchmarks, over methods whose names start so."""
+        """The same ratio from the table of another benchmark; `ours` and `theirs` are how names of methods begin."""
         rows = [row for row in read(name, self.directory) if row["case"].startswith(case)]
         column = f"seconds_{self.statistic}"
         return fastest(rows, _starts(theirs), target, column) / fastest(rows, _starts(ours), target, column)
 
     def smoothing(self, name: str, strategies: tuple[str, ...]) -> float:
-        """probdiffeq's fixed-point smoother over ours, each the fastest with an error below ten times the tolerance."""
+        """The time of probdiffeq's fixed-point smoother over ours, each the fastest that reaches `SMOOTHING_ERROR`."""
         rows, column = read(name, self.directory), f"seconds_{self.statistic}"
         ours = fastest(rows, lambda row: row["method"].endswith(strategies), SMOOTHING_ERROR, column)
         return fastest(rows, _starts("probdiffeq"), SMOOTHING_ERROR, column) / ours
 
     def growth(self, method: str) -> float:
-        """The exponent of time per step in the dimension."""
+        """The exponent `p` in `time per step ~ dimension^p`."""
         rows = [
             row
             for row in read("dimension", self.directory)
@@ -104,14 +107,14 @@ class Results:
         return slope({int(row["case"].split("=")[1]): float(row[f"seconds_{self.statistic}"]) for row in rows})
 
     def compilation(self, peer: str) -> float:
-        """Compile seconds of a peer's end point of Lotka-Volterra over ours, EK0(4)."""
+        """The compile time of a peer over that of EK0(4), for the end point of Lotka-Volterra."""
         rows = read("work_precision_lotka_volterra", self.directory)
         theirs = [float(row["compile_seconds"]) for row in rows if row["configuration"].startswith(peer)]
         ours = [float(row["compile_seconds"]) for row in rows if row["configuration"].startswith("EK0(4)")]
         return min(theirs, default=MISSING) / min(ours, default=MISSING)
 
     def gradient_compilation(self, peer: str) -> float:
-        """Compile seconds of a peer's value and gradient of Lotka-Volterra over ours, EK0(3)."""
+        """The compile time of a peer over that of EK0(3), for value and gradient of Lotka-Volterra."""
         rows = [row for row in read("gradients", self.directory) if row["case"].startswith("Lotka-Volterra")]
         theirs, ours = (
             fastest(rows, _starts(method), math.inf, "compile_seconds") for method in (peer, "probode EK0(3)")
@@ -119,7 +122,7 @@ class Results:
         return theirs / ours
 
     def memory_growth(self) -> float:
-        """The exponent of a gradient's memory in the number of steps that the loop may take."""
+        """The exponent `p` in `memory of a gradient ~ max_steps^p`, `max_steps` being that of the loop."""
         rows = read("gradient_memory", self.directory)
         return slope({int(row["steps"]): float(row["bytes"]) for row in rows}) if rows else MISSING
 
@@ -130,7 +133,7 @@ class Results:
 
 
 class Target(NamedTuple):
-    """A line of the table: what is asked, what was measured, and why it is missed where it is."""
+    """A line of the table: the target, the measured value, whether the target is met, and why it is missed if not."""
 
     work: str
     peer: str
@@ -141,7 +144,7 @@ class Target(NamedTuple):
 
 
 def targets(results: Results) -> list[Target]:
-    """Every target with the measured ratio: their time over ours."""
+    """All targets with the measured ratios, times of peers over times of probode."""
 
     def entry(work, peer, asked, measured, why=""):
         return Target(work, peer, f"{asked:.3g}", measured, measured >= asked, why)
@@ -209,7 +212,7 @@ def plots(results: pathlib.Path = RESULTS) -> None:
         rows = [row for row in read(file.stem, results) if 1e-13 < float(row["error"]) < 1]
         figure, axes = plt.subplots(figsize=(6, 4))
         for family in ("probode", "probdiffeq", "diffrax", "scipy"):
-            # The lower envelope: nothing of the family is both faster and better.
+            # Only the lower envelope: rows for which no other row of the family is both faster and more accurate.
             points = sorted(
                 (float(r["error"]), 1e3 * float(r["run_seconds_min"])) for r in rows if r["family"] == family
             )
@@ -242,7 +245,7 @@ def _starts(method):
 
 
 def report(results: pathlib.Path) -> str:
-    """The table, and below it why targets are missed."""
+    """The table as text, and below it the reasons why targets are missed."""
     lines = [f"{'work':<36}{'against':<20}{'target':>10}{'medians':>10}{'minima':>10}   (their time over ours)"]
     reasons = {}
     by_medians, by_minima = (targets(Results(results, statistic)) for statistic in ("median", "min"))
@@ -258,7 +261,7 @@ def report(results: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Print, write and draw."""
+    """Print and write the table, draw the plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, metavar="DIR")
     results = parser.parse_args().output

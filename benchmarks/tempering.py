@@ -1,10 +1,11 @@
-"""How often a fit finds the parameters: `python -m benchmarks.tempering [--problem pendulum] [--starts 50]`.
+"""The share of fits that find the parameters: `python -m benchmarks.tempering [--problem pendulum] [--starts 50]`.
 
-Starts far from the optimum, the same for all: least squares on accurate solves, Fenrir's likelihood at the output scale
-one, and the same with diffusion tempering, all by L-BFGS on the logarithms of the parameters. A fit has converged if
-its parameters are within 5 % (root mean square, relative). The problems are those of Beck et al. (2024) in spirit: a
-pendulum with an unknown length, a predator-prey model with two unknown rates. The table's `error` is the share of
-starts from which a fit did not converge; its times include compilation.
+Three methods start from the same points, far from the optimum: least squares on accurate solves, Fenrir's likelihood
+with an output scale of one, and the same likelihood with diffusion tempering. All use L-BFGS on the logarithms of the
+parameters. A fit has converged if its parameters are within 5 % (root mean square, relative). The problems are similar
+to those of Beck et al. (2024), "Diffusion tempering": a pendulum with an unknown length, a predator-prey model with two
+unknown rates. The table's `error` is the share of starts from which a fit did not converge; its times include
+compilation.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ STEP = 0.05
 
 
 def lotka_volterra(t, u, args):
-    """Two of the four rates are unknown."""
+    """The vector field of a predator-prey model with two unknown rates, `args`; the other two rates are one."""
     return jnp.stack([args[0] * u[0] - u[0] * u[1], -args[1] * u[1] + u[0] * u[1]])
 
 
 def pendulum(t, u, du, args):
-    """Of unknown length."""
+    """The angular acceleration of a pendulum of unknown length `args[0]`."""
     return -9.81 / args[0] * jnp.sin(u)
 
 
-# equation, initial value, true parameters, largest start, end and number of observations
+# vector field, its order, initial value, true parameters, largest start, end, number of observations
 PROBLEMS = {
     "pendulum": (pendulum, 2, ([jnp.pi / 4], [0.0]), [3.0], 10.0, 10.0, 100),
     "lotka_volterra": (lotka_volterra, 1, [1.0, 1.0], [1.5, 3.0], 5.0, 20.0, 40),
@@ -41,13 +42,13 @@ PROBLEMS = {
 
 
 def main() -> None:
-    """Print the table, write it."""
+    """Measure, print and write the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tempering", description=__doc__.splitlines()[0])
     parser.add_argument("--problem", choices=PROBLEMS, help="one of them alone")
     parser.add_argument("--starts", type=int, default=50)
     options = parse(parser)
 
-    import probode as probode  # sets the option, before JAX starts its backend
+    import probode as probode  # sets XLA's options, which JAX reads when it starts its backend
 
     jax.config.update("jax_enable_x64", True)
     for name in [options.problem] if options.problem else PROBLEMS:
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, Callable]]:
-    """The true parameters, starts for their logarithms, and ways to fit them."""
+    """The true parameters, starts for their logarithms, and the methods that fit them by name."""
     import probode
 
     field, order, u0, true, largest, t1, count = PROBLEMS[name]
@@ -81,7 +82,7 @@ def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, C
     values = values + NOISE * rng.normal(size=values.shape)
     data = probode.Observations(ts, values, NOISE)
     starts = jnp.log(jnp.asarray(rng.uniform(0.1, largest, size=(number, len(true)))))
-    # Tolerances so loose that the longest step is always good enough.
+    # Steps of fixed length: tolerances so loose that the longest step is always accepted.
     likely = probode.Solver(
         probode.IWP(2 + order),
         probode.TS1(ode),
@@ -114,7 +115,7 @@ def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, C
 
 
 def _descent(fn: Callable, iterations: int) -> Callable:
-    """At most so many iterations of L-BFGS from every start."""
+    """A function of starts and solver: the ends of at most `iterations` iterations of L-BFGS from every start."""
     import equinox as eqx
     import optax
 
@@ -137,12 +138,12 @@ def _descent(fn: Callable, iterations: int) -> Callable:
 
         def goes_on(carry):
             *_, count, moved = carry
-            return (count < iterations) & (moved > 1e-6)  # relative, of the parameters themselves
+            return (count < iterations) & (moved > 1e-6)  # of logarithms: a relative change of the parameters
 
         def one(start):
             return jax.lax.while_loop(goes_on, step, (start, optimiser.init(start), 0, jnp.inf))[0]
 
-        return jax.lax.map(one, starts)  # in turn: lanes would wait for the longest search of any
+        return jax.lax.map(one, starts)  # one by one: under vmap every line search would take as long as the longest
 
     return run
 

@@ -1,4 +1,7 @@
-"""Clocks: programs compiled first, then run in turns, so that a busy moment of the machine hits all of them."""
+"""Timing of compiled functions, and tables of the results.
+
+Functions are compiled first and then run in turns, so that a busy moment of the machine affects all of them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import jax
 
 
 class Timing(NamedTuple):
-    """Seconds of a program: to compile, the fastest run and the median one; and what it returned."""
+    """Seconds that a function takes to compile and to run (minimum and median), and the value that it returned."""
 
     compile_seconds: float
     fastest: float
@@ -27,7 +30,7 @@ class Timing(NamedTuple):
 def compare(
     programs: dict[str, tuple[Callable, tuple]], *, repeats: int = 20, seconds: float = 1.0
 ) -> dict[str, Timing]:
-    """Time jittable functions at their arguments; each runs at most `repeats` times, or three if that takes long."""
+    """The timings of functions, given by name as `(function, arguments)`; how often each runs: see `in_turns`."""
     compiled, compiling, values = {}, {}, {}
     for name, (fn, args) in programs.items():
         compiling[name], compiled[name] = timed(lambda fn=fn, args=args: jax.jit(fn).lower(*args).compile())
@@ -41,14 +44,14 @@ def compare(
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds until the result is there, and the result."""
+    """The seconds until the result of `run()` is computed, and the result."""
     start = time.perf_counter()
     value = jax.block_until_ready(run())
     return time.perf_counter() - start, value
 
 
 def in_turns(runs: Sequence[Callable[[], Any]], *, repeats: int, seconds: float) -> list[list[float]]:
-    """The times of each, run one after the other, `repeats` times or three where that takes more than `seconds`."""
+    """The times of each function: of `repeats` runs, or of three or more that take `seconds` together; in turns."""
     taken = [[] for _ in runs]
     for _ in range(repeats):
         for run, times in zip(runs, taken, strict=True):
@@ -62,7 +65,10 @@ PACKAGES = ("jax", "probode", "probdiffeq", "diffrax", "scipy")
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, with those that all benchmarks share. To be called before anything imports probode."""
+    """The options of the command line, with those that all benchmarks share.
+
+    To be called before anything imports probode, which reads the environment variable that is set here.
+    """
     parser.add_argument("--plain", action="store_true", help="without probode's default for XLA's small loops")
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args()
@@ -72,7 +78,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def small_loops() -> bool:
     """Whether XLA was told to compile larger loops into native functions."""
-    from probode.util.xla import compiles_small_loops  # not before `parse` has set the variable
+    from probode.util.xla import compiles_small_loops  # imports probode: not before `parse` has set the variable
 
     return compiles_small_loops()
 
@@ -89,7 +95,7 @@ def versions() -> dict[str, str]:
 
 
 class Table:
-    """Rows that are printed as they come, and written at the end with what they depend on."""
+    """A table that prints each row as it is added, and writes all to a CSV file with versions, option and device."""
 
     def __init__(self, name: str, output: pathlib.Path):
         self.file, self.rows = result_file(name, output), []
@@ -99,7 +105,7 @@ class Table:
         print(f"{'':<60}{'ms':>10}{'median':>10}{'compile s':>11}{'error':>10}")
 
     def add(self, case: str, method: str, timing: Timing, *, error: float = float("nan"), per: float = 1.0) -> None:
-        """A row; times are divided by `per`."""
+        """Add and print a row; its times are divided by `per`."""
         row = {"case": case, "method": method, "seconds_min": timing.fastest / per}
         row |= {"seconds_median": timing.median / per, "compile_seconds": timing.compile_seconds, "error": error}
         self.rows.append({**row, **self.shared})
@@ -107,12 +113,12 @@ class Table:
         print(f"{line}{timing.compile_seconds:>11.2f}{error:>10.1e}", flush=True)
 
     def write(self) -> None:
-        """The CSV file."""
+        """Write the CSV file."""
         write_rows(self.file, self.rows)
 
 
 def write_rows(file: pathlib.Path, rows: Sequence[dict]) -> None:
-    """A CSV file with the columns of the first row."""
+    """Write rows to a CSV file with the columns of the first one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, list(rows[0]))
@@ -122,7 +128,7 @@ def write_rows(file: pathlib.Path, rows: Sequence[dict]) -> None:
 
 
 def result_file(name: str, output: pathlib.Path) -> pathlib.Path:
-    """Where the rows of a benchmark go: without the option, or on an accelerator, to a file of their own."""
+    """The CSV file of a benchmark; results without XLA's option, or from an accelerator, have a file of their own."""
     backend = jax.default_backend()
     name = name if backend == "cpu" else f"{name}_{backend}"
     return output / f"{name}{'' if small_loops() else '_plain'}.csv"

@@ -1,6 +1,6 @@
-"""Work and precision: how long every configuration takes to reach an error.
+"""Work and precision: the time and the error of every configuration at several tolerances.
 
-All configurations are compiled first, then timed in turns, so that a busy moment of the machine hits all of them.
+All configurations are compiled first, then timed in turns, so that a busy moment of the machine affects all of them.
 The result is a CSV file per problem, a table, and the fastest configuration of each family at a target error.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=1e-7, help="the error at which families are compared")
     options = parse(parser)
 
-    import probode as probode  # sets the option, before JAX starts its backend
+    import probode as probode  # sets XLA's options, which JAX reads when it starts its backend
 
     jax.config.update("jax_enable_x64", True)
     present = [family for family in peers.FAMILIES if peers.available(family)]
@@ -69,7 +69,8 @@ def measure(
     shared = {**versions(), "small_loops": small_loops(), "device": jax.devices()[0].device_kind}
     rows, solves = [], []
     chosen = [configuration for configuration in chosen if configuration.suits(problem)]
-    # The first program of a process, and the first of a package, take longer: nobody's compile time is to hold that.
+    # The first program of a process, and the first of a package, take longer to compile: without these runs that would
+    # count as compile time of the first configuration.
     for configuration in {configuration.family: configuration for configuration in reversed(chosen)}.values():
         timed(configuration.build(problem, tolerances[0], 1e-3 * tolerances[0]))
     jax.clear_caches()

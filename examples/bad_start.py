@@ -1,10 +1,12 @@
 # %% [markdown]
-# # Parameters from a bad start, and diffusion tempering
+# # Fitting parameters from a bad start by diffusion tempering
 #
-# Fitting an oscillation is hard: with a frequency that is off by a few periods every small change makes things worse,
-# and an optimiser stays where it is. A probabilistic solver has a remedy. With a large output scale the solution may
-# follow the data instead of the equation, and the likelihood is smooth; the scale then comes down stage by stage, and
-# every stage starts where the last one ended (Beck et al. 2024, "Diffusion tempering").
+# The likelihood of an oscillation has many local optima: if the frequency is wrong by a few periods, every small change
+# of it makes the fit worse, and an optimiser stops there. A probabilistic solver can avoid this. The output scale is
+# the size of the noise in its prior. If it is large, the solution may follow the data instead of the equation, and the
+# likelihood is smooth in the parameters. Diffusion tempering reduces the output scale stage by stage, and starts every
+# stage where the one before has ended (Beck et al. 2024, "Diffusion tempering improves parameter estimation with
+# probabilistic integrators for ODEs").
 #
 # Needs `pip install 'probode[learn]'` (optax).
 
@@ -25,7 +27,8 @@ jax.config.update("jax_enable_x64", True)
 SMALL = "PROBODE_SMALL" in os.environ
 
 # %% [markdown]
-# A predator-prey model with two unknown rates, seven periods of noisy data, and starts that are anything but close.
+# The problem is a predator-prey model with two unknown rates and seven periods of noisy data. Both starts are far from
+# the true rates. Rates are positive, so we fit their logarithms.
 
 
 # %%
@@ -44,8 +47,11 @@ if SMALL:
     starts = starts[:1]
 
 # %% [markdown]
-# Steps of fixed length: a tolerance would mean something else at every output scale. `Observations` and the solver are
-# PyTrees, so one compiled function serves all stages.
+# The steps have a fixed length, because a tolerance would mean something else at every output scale: tolerances of 1000
+# accept every step of the largest length, `dt_max`. `Observations` and solvers are PyTrees, so that one compiled
+# function serves all stages.
+#
+# `direct` is the result of the optimiser at the final output scale alone, `path` the result of each stage.
 
 # %%
 solver = probode.Solver(

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Choosing a solver
 #
-# A method is a combination of parts, and the parts decide what it costs and what it can do. This notebook solves one
-# problem that is not stiff and one that is, and shows who wins where.
+# A solver is composed of parts, which decide what it costs and which problems it can solve. This notebook solves one
+# problem that is not stiff and one that is, with four methods each, and compares their times and errors.
 
 # %%
 import os
@@ -35,10 +35,12 @@ problems = {
 }
 
 # %% [markdown]
-# - `TS0` evaluates the vector field alone, once or twice per step; its covariance can be shared by all components
-#   (`Isotropic`), and a step costs little.
-# - `TS1` uses the Jacobian, which is what a stiff problem needs, with a full covariance (`Dense`).
-# - More derivatives in the prior mean a higher order: fewer steps at tight tolerances.
+# - `TS0` evaluates the vector field alone, once or twice per step. One covariance can serve all components
+#   (`Isotropic`), and a step costs little. With one evaluation the method is known as EK0.
+# - `TS1` uses the Jacobian too, with a full covariance (`Dense`), and is stable on stiff problems. The method is known
+#   as EK1.
+# - The number of derivatives in the prior, in brackets, determines the order: more derivatives need fewer steps at
+#   tight tolerances.
 
 # %%
 methods = {
@@ -67,8 +69,8 @@ def run(name, field, u0, t1, tolerance):
 
 
 # %% [markdown]
-# Work and precision: the further down, the faster; the further right, the more accurate. A method that needs more than
-# 20,000 attempts is left out, as `EK0` is on the stiff problem.
+# The plots show time against error: lower is faster, further right is more accurate. Solves that need more than 20,000
+# attempted steps are left out. On the stiff problem these are all solves by EK0.
 
 # %%
 tolerances = (1e-4, 1e-6) if SMALL else (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
@@ -98,4 +100,4 @@ for ax, (title, (field, u0, t1)) in zip(axes, problems.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# The table in the README ("Choosing") says the same in words, for more kinds of problems.
+# The README of this folder has a table, "Choosing", with more kinds of problems.

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Coming from another library
 #
-# The same problem in SciPy's words, in diffrax's and here. Peers are run where they are installed.
+# The table translates between libraries. Below, the same problem is solved with probode, and with SciPy and diffrax
+# where they are installed.
 #
 # | SciPy | diffrax | probdiffeq | ProbNumDiffEq.jl | probode |
 # |---|---|---|---|---|
@@ -77,7 +78,7 @@ if importlib.util.find_spec("diffrax"):
     ).ys
 
 # %% [markdown]
-# They agree within their tolerances; one of them says how far it is off.
+# The answers agree to the tolerance. Only probode also reports a standard deviation.
 
 # %%
 for name, answer in answers.items():

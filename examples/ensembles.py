@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Ensembles: many solves at once
 #
-# A thousand parameters, initial values or intervals are one call. Every lane takes its own steps, fails on its own, and
-# brings its own uncertainty.
+# `solve_ensemble` solves an equation for a thousand parameters, initial values or intervals in one call. Each of these
+# solves, called a lane, has its own steps, its own result code and its own uncertainty.
 
 # %%
 import os
@@ -19,8 +19,9 @@ jax.config.update("jax_enable_x64", True)
 SMALL = "PROBODE_SMALL" in os.environ
 
 # %% [markdown]
-# Cells grow up to a capacity or, if they start below a threshold, die out; where the threshold is, is uncertain. Each
-# lane has its own threshold; `in_axes` says so, as in `jax.vmap`.
+# A population grows up to a capacity, or dies out if it starts below a threshold (the Allee effect). The threshold is
+# uncertain, so each lane has its own. `in_axes` says, as in `jax.vmap`, which of `(u0s, t0, t1, args)` have an axis of
+# lanes: here `args` alone.
 
 
 # %%
@@ -50,9 +51,9 @@ steps = np.asarray(solutions.stats["num_accepted_steps"])
 print(f"steps: {steps.min()} to {steps.max()}; {np.mean(solutions.mean[:, -1] < 0.5):.0%} of the lanes die out")
 
 # %% [markdown]
-# Two kinds of uncertainty, side by side: what the threshold leaves open is the spread of the lanes, what the
-# discretisation leaves open is the standard deviation within each. Here the second is far below the first, so there is
-# no point in tighter tolerances.
+# There are two kinds of uncertainty. The standard deviation between lanes is due to the unknown threshold; the standard
+# deviation within a lane is due to the discretisation. Here the second is far below the first, so tighter tolerances
+# would not help.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -65,8 +66,8 @@ axes[1].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# A lane that cannot be solved disturbs nobody. Its result says what happened; the others are bit for bit what they are
-# without it.
+# A lane that cannot be solved does not affect the others, which are equal bit by bit to what they are without it. Its
+# result code says why it failed.
 
 # %%
 thresholds[3] = np.nan

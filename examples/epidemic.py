@@ -1,11 +1,10 @@
 # %% [markdown]
-# # An epidemic with a contact rate that nobody has seen
+# # An epidemic with an unknown contact rate
 #
-# Infections spread as people meet, and how much they meet changes with the seasons and with what governments decide.
-# The equation leaves that rate open; all that is said about it is that it is smooth. From noisy counts of infected
-# people the solver finds the course of the epidemic *and* the rate, in one go, with an uncertainty for both.
-# (After Schmidt, Kraemer & Hennig 2021, "A probabilistic state space model for joint inference from differential
-# equations and data".)
+# Infections spread as people meet, and the rate of contacts changes with the seasons and with restrictions. Here this
+# rate is an unknown function of time, of which we assume only that it is smooth. From noisy counts of infected people
+# we infer the course of the epidemic *and* the rate, each with its uncertainty. The method follows Schmidt, Kraemer &
+# Hennig 2021, "A probabilistic state space model for joint inference from differential equations and data".
 
 # %%
 import math
@@ -27,7 +26,7 @@ RECOVERY = 0.2
 NOISE = 0.002
 
 # %% [markdown]
-# The truth, which is unknown from here on: the contact rate swings once in two months.
+# First we simulate data with a rate that has a period of two months. The inference below does not know this rate.
 
 
 # %%
@@ -47,9 +46,10 @@ def simulate(days):
 
 
 # %% [markdown]
-# Two equations for three unknowns: the rate is a component of the state without an equation of its own. Its prior is a
-# Matern process with a length scale of two weeks, in the form of a linear drift, since the other two components have
-# the usual integrated Wiener process beside it.
+# There are two equations for three unknowns: the logarithm of the rate is a component of the state without an equation
+# of its own. Its prior is a Matern process with a length scale of two weeks; the other two components have an
+# integrated Wiener process. A prior whose components follow different processes is a `LinearSDE`. Its drift has factors
+# for each of `u, u', ...`: the coefficients of the Matern process for the log rate, and zero for the other two.
 
 
 # %%
@@ -62,7 +62,7 @@ def prior(length_scale, spread):
     n = 4
     decay = math.sqrt(2 * n - 1) / length_scale
     drift = [{"susceptible": 0.0, "infected": 0.0, "log rate": -math.comb(n, i) * decay ** (n - i)} for i in range(n)]
-    # What the noise has to be for the rate to have that spread in the long run.
+    # Scaled so that the stationary standard deviation of the log rate is `spread`.
     alone = probode.Matern(n - 1, length_scale)
     stationary = probode.prior_marginals(alone, [0.0], jnp.zeros(()), initial=alone.stationary)
     scale = spread / float(stationary.std[0])
@@ -72,8 +72,9 @@ def prior(length_scale, spread):
 
 
 # %% [markdown]
-# One pass of an extended Kalman filter would be misled by the early days, when the epidemic grows exponentially. So the
-# smoother is iterated: equations and data are linearised along the trajectory that it has found, again and again.
+# A single pass of an extended Kalman filter would linearise at poor estimates in the early days, when the epidemic
+# grows exponentially, and all later estimates would suffer. So the smoother is iterated: equations and data are
+# linearised along the trajectory of the pass before, until it does not change.
 
 
 # %%
@@ -87,7 +88,8 @@ def infer(days, counts, iterations):
         initialisation=probode.Diffuse(0),
     )
     start = solver.initialise({"susceptible": 0.99, "infected": 0.01, "log rate": math.log(0.35)}, 0.0)
-    # Components go by name: infected, log rate, susceptible. The two that are known have unknown derivatives.
+    # Components are sorted by name: infected, log rate, susceptible. The first and the last are known at the start,
+    # their derivatives are not. The log rate starts with its stationary standard deviations.
     deviations = [entry for i, spread in enumerate(spreads) for entry in (0.1 * (i > 0), spread, 0.1 * (i > 0))]
     start = probode.InitialState(start.mean, jnp.diag(jnp.array(deviations)))
     data = probode.Observations(days, counts, NOISE, observe=lambda t, u, args: u["infected"])
@@ -110,8 +112,8 @@ for i in range(0, solution.t.size, max(1, solution.t.size // 10)):
 print(f"the truth lies within two standard deviations on {jnp.mean(abs(error) < 2):.0%} of the days")
 
 # %% [markdown]
-# The picture: what was counted and what the solver makes of it; and the rate, which nobody has seen. Where few people
-# are infected there is little to learn from, and the band says so.
+# Above: the counts, and the inferred fraction of infected people. Below: the inferred rate and the true rate (black).
+# Where few people are infected the data say little about the rate, and the band of two standard deviations is wide.
 
 
 # %%

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Equations of all kinds
 #
-# Higher order, stiff, differential-algebraic, with a conserved quantity: written down as they are, solved by the same
-# loop.
+# Equations of second order, equations with a conserved quantity and differential-algebraic equations are written down
+# as they are, without a transformation to first-order form, and solved by the same solver.
 
 # %%
 import os
@@ -21,7 +21,8 @@ SMALL = "PROBODE_SMALL" in os.environ
 # %% [markdown]
 # ## Second order
 #
-# `u'' = f(t, u, u', args)` starts from the pair `(u, u')`; velocity and acceleration are part of the answer.
+# An equation `u'' = f(t, u, u', args)` is solved from the pair `(u, u')`. Velocity and acceleration are part of the
+# posterior: `solution.derivative(1)` and `solution.derivative(2)`.
 
 
 # %%
@@ -48,8 +49,8 @@ plt.show()
 # %% [markdown]
 # ## Conserved quantities
 #
-# A `Stack` conditions on several equations at once. Here the energy of an oscillator holds at every step, and stays
-# where it is for a hundred periods; without it, it drifts.
+# A `Stack` conditions on several equations in every step. Here these are the equation of an oscillator and the
+# conservation of its energy. With the second, the energy stays constant for a hundred periods; without it, it drifts.
 
 # %%
 oscillator = probode.ODE(lambda t, u, args: jnp.stack([u[1], -u[0]]))
@@ -71,11 +72,14 @@ for name, constraint in {
 # %% [markdown]
 # ## Differential-algebraic equations
 #
-# Robertson's reaction: three chemicals, rates that span nine orders of magnitude, and a conservation law in place of
-# the third differential equation. Consistent derivatives at the start are found by the solver. Long steps change `b` by
-# more than one linearisation can follow, and the error estimate of a `Residual` does not see that: the equation is
-# linearised anew, up to four times, where the last update has arrived. `last_move` says that it converged. `b` is
-# small, and so is its part of the output scale: a single scale for all would make it far too uncertain between steps.
+# Robertson's reaction has three chemicals, rates that span nine orders of magnitude, and here a conservation law in
+# place of the third differential equation. The solver finds consistent derivatives at the start.
+#
+# - Long steps change `b` so much that one linearisation is not accurate, which the error estimate of a `Residual` does
+#   not see. So every accepted step evaluates and linearises the equation four times, each time at the mean of the
+#   update before (`evaluations=4, relinearise=True`). `stats["last_move"]` shows that these iterations have converged.
+# - `b` is far smaller than `a` and `c`, so it has a smaller output scale. With one scale for all components it would be
+#   far too uncertain between the steps.
 
 
 # %%

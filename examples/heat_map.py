@@ -1,8 +1,9 @@
 # %% [markdown]
 # # A partial differential equation, with a map of its uncertainty
 #
-# Two chemicals react and diffuse on a square (Gray and Scott's model). On a grid of 32 x 32 points that is a system of
-# 2,048 ordinary equations: far too many for a full covariance, no trouble for one block per component.
+# Two chemicals react and diffuse on a square (Gray and Scott's model). On a grid of 32 x 32 points this is a system of
+# 2,048 ordinary differential equations. A full covariance would be far too large; one small block for each component is
+# not.
 
 # %%
 import os
@@ -20,7 +21,7 @@ SMALL = "PROBODE_SMALL" in os.environ
 n, t1 = (16, 50.0) if SMALL else (32, 400.0)
 
 # %% [markdown]
-# The state is a dictionary of two fields; solvers take any PyTree.
+# The state is a dictionary of two fields on the grid; it may be any PyTree of arrays. Boundaries are periodic.
 
 
 # %%
@@ -45,7 +46,8 @@ u0 = {"substrate": 1 - 0.5 * bump, "catalyst": 0.4 * bump + 0.02 * jnp.sin(6 * j
 rates = (0.04, 0.06)
 
 # %% [markdown]
-# `TS0` with a second evaluation needs no Jacobian; `BlockDiagonal` keeps one uncertainty for every point and chemical.
+# `TS0`, here with a second evaluation of the vector field per step, needs no Jacobian. `BlockDiagonal` keeps one
+# covariance of `(u, u', ...)` for every point and chemical.
 
 # %%
 solver = probode.Solver(
@@ -59,7 +61,7 @@ solution = solver.solve(u0, 0.0, t1, args=rates, save_at=times)
 print(solution.summary())
 
 # %% [markdown]
-# What the standard deviation says, and what the error is, from a solve at a much tighter tolerance.
+# Is the standard deviation as large as the error? The error is the difference from a solve at a much tighter tolerance.
 
 # %%
 tight = probode.Solver(

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Learning a differential-algebraic equation
 #
-# A diode clipper, from the inside of a guitar pedal: a capacitor is charged through a resistor and discharged by a
-# diode, whose current follows from its voltage by an algebraic equation. We measure the voltage, with noise, and want
-# the resistance and the diode's saturation current, which spans orders of magnitude.
+# A diode clipper is a circuit of guitar pedals: a capacitor is charged through a resistor and discharged by a diode.
+# The current through the diode is given by its voltage in an algebraic equation. We measure the voltage, with noise,
+# and estimate the resistance and the saturation current of the diode, whose order of magnitude is unknown.
 #
 # Needs `pip install 'probode[learn]'` (optax).
 
@@ -23,8 +23,9 @@ jax.config.update("jax_enable_x64", True)
 SMALL = "PROBODE_SMALL" in os.environ
 
 # %% [markdown]
-# Two unknowns, the voltage and the current through the diode; two equations, of which only one has a derivative. They
-# are written down as they are: `Residual` finds a consistent start and conditions on both in every step.
+# There are two unknowns, the voltage and the current through the diode, and two equations, of which only one has a
+# derivative. A `Residual` returns what has to be zero. The solver finds a consistent start and conditions on both
+# equations in every step.
 
 
 # %%
@@ -53,8 +54,8 @@ data = probode.Observations(ts, values, noise, observe=lambda t, u, args: u["vol
 print(f"{int(exact.stats['num_accepted_steps'])} steps")
 
 # %% [markdown]
-# The logarithms of both parameters by gradient descent (Adam), from a start that is off by factors of four and thirty.
-# Only the filter is needed.
+# We fit the logarithms of both parameters by gradient descent (Adam), from values that are wrong by factors of four and
+# thirty. The filtering likelihood needs a single pass and no smoother.
 
 
 # %%
@@ -86,8 +87,9 @@ for i in range(iterations):
         print(f"{i:3d} {-float(value):12.3f}  resistance {resistance:.3f}, saturation {saturation:.2e}")
 
 # %% [markdown]
-# How sure is that? What the data tell about the parameters is the square of how they move the voltage (Fisher's
-# information): a derivative in two directions, by forward mode.
+# How accurate are the estimates? With the Jacobian `J` of the voltages with respect to the logarithms, divided by the
+# standard deviation of the noise, the Fisher information is `J^T J`. The square roots of the diagonal of its inverse
+# are relative standard deviations of the parameters. There are only two parameters, so `J` is computed in forward mode.
 
 
 # %%

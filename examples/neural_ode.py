@@ -1,9 +1,10 @@
 # %% [markdown]
-# # A neural network inside the equation
+# # A neural network as vector field
 #
-# Something swings, loses energy, and we have noisy measurements of it but no law. Let a small network be the vector
-# field, and ask which weights make the data probable. The likelihood is that of the *posterior* of the solver: where a
-# loose tolerance leaves the solution uncertain, the data count for less, so that nothing is fitted to solver error.
+# We have noisy measurements of an oscillation that loses energy, and do not know its equation. A small network is the
+# vector field, and we look for the weights that make the data most probable. The likelihood includes the uncertainty of
+# the solver: where a loose tolerance leaves the solution uncertain the data count for less, so that the weights are not
+# fitted to numerical error.
 #
 # Needs `pip install 'probode[learn]'` (optax).
 
@@ -24,7 +25,7 @@ jax.config.update("jax_enable_x64", True)
 SMALL = "PROBODE_SMALL" in os.environ  # a few iterations, to see that it runs
 
 # %% [markdown]
-# The truth, which the network will not see: a damped oscillator with a cubic spring.
+# The data are simulated with a damped oscillator that has a cubic spring.
 
 
 # %%
@@ -40,8 +41,8 @@ values = np.asarray(exact.mean) + noise * np.random.default_rng(0).normal(size=(
 data = probode.Observations(ts, values, noise)
 
 # %% [markdown]
-# An Equinox network is a PyTree: it travels in `args`, and derivatives in its weights come for free. `TS0` needs no
-# Jacobian of it.
+# An Equinox network is a PyTree, so it can be passed as `args`, and the likelihood can be differentiated with respect
+# to its weights. `TS0` does not need the Jacobian of the network.
 
 
 # %%
@@ -64,13 +65,14 @@ field = jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x
 
 
 def improbability(field, data):
-    """Per number seen, so that the learning rate has a meaning."""
+    """The negative log likelihood divided by the number of data, on which a good learning rate depends otherwise."""
     return -probode.filtering_log_likelihood(solver, u0, 0.0, t1, data, args=field) / data.values.size
 
 
 # %% [markdown]
-# Long trajectories of a field that is still wrong say little about it. So we learn from the first data at first: the
-# mask takes the others away, without compiling anything anew.
+# As long as the vector field is wrong, the later part of a trajectory is far from the data and of little use. So the
+# fit begins with the first quarter of the interval and extends it. The mask leaves out later data; unlike a shorter
+# array it compiles nothing anew.
 
 # %%
 optimiser = optax.adam(optax.cosine_decay_schedule(2e-2, 600))
@@ -81,7 +83,7 @@ memory = optimiser.init(eqx.filter(field, eqx.is_inexact_array))
 def improve(field, memory, mask):
     shown = probode.Observations(ts, values, noise, mask=mask)
     value, gradient = eqx.filter_value_and_grad(improbability)(field, shown)
-    # where a solve fails the likelihood is minus infinity and the gradient zero: nothing breaks
+    # no special case for solves that fail: the likelihood is then minus infinity and its gradient zero
     updates, memory = optimiser.update(gradient, memory)
     return eqx.apply_updates(field, updates), memory, value
 
@@ -93,8 +95,8 @@ for i in range(6 if SMALL else 600):
         print(f"iteration {i:4d}, data until {until:.1f}: minus log likelihood per number {float(value):10.3f}")
 
 # %% [markdown]
-# The fit, and what it predicts beyond the data. The network knows nothing of where it has not been; the solver's band
-# speaks of the discretisation alone.
+# The fit, and its prediction beyond the data. There the network is an extrapolation, and nothing here measures how
+# wrong it is: the standard deviations of the solver are about the discretisation alone.
 
 # %%
 later = np.linspace(0.0, 1.5 * t1, 181)

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Priors, and samples of solutions
 #
-# Before it sees the equation, a solver believes something: how smooth a solution is, whether it returns to zero, how
-# fast it forgets. That is its prior. Conditioning on the equation turns it into a posterior, of which samples can be
-# drawn like from any other.
+# A probabilistic solver starts from a prior, a stochastic process that describes solutions before the equation is used:
+# how smooth they are, whether they return to zero, over which times they are correlated. Conditioning on the equation
+# gives the posterior, from which samples can be drawn.
 
 # %%
 import jax
@@ -16,8 +16,9 @@ import probode
 jax.config.update("jax_enable_x64", True)
 
 # %% [markdown]
-# Three processes without any equation: integrated Wiener (wanders off), integrated Ornstein-Uhlenbeck (its velocity is
-# pulled back), Matern (stationary).
+# Samples of three priors, without any equation. The integrated Wiener process has a variance that grows without bound;
+# in the integrated Ornstein-Uhlenbeck process the highest derivative is pulled back to zero; the Matern process is
+# stationary.
 
 # %%
 ts = jnp.linspace(0.0, 5.0, 200)
@@ -36,8 +37,8 @@ for ax, (name, prior) in zip(axes, priors.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# A posterior, at a tolerance so loose that the samples differ. Where the equation was looked at, at the ends of the
-# steps, they come together.
+# Samples of a posterior, at a tolerance so loose that they differ visibly. The equation is used at the ends of the
+# steps (black marks).
 
 
 # %%
@@ -63,8 +64,9 @@ probode.plots.plot_local_error(solution, below)
 plt.show()
 
 # %% [markdown]
-# A prior that knows the stiff part of an equation takes longer steps: the exponential integrators of this field. Here a
-# linear part decays a hundred times faster than the solution changes, and what is not linear is small.
+# A prior that contains the stiff linear part of an equation allows longer steps. Such solvers are the probabilistic
+# counterpart of exponential integrators. Here one linear component decays a hundred times faster than the other, and
+# the nonlinear part is small. `RosenbrockIOUP` takes the linear part from the Jacobian in every step.
 
 # %%
 stiff = jnp.array([[-1.0, 1.0], [0.0, -100.0]])

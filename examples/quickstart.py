@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Quickstart: a predator-prey model with uncertainty
 #
-# Solve an equation, print what is known and how well, save a picture.
+# This script solves an equation, prints the solution with its standard deviation, and saves a picture.
 #
-# Run from anywhere: `python examples/quickstart.py [picture.png]`.
+# Run it with `python examples/quickstart.py [picture.png]`.
 
 # %%
 import sys
@@ -19,7 +19,8 @@ jax.config.update("jax_enable_x64", True)
 picture = next((word for word in sys.argv[1:] if word.endswith(".png")), "lotka_volterra.png")
 
 # %% [markdown]
-# A vector field is a function of time, state and parameters; the state may be any PyTree, here a pair.
+# A vector field is a function of time, state and parameters. The state may be any PyTree of arrays or numbers, here a
+# pair.
 
 
 # %%
@@ -30,8 +31,10 @@ def lotka_volterra(t, u, args):
 
 
 # %% [markdown]
-# A solver is composed of parts: what solutions look like (the prior), the equation and how it is linearised, how long
-# the steps may be. The tolerance is so loose that the uncertainty can be seen; a tight one tells whether it is honest.
+# A solver is composed of parts. Here these are the prior (an integrated Wiener process with two derivatives), the
+# equation with its linearisation (`TS1`, by the exact Jacobian), and the controller of the step size, which has the
+# tolerances. The first solve has a tolerance so loose that its uncertainty is visible; the second, at a tight one, is
+# the reference.
 
 
 # %%
@@ -56,7 +59,8 @@ for i in range(0, 301, 50):
 print(solution.summary())
 
 # %% [markdown]
-# Above: mean, three standard deviations, and the truth (dotted). Below: the error and what the solver says about it.
+# Above: the mean with three standard deviations, and the reference (dotted). Below: the error (solid) and the standard
+# deviation that the solver reports (dashed).
 
 # %%
 figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Reverse-mode derivatives through an adaptive solve
 #
-# The loop decides what can be differentiated. Here the logistic equation starts from an initial state `(u, u')`, and we
-# want the gradient of `u(1)^2` in that state.
+# The number of steps of an adaptive solve is not known in advance. How the solver's loop deals with this decides which
+# modes of differentiation work. Here we solve the logistic equation from an initial state, a Gaussian over `(u, u')`,
+# and want the gradient of `u(1)^2` with respect to this state.
 
 # %%
 import equinox as eqx
@@ -35,7 +36,7 @@ u0 = jnp.array([0.1], jnp.float32)
 initial = solver_with(probode.BoundedLoop()).initialise(u0, 0.0)
 
 # %% [markdown]
-# A plain while loop runs an unknown number of steps and remembers none of them: nothing to go back through.
+# `ForwardLoop` is a plain while loop. It does not store its steps, so reverse mode raises an error.
 
 # %%
 forward_only = solver_with(probode.ForwardLoop())
@@ -46,7 +47,7 @@ except RuntimeError as error:
     print(f"its gradient: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 # %% [markdown]
-# The default loop is bounded: its steps can be retraced.
+# The default, `BoundedLoop`, has a largest number of steps, and can be differentiated in reverse and in forward mode.
 
 # %%
 bounded = solver_with(probode.BoundedLoop())
@@ -56,7 +57,8 @@ print("gradient in the initial mean of (u, u'):", ", ".join(f"{float(g[0]):.7f}"
 print(f"gradient in the initial factor: {jnp.abs(gradient.factor).max():.1f} at most (the state is exact)")
 
 # %% [markdown]
-# Any part of the solver can be differentiated too. The mean does not depend on the output scale.
+# A solver is a PyTree, so its parameters can be differentiated with respect to as well. Here it is the output scale of
+# the prior. The gradient is zero: without calibration the mean does not depend on the output scale.
 
 # %%
 in_scale = eqx.filter_grad(loss)(bounded, initial).prior.output_scale

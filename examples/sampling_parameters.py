@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Initial values and rates by Hamiltonian Monte Carlo
 #
-# An optimiser finds one set of parameters; a sampler says which others are as good. The log likelihood of the data is
-# differentiable and costs milliseconds, which is what the no-U-turn sampler of blackjax needs. Parameters for which a
-# solve fails have the log likelihood minus infinity: the sampler turns back.
+# An optimiser finds one set of parameters; a sampler draws from the posterior over all of them. The no-U-turn sampler
+# of blackjax needs gradients of the log density, many times. The log likelihood of the data is differentiable and takes
+# milliseconds. Where a solve fails it is minus infinity, so that the sampler rejects these parameters.
 #
 # Needs `pip install 'probode[learn]'` (blackjax).
 
@@ -45,7 +45,8 @@ solver = probode.Solver(
 )
 
 # %% [markdown]
-# Everything is positive, so the sampler sees logarithms; a wide normal prior about a guess.
+# Rates and initial values are positive, so we sample their logarithms. Their prior is a normal distribution about a
+# guess, with a standard deviation of one.
 
 # %%
 guess = {"rates": jnp.log(jnp.array([0.4, 0.6])), "u0": jnp.log(jnp.array([15.0, 25.0]))}
@@ -59,7 +60,7 @@ def log_density(x):
 
 
 # %% [markdown]
-# Warm-up finds step size and scales, then the chain runs.
+# The warm-up adapts the step size of the sampler and its scales, then the chain runs.
 
 # %%
 warm_up, draws = (10, 10) if SMALL else (300, 700)
@@ -87,7 +88,8 @@ for name, truth in true.items():
         print(f"{name}[{i}]: {middle[i]:7.3f} ({low[i]:.3f} .. {high[i]:.3f}), true {float(truth[i]):.3f}")
 
 # %% [markdown]
-# Rates and initial values are not independent of each other, and neither are the trajectories.
+# Left: samples of the two rates, and the true rates (star). Right: the trajectories of thirty samples, solved in one
+# call, and the data.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Stiffness and stability
 #
-# An equation is stiff if something in it decays much faster than the solution changes. A method that is not stable for
-# it must take steps as short as the decay, however smooth the solution is. Which parts of a solver make it stable?
+# An equation is stiff if perturbations of a solution decay much faster than the solution itself changes. A method that
+# is not stable on it has to take steps as short as this decay, however smooth the solution is. This notebook shows
+# which parts of a solver make it stable.
 
 # %%
 import os
@@ -19,8 +20,8 @@ jax.config.update("jax_enable_x64", True)
 SMALL = "PROBODE_SMALL" in os.environ
 
 # %% [markdown]
-# A temperature that is pulled towards a slow cycle at a given rate (Prothero and Robinson's problem). The solution is
-# the cycle, whatever the rate.
+# In Prothero and Robinson's problem the state is pulled towards `cos(t)` at a given rate. From `u(0) = 1` the solution
+# is `cos(t)`, whatever the rate.
 
 
 # %%
@@ -36,9 +37,9 @@ methods = {
 }
 
 # %% [markdown]
-# `TS0` looks at the value of the vector field alone. Like an explicit Runge-Kutta method it needs a number of steps
-# that grows with the rate; a second evaluation makes the region of stability larger, not infinite. `TS1` knows the
-# Jacobian and is stable at any rate.
+# `TS0` uses the value of the vector field alone. Like an explicit Runge-Kutta method it needs a number of steps that
+# grows with the rate; a second evaluation makes the region of stability larger, not infinite. `TS1` uses the Jacobian
+# and is stable at any rate.
 
 # %%
 rates = np.geomspace(1.0, 1e3 if SMALL else 1e4, 4 if SMALL else 9)
@@ -66,6 +67,6 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# `EK0` is missing where 200,000 attempts were not enough: the solve stops with the result `max_steps_reached`, whose
-# message names `TS1`. What a step of each costs is in `choosing_a_solver.py`; priors that decay like the equation, in
+# EK0 is missing where 200,000 attempts were not enough: such a solve stops with the result `max_steps_reached`, whose
+# message suggests `TS1`. For run times see `choosing_a_solver.py`, for priors with the decay of the equation
 # `priors_and_samples.py`.

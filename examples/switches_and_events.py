@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Switches and events
 #
-# An equation may jump at times that are known in advance, and a solve may have to end at a time that is not. The first
-# is a matter of the controller or of solving in pieces, the second of taking steps oneself.
+# The right-hand side of an equation may jump at times that are known in advance: then the controller gets these times,
+# or the equation is solved in pieces. Or a solve has to end at a time that is not known, when some event happens: then
+# we take the steps ourselves.
 #
 # ## Switches
 
@@ -20,9 +21,10 @@ import probode
 jax.config.update("jax_enable_x64", True)
 
 # %% [markdown]
-# A room that cools, and a heater that is on for one hour in three. No prior expects a kink: a solver that is not told
-# finds each by rejecting steps, and the long step before it may miss a short pulse altogether. `stop_at` names them:
-# steps end there, and the derivatives behind a switch start anew from the equation that holds from then on.
+# A room cools, and a heater is on for one hour in three. At a switch the solution has a kink, where the prior assumes
+# continuous derivatives. Without knowing the switches the solver rejects steps until they are short enough, and a long
+# step may miss a short pulse altogether. `stop_at` names the switches: steps end there, and the derivatives behind a
+# switch are computed anew from the equation that holds from then on.
 
 
 # %%
@@ -34,7 +36,7 @@ switches = np.sort(np.concatenate([np.arange(0.0, 24.0, 3.0), np.arange(1.0, 24.
 
 
 def exact(t1):
-    """Between two switches the temperature relaxes to 25 or to 0."""
+    """The temperature at `t1`: between two switches it relaxes to 25 or to 0."""
     u, times = 10.0, np.concatenate([[0.0], switches[switches < t1], [t1]])
     for a, b in itertools.pairwise(times):
         level = 25.0 if np.mod((a + b) / 2, 3.0) < 1.0 else 0.0
@@ -64,9 +66,10 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# `stop_at` finds every switch and no step crosses one. It does not matter what the equation says of the time of a
-# switch itself: the step before it sees it from the left, the next one from the right. That is what solving the pieces
-# one by one does, each from its own derivatives and from the last one's uncertainty.
+# With `stop_at` no step crosses a switch. It does not matter which value the vector field has at the very time of a
+# switch: the step that ends there uses its limit from the left, the next step its limit from the right. This is the
+# same as solving the pieces one by one, each with derivatives of its own and with the uncertainty that the last piece
+# ended with:
 
 
 # %%
@@ -87,9 +90,10 @@ print(f"{'in pieces':18s} {accepted:4d} steps, error {abs(float(u.mean) - exact(
 # %% [markdown]
 # ## Events
 #
-# When does the room, without a heater, reach ten degrees? `init` and `step` are the solver without its loop: a state is
-# a value, steps can be taken, looked at and thrown away. March until the sign changes, then Newton's method on the
-# length of the last step, with the derivative that the state knows.
+# When does the room, without a heater, reach ten degrees? `init` returns the state at the start, and `step` a new state
+# after one step of given length; the old state is not changed, so a step can be repeated with another length. We take
+# steps until the temperature is below ten degrees, and then find the length of the last step by Newton's method, with
+# the derivative of the temperature, which is part of the state.
 
 
 # %%

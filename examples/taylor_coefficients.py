@@ -1,8 +1,9 @@
 # %% [markdown]
-# # Where a solve starts: Taylor coefficients
+# # Derivatives at the start of a solve: Taylor coefficients
 #
 # The state of a probabilistic solver is `(u, u', ..., u^(nu))`, so a solve needs derivatives of the solution at `t0`.
-# The equation has them all: differentiate it along itself. `TaylorMode`, the default, does that exactly.
+# They follow from the equation by differentiating it with respect to time again and again. `TaylorMode`, the default,
+# computes them exactly, by automatic differentiation.
 
 # %%
 import math
@@ -41,8 +42,8 @@ print("u, u', u'', ... at 0:", ", ".join(f"{float(u):.4g}" for u in start.mean))
 
 # %% [markdown]
 # Divided by factorials they are the coefficients of the Taylor series. It converges up to the nearest pole of the
-# solution in the complex plane, here about 3.8 away: no number of coefficients reaches further, which is why there are
-# steps.
+# solution in the complex plane, here at a distance of about 3.8 (vertical line). However many coefficients there are,
+# the series is of no use beyond, so a solver has to take steps.
 
 # %%
 ts = np.linspace(0.0, 6.0, 121)
@@ -56,8 +57,9 @@ axes[0].set(ylim=(-0.5, 1.5), xlabel="time", title="Taylor polynomials, and how 
 axes[0].legend(frameon=False)
 
 # %% [markdown]
-# A vector field that cannot be differentiated four times starts from what is known: `Diffuse` takes the rest as
-# unknown, and the first steps find it. They are short, and uncertain.
+# Some vector fields cannot be differentiated four times. `Diffuse(1)` computes the first derivative alone and takes the
+# others as unknown, with mean zero and a standard deviation of one. The first steps then determine them; these steps
+# are short, and their standard deviations are larger.
 
 # %%
 starts = {
@@ -77,8 +79,9 @@ axes[1].legend(frameon=False, fontsize="small")
 plt.show()
 
 # %% [markdown]
-# The start is an ordinary function of everything that it depends on: here, how the four derivatives change with the
-# rate. The k-th is the rate to the power k times what it is at rate one.
+# The state at the start can be differentiated with respect to everything that it depends on, here with respect to the
+# rate. The k-th derivative of the solution is proportional to the k-th power of the rate, so at a rate of one its
+# derivative with respect to the rate is k times itself.
 
 
 # %%

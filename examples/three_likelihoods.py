@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Three likelihoods of the same data
 #
-# How probable are data under an equation, if the solver cannot solve it exactly? There are three answers. *Fenrir*
+# How probable are data under an equation that the solver does not solve exactly? There are three likelihoods. *Fenrir*
 # solves the equation and then conditions the posterior on the data. *Dalton* conditions on equation and data in one
-# filter. *Filtering* predicts every datum from the data before it. They agree where the solution is certain; where it
-# is not they differ, and so does what an optimiser sees.
+# filter. *Filtering* predicts every datum from the data before it. They agree where the solution is certain. Where it
+# is uncertain they differ, and so do the parameters at which they are largest.
 #
 # Needs `pip install 'probode[learn]'` (optimistix).
 
@@ -47,8 +47,8 @@ likelihoods = {
 }
 
 # %% [markdown]
-# The profile of each over a range of lengths, at two output scales: one that makes the equation count, and a large one
-# that lets the data win.
+# We compute each likelihood over a range of lengths, at two output scales. With the small one the solution is
+# determined by the equation; with the large one it may follow the data instead.
 
 # %%
 lengths = jnp.linspace(1.0, 6.0, 5 if SMALL else 161)
@@ -86,20 +86,22 @@ axes[0].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# On the left there is a peak at the truth, and a valley on the way to it from a short pendulum; all three agree, since
-# these steps leave little doubt about the solution. On the right hardly anything is asked of the equation: Dalton and
-# filtering have one broad hill, whose top is not the truth. Tempering (see `bad_start.py`) goes from right to left.
-# What each costs:
+# On the left the largest value is at the true length (grey line), but from shorter lengths an optimiser would have to
+# cross a minimum. All three agree, since the steps are short and the solution is nearly certain. On the right the
+# equation has little weight: Dalton and filtering have one broad maximum, which is not at the true length. Tempering
+# (see `bad_start.py`) begins with the scale on the right and ends with the one on the left.
 #
-# | | passes over the data | knows the later equations |
+# The three differ in cost, and in whether the equation at later times corrects the prediction of earlier data:
+#
+# | | cost | uses the equation at later times |
 # |---|---|---|
 # | filtering | one filter | no |
 # | Dalton | two filters | yes |
 # | Fenrir | one smoother and one pass back | yes |
 
 # %% [markdown]
-# Every optimiser that takes a differentiable function climbs these hills; here BFGS of optimistix, on the left, from a
-# pendulum that is long enough and from one on the wrong side of the valley.
+# Every optimiser for differentiable functions can maximise these likelihoods. Here it is BFGS of optimistix at the
+# small output scale, from a length on the same side of the minimum as the true one, and from one on the other side.
 
 
 # %%

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # A tour
 #
-# Every feature in a few lines each, all of them run. The parts in a table, and what to take when, are in the README of
-# this folder.
+# Every feature in a few lines. The README of the repository lists the parts of a solver, the README of this folder says
+# which to choose.
 
 # %% [markdown]
-# One line, in the form of SciPy's `solve_ivp`. Vector fields are `f(t, u, args)`; states are any PyTree of real arrays.
+# `solve_ivp` has the form of SciPy's function of that name. A vector field is a function `f(t, u, args)`; the state `u`
+# is any PyTree of real arrays.
 
 # %%
 import equinox as eqx
@@ -31,7 +32,7 @@ prey_std, predators_std = solution.std
 assert prey.shape == prey_std.shape == (5,)
 
 # %% [markdown]
-# A solver of your own is composed of parts, each of which you may replace: by another one, or by a subclass.
+# A `Solver` is composed of parts. Each can be replaced by another one, or by a subclass of your own.
 
 # %%
 solver = probode.Solver(
@@ -46,7 +47,9 @@ velocity = solution.derivative(1).mean  # every derivative is part of the poster
 print(solution.result == probode.Result.successful, solution.stats["num_accepted_steps"])
 
 # %% [markdown]
-# Choose what to keep, keep every step, step by hand, or use a grid of your own:
+# A solve returns the times that `save_at` asks for, or every step. `solve_grid` takes one step between any two points
+# of a grid, without error control. `init` and `step` take single steps. A solve can be resumed from the state of
+# another:
 
 # %%
 ts = jnp.linspace(0.0, 10.0, 101)
@@ -59,11 +62,12 @@ state = solver.step(state, 0.1, args=rates)
 print(state.t, state.mean, state.std)
 
 first = solver.solve((20.0, 20.0), 0.0, 5.0, args=rates)
-second = solver.solve(first.state, 5.0, 10.0, args=rates)  # goes on where the first one stopped
+second = solver.solve(first.state, 5.0, 10.0, args=rates)  # from where the first one stopped
 
 # %% [markdown]
-# The whole posterior: smoothers learn from what comes later. `FixedPointSmoother` needs memory for the times asked for
-# alone; `FixedIntervalSmoother` keeps the steps, so that the solution can be evaluated and sampled anywhere.
+# A filter estimates every time from the steps before it, a smoother from all steps. `FixedPointSmoother` needs memory
+# for the times that are asked for alone; `FixedIntervalSmoother` keeps all steps, so that the solution can be evaluated
+# and sampled at any time.
 
 # %%
 smoother = probode.Solver(
@@ -81,9 +85,10 @@ assert draws[0].shape == (50, 101)
 print(solution.log_likelihood, solution.output_scale[-1])
 
 # %% [markdown]
-# Look at it: `summary()` says how a solve went, `plot` draws means, bands and samples; `probode.plots` has phase
-# portraits with ellipses, step sizes, residuals, errors against standard deviations. Long solves report their progress,
-# also under `jit`, `vmap` and `grad`, with `progress=probode.TextProgress()` or `TqdmProgress()`.
+# `summary()` describes a solve in words, `plot` draws means, bands of uncertainty and samples. `probode.plots` has
+# phase portraits with ellipses, step sizes, residuals, and errors beside standard deviations. With
+# `progress=probode.TextProgress()` or `TqdmProgress()` a long solve reports its progress, also under `jit`, `vmap` and
+# `grad`.
 
 # %%
 print(solution.summary())
@@ -106,9 +111,10 @@ report = probode.calibration_report(
 assert (report.coverage[:, 1] > 0.9).all()  # within two standard deviations
 
 # %% [markdown]
-# Everything is differentiable, in reverse and in forward mode, and batches with `vmap`. The derivative of an adaptive
-# solve is that of its accepted steps, which were chosen for the value: from an equilibrium, where nothing moves, they
-# are too long for a derivative with respect to `u0`. An uncertain `u0` (below) is followed in its directions, too.
+# Solves can be differentiated, in reverse and in forward mode, and batched with `vmap`. The derivative of an adaptive
+# solve is that of its accepted steps, whose lengths are chosen for the accuracy of the value alone: from an
+# equilibrium, where nothing moves, they are too long for an accurate derivative with respect to `u0`. For an uncertain
+# `u0` (below) steps are chosen for this derivative as well.
 
 
 # %%
@@ -121,8 +127,8 @@ slope = jax.grad(final_prey)(0.5)
 lanes = jax.vmap(final_prey)(jnp.array([0.4, 0.5, 0.6]))
 
 # %% [markdown]
-# Many solves at once, over the cores and devices of a `jax.sharding.Mesh` if you have one. Lanes that fail do not touch
-# the others, and fast ones do not wait for slow ones:
+# `solve_ensemble` makes many solves in one call, over the cores and devices of a `jax.sharding.Mesh` if there is one. A
+# solve that fails does not affect the others, and fast ones do not wait for slow ones:
 
 # %%
 u0s = (jnp.linspace(10.0, 30.0, 50), 20.0)
@@ -131,8 +137,8 @@ assert solutions.mean[0].shape == (50, 1)
 assert (solutions.result == probode.Result.successful).all()
 
 # %% [markdown]
-# Equations of higher order are solved as they are: `u'' = f(t, u, u', args)` from the tuple `(u, u')`. Time may run
-# backwards.
+# An equation of higher order, `u'' = f(t, u, u', args)`, is solved from the tuple `(u, u')`, without a transformation
+# to first order. Time may run backwards.
 
 
 # %%
@@ -144,8 +150,9 @@ swing = probode.Solver(probode.IWP(5), probode.TS1(probode.ODE(pendulum, order=2
 angle = swing.solve((1.0, 0.0), 0.0, -3.0, save_at=[-1.0, -2.0, -3.0]).mean
 
 # %% [markdown]
-# Implicit and differential-algebraic equations, invariants, and several equations at once. Consistent derivatives at
-# the start are found; algebraic equations and invariants then hold at every step, to round-off if they are linear:
+# A `Residual` is an implicit or differential-algebraic equation, or an invariant, and a `Stack` has several equations.
+# The solver finds consistent derivatives at the start. Algebraic equations and invariants then hold at every step, to
+# round-off if they are linear:
 
 
 # %%
@@ -166,22 +173,22 @@ kept = probode.Solver(probode.IWP(3), stack).solve(jnp.array([1.0, 0.0]), 0.0, 6
 assert abs(kept @ kept - 1) < 1e-4
 
 # %% [markdown]
-# Other priors, other linearisations, other starts, each a part that goes with the rest:
+# Other priors, linearisations and initialisations can be combined with the remaining parts:
 
 # %%
 ode = probode.ODE(lambda t, u, args: jnp.stack([-50.0 * (u[0] - jnp.cos(t)), u[0] * u[1]]))
 stiff_part = jnp.array([[-50.0, 0.0], [0.0, 0.0]])
 given = probode.ODE(ode.vector_field, jacobian=lambda t, u, args: jnp.array([[-50.0, 0.0], [u[1], u[0]]]))
 for constraint, prior, parts in (
-    (probode.TS1(ode), probode.IOUP(3, rate=stiff_part), {}),  # knows the stiff linear part exactly
+    (probode.TS1(ode), probode.IOUP(3, rate=stiff_part), {}),  # contains the stiff linear part exactly
     (probode.TS1(ode), probode.RosenbrockIOUP(3), {}),  # takes it from the Jacobian, step by step
-    (probode.TS1(ode), probode.RelativeScale(probode.IWP(3)), {}),  # components move by as much as they are large
+    (probode.TS1(ode), probode.RelativeScale(probode.IWP(3)), {}),  # noise in proportion to the size of each component
     (probode.TS1(ode), probode.Matern(3, length_scale=1.0), {}),
     (probode.TS1(ode), probode.LinearSDE(2, (0.0, stiff_part, -1.0)), {}),  # any linear drift: factors of u, u', u''
     (probode.TS1(ode), probode.IWP(3, output_scale=jnp.array([[1.0, 0.5], [0.0, 1.0]])), {}),  # correlated noise
-    (probode.TS1(given), probode.IWP(3), {}),  # a Jacobian of your own; BandedJacobian, SparseJacobian know zeros
+    (probode.TS1(given), probode.IWP(3), {}),  # a Jacobian of your own; also BandedJacobian, SparseJacobian
     (probode.TS1(ode, evaluations=3, relinearise=True), probode.IWP(3), {}),  # iterated: Gauss-Newton in every step
-    (probode.SLR1(ode, cubature=probode.UnscentedTransform()), probode.IWP(3), {}),  # averaged over the prediction
+    (probode.SLR1(ode, cubature=probode.UnscentedTransform()), probode.IWP(3), {}),  # statistical linear regression
     (probode.TS1(ode.lifted(1)), probode.IWP(4), {}),  # the equation and its time derivative
     (probode.Noisy(probode.TS1(ode), 1e-3), probode.IWP(3), {}),  # an equation that holds up to noise
     (probode.TS1(ode), probode.IWP(4), {"initialisation": probode.Diffuse(1, scale=100.0)}),  # unknown derivatives
@@ -189,24 +196,24 @@ for constraint, prior, parts in (
     assert probode.Solver(prior, constraint, **parts).solve(jnp.array([0.0, 1.0]), 0.0, 1.0).mean.shape == (1, 2)
 
 # %% [markdown]
-# An uncertain initial value is pushed forward along the solution (to first order, exactly on linear equations). Steps
-# are short enough for all directions in which it is uncertain, also where the mean is at rest, and `.state` goes on
-# from there:
+# The uncertainty of an initial value is pushed forward along the solution, to first order, which is exact for linear
+# equations. Steps are short enough for all directions in which the initial value is uncertain, also where the mean is
+# at rest. The solve can be resumed from `.state`:
 
 # %%
 u0 = probode.Normal((20.0, 20.0), (1.0, 0.5))  # mean and standard deviations, or the root of a covariance
 uncertain = solver.solve(u0, 0.0, 10.0, args=rates)
 print(uncertain.std)
 later = solver.solve(uncertain.state, 10.0, 12.0, args=rates)
-moves = uncertain.spread.means  # how the states move along the rows of the root; of the identity: the Jacobian
+moves = uncertain.spread.means  # derivatives along the rows of the root: for the identity, the Jacobian
 
 # %% [markdown]
 # ## Learning from data
 
 # %% [markdown]
-# Noisy observations, of whatever function of the state, are conditioned on where the equation is: the posterior is the
-# one given both, with every strategy. Parameters are components that do not change, their prior an uncertain initial
-# value:
+# A solve can be conditioned on noisy observations of any function of the state, in the same pass as on the equation.
+# The posterior is that given both, with every strategy. An unknown parameter is a component of the state that does not
+# change with time; its prior is an uncertain initial value:
 
 
 # %%
@@ -228,8 +235,8 @@ posterior = learner.solve(start, 0.0, 5.0, data=data)
 assert abs(posterior.mean["rate"][-1] - 1.3) < 0.1 and posterior.std["rate"][-1] < 0.1
 
 # %% [markdown]
-# Counts, outcomes and data with outliers come with the log density of each number instead of a noise; the posterior is
-# then the normal one about its mode (Laplace's method):
+# For counts, binary outcomes and data with outliers, pass the log density of each number in place of `noise`. The
+# posterior is then the normal approximation about its mode (Laplace's method):
 
 # %%
 counts = jnp.array([3.0, 1.0, 2.0, 4.0, 7.0, 5.0, 6.0, 9.0, 8.0, 9.0])
@@ -239,12 +246,14 @@ poisson = probode.Observations(
 assert learner.solve(start, 0.0, 5.0, data=poisson).std["rate"][-1] > posterior.std["rate"][-1]
 
 # %% [markdown]
-# Where that is too nonlinear for one pass, `solve_grid_iterated(learner, start, grid, data=data)` linearises equation
-# and data along the trajectory that it has found, until nothing changes: the most probable trajectory given both.
+# One pass may be too inaccurate where equation or data are far from linear. Then
+# `solve_grid_iterated(learner, start, grid, data=data)` linearises both along the trajectory of the pass before, until
+# nothing changes. The result is the most probable trajectory given both.
 #
-# Likelihoods of parameters, on adaptive steps and differentiable: Fenrir's (solve, then condition the posterior on the
-# data), Dalton's (both in one filter), and the sum of predictions by filtering. Where a solve fails they are minus
-# infinity. `DiffusionTempering` makes them easy at first and right at last:
+# There are three likelihoods of parameters, with adaptive steps and differentiable: Fenrir (solve, then condition the
+# posterior on the data), Dalton (equation and data in one filter), and filtering (predict each datum from those before
+# it). Where a solve fails they are minus infinity. `DiffusionTempering` begins with a large output scale, where the
+# likelihood is smooth in the parameters, and reduces it stage by stage:
 
 
 # %%
@@ -263,10 +272,10 @@ for stage in probode.DiffusionTempering(largest=1e3, stages=2).solvers(solver):
     print(value_and_slope(stage, 0.45))  # an optimiser goes from stage to stage
 
 # %% [markdown]
-# ## A filter of your own
+# ## A part of your own
 
 # %% [markdown]
-# It is a subclass of one abstract class. This constraint takes the Jacobian by finite differences:
+# A part of your own is a subclass of an abstract class. This constraint computes the Jacobian by finite differences:
 
 
 # %%
@@ -286,9 +295,9 @@ own = probode.Solver(probode.IWP(4), FiniteDifferences(probode.ODE(lotka_volterr
 assert jnp.allclose(own.solve((20.0, 20.0), 0.0, 1.0, args=rates).mean[0], at_times.mean[0][10], rtol=1e-2)
 
 # %% [markdown]
-# Is it right? `probode.testing` knows the laws that every part of a kind obeys, for eleven kinds, and whole solvers. A
-# part that breaks one is told which; hypothesis strategies for priors, grids, solvers and equations with known
-# solutions are there, too:
+# `probode.testing` checks the laws that every part of a kind must satisfy, for thirteen kinds and for whole solvers.
+# The error names the law that a part does not satisfy. There are also hypothesis strategies for priors, grids, solvers
+# and equations with known solutions:
 
 
 # %%

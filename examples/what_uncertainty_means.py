@@ -1,8 +1,8 @@
 # %% [markdown]
 # # What the uncertainty means
 #
-# A solver that reports a standard deviation makes a claim that can be checked: errors should be about as large as they
-# are said to be. Here is how the claim is checked, and what calibration does to it.
+# If the standard deviations that a solver reports are right, errors are about as large. This notebook shows how to
+# check this against a reference solution, and how the result depends on the calibration.
 
 # %%
 import os
@@ -40,9 +40,10 @@ def reference(times):
 
 
 # %% [markdown]
-# Two calibrations of the same solver. The default, `DynamicCalibration`, sets the scale of the noise step by step; it
-# costs nothing and is cautious. `LeaveOneOutCalibration` also asks how well every residual is predicted by all others,
-# and needs a solve that keeps its steps.
+# We compare two calibrations of the same solver. The default, `DynamicCalibration`, estimates the scale of the noise in
+# every step from the residual of this step. It costs nothing, and its standard deviations are too large rather than too
+# small. `LeaveOneOutCalibration` also compares every residual with its prediction from all others, and rescales all
+# covariances at the end. It needs a solve that keeps its steps.
 
 # %%
 solvers = {
@@ -63,9 +64,9 @@ for ax, (name, solver) in zip(axes, solvers.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# A report over many tolerances says it in numbers. `chi^2 / d` is the squared error over the reported variance: 1 is
-# right, much less is cautious, much more is overconfident. The shares within one, two and three standard deviations
-# would be 68, 95 and 99.7 % for a perfect Gaussian.
+# `calibration_report` does this for several tolerances. `chi^2 / d` is the squared error over the reported variance: 1
+# is right, much less means that standard deviations are too large, much more that they are too small. The shares of
+# errors within one, two and three standard deviations (`std`) would be 68, 95 and 99.7 % for a perfect Gaussian.
 
 # %%
 tolerances = (1e-3, 1e-5) if SMALL else (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Parts of your own, and how to test them
 #
-# A filter, a controller, a prior is a subclass of one abstract class with one or two methods. The kit in
-# `probode.testing` then checks the laws that every part of its kind obeys, and says which one is broken.
+# A constraint, a controller or a prior of your own is a subclass of an abstract class, with one or two methods. The
+# functions of `probode.testing` check the laws that every part of its kind must satisfy, and name the law that it does
+# not satisfy.
 
 # %%
 import equinox as eqx
@@ -15,16 +16,17 @@ import probode
 jax.config.update("jax_enable_x64", True)
 
 # %% [markdown]
-# ## A filter
+# ## A constraint
 #
-# An information operator is linearised: a matrix on the state `(u, u', ...)` and a residual. This one takes the field's
-# slope from secants instead of derivatives. `Linearisation.explicit` stores an equation `u' = f(t, u)` as the
-# factorisation of the solver wants it: the Jacobian of `f`, and the residual `u' - f`.
+# A constraint linearises the equation at the predicted mean: it returns a matrix that acts on the state `(u, u', ...)`,
+# and a residual. This one computes the Jacobian of the vector field by finite differences. `Linearisation.explicit`
+# makes both for an equation `u' = f(t, u)`, in the form of the solver's factorisation, from the Jacobian of `f` and the
+# residual `u' - f`.
 
 
 # %%
 class Secants(probode.AbstractConstraint):
-    """The vector field linearised by finite differences."""
+    """An ODE, linearised with a Jacobian by finite differences."""
 
     problem: probode.ODE
     step: jax.Array = eqx.field(converter=jnp.asarray, default=1e-6)
@@ -50,8 +52,9 @@ for constraint in (Secants(ode), probode.TS1(ode)):
 # %% [markdown]
 # ## Is it right?
 #
-# The laws of a constraint: its residual is that of the equation, at the right time; the promises that it makes hold;
-# dtypes, `jit`, `vmap`, derivatives; solutions converge.
+# The laws of a constraint are: its residual is that of the equation, at the right time; its matrix has the form that it
+# says; it works in single precision, under `jit` and `vmap`, and can be differentiated; solutions converge as steps get
+# shorter.
 
 # %%
 probode.testing.check_constraint(Secants(ode), u0)
@@ -59,7 +62,7 @@ print("the filter obeys the laws")
 
 
 # %% [markdown]
-# And one with a mistake: it looks at the field at the wrong time.
+# A constraint with a mistake: it evaluates the vector field at the wrong time.
 
 
 # %%
@@ -77,12 +80,13 @@ except probode.testing.LawBroken as error:
 # %% [markdown]
 # ## A controller
 #
-# It sees numbers only: a step's length, the size of its error (1 is just good enough), the order.
+# A controller decides from numbers alone: the length of a step, the norm of its error in units of the tolerance (up to
+# 1 is good enough), and the order.
 
 
 # %%
 class Halving(probode.AbstractController):
-    """Halves or doubles."""
+    """A step is halved if it is rejected, and doubled if the error would stay below the tolerance."""
 
     tolerances: probode.Tolerances = eqx.field(default_factory=probode.Tolerances)
     limits: probode.Limits = eqx.field(default_factory=probode.Limits)
@@ -104,7 +108,7 @@ print(solution.summary())
 # %% [markdown]
 # ## Property-based tests
 #
-# With hypothesis, `probode.testing` makes equations with known solutions, grids, priors and solvers:
+# With hypothesis, `probode.testing` generates equations with known solutions, grids, priors and solvers:
 #
 # ```python
 # from hypothesis import given

@@ -1,7 +1,8 @@
-"""Many solves at once: lanes that differ in initial value, interval or parameters, over cores and devices.
+"""Many solves of one equation, which differ in initial value, interval or parameters, on one or several devices.
 
-On a CPU every lane is a loop of its own, which XLA compiles into native code, so that no lane waits for another; on
-accelerators lanes run in lockstep. Devices share the lanes without talking to each other.
+Each of these solves is called a lane. On a CPU every lane is a loop of its own, which XLA compiles into native code,
+and takes no more steps than it needs; on accelerators the lanes of a block step together. Lanes are divided among
+devices, which do not communicate.
 """
 
 import math
@@ -18,8 +19,9 @@ from jaxtyping import PyTree
 from .algebra.linalg import compiled
 from .posterior.solution import Solution
 from .requests import Request, bind, check_request, floats_to_arrays
-from .solver import Solver, solve_adaptive
+from .solver import Solver, answer_request
 from .stepping.adaptive import AdaptiveState
+from .stepping.times import Interval
 from .util.checks import as_float, as_integer, is_traced, require
 
 
@@ -37,18 +39,24 @@ def solve_ensemble(
     cost: Any = None,
     mesh: Mesh | None = None,
 ) -> Solution:
-    """Solve the same equation for many initial values, intervals or parameters: a ``Solution`` with a leading axis.
+    """The ``Solution`` of the same equation for many initial values, intervals or parameters, with a leading axis.
 
-    ``in_axes`` says, as in ``jax.vmap``, along which axes of ``(u0s, t0, t1, args)`` the lanes are; the default is the
-    first axis of ``u0s`` alone. ``save_at`` and ``dt0`` are shared and mean what they do in ``Solver.solve``. A lane
-    that fails raises nothing: ``solutions.result == Result.successful`` tells which lanes are fine, and these are what
-    they would be without the others.
+    - ``solver``: shared by all lanes.
+    - ``u0s``, ``t0``, ``t1``, ``args``: as in ``Solver.solve``, with an axis of lanes where ``in_axes`` says so. An
+      uncertain initial value (``Normal``) is refused.
+    - ``in_axes``: the axes of lanes of ``(u0s, t0, t1, args)``, as in ``jax.vmap``; by default the first axis of
+      ``u0s`` alone.
+    - ``save_at``, ``dt0``: as in ``Solver.solve``, shared by all lanes.
+    - ``lanes_per_block``: how many lanes step together, as under ``jax.vmap``; by default one on CPUs, on accelerators
+      all lanes of a device.
+    - ``cost``: ``(lanes,)``, an estimate of the work of each lane, in any unit. Lanes of similar cost then share a
+      block, and the shares of all devices are about equal.
+    - ``mesh``: the devices among which lanes are divided, along all axes of the mesh. Results are the same but for
+      round-off.
 
-    ``lanes_per_block``: how many lanes step together, as under ``jax.vmap``; by default one on CPUs, all of a device's
-    on accelerators. ``cost``: ``(lanes,)``, any guess of how much work each lane is; lanes of similar cost then share
-    blocks and devices get equal shares. ``mesh``: devices that share the lanes, along all of its axes; answers do not
-    depend on it, but for round-off. Differentiable like ``Solver.solve``. Raises ``ValueError`` if nothing is mapped or
-    sizes disagree.
+    A lane that fails raises no error: ``solutions.result == Result.successful`` is true for the others, which do not
+    depend on it. Differentiable like ``Solver.solve``. Raises ``ValueError`` if nothing is mapped, if numbers of lanes
+    differ, and for times that do not fit in some lane; otherwise as ``Solver.solve`` for wrong input.
 
     >>> solver = probode.Solver(probode.IWP(3), probode.TS0(probode.ODE(lambda t, u, args: -args * u)))
     >>> rates = jnp.array([0.5, 1.0, 2.0])
@@ -62,9 +70,10 @@ def solve_ensemble(
     lanes = _number_of_lanes(operands, axes)
     mapped = _per_leaf(lambda axis, x: None if axis is None else jnp.moveaxis(x, axis, 0), axes, operands)
     shared = _per_leaf(lambda axis, x: x if axis is None else None, axes, operands)
-    first = eqx.combine(jax.tree.map(lambda x: x[0], mapped), shared)
-    request = check_request(solver, *first[:3], save_at, dt0)
-    times = _check_times(*eqx.combine(mapped, shared)[:3], request)
+    u0, first_t0, first_t1, _ = eqx.combine(jax.tree.map(lambda x: x[0], mapped), shared)
+    request = check_request(solver, u0, first_t0, first_t1, save_at, dt0)
+    u0s, t0s, t1s, _ = eqx.combine(mapped, shared)
+    times = _check_times(u0s, t0s, t1s, request)
     for i, t in enumerate(times, start=1):
         if axes[i] is None:
             shared = (*shared[:i], t, *shared[i + 1 :])
@@ -90,8 +99,8 @@ def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
 
     def solve(lane, shared):
         u0, t0, t1, args = eqx.combine(lane, shared)
-        u0, layout = bind(solver, u0)
-        return solve_adaptive(solver, Request(u0, t0, t1, request.save_at, request.dt0, layout), args)
+        start, layout = bind(solver, u0, uncertain=True)
+        return answer_request(solver, Request(start, Interval(t0, t1), request.save_at, request.dt0, layout), args)
 
     def solve_share(mapped, shared):
         if block == 1:
@@ -101,7 +110,8 @@ def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
         solutions = lax.map(lambda lanes: together(lanes, shared), blocks)
         return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), solutions)
 
-    # Blocks are dealt to the devices in turn; the last lane fills up the last ones.
+    # Lanes sorted by cost, in blocks that go to the devices in turn: contiguous shares would have very different costs.
+    # Copies of the last lane fill up the last blocks.
     order = jnp.arange(lanes) if cost is None else jnp.argsort(cost)
     order = jnp.pad(order, (0, -lanes % (devices * block)), mode="edge")
     order = jnp.reshape(jnp.swapaxes(jnp.reshape(order, (-1, devices, block)), 0, 1), -1)
@@ -135,7 +145,7 @@ def _automatic_mesh(mesh):
 
 
 def _automatic_sharding(x):
-    """An array whose sharding JAX does not check in types: lanes may be picked from it in any order."""
+    """The array with its axes of explicit sharding made automatic, so that lanes can be indexed in any order."""
     sharding = None if is_traced(x) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
         return x
@@ -143,7 +153,7 @@ def _automatic_sharding(x):
 
 
 def _axes(in_axes, operands):
-    """An axis, or ``None``, for every leaf of the operands."""
+    """The axis of lanes, or ``None``, for every leaf of the operands; raises ``ValueError`` unless the trees fit."""
     try:
         return jax.tree.broadcast(in_axes, operands, is_leaf=_none)
     except ValueError as error:
@@ -154,6 +164,7 @@ def _axes(in_axes, operands):
 
 
 def _number_of_lanes(operands, axes):
+    """The number of lanes; raises ``ValueError`` unless there is one, the same along all mapped axes."""
     sizes = set()
 
     def look(axis, x):
@@ -172,7 +183,10 @@ def _number_of_lanes(operands, axes):
 
 
 def _check_times(u0s, t0s, t1s, request):
-    """The times, if what ``check_request`` has seen of the first lane holds for all of them."""
+    """``t0`` and ``t1`` of all lanes; raises ``ValueError`` unless they pass the checks of ``check_request``.
+
+    That has checked the first lane alone.
+    """
     dtype, ts = request.layout.dtype, request.save_at.ts
     xp = jnp if is_traced(t0s, t1s, ts) else np
     t0s, t1s = (as_float(t, "t0 and t1").astype(dtype) for t in (t0s, t1s))

@@ -1,7 +1,7 @@
-"""What users pass to a solver, checked and brought into the one form that the solver works on.
+"""Checks of what users pass to a solver, and its conversion into the one form on which solvers work.
 
-Everything here happens before anything runs, on the host where values are known, so that a mistake costs a message and
-not a compilation.
+Where values are known they are checked here, on the host and before anything is compiled, so that errors are raised at
+once; traced values are checked when the compiled program runs. The errors are ``ValueError`` and ``TypeError``.
 """
 
 from typing import Any
@@ -20,26 +20,35 @@ from .estimation.initialisation import InitialState
 from .estimation.strategies import AbstractStrategy
 from .information.observations import Observations
 from .posterior.solution import SaveAt, Solution
+from .posterior.uncertain_start import check_uncertain, directions_of
 from .stepping.adaptive import AdaptiveState
 from .stepping.controllers import AbstractController
 from .stepping.progress import AbstractProgress
+from .stepping.starts import AbstractStart, FromInitialState, FromValues, Resumed
 from .stepping.state import State
+from .stepping.times import Interval
 from .util.checks import as_float, as_scalar, is_traced, require
 
 
 class Request(eqx.Module):
-    """What ``solve`` is asked for, checked and in the solver's own terms."""
+    """The arguments of ``Solver.solve``, checked and as arrays with the dtype of the state.
 
-    u0: Any
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
+    - ``start``: where the solve begins; ``interval``: from ``t0`` to ``t1``.
+    - ``save_at``: which times are kept.
+    - ``dt0``: the length of the first attempt; ``None`` if it is to be chosen.
+    - ``layout``: how the state is stored.
+    - ``data``: observations, if any; ``progress``: the meter, if any.
+    - ``through``: times at which steps end without a jump of the equation, if any.
+    """
+
+    start: AbstractStart
+    interval: Interval
     save_at: SaveAt
     dt0: Float[Array, ""] | None
     layout: Layout
     data: Observations | None = None
     progress: AbstractProgress | None = None
-    through: Float[Array, " times"] | None = None  # times at which steps end, where the equation does not jump
-    directions: PyTree = None  # in which u0 is uncertain, along a leading axis
+    through: Float[Array, " times"] | None = None
 
 
 def check_request(
@@ -52,52 +61,80 @@ def check_request(
     data: Observations | None = None,
     progress: AbstractProgress | None = None,
 ) -> Request:
-    """The request of a call of ``solve`` of a ``Solver``; raises what that raises for wrong input."""
+    """The ``Request`` of a call ``solver.solve(...)``; raises ``TypeError`` or ``ValueError`` for wrong input.
+
+    Arguments as for ``Solver.solve``.
+    """
     save_at = SaveAt(t1=True) if save_at is None else save_at
     save_at = save_at if isinstance(save_at, SaveAt) else SaveAt(ts=save_at)
-    u0, layout = bind(solver, u0)
-    t0, t1 = interval(t0, t1, layout)
-    t1 = resolvable(solver.controller, layout, t1)
-    if isinstance(u0, AdaptiveState):
-        message = "A solve goes on from the time of its state, which is not t0"
-        t1 = require(t1, u0.t == t0, message, t0=t0, state=u0.t)
+    start, layout = bind(solver, u0, uncertain=True)
+    if data is not None:
+        check_data(data, solver.calibration, start)
+    t0, t1 = two_times(t0, t1, layout)
+    t0, t1 = at_state(start, t0), resolvable(solver.controller, layout, t1)
     check_dense(save_at, solver.strategy)
     ts = None if save_at.ts is None else save_times(save_at.ts, t0, t1, layout)
     dt0 = None if dt0 is None else first_length(dt0, t0, t1, layout)
     if data is not None:
         data = data_between(data, t0, t1, layout)
-        if isinstance(u0, AdaptiveState):
+        if start.resumed is not None:
             message = "What is seen at the time from which a solve goes on belongs to the solve before"
             data = eqx.tree_at(lambda d: d.ts, data, require(data.ts, data.ts != t0, message))
     t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
     if ts is not None:
         save_at = eqx.tree_at(lambda s: s.ts, save_at, ts)
-    return Request(u0, t0, t1, save_at, dt0, layout, data, progress)
+    return Request(start, Interval(t0, t1), save_at, dt0, layout, data, progress)
 
 
-def bind(solver: Any, u0: PyTree) -> tuple[Any, Layout]:
-    """``u0`` as a tuple of derivatives (or the state that it is), and the layout of its state."""
-    problem, nu = solver.constraint.problem, solver.prior.num_derivatives
-    return initial_value(u0, problem, nu, solver.factorisation, solver.controller, solver.calibration)
+def bind(solver: Any, u0: PyTree, *, uncertain: bool = False) -> tuple[AbstractStart, Layout]:
+    """Where a solve from ``u0`` begins, and the layout of its state: ``start_from`` with the parts of a solver.
+
+    ``uncertain``: whether ``u0`` may be a ``Normal``, or the state of a solve from one, and is pushed forward; checks
+    that the parts allow it.
+    """
+    problem, nu, parts = solver.constraint.problem, solver.prior.num_derivatives, solver
+    directions = None
+    if uncertain and isinstance(u0, Normal):
+        u0, directions = u0.mean, directions_of(u0, problem)
+    start, layout = start_from(u0, problem, nu, parts.factorisation, parts.controller, parts.calibration)
+    if directions is not None:
+        start = FromValues(start.mean, directions)
+    if uncertain and start.directions is not None:
+        layout.require_shared_algebra("An uncertain u0")
+        check_uncertain(solver.factorisation, solver.calibration, layout.size)
+    return start, layout
+
+
+def at_state(start: AbstractStart, t0: Any) -> Any:
+    """``t0``; raises ``ValueError`` if it is not the time of the state that is resumed."""
+    if start.resumed is None:
+        return t0
+    message = "A solve goes on from the time of its state, which is not t0"
+    return require(t0, start.resumed.t == t0, message, t0=t0, state=start.resumed.t)
 
 
 def floats_to_arrays(tree: PyTree) -> PyTree:
-    """Python floats would be compiled into the program, and retrace it for every new value."""
+    """The tree with Python floats as arrays: as constants of a program they would compile it for every new value."""
     return jax.tree.map(lambda x: jnp.asarray(float(x)) if isinstance(x, float) else x, tree)
 
 
-def initial_value(
+def start_from(
     u0: Any,
     problem: AbstractProblem,
     num_derivatives: int,
     factorisation: AbstractFactorisation,
     controller: AbstractController,
     calibration: AbstractCalibration,
-) -> tuple[Any, Layout]:
-    """``u0`` as a tuple ``(u, ..., u^(k-1))``, an ``InitialState`` or an ``AdaptiveState``, and its layout."""
+) -> tuple[AbstractStart, Layout]:
+    """Where a solve from ``u0`` begins, and the layout of its state.
+
+    ``u0``: a PyTree, or the tuple ``(u, ..., u^(k-1))`` of an equation of order ``k``; an ``InitialState``; or an
+    ``AdaptiveState``, the state of a solve to be resumed. Raises ``TypeError`` for other objects of this package,
+    ``ValueError`` where structure, shapes or parts do not fit.
+    """
     if isinstance(u0, AdaptiveState):
         _check_resumed(u0, num_derivatives, factorisation, controller, calibration)
-        return u0, u0.current.layout
+        return Resumed(u0), u0.current.layout
     if isinstance(u0, Solution):
         raise TypeError("u0 is a Solution: pass its .state to go on from where it ended.")
     if isinstance(u0, State):
@@ -110,24 +147,24 @@ def initial_value(
     if isinstance(u0, InitialState):
         layout = layout_of(u0.mean[0], num_derivatives, factorisation)
         _check_initial_state(u0, layout)
-        return u0, layout
-    u0 = problem.split(u0)
-    return u0, layout_of(u0[0], num_derivatives, factorisation)
+        return FromInitialState(u0), layout
+    values = problem.split(u0)
+    return FromValues(values), layout_of(values[0], num_derivatives, factorisation)
 
 
-def time(t: Any, name: str, layout: Layout):
-    """One finite time in the dtype of the state."""
+def time(t: Any, name: str, layout: Layout) -> Array | np.ndarray:
+    """A time in the dtype of the state; raises ``ValueError`` unless it is a finite scalar."""
     t = as_scalar(t, name).astype(layout.dtype)
     return require(t, abs(t) < np.inf, f"{name} must be finite", **{name: t})
 
 
-def interval(t0: Any, t1: Any, layout: Layout):
-    """Two different finite times."""
+def two_times(t0: Any, t1: Any, layout: Layout) -> tuple[Array | np.ndarray, Array | np.ndarray]:
+    """``t0`` and ``t1`` in the dtype of the state; raises ``ValueError`` unless they are finite and different."""
     t0, t1 = time(t0, "t0", layout), time(t1, "t1", layout)
     return t0, require(t1, t0 != t1, f"t0 and t1 are the same time in {layout.dtype}: nothing to solve", t0=t0, t1=t1)
 
 
-def resolvable(controller: AbstractController, layout: Layout, t1):
+def resolvable(controller: AbstractController, layout: Layout, t1: Array | np.ndarray) -> Array | np.ndarray:
     """``t1`` unchanged; raises ``ValueError`` if the relative tolerance is below the round-off of the state's dtype."""
     smallest = 10 * float(jnp.finfo(layout.dtype).eps)
     message = (
@@ -138,11 +175,17 @@ def resolvable(controller: AbstractController, layout: Layout, t1):
     return require(t1, (rtol == 0) | (rtol >= smallest), message, rtol=rtol)
 
 
-def save_times(ts: Any, t0, t1, layout: Layout, name: str = "save_at"):
-    """Sorted times of the interval; a few units of round-off outside count as its ends where they are known."""
+def save_times(
+    ts: Any, t0: Array | np.ndarray, t1: Array | np.ndarray, layout: Layout, name: str = "save_at"
+) -> Array | np.ndarray:
+    """The times ``ts`` in the dtype of the state; raises ``ValueError`` unless they are sorted from ``t0`` to ``t1``.
+
+    Known times that lie outside of the interval by a few units of round-off are moved to its ends. ``name``: of the
+    argument, for messages.
+    """
     ts = ts.astype(layout.dtype)
     traced = is_traced(ts, t0, t1)
-    # jnp on known values makes tracers of them inside a jit.
+    # NumPy for known values: inside of ``jit`` functions of JAX would turn them into tracers, which cannot be checked.
     xp = jnp if traced else np
     first, last, forward = xp.minimum(t0, t1), xp.maximum(t0, t1), t1 > t0
     if not traced:
@@ -157,28 +200,32 @@ def save_times(ts: Any, t0, t1, layout: Layout, name: str = "save_at"):
 
 
 def require_observations(data: Any) -> None:
-    """Raises for data of another kind."""
+    """Raises ``TypeError`` unless the data are ``Observations``."""
     if not isinstance(data, Observations):
         raise TypeError(f"data must be Observations(ts, values, noise), got {data!r}.")
 
 
-def check_data(data: Any, calibration: AbstractCalibration, certain_start: bool) -> None:
-    """Raises where data have no place in a solve."""
+def check_data(data: Any, calibration: AbstractCalibration, start: AbstractStart) -> None:
+    """Raises ``TypeError`` unless the data are ``Observations``, ``ValueError`` where a solve cannot use them."""
     require_observations(data)
     if calibration.rescales:
         raise ValueError(
             f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also what was learnt "
             "from data with a noise that you know. Use NoCalibration() or DynamicCalibration()."
         )
-    if not certain_start:
+    if start.directions is not None:
         raise ValueError(
             "An uncertain u0 is pushed forward along the solution, and learns nothing from data. Pass an InitialState "
             "(from solver.initialise) with a factor of its own."
         )
 
 
-def data_between(data: Observations, t0, t1, layout: Layout) -> Observations:
-    """Data whose times lie in the interval, in its direction, further apart than round-off."""
+def data_between(data: Observations, t0: Array | np.ndarray, t1: Array | np.ndarray, layout: Layout) -> Observations:
+    """The data with times in the dtype of the state.
+
+    Raises ``ValueError`` unless these lie in the interval, sorted from ``t0`` to ``t1`` and further apart than 1000
+    units of round-off.
+    """
     ts = save_times(data.ts if is_traced(data.ts) else np.asarray(data.ts), t0, t1, layout, "the times of the data")
     xp = jnp if is_traced(ts) else np
     later = xp.maximum(abs(ts[1:]), abs(ts[:-1]))
@@ -187,8 +234,8 @@ def data_between(data: Observations, t0, t1, layout: Layout) -> Observations:
     return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(ts))
 
 
-def data_on_grid(data: Observations, grid, layout: Layout) -> Observations:
-    """Data whose times are points of a grid."""
+def data_on_grid(data: Observations, grid: Array | np.ndarray, layout: Layout) -> Observations:
+    """The data at times that are exactly points of the grid; raises ``ValueError`` if one is not, up to round-off."""
     ts = data.ts.astype(layout.dtype)
     xp = jnp if is_traced(ts, grid) else np
     ts, grid = xp.asarray(ts), xp.asarray(grid)
@@ -199,7 +246,7 @@ def data_on_grid(data: Observations, grid, layout: Layout) -> Observations:
 
 
 def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:
-    """Dense output needs the steps, which a smoother for fixed points does not keep."""
+    """Raises ``ValueError`` for dense output of a smoother that does not keep the steps, as it would need them."""
     if save_at.dense and strategy.smooths and not strategy.keeps_steps:
         raise ValueError(
             f"SaveAt(dense=True) keeps every step, {type(strategy).__name__}() only the times asked for: "
@@ -207,15 +254,19 @@ def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:
         )
 
 
-def first_length(dt0: Any, t0, t1, layout: Layout):
-    """The signed length of the first attempt."""
+def first_length(dt0: Any, t0: Array | np.ndarray, t1: Array | np.ndarray, layout: Layout) -> Array | np.ndarray:
+    """``dt0`` in the dtype of the state; raises ``ValueError`` if it is zero, infinite, or negative for ``t1 > t0``."""
     dt0 = as_scalar(dt0, "dt0").astype(layout.dtype)
     dt0 = require(dt0, (dt0 != 0) & (abs(dt0) < np.inf), "dt0 must be finite and not zero", dt0=dt0)
     return require(dt0, (dt0 > 0) | (t1 < t0), "dt0 is negative, but t1 > t0", dt0=dt0)
 
 
-def grid_times(grid: Any, layout: Layout):
-    """Two or more sorted, finite times, as different in the dtype of the state as they were."""
+def grid_times(grid: Any, layout: Layout) -> Array | np.ndarray:
+    """The grid in the dtype of the state, ``(time,)``.
+
+    Raises ``ValueError`` unless it has at least two times, all finite, in increasing or decreasing order, and if
+    different times are the same in that dtype.
+    """
     wide = as_float(grid, "grid")
     grid = wide.astype(layout.dtype)
     if grid.ndim != 1 or grid.size < 2:
@@ -228,6 +279,7 @@ def grid_times(grid: Any, layout: Layout):
 
 
 def _check_initial_state(u0, layout):
+    """Raises ``ValueError`` unless an ``InitialState`` has the derivatives and shapes of the layout."""
     n = layout.num_derivatives
     if len(u0.mean) != n + 1:
         raise ValueError(
@@ -245,6 +297,7 @@ def _check_initial_state(u0, layout):
 
 
 def _check_resumed(u0, num_derivatives, factorisation, controller, calibration):
+    """Raises ``ValueError`` unless a state to be resumed was made with the same kinds of parts."""
     layout = u0.current.layout
     if layout.num_derivatives != num_derivatives:
         raise ValueError(

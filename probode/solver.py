@@ -1,7 +1,7 @@
-"""The solver: a prior, a constraint and the parts that make a method of them.
+"""The solver: a prior, a constraint and the other parts of a method, and the five calls of a user.
 
-``Solver`` checks what it is given, binds the factorisation to the state of the problem and hands over to the one step
-(``stepping/step.py``), on a grid or in the adaptive loop (``stepping/keeping.py``).
+``Solver`` checks what users pass, chooses the layout of the state, and repeats the step of ``stepping/step.py``, on a
+grid or in the adaptive loop of ``stepping/keeping.py``.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from .information.constraints import AbstractConstraint
 from .information.observations import Observations
 from .posterior.assemble import answer
 from .posterior.solution import SaveAt, Solution, raise_unless_successful
-from .posterior.uncertain_start import check_moves, check_uncertain, directions_of, push_forward, spread_start
+from .posterior.uncertain_start import check_moves, directions_of, push_forward, spread_start
 from .priors.prior import AbstractPrior, AbstractPriorFamily
 from .stepping.adaptive import AdaptiveState, begin, is_usable
 from .stepping.controllers import AbstractController, IntegralController
@@ -37,22 +37,33 @@ from .stepping.progress import AbstractProgress
 from .stepping.restarts import start_anew, starts_uncertain
 from .stepping.result import Result
 from .stepping.spread import value_and_moves
+from .stepping.starts import FromValues
 from .stepping.state import State
 from .stepping.step import Step
 from .stepping.step_sizes import Control, bounded_step, first_step, smallest_error
 from .stepping.stops import starting_anew
-from .stepping.times import beside, direction_of, nearest
+from .stepping.times import beside
 from .util import describe
 
 
 class Solver(eqx.Module):
-    """A probabilistic ODE solver, composed of parts; any part can be replaced by a subclass of its base.
+    """A probabilistic ODE solver: a Gaussian filter or smoother that conditions a Gauss-Markov prior on an equation.
 
-    ``prior`` (what solutions look like) and ``constraint`` (the equation and its linearisation) are required. Defaults:
-    ``Dense()``, ``Filter()``, ``DynamicCalibration()``, ``LocalError()`` (``StateError()`` under ``Subspace``),
-    ``IntegralController()``, ``BoundedLoop()``, ``TaylorMode()``. Raises
-    ``TypeError`` for a part of the wrong kind, ``ValueError`` where parts do not fit together, as an equation of higher
-    order than the prior.
+    It is composed of parts; each can be replaced by a subclass of its abstract class:
+
+    - ``prior``: the Gauss-Markov process over the solution and its derivatives.
+    - ``constraint``: the equation, and how it is linearised.
+    - ``factorisation``: the structure of the covariance; ``Dense()`` by default.
+    - ``strategy``: filtering or smoothing; ``Filter()`` by default.
+    - ``calibration``: the estimate of the output scale; ``DynamicCalibration()`` by default.
+    - ``error``: the estimate of the local error; ``LocalError()`` by default, ``StateError()`` under ``Subspace``.
+    - ``controller``: tolerances and step sizes; ``IntegralController()`` by default.
+    - ``loop``: the loop over attempted steps, which decides what can be differentiated; ``BoundedLoop()`` by default.
+    - ``initialisation``: the derivatives at ``t0``; ``TaylorMode()`` by default.
+
+    Raises ``TypeError`` for a part of the wrong kind, ``ValueError`` for parts that do not fit together, as an equation
+    of higher order than the prior has derivatives. (Tronarp, Kersting, Sarkka, Hennig 2019, "Probabilistic solutions to
+    ordinary differential equations as nonlinear Bayesian filtering".)
 
     >>> import probode
     >>> solver = probode.Solver(prior=probode.IWP(4), constraint=probode.TS1(probode.ODE(lambda t, u, args: -u)))
@@ -103,7 +114,7 @@ class Solver(eqx.Module):
         if factorisation.own_algebra:
             factorisation.check(prior, constraint, strategy, calibration, error)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "\n".join(["Solver(", *(f"  {name}={words}," for name, words in describe.parts(self)), ")"])
 
     def _repr_html_(self):
@@ -122,16 +133,24 @@ class Solver(eqx.Module):
         progress: Any = None,
         data: Observations | None = None,
     ) -> Solution:
-        """Solve from ``t0`` to ``t1`` (which may lie before ``t0``) with steps chosen by the error estimate.
+        """The ``Solution`` from ``t0`` to ``t1``, with steps chosen by the error estimate and the controller.
 
-        ``u0``: a PyTree of real arrays; a tuple ``(u, u', ...)`` for an equation of higher order; a ``Normal`` over
-        either, an uncertain initial value, whose spread is pushed forward to first order; an ``InitialState``; or
-        ``Solution.state``, to go on. ``save_at``: an array of times or a ``SaveAt``; ``None``
-        keeps ``t1``. ``dt0``: length of the first attempt, chosen automatically by default. ``throw``: raise a
-        ``RuntimeError`` if ``t1`` is not reached, otherwise ``Solution.result`` tells. ``data``: observations that the
-        solution is conditioned on as it passes them: the posterior is the one given equation and data. Steps end at
-        their times. ``progress``: a meter that is told how far the solve got, ``TextProgress()`` or ``TqdmProgress()``.
-        Wrong input raises ``ValueError`` or ``TypeError``.
+        - ``u0``: a PyTree of real arrays; the tuple ``(u, u', ...)`` for an equation of higher order. Or a ``Normal``
+          over either, an uncertain initial value, whose covariance is pushed forward to first order; an
+          ``InitialState``; or ``Solution.state``, from which a solve is resumed.
+        - ``t0``, ``t1``: different times; ``t1`` may lie before ``t0``.
+        - ``args``: a PyTree of parameters, passed to the equation.
+        - ``save_at``: the times to keep, an array ``(times,)`` sorted from ``t0`` to ``t1`` or a ``SaveAt``; ``t1`` by
+          default.
+        - ``dt0``: the length of the first attempted step; chosen from the derivatives at ``t0`` by default.
+        - ``throw``: whether a solve that does not reach ``t1`` raises an error; otherwise see ``Solution.result``.
+        - ``progress``: a meter to which the share of the interval that is done is reported, such as ``TextProgress()``
+          or ``TqdmProgress()``.
+        - ``data``: observations on which the posterior is conditioned as well; steps end at their times.
+
+        Raises ``RuntimeError`` if ``t1`` is not reached, unless ``throw=False``; ``TypeError`` or ``ValueError`` for
+        wrong input, for an uncertain ``u0`` or data together with a calibration that rescales all covariances at the
+        end, and for parts that do not support what is asked for.
         """
         if not isinstance(progress, AbstractProgress | None):
             raise TypeError(f"progress must be a meter, such as TextProgress() or TqdmProgress(), got {progress!r}.")
@@ -139,58 +158,77 @@ class Solver(eqx.Module):
         return raise_unless_successful(solution) if throw else solution
 
     def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None, data: Observations | None = None) -> Solution:
-        """Solve with one step between any two neighbours of ``grid``, whose first entry is ``t0``; keeps every point.
+        """The ``Solution`` at all points of ``grid``, with one step between any two neighbours and no error control.
 
-        ``grid`` is ``(time,)``, increasing or decreasing; equal neighbours count as one time. No error control:
-        ``Solution.result`` is ``nonfinite`` if the solution left the real numbers. ``u0``, ``args`` and ``data``, whose
-        times are points of the grid, as in ``solve``.
+        - ``grid``: times ``(time,)``, increasing or decreasing, from ``t0`` to ``t1``; between equal neighbours there
+          is no step.
+        - ``u0``, ``args``: as in ``solve``, but for ``Solution.state``, from which this does not start.
+        - ``data``: as in ``solve``, at times that are points of the grid.
+
+        It does not raise if the solve fails: ``Solution.result`` is ``nonfinite`` if a state is infinite or NaN, and
+        ``tolerance_out_of_range`` if ``u`` is so small that its covariances underflow. Raises ``TypeError`` or
+        ``ValueError`` for wrong input.
         """
         solver, args = requests.floats_to_arrays((self, args))
-        u0, directions = _certain_part(self, u0)
-        u0, layout = requests.bind(self, u0)
-        if isinstance(u0, AdaptiveState):
+        start, layout = requests.bind(self, u0, uncertain=True)
+        if start.resumed is not None:
             raise ValueError("solve_grid starts from u0 or an InitialState, not from the state of an adaptive solve.")
         grid = requests.grid_times(grid, layout)
         if data is not None:
-            requests.check_data(data, self.calibration, directions is None)
+            requests.check_data(data, self.calibration, start)
             data = requests.data_on_grid(data, grid, layout)
-        return _solve_grid(solver, u0, directions, jnp.asarray(grid), args, layout, data)
+        return _solve_grid(solver, start, jnp.asarray(grid), args, layout, data)
 
     def initialise(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> InitialState:
-        """The state at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))`` whose mean and factor can be changed,
-        differentiated and passed to ``solve``, ``solve_grid`` or ``init`` in place of ``u0``.
+        """The ``InitialState`` at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))``, to be passed as ``u0``.
 
-        From a ``Normal`` it is uncertain, with derivatives that move with ``u0`` to first order, or do not move where
-        the constraint takes the vector field for frozen (``TS0``): the start of a solve that learns about its initial
-        value, or about parameters among its components, from data. Use ``NoCalibration()`` then: a scale found from
-        single steps does not know how wrong the first order is.
+        Its mean and factor can be changed and differentiated before they are passed to ``solve``, ``solve_grid`` or
+        ``init``. ``u0``, ``t0``, ``args``: as in ``solve``.
+
+        For a ``Normal`` the state is uncertain, so that data update the initial value, or parameters among its
+        components. The derivatives then depend on ``u0`` to first order; under a constraint that freezes the vector
+        field (``TS0``) they do not depend on it. Use ``NoCalibration()`` for such solves: a scale estimated from single
+        steps does not include the error of the first order. Raises ``ValueError`` for a ``Normal`` under a
+        factorisation with one covariance for all components; otherwise for wrong input, as ``solve``.
         """
         solver, args = requests.floats_to_arrays((self, args))
         directions = None
         if isinstance(u0, Normal):
             u0, directions = u0.mean, directions_of(u0, self.constraint.problem)
-        u0, layout = requests.bind(self, u0)
-        t0 = jnp.asarray(requests.time(t0, "t0", layout))
-        state = _init(solver, u0, t0, args, layout).distribution
+        start, layout = requests.bind(self, u0)
+        t0 = jnp.asarray(requests.at_state(start, requests.time(t0, "t0", layout)))
+        state = _init(solver, start, t0, args, layout).distribution
         if directions is not None:
             check_moves(self.factorisation, layout.size)
             if self.constraint.first_order:
-                state = spread_start(lambda u0: _init(solver, u0, t0, args, layout).distribution, u0, directions)
+                state = spread_start(
+                    lambda u0: _init(solver, start.at(u0), t0, args, layout).distribution, start.mean, directions
+                )
             else:
                 state = _init_uncertain(solver, state.mean, directions, t0, args, layout)
         state = pad(state, state.mean.shape[-2])
         return InitialState(tuple(layout.unravel(u) for u in layout.unpack(state.mean)), state.factor)
 
     def init(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> State:
-        """The solver's state at ``t0``, for ``step``. ``u0`` and ``args`` as in ``solve``."""
+        """The ``State`` of the solver at ``t0``, from which ``step`` goes on.
+
+        ``u0``, ``t0``, ``args``: as in ``solve``, but for a ``Normal``, which is refused. For ``Solution.state`` it is
+        the state in it, and ``t0`` its time. Raises ``TypeError`` or ``ValueError`` for wrong input.
+        """
         solver, args = requests.floats_to_arrays((self, args))
-        u0, layout = requests.bind(self, u0)
-        if isinstance(u0, AdaptiveState):
-            return u0.current
-        return _init(solver, u0, jnp.asarray(requests.time(t0, "t0", layout)), args, layout)
+        start, layout = requests.bind(self, u0)
+        t0 = requests.at_state(start, requests.time(t0, "t0", layout))
+        if start.resumed is not None:
+            return start.resumed.current
+        return _init(solver, start, jnp.asarray(t0), args, layout)
 
     def step(self, state: Any, dt: Any, *, args: PyTree = None) -> State:
-        """One step of signed length ``dt``, without error control; a pure function of its arguments."""
+        """The ``State`` after one step of signed length ``dt``, without error control; a pure function.
+
+        ``state``: from ``init`` or ``step``, or ``Solution.state.current``. ``args``: parameters of the equation. A
+        step shorter than round-off only predicts. Raises ``TypeError`` for another ``state``, ``ValueError`` for a
+        ``dt`` that is not finite.
+        """
         if not isinstance(state, State):
             raise TypeError("step goes on from a state of init or step (or Solution.state.current), not from u0.")
         solver, args = requests.floats_to_arrays((self, args))
@@ -209,24 +247,20 @@ def solve_through(
     data: Observations | None = None,
     progress: AbstractProgress | None = None,
 ) -> Solution:
-    """``Solver.solve``, which never raises that it has failed, with steps that end at the times ``through``.
+    """The ``Solution`` of ``Solver.solve(..., throw=False)`` with steps that end at the times ``through``.
 
-    They are no times of the controller's ``stop_at``: the equation goes on there, and so does the state.
+    Unlike at the controller's ``stop_at`` the equation does not jump there, and the state is not restarted.
     """
     given, (solver, args) = solver, requests.floats_to_arrays((solver, args))
-    u0, directions = _certain_part(given, u0)
-    if data is not None:
-        requests.check_data(data, given.calibration, directions is None)
     request = requests.check_request(given, u0, t0, t1, save_at, dt0, data, progress)
     request = dataclasses.replace(request, through=through)
     try:
-        if directions is None:
-            return solve_adaptive(solver, request, args)
-        return _solve_uncertain(solver, request, args, directions)
+        return answer_request(solver, request, args)
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
-        # JAX's own words for forward mode through something that has a reverse mode only.
+        # JAX's message for forward mode through a function with a derivative in reverse mode only: which loop to use
+        # instead cannot be guessed from it.
         raise TypeError(
             f"{type(given.loop).__name__}() cannot be differentiated in forward mode (jax.jvp, jax.jacfwd, an "
             "uncertain u0). "
@@ -234,52 +268,20 @@ def solve_through(
         ) from error
 
 
-def _certain_part(solver, u0):
-    """The mean of an uncertain ``u0``, or a state, and the directions in which it is uncertain, or ``None``."""
-    if isinstance(u0, AdaptiveState) and u0.current.spread is not None:
-        mean, directions = u0, u0.current.spread
-    elif isinstance(u0, Normal):
-        mean, directions = u0.mean, directions_of(u0, solver.constraint.problem)
-    else:
-        return u0, None
-    _, layout = requests.bind(solver, mean)
-    layout.require_shared_algebra("An uncertain u0")
-    check_uncertain(solver.factorisation, solver.calibration, layout.size)
-    return mean, directions
-
-
 def _step_of(solver: Solver, layout: Layout, args: PyTree, data: Observations | None = None) -> Step:
     return Step(solver.prior, solver.constraint, solver.calibration, layout, args, data)
 
 
-def _state(solver, u0, t0, args, layout, data=None, behind=None) -> State:
-    """The state at ``t0`` from any of the things that ``u0`` may be.
-
-    ``behind``: the time of the equation, where it matters on which side of ``t0``.
-    """
-    problem = solver.constraint.problem
-    # Here the check runs once per compilation, not once per call.
-    example = layout.unravel(jnp.zeros(layout.size, layout.dtype))
-    problem.check(t0, (example,) * problem.num_initial_values, args)
-    if isinstance(u0, InitialState):
-        mean = layout.pack(jnp.stack([layout.ravel(u) for u in u0.mean]))
-        distribution = Normal(mean, u0.factor.astype(layout.dtype))
-    else:
-        stack = jnp.stack([layout.ravel(u) for u in u0])
-        distribution = solver.initialisation.initialise(problem, t0 if behind is None else behind, stack, layout, args)
-    return _step_of(solver, layout, args, data).start(t0, distribution)
-
-
 @compiled
-def _init(solver, u0, t0, args, layout):
-    return _state(solver, u0, t0, args, layout)
+def _init(solver, start, t0, args, layout):
+    return start.state(_step_of(solver, layout, args), solver.initialisation, t0)
 
 
 @compiled
 def _init_uncertain(solver, mean, directions, t0, args, layout):
-    """The state at ``t0`` of a solver that freezes the field.
+    """The state at ``t0`` under a constraint that freezes the vector field, with derivatives independent of ``u``.
 
-    Derivatives that move with ``u`` would be residuals to it, and tell about ``u``, falsely.
+    If they depended on ``u``, the filter would take the difference to its own linearisation for data about ``u``.
     """
     moves = jnp.stack([jax.vmap(layout.ravel)(u) for u in directions], axis=1)
     moves = jnp.pad(moves, ((0, 0), (0, layout.num_derivatives + 1 - moves.shape[1]), (0, 0)))
@@ -294,72 +296,79 @@ def _step(solver, state, dt, args):
     return step.fixed(step.resume(state), state.t + dt).state
 
 
+def answer_request(solver: Solver, request: requests.Request, args: PyTree) -> Solution:
+    """The ``Solution`` of an adaptive solve, pushed forward along the directions in which its start is uncertain."""
+    if request.start.directions is None:
+        return _solve_adaptive(solver, request, args)
+    return _solve_uncertain(solver, request, args)
+
+
 @compiled
-def solve_adaptive(solver: Solver, request: requests.Request, args: PyTree) -> Solution:
-    """Answer a request."""
+def _solve_adaptive(solver: Solver, request: requests.Request, args: PyTree) -> Solution:
+    """The ``Solution`` of a request, with adaptive steps; whether it has failed is in its ``result``."""
     save_at, strategy = request.save_at, solver.strategy
     step, control, begun = _begin(solver, request, args)
     dense = save_at.steps or save_at.dense or strategy.keeps_steps
     if dense:
         influence = isinstance(solver.calibration, AbstractLeaveOneOut)
-        ended, *kept = solve_keeping_steps(step, control, strategy, begun, request.t1, influence=influence)
+        ended, rows, reached = solve_keeping_steps(
+            step, control, strategy, begun, request.interval, influence=influence
+        )
     else:
-        # Nobody asks what the start looks like from the end.
+        # At ``t1`` alone smoother and filter agree: without this line conditionals would be computed and not used.
         strategy = strategy if save_at.ts is not None or save_at.t0 else Filter()
-        times = jnp.zeros(0, request.layout.dtype) if save_at.ts is None else save_at.ts
-        ended, *kept = solve_keeping_times(step, control, strategy, begun, request.t1, times)
-    return answer(save_at, Kept(*kept, dense), ended, step, solver.loop)
+        times = jnp.zeros(0, request.layout.dtype) if save_at.ts is None else jnp.asarray(save_at.ts)
+        ended, rows, reached = solve_keeping_times(step, control, strategy, begun, request.interval, times)
+    return answer(save_at, Kept(rows, reached, dense), ended, step, solver.loop)
 
 
 def _begin(solver, request, args):
     """The step, the parts that control it, and the solve before its first attempt."""
-    u0, t0, t1, layout = request.u0, request.t0, request.t1, request.layout
+    start, interval, layout, t0 = request.start, request.interval, request.layout, request.interval.t0
     step = _step_of(solver, layout, args, request.data)
     control = Control(
         solver.error, solver.controller, solver.loop, solver.initialisation, request.progress, request.through
     )
     if request.data is not None:
-        # The residual of a very short step is round-off, and so is what it adds to a likelihood.
+        # Two equal steps to a datum instead of a very short last one, whose residual would be round-off, and likewise
+        # what it adds to a likelihood.
         control = dataclasses.replace(control, through=request.data.ts, in_two=True)
-    # What is uncertain at the start, or learnt from data, moves with residuals as it should.
-    doubts = not (
-        solver.calibration.is_local or request.data is not None or isinstance(u0, InitialState | AdaptiveState)
-    )
-    control = dataclasses.replace(control, doubts_scale=doubts)
-    stops, behind, until = control.stops(layout.dtype), t0, t1
+    # An uncertain start, and a state conditioned on data, are rightly updated by residuals that the noise of a step
+    # does not explain: such steps must not be refused.
+    doubts = not solver.calibration.is_local and request.data is None and start.is_certain
+    control = dataclasses.replace(control, refuses_unexplained=doubts)
+    stops, behind, until = control.stops(layout.dtype), t0, interval.t1
     if stops is not None:
         layout.require_shared_algebra("stop_at")
-        direction = direction_of(t0, t1)
-        behind, until = beside(t0, direction, stops), nearest(stops, t0, t1, direction)
-    resumed = isinstance(u0, AdaptiveState)
-    if resumed:
-        state = step.resume(u0.current)
-    else:
-        state = _state(solver, u0, t0, args, layout, request.data, behind)
-    if request.directions is not None:
-        start = lambda u0: _state(solver, u0, t0, args, layout, behind=behind).distribution.mean  # noqa: E731
-        _, spread = detach(value_and_moves(start, detach(u0), request.directions))
+        behind, until = beside(t0, interval.direction, stops), interval.nearest(stops, t0)
+    state = start.state(step, solver.initialisation, t0, behind)
+    if start.directions is not None and start.resumed is None:
+        mean = lambda u0: start.at(u0).state(step, solver.initialisation, t0, behind).distribution.mean  # noqa: E731
+        _, spread = detach(value_and_moves(mean, detach(start.mean), start.directions))
         state = dataclasses.replace(state, spread=spread)
     if stops is not None and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
         distribution = pad(state.distribution, state.distribution.mean.shape[-2])
         state = dataclasses.replace(state, distribution=distribution)
     if request.dt0 is not None:
         dt = jnp.abs(request.dt0)
-    elif resumed:
-        dt = u0.dt
+    elif start.resumed is not None:
+        dt = start.resumed.dt
     else:
         prior = solver.prior if state.prior is None else state.prior
         dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint.order)
     begun = begin(control, state, bounded_step(control, dt))
-    if resumed:
-        begun = _go_on(step, control, begun, u0, t1, choose_dt=request.dt0 is None)
+    if start.resumed is not None:
+        begun = _go_on(step, control, begun, start.resumed, interval, choose_dt=request.dt0 is None)
     return step, control, begun
 
 
-def _go_on(step, control, begun, before, t1, *, choose_dt):
-    """A solve that goes on from another one: behind the jump, if that has ended before one."""
+def _go_on(step, control, begun, before, interval, *, choose_dt):
+    """The solve ``begun`` with the controller's memory of the one ``before``, which it resumes.
+
+    If that has ended at a jump of the equation, without a restart, the state is restarted behind it.
+    """
     begun = dataclasses.replace(begun, controller=before.controller)
-    passing_stop = starting_anew(step, control, begun, t1)
+    passing_stop = starting_anew(step, control, begun, interval)
     if passing_stop is None:
         return begun
     if before.anew is not None:
@@ -369,24 +378,22 @@ def _go_on(step, control, begun, before, t1, *, choose_dt):
 
 
 @compiled
-def _solve_uncertain(solver, request, args, directions):
-    resumed = isinstance(request.u0, AdaptiveState)
-    if not resumed:
-        request = dataclasses.replace(request, directions=directions)
-    uncertain = (lambda r: r.u0.current.distribution.mean) if resumed else (lambda r: r.u0)
+def _solve_uncertain(solver, request, args):
+    start = request.start
 
-    def solve(u0):
-        return solve_adaptive(solver, eqx.tree_at(uncertain, request, u0), args)
+    def solve(mean):
+        return _solve_adaptive(solver, dataclasses.replace(request, start=start.at(mean)), args)
 
-    return push_forward(solve, uncertain(request), directions)
+    return push_forward(solve, start.mean, start.directions)
 
 
 @compiled
-def _solve_grid(solver, u0, directions, grid, args, layout, data):
-    if directions is not None:
-        return push_forward(lambda u0: _solve_grid(solver, u0, None, grid, args, layout, None), u0, directions)
+def _solve_grid(solver, start, grid, args, layout, data):
+    if start.directions is not None:
+        solve = lambda mean: _solve_grid(solver, FromValues(mean), grid, args, layout, None)  # noqa: E731
+        return push_forward(solve, start.mean, start.directions)
     step = _step_of(solver, layout, args, data)
-    state = _state(solver, u0, grid[0], args, layout, data)
+    state = start.state(step, solver.initialisation, grid[0])
     remember, influences = solver.strategy.remember, isinstance(solver.calibration, AbstractLeaveOneOut)
 
     def body(state, t):
@@ -408,6 +415,7 @@ def _solve_grid(solver, u0, directions, grid, args, layout, data):
 
 
 def _part(name, value, kind, *others):
+    """A part itself; raises ``TypeError`` unless it is an instance of one of the kinds."""
     kinds = (kind, *others)
     if not isinstance(value, kinds):
         hint = f" Did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kinds) else ""

@@ -202,3 +202,22 @@ def test_wrong_times_are_found_under_jit_too():
     assert solve(jnp.linspace(1.0, 2.0, LANES)).shape == (LANES, 1)
     with pytest.raises(RuntimeError, match="nothing to solve"):
         solve(jnp.linspace(0.0, 2.0, LANES)[::-1])
+
+
+def test_uncertain_lanes_and_going_on_from_them():
+    solver = probode.Solver(
+        probode.IWP(3),
+        probode.TS1(probode.ODE(lambda t, u, args: -u * args)),
+        factorisation=probode.BlockDiagonal(),
+        loop=probode.BoundedLoop(128),
+    )
+    means, stds, rates = jnp.array([[1.0], [2.0]]), jnp.array([[0.1], [0.3]]), jnp.array([1.0, 2.0])
+    axes = (0, None, None, 0)
+    half = probode.solve_ensemble(solver, probode.Normal(means, stds), 0.0, 0.5, args=rates, in_axes=axes)
+    whole = probode.solve_ensemble(solver, half.state, 0.5, 1.0, args=rates, in_axes=axes)
+    for i in range(2):
+        one = solver.solve(probode.Normal(means[i], stds[i]), 0.0, 0.5, args=rates[i])
+        two = solver.solve(one.state, 0.5, 1.0, args=rates[i])
+        np.testing.assert_allclose(half.std[i], one.std, rtol=1e-12)
+        np.testing.assert_allclose(whole.std[i], two.std, rtol=1e-12)
+        np.testing.assert_allclose(whole.std[i, -1], stds[i] * np.exp(-rates[i]), rtol=1e-3)

@@ -63,19 +63,15 @@ def test_against_a_plain_numpy_kalman_filter():
     solver = po.Solver(po.IWP(nu, output_scale=2.0), po.TS1(po.ODE(lotka_volterra)), calibration=po.NoCalibration())
     start = solver.initialise(jnp.array([20.0, 10.0]), 0.0)
 
-    n, (a, q) = nu + 1, oracles.iwp(nu, h)
-    big_a, big_q = np.kron(a, np.eye(d)), 4.0 * np.kron(q, np.eye(d))
-    m, p = np.concatenate([np.asarray(x) for x in start.mean]), np.zeros((n * d, n * d))
-    for _ in range(10):
-        m, p = big_a @ m, big_a @ p @ big_a.T + big_q
+    def linearise(_, m):
         u, v = m[0], m[1]
         f = np.array([rates[0] * u - rates[1] * u * v, -rates[2] * v + rates[3] * u * v])
         jacobian = np.array([[rates[0] - rates[1] * v, -rates[1] * u], [rates[3] * v, -rates[2] + rates[3] * u]])
-        hmat = np.zeros((d, n * d))
-        hmat[:, :d], hmat[:, d : 2 * d] = -jacobian, np.eye(d)
-        gain = p @ hmat.T @ np.linalg.inv(hmat @ p @ hmat.T)
-        m = m - gain @ (m[d : 2 * d] - f)
-        p = (np.eye(n * d) - gain @ hmat) @ p
+        return np.concatenate([-jacobian, np.eye(d), np.zeros((d, (nu - 1) * d))], axis=1), m[d : 2 * d] - f
+
+    a, q = oracles.iwp_transition(nu, h, d)
+    m = np.concatenate([np.asarray(x) for x in start.mean])
+    m, p, _ = oracles.kalman_filter(m, np.zeros_like(q), [(a, 4.0 * q)] * 10, linearise)
 
     solution = solver.solve_grid(start, h * np.arange(11))
     last = solution.marginals

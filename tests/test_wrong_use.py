@@ -107,6 +107,13 @@ CASES = [
         r"entry 1 of u0 .*shape of entry 0.*\(2,\).*\(1,\)",
     ),
     ("order2-dtypes", lambda: second_order((U, U.astype(jnp.float32))), ValueError, "entry 1 of u0 .*dtype of entry 0"),
+    (
+        "init-at-another-time",
+        lambda: solver().init(solve().state, 0.5),
+        ValueError,
+        "goes on from the time of its state",
+    ),
+    ("initialise-at-another-time", lambda: solver().initialise(solve().state, 0.5), ValueError, "time of its state"),
     ("u0-normal-init", lambda: solver().init(po.Normal(U, U), 0.0), TypeError, "u0 is a Normal.*InitialState"),
     # times
     ("times-equal", lambda: solve(t0=1.0, t1=1.0), ValueError, "t0 and t1 are the same time.*t0=1.0"),

@@ -1,4 +1,4 @@
-"""The algebra of a step: predict a Gaussian state, and condition it on an equation."""
+"""The algebra of a step in square-root form: predict a Gaussian state, and condition it on a linearised equation."""
 
 from collections.abc import Sequence
 
@@ -7,23 +7,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .coordinates import Conditional, more_left_over
+from .coordinates import Conditional, updated_noise
 from .factorisations import Layout
 from .linalg import eliminate, product, root_mean_square, safe_norm, substitute, triangularise
 from .normal import Normal, batched, pad, pad_rows
 
 
 class Transition(eqx.Module):
-    """The Gaussian distribution of the state after a time step given that before it, as a prior returns it.
+    """The Gaussian distribution of the state after a time step given the state before it, as a prior returns it.
 
     ``x(t + dt) | x(t) ~ N(A x(t), magnitude^2 noise^T noise)`` in the layout of the factorisation:
 
-    - ``matrix``: ``A``. Smaller than the state it stands for ``kron(A, I)``, the same for all components.
-    - ``noise``: upper triangular right square root of the covariance, ``(*batch, dim, dim)``, under an output scale of
-      one.
-    - ``magnitude``: a factor on ``noise``, such as a power of ``dt`` that would leave the range of floating-point
-      numbers in it. The product of an output scale and ``magnitude`` is representable where neither of them is. One is
-      fine for steps of ordinary length.
+    - ``matrix``: ``A``, ``(*batch, p, p)``. If it is smaller than the state it stands for ``kron(A, I)``, the same for
+      all components.
+    - ``noise``: upper triangular right square root of the covariance of the process noise, ``(*batch, dim, dim)``, with
+      the prior's own output scale; a calibrated scale multiplies it.
+    - ``magnitude``: a scalar factor on ``noise``, for a power of ``dt`` with which the entries of ``noise`` would
+      under- or overflow. The solvers compute with the product of calibrated scale and ``magnitude``, which may be
+      representable where the scale is not. Use one for steps of ordinary length.
 
     >>> import jax.numpy as jnp, probode
     >>> state = probode.Solver(probode.IWP(2), probode.TS0(probode.ODE(lambda t, u, args: -u))).init(1.0, 0.0)
@@ -39,22 +40,23 @@ class Transition(eqx.Module):
 
 
 class Linearisation(eqx.Module):
-    """An equation ``z(x) = 0`` to first order about a point: ``z(x) ~ residual + H (x - point)``.
+    """An equation ``z(x) = 0`` linearised about a point: ``z(x) ~ residual + H (x - point)``.
 
-    It is what ``AbstractConstraint.linearise`` returns; made by ``explicit`` for equations that are solved for a
-    derivative, by ``general`` for all others. In the layout of the factorisation:
+    ``AbstractConstraint.linearise`` returns it. Make it with ``Linearisation.explicit`` for equations of the form
+    ``u^(k) - f(t, u, ...) = 0``, with ``Linearisation.general`` for all others. In the layout of the factorisation:
 
-    - ``matrix``: ``H`` on the leading rows of the state, ``(*batch, m, p)`` with ``p <= dim``.
+    - ``matrix``: ``H``, for the leading ``p <= dim`` rows of the state, ``(*batch, m, p)``.
     - ``residual``: ``z`` at the point, ``(*batch, m, cols)``.
-    - ``gives``: the derivatives that the equation gives, as a ``range``. ``range(1, 2)`` says that it has the form
-      ``u' - f(t, u) = 0``: the last ``m`` columns of ``H`` are the identity on ``u'``, so that conditioning needs no
-      further columns. ``None``: an equation of general form.
-    - ``noise``: right square root of the covariance of the equation's error, ``(*batch, rows, m)``, where it does not
-      hold exactly; then ``gives`` is ``None``.
+    - ``gives``: the derivatives that the equation gives explicitly, as a ``range``. ``range(1, 2)``: it has the form
+      ``u' - f(t, u) = 0``, so the last ``m`` columns of ``H`` are the identity on ``u'``, and conditioning needs no
+      extra columns. ``None``: an equation of general form.
+    - ``noise``: right square root of the covariance of the equation's error, ``(*batch, rows, m)``; ``None`` if the
+      equation holds exactly. With noise ``gives`` has to be ``None``.
     - ``left``: right square root of the covariance of ``u`` given the equation under the noise of the step alone,
-      ``(rows, k)``, from factorisations with an algebra of their own.
-    - ``whole``: whether ``matrix`` is the whole derivative of ``z``, so that what it leaves out is of second order. It
-      is not where the field is frozen, or where only the diagonal of its Jacobian is kept.
+      ``(rows, k)``; only from factorisations with an algebra of their own, otherwise ``None``.
+    - ``whole``: whether ``matrix`` is the whole derivative of ``z``, so that the error of the linearisation is of
+      second order. It is false where the vector field is taken as constant (``TS0``), or where only the diagonal of its
+      Jacobian is kept.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -3 * u)))
@@ -75,11 +77,12 @@ class Linearisation(eqx.Module):
     def explicit(
         layout: Layout, jacobians: Sequence[Array | None], residual: Float[Array, " d"], *, whole: bool = True
     ) -> "Linearisation":
-        """The equation ``u^(k) - f(t, u, ..., u^(k-1)) = 0`` with ``k = len(jacobians)``.
+        """The linearisation of ``u^(k) - f(t, u, ..., u^(k-1)) = 0`` with ``k = len(jacobians)``.
 
         ``jacobians``: the derivative of ``f`` with respect to each of ``u, ..., u^(k-1)``, of shape ``(d, d)``, or
         ``(d,)`` for diagonals where ``layout.factorisation.keeps_diagonal``; ``None`` for zero. ``residual``:
-        ``u^(k) - f`` at the point, for the flat ``u``. ``whole``: whether these are all derivatives of ``f``.
+        ``u^(k) - f`` at the point for the ravelled ``u``, ``(d,)``. ``whole``: whether ``jacobians`` holds the whole
+        derivative of ``f``; a factorisation that keeps only diagonals makes it false.
         """
         zero, k = jnp.zeros_like(layout.identity()), len(jacobians)
         blocks = [zero if jacobian is None else -layout.project(jacobian) for jacobian in jacobians]
@@ -90,29 +93,31 @@ class Linearisation(eqx.Module):
     def general(
         layout: Layout, jacobians: Sequence[Array], residual: Float[Array, " m"], *, whole: bool = True
     ) -> "Linearisation":
-        """The equation ``r(t, u, ..., u^(k)) = 0`` with ``k = len(jacobians) - 1``.
+        """The linearisation of ``r(t, u, ..., u^(k)) = 0`` with ``k = len(jacobians) - 1``.
 
         ``jacobians``: the derivative of ``r`` with respect to each of ``u, ..., u^(k)``, of shape ``(m, d)``.
-        ``residual``: ``r`` at the point. ``whole``: whether these are all derivatives of ``r``.
+        ``residual``: ``r`` at the point, ``(m,)``. ``whole``: as for ``explicit``. Raises ``ValueError`` for
+        ``m != d`` under ``BlockDiagonal()`` and ``Isotropic()``.
         """
         matrix = jnp.concatenate([layout.project(jacobian) for jacobian in jacobians], axis=-1)
         return Linearisation(matrix, layout.pack(residual[None]), whole=whole and layout.keeps_all)
 
 
 class Innovation(eqx.Module):
-    """The residual of a step's prediction, and its covariance under the noise of that step alone.
+    """The residual ``z`` of a step's prediction, and its covariance under the process noise of that step alone.
 
     Calibrations and error estimates receive it. The covariance is ``S = H Q H^T`` with ``Q = noise^T noise`` of the
-    ``Transition``, so that output scales have the unit ``1 / magnitude``:
+    ``Transition``, without its ``magnitude``. So output scales are given here times ``magnitude``:
 
-    - ``factor``: upper triangular square root of ``S``, ``(*batch, m, m)``.
+    - ``factor``: upper triangular right square root of ``S``, ``(*batch, m, m)``.
     - ``whitened``: ``S^(-1/2) z``, ``(*batch, m, cols)``.
-    - ``scale``: its root mean square per batch element, the local quasi-maximum-likelihood estimate of the output scale
-      (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value problems");
-      infinite for a residual that no noise explains.
-    - ``unit``: the prior's own output scale in this unit.
+    - ``scale``: the root mean square of ``whitened``, ``(*batch,)``: the local quasi-maximum-likelihood estimate of the
+      output scale (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value
+      problems"). Infinite for a residual in a direction without noise. A step raises it to what explains round-off in
+      the residual, and, where the residual is zero, to what explains that inside the step.
+    - ``unit``: ``magnitude``, which is the prior's own output scale here, ``(*batch,)``.
     - ``inside``, ``remainder``: residuals of the corrected mean, at a time inside the step and at its end, whitened in
-      the same way; only where the error estimate needs them (``needs_defects``).
+      the same way, ``(*batch, m, cols)``; ``None`` unless the error estimate needs them (``needs_defects``).
 
     >>> import probode
     >>> innovation = probode.testing.example_attempt().innovation
@@ -128,19 +133,23 @@ class Innovation(eqx.Module):
     remainder: Float[Array, "*batch m cols"] | None = None
 
     @property
-    def silent(self) -> Bool[Array, "*batch"]:
-        """Whether the residual is zero, that is, no more than round-off."""
+    def is_zero(self) -> Bool[Array, "*batch"]:
+        """Whether the residual is zero; a step sets residuals no larger than round-off to zero."""
         return jnp.all(self.whitened == 0, axis=(-2, -1))
 
     @property
     def size_inside(self) -> Float[Array, "*batch"]:
         """Root mean square of ``inside``."""
+        assert self.inside is not None
         return root_mean_square(self.inside, axis=(-2, -1))
 
 
 @batched
 def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Float[Array, ""]) -> Innovation:
-    """The residual under ``N(0, H Q H^T)``, ``Q = noise^T noise``; costs one triangularisation of ``m`` columns."""
+    """The residual and its covariance ``H Q H^T``, ``Q = noise^T noise``, by one triangularisation of ``m`` columns.
+
+    ``unit``: the ``magnitude`` of the transition that the noise is from.
+    """
     factor = triangularise(*_observed(equation, noise))
     whitened = substitute(factor, equation.residual)
     scale = root_mean_square(whitened)
@@ -154,12 +163,13 @@ def smoothing_weights(
 ) -> Float[Array, "p cols"]:
     """``H^T (H Q H^T)^-1 z`` from the whitened residual, times the largest entry of the factor of ``H Q H^T``.
 
-    ``Q`` times it is the mean of the noise given the residual (the adjoint variable of the disturbance smoother: de
-    Jong 1989, "Smoothing and interpolation with the state-space model"). The inverse of a covariance may not be a
-    number in single precision where its inverse square root is one.
+    Without that entry, ``Q`` times it is the mean of the noise given the residual (the adjoint variable of the
+    disturbance smoother: de Jong 1989, "Smoothing and interpolation with the state-space model"). With it the result
+    stays representable in single precision, where the inverse of a covariance may overflow and the inverse of its
+    square root does not.
     """
     factor = factor / _largest(factor)
-    # ``factor`` is upper triangular; with rows and columns in reverse order its transpose is.
+    # ``substitute`` solves with the transpose; that of ``factor`` is upper triangular in reverse order of its indices.
     solution = substitute(factor[::-1, ::-1].T, whitened[::-1])[::-1]
     return product(equation.matrix.T, solution)
 
@@ -171,19 +181,21 @@ def noise_mean(
     factor: Float[Array, "m m"],
     weights: Float[Array, "p cols"],
 ) -> Float[Array, "dim cols"]:
-    """``noise^T later w``: the mean of a noise, given the residual that has these ``smoothing_weights`` and factor.
+    """``noise^T later H^T (H Q H^T)^-1 z``: the mean of a noise given a residual, from its ``smoothing_weights``.
 
-    ``later``: the same noise as the state in which the residual was seen has it, ``noise A^T``.
+    ``noise``: a right square root of the covariance of the noise. ``later``: ``noise A^T``, where ``A`` is the
+    transition from the time of the noise to that of the residual. ``factor``: of ``H Q H^T``, as for the weights.
     """
     p = weights.shape[0]
-    # In this order: high derivatives, whose noise and weights are no numbers in single precision, do not enter.
+    # Only the ``p`` columns in the equation, and in this order: in single precision the columns of high derivatives,
+    # and the covariance ``noise^T later``, may not be representable.
     return product(noise.T, product(later[:, :p] / _largest(factor), weights))
 
 
 def explained(
     transition: Transition, equation: Linearisation, factor: Float[Array, "*batch m m"], whitened: Array
 ) -> Float[Array, "*batch dim cols"]:
-    """``Q H^T (H Q H^T)^-1 z``: the mean of the noise of a step given a whitened residual at its end."""
+    """``Q H^T (H Q H^T)^-1 z``: the mean of the noise of a step given the residual at its end, which is whitened."""
     return noise_mean(transition.noise, transition.noise, factor, smoothing_weights(equation, factor, whitened))
 
 
@@ -193,12 +205,15 @@ def _largest(factor):
 
 
 def _observed(equation, noise, columns=0):
-    """Square root of the covariance of ``z`` beside the leading columns of ``noise``: its triangular rows, the rest."""
+    """The rows ``[noise H^T, leading columns of noise]``, those that are upper triangular apart from the others.
+
+    They are a square root of the joint covariance of ``z`` and of what the leading columns belong to.
+    """
     m, p = equation.matrix.shape
     leading = noise[:p, :p]
     observed = jnp.concatenate([product(leading, equation.matrix.T), leading[:, :columns]], axis=1)
     if equation.gives is not None:
-        # Only the rows of that derivative itself are triangular in the columns of z.
+        # H ends with the identity: the noise of that derivative itself is upper triangular in the columns of z.
         return observed[p - m :], observed[: p - m]
     return jnp.zeros((m, m + columns), noise.dtype), observed
 
@@ -206,7 +221,10 @@ def _observed(equation, noise, columns=0):
 def posterior_noise(
     equation: Linearisation, noise: Float[Array, "*batch dim dim"], size: int
 ) -> Float[Array, "*batch rows {size}"]:
-    """Square root of the covariance of the first ``size`` rows of ``x ~ N(0, noise^T noise)`` given the equation."""
+    """A square root of the covariance of the first ``size`` entries of ``x ~ N(0, noise^T noise)`` given the equation.
+
+    For factorisations with an algebra of their own it is what they have computed, ``equation.left``.
+    """
     if equation.left is not None:
         return equation.left
 
@@ -222,23 +240,23 @@ def posterior_noise(
 def predict(
     x: Normal, noise: Float[Array, "dim dim"], scale: Float[Array, ""], past: Conditional | None = None
 ) -> tuple[Normal, Conditional | None]:
-    """``x`` plus independent noise ``N(0, scale^2 noise^T noise)``, ``noise`` upper triangular.
+    """The distribution of ``x`` plus independent noise ``N(0, scale^2 noise^T noise)``, with a triangular factor.
 
-    The new factor is upper triangular. ``past``, given in the coordinates of ``x``, comes back in the new ones.
+    ``noise``: upper triangular. ``past``: an earlier state given ``x``; it is returned given the new state.
     """
     upper, dense = _beside(scale * noise, x.factor, past)
     triangle, left = eliminate(upper, dense)
     dim = noise.shape[1]
     if past is not None:
-        past = Conditional(past.shift, triangle[:, dim:], more_left_over(past, left))
+        past = Conditional(past.shift, triangle[:, dim:], updated_noise(past, left))
     return Normal(x.mean, triangle[:, :dim]), past
 
 
 class Influence(eqx.Module):
-    """How an equation has moved a state, in units of its innovation's standard deviations ``S^(1/2)``.
+    """The effect of an equation on a state: innovation, gain and ``H``, whitened by the innovation covariance ``S``.
 
-    ``whitened``: the innovation ``S^(-1/2) z``; ``gain``: the state moves by ``-gain^T whitened``; ``matrix``:
-    ``S^(-1/2) H``; ``weight``: one, or zero if the innovation is not to be counted.
+    ``whitened``: the innovation ``S^(-1/2) z``; ``gain``: the mean changes by ``-gain^T whitened``; ``matrix``:
+    ``S^(-1/2) H``, for all rows of the state; ``weight``: one, or zero if the innovation must not enter statistics.
     """
 
     whitened: Float[Array, "*batch m cols"]
@@ -248,10 +266,10 @@ class Influence(eqx.Module):
 
 
 class Update(eqx.Module):
-    """What conditioning on an equation gives, with ``S`` the covariance of the innovation ``z``.
+    """The result of conditioning a state on an equation, with ``S`` the covariance of the innovation ``z``.
 
-    ``state``: the posterior; ``past``: an earlier state in its coordinates; ``influence``: how it came about;
-    ``pivots``: the diagonal of the triangular ``S^(1/2)``, zero where nothing can be learnt.
+    ``state``: the posterior; ``past``: an earlier state given it, or ``None``; ``influence``: the effect of the
+    equation; ``pivots``: the diagonal of the triangular ``S^(1/2)``, zero where ``z`` has no variance.
     """
 
     state: Normal
@@ -261,17 +279,18 @@ class Update(eqx.Module):
 
 
 class Joint(eqx.Module):
-    """Square root of the joint covariance of an innovation, the state that is predicted, and an earlier state.
+    """A square root of the joint covariance of an innovation, the predicted state, and an earlier state.
 
-    Upper triangular in the columns of ``z``, of ``x'`` (the state without the coordinates that ``z`` replaces), and of
+    Upper triangular in the columns of ``z``, of ``x'`` (the state without the entries that ``z`` replaces), and of
     ``w``, the earlier state's coordinates, if there is one::
 
                z        x'       w
         [ S^(1/2)     gain     ...  ]   triangle
         [    0     posterior   ...  ]
-        [    0         0       own  ]   left
+        [    0         0      noise ]   left
 
-    ``inverse``: the replaced coordinates in terms of ``z``, where these are not a whole derivative.
+    ``inverse``: the matrix from ``z`` to the entries that it replaces; ``None`` if they are a derivative that the
+    equation gives explicitly.
     """
 
     triangle: Float[Array, "*batch n width"]
@@ -287,12 +306,13 @@ def join(
     equation: Linearisation,
     past: Conditional | None = None,
 ) -> Joint:
-    """The joint distribution after adding the noise ``scale * noise`` to ``x``: the one elimination of a step.
+    """The joint square root of ``z``, the predicted state and an earlier one, by the one elimination of a step.
 
-    The columns of the stacked square root ``[x.factor; scale noise]`` are changed to ``(z, all other derivatives)``.
-    It then has full column rank as soon as the noise has, and its triangle holds the innovation's factor, the
-    cross-covariance and, in the trailing block, the posterior's factor. Columns of ``past`` beside it tell what the
-    equation says of an earlier state. The residual does not enter.
+    The predicted state is ``x`` plus noise with the square root ``scale * noise``. The columns of the stacked square
+    root ``[x.factor; scale noise]`` are changed to ``(z, all other derivatives)``. Then it has full column rank if the
+    noise has, and its triangle holds the innovation's factor, the cross-covariance and, in the trailing block, the
+    posterior's factor. With the columns of ``past`` beside it, the same elimination conditions the earlier state. The
+    residual is not needed.
     """
     h, noise, dim = equation.matrix, scale * noise, x.mean.shape[0]
     m, p = h.shape
@@ -313,7 +333,8 @@ def join(
         return jnp.concatenate([product(factor[:, :p], h.T), factor[:, :k], factor[:, p:]], axis=1)
 
     changed = change_columns(noise)
-    # Rows of the noise below the block are untouched by H; those above it meet z densely and join the dense part.
+    # Noise of derivatives above u^(k) does not enter z and stays triangular; that of derivatives below it is dense in
+    # the columns of z, and would break the triangle.
     upper = jnp.concatenate([changed[k:p], jnp.zeros((k, dim), noise.dtype), changed[p:]])
     upper, dense = _beside(upper, change_columns(x.factor), past, changed[:k])
     return Joint(*eliminate(upper, dense), None)
@@ -321,17 +342,17 @@ def join(
 
 @batched
 def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditional | None = None) -> Update:
-    """Condition on the equation, linearised about the mean of ``x``: by substitution, since ``joint`` is triangular.
+    """The posterior of a state given an equation linearised about its mean, by substitution in the triangle ``joint``.
 
-    The posterior's factor has as many rows as derivatives are left, or as the state if ``gives`` is ``None``. (Where
-    ``x.factor`` has more rows, zeros keep the shape.)
+    ``x``: the prediction, of which the mean is used. The posterior's factor has ``dim - m`` rows, or ``dim`` if
+    ``equation.gives`` is ``None``; zeros are appended where ``x.factor`` has more, so that loops keep their shapes.
     """
     triangle, dim, h = joint.triangle, x.mean.shape[0], equation.matrix
     m, p = h.shape
     n = triangle.shape[0]
 
     def all_columns(rows, own):
-        # What is replaced follows from z = H x: `own` are the columns of z in the same rows.
+        # The entries that z replaces follow from z = H x. `own` are the columns of z in the same rows.
         if joint.inverse is not None:
             missing = own - product(rows[:, :p], h.T)
             return rows + product(missing, joint.inverse.T)
@@ -345,17 +366,18 @@ def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditiona
     if past is not None:
         shift = past.shift - product(triangle[:m, n:].T, whitened)
         cross = pad_rows(triangle[m:, n:], x.factor.shape[0])
-        past = Conditional(shift, cross, more_left_over(past, joint.left))
+        past = Conditional(shift, cross, updated_noise(past, joint.left))
     observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - p)))
     influence = Influence(whitened, gain, observed, jnp.ones((), gain.dtype))
     return Update(pad(state, x.factor.shape[0]), past, influence, jnp.diagonal(triangle)[:m])
 
 
 def _replacement(equation, noise):
-    """Coordinates of the state that ``z`` can replace: their inverse, ``H inverse = 1``, and the flags of the others.
+    """A right inverse of ``H`` on the entries of the state that ``z`` replaces, and flags: one for all other entries.
 
-    Gauss-Jordan elimination with the pivots that have most noise. An exact equation leaves the covariance singular;
-    without as many coordinates as it has rows nothing singular is ever triangularised.
+    Gauss-Jordan elimination, in which the pivot of a row is its entry with most noise. Given an exact equation the
+    covariance of the state is singular; as many entries as the equation has rows are left out, so that no singular
+    matrix is triangularised. An equation with noise replaces none.
     """
     (m, p), dim = equation.matrix.shape, noise.shape[1]
     if equation.noise is not None:
@@ -365,7 +387,7 @@ def _replacement(equation, noise):
     def step(carry, i):
         h, solved, chosen = carry
         j = jnp.argmax(jnp.abs(h[i]) * size)
-        # Nothing is to be learnt from an equation about what is certain.
+        # An equation between entries without variance replaces none of them: its pivot would be zero.
         empty = h[i, j] * size[j] == 0
         pivot = jnp.where(empty, jnp.inf, h[i, j])
         row, row_solved, column = h[i] / pivot, solved[i] / pivot, h[:, j].at[i].set(0)
@@ -380,7 +402,7 @@ def _replacement(equation, noise):
 
 
 @batched
-def seen_from(
+def residual_about(
     mean: Float[Array, "dim cols"], point: Float[Array, "dim cols"], equation: Linearisation
 ) -> Float[Array, "m cols"]:
     """The residual at ``mean`` by the linearisation about ``point``: ``z + H (mean - point)``."""
@@ -388,7 +410,7 @@ def seen_from(
 
 
 def _beside(upper, dense, past, more=None):
-    """The stack with the columns of ``past`` at its side, and the rows ``more`` below it, zero where they end."""
+    """The stack ``[upper; dense]`` with the columns of ``past`` appended, and the rows ``more``, padded with zeros."""
     if past is not None:
         upper = jnp.pad(upper, ((0, 0), (0, past.cross.shape[1])))
         dense = jnp.concatenate([dense, past.cross], axis=1)

@@ -1,7 +1,7 @@
-"""The coordinates of Gaussian states: what an earlier state is, given a later one.
+"""Conditional distributions of an earlier state given a later one (backward kernels of smoothers), in coordinates.
 
-The coordinates of a state are the standard normal ``w`` in ``x = mean + factor^T w``. A smoother keeps those of an
-earlier state given those of a later one, by blocks of orthogonal matrices.
+The coordinates of a state are the standard normal ``w`` in ``x = mean + factor^T w``. A smoother keeps the distribution
+of an earlier state's coordinates given those of a later one, by blocks of orthogonal matrices.
 """
 
 import equinox as eqx
@@ -13,34 +13,36 @@ from .normal import Normal, batched, pad_rows
 
 
 class Conditional(eqx.Module):
-    """The Gaussian distribution of an earlier state's coordinates given a later one's, for smoothers.
+    """The Gaussian distribution of an earlier state's coordinates given a later one's: a backward kernel of a smoother.
 
-    The coordinates of a state are the ``w`` in ``x = mean + factor^T w``, standard normal given the data up to its
-    time; means and factors are kept elsewhere. With ``w`` those of the earlier state, ``p`` of them, and ``v`` those of
-    the later one, ``w | v ~ N(shift + cross^T v, own^T own)``:
+    The coordinates of a state are the ``w`` in ``x = mean + factor^T w``. Given the equations and data up to the time
+    of the state they are standard normal; its mean and factor are kept apart, in a ``Normal``. With the ``p``
+    coordinates ``w`` of the earlier state and the ``rows`` coordinates ``v`` of the later one,
+    ``w | v ~ N(shift + cross^T v, noise^T noise)``:
 
-    - ``shift``: ``(*batch, p, cols)``; what the data after the earlier state have moved.
-    - ``cross``: ``(*batch, rows, p)``, for as many coordinates ``v``.
-    - ``own``: ``(*batch, q, p)``, without rows where ``v`` determines ``w``.
+    - ``shift``: the mean for ``v = 0``, ``(*batch, p, cols)``. Equations and data after the earlier state change it.
+    - ``cross``: the regression of ``w`` on ``v``, ``(*batch, rows, p)``.
+    - ``noise``: right square root of the covariance of ``w`` given ``v``, ``(*batch, q, p)``. It has no rows where
+      ``v`` determines ``w``.
 
-    ``cross`` and ``own`` are blocks of an orthogonal matrix, ``cross^T cross + own^T own <= I``: nothing is ever
-    inverted, however small a covariance (Paige & Saunders 1977, "Least squares estimation of discrete linear dynamic
-    systems using orthogonal transformations").
+    ``cross`` and ``noise`` are blocks of an orthogonal matrix, ``cross^T cross + noise^T noise <= I``: no covariance is
+    inverted, however small it is (Paige & Saunders 1977, "Least squares estimation of discrete linear dynamic systems
+    using orthogonal transformations").
 
     >>> import jax.numpy as jnp, probode
     >>> state = probode.Normal(jnp.zeros((2, 1)), jnp.eye(2))
     >>> past = probode.Conditional.identity(state)
-    >>> past.cross.shape, past.own.shape  # the later state is the earlier one
+    >>> past.cross.shape, past.noise.shape  # the later state is the earlier one
     ((2, 2), (0, 2))
     """
 
     shift: Float[Array, "*batch p cols"]
     cross: Float[Array, "*batch rows p"]
-    own: Float[Array, "*batch q p"]
+    noise: Float[Array, "*batch q p"]
 
     @staticmethod
     def identity(x: Normal) -> "Conditional":
-        """The coordinates of ``x`` given themselves: what a smoother knows of a state that it has just left."""
+        """The conditional of a state given itself, ``w = v``: that of a state which a smoother has just kept."""
 
         @batched
         def of_one(x):
@@ -51,61 +53,75 @@ class Conditional(eqx.Module):
         return of_one(x)
 
 
-def more_left_over(past, left):
-    """Square root of Cov(w given v), with the rows that the elimination of a step has left over of it."""
-    # A few rows more cost less than their elimination.
-    few = past.own.shape[0] == 0 and is_written_out(left.shape[1])
-    return left if few else both(past.own, left)
+def updated_noise(past: Conditional, left: Float[Array, "rows p"]) -> Float[Array, "more p"]:
+    """The square root of ``Cov(w | v)`` after a step: that before it, with the rows that its elimination left over."""
+    # For few columns, rows that are not triangularised cost less than their elimination.
+    few = past.noise.shape[0] == 0 and is_written_out(left.shape[1])
+    return left if few else root_of_sum(past.noise, left)
 
 
-def both(own, rows):
-    """Upper triangular square root of ``own^T own + rows^T rows``."""
+def root_of_sum(root: Float[Array, "q p"], rows: Float[Array, "rows p"]) -> Float[Array, "p p"]:
+    """The upper triangular right square root of ``root^T root + rows^T rows``."""
     p = rows.shape[1]
-    if own.shape[0] == p and not is_written_out(p):
-        return triangularise(own, rows)
-    return triangularise(None, jnp.concatenate([own, rows]))
+    if root.shape[0] == p and not is_written_out(p):
+        return triangularise(root, rows)
+    return triangularise(None, jnp.concatenate([root, rows]))
 
 
-def pad_own(past: Conditional, rows: int) -> Conditional:
-    """``past`` with at least so many rows in ``own``, the new ones zero."""
-    return Conditional(past.shift, past.cross, pad_rows(past.own, rows))
+def pad_noise(past: Conditional, rows: int) -> Conditional:
+    """``past`` with at least ``rows`` rows in ``noise``: zeros are appended, which leaves the covariance as it is."""
+    return Conditional(past.shift, past.cross, pad_rows(past.noise, rows))
 
 
-def carried(past: Conditional | None) -> Conditional | None:
-    """``past`` with as many rows in ``own`` as it has columns: its shape after any number of steps."""
-    return None if past is None else pad_own(past, past.own.shape[-1])
+def with_square_noise(past: Conditional | None) -> Conditional | None:
+    """``past`` with a square ``noise``: the shape that a loop needs, since steps do not change it."""
+    return None if past is None else pad_noise(past, past.noise.shape[-1])
 
 
 @batched
 def standard(x: Normal) -> Normal:
-    """``N(0, I)``, the distribution of the coordinates of ``x`` given the data up to its time."""
+    """``N(0, I)``, the distribution of the coordinates of ``x`` given the equations and data up to its time."""
     rows, cols = x.factor.shape[0], x.mean.shape[1]
     return Normal(jnp.zeros((rows, cols), x.mean.dtype), jnp.eye(rows, dtype=x.factor.dtype))
 
 
 @batched
-def look_back(later: Normal, past: Conditional) -> Normal:
-    """The distribution of the earlier state's coordinates, from that of the later one's: marginalises ``past``."""
+def marginalise(later: Normal, past: Conditional) -> Normal:
+    """The marginal distribution of the earlier state's coordinates if those of the later one have the given one.
+
+    ``past`` is the conditional between them: this is the backward step of a Rauch-Tung-Striebel smoother.
+    """
     mean = past.shift + product(past.cross.T, later.mean)
-    return Normal(mean, both(past.own, product(later.factor, past.cross)))
+    return Normal(mean, root_of_sum(past.noise, product(later.factor, past.cross)))
 
 
 @batched
-def realise(coordinates: Normal, x: Normal) -> Normal:
-    """The distribution of ``x`` when its coordinates are no longer standard normal but ``coordinates``."""
+def from_coordinates(coordinates: Normal, x: Normal) -> Normal:
+    """The distribution of ``x.mean + x.factor^T w`` for ``w`` with the distribution ``coordinates``.
+
+    It turns what a smoother, or data, have made of the coordinates of a state into the state's own distribution.
+    """
     return Normal(x.mean + product(x.factor.T, coordinates.mean), product(coordinates.factor, x.factor))
 
 
 @batched
 def in_coordinates(past: Conditional, coordinates: Normal) -> Conditional:
-    """``past`` given new standard normal coordinates of the later state, whose old ones have this distribution."""
+    """``past`` given new coordinates ``w`` of the later state, with ``v = coordinates.mean + coordinates.factor^T w``.
+
+    Data give the old coordinates ``v`` the distribution ``coordinates``; the new ones are standard normal again.
+    """
     shift = past.shift + product(past.cross.T, coordinates.mean)
-    return Conditional(shift, product(coordinates.factor, past.cross), past.own)
+    return Conditional(shift, product(coordinates.factor, past.cross), past.noise)
 
 
 @batched
 def coordinates_of(state: Normal, x: Normal) -> Normal:
-    """The coordinates in which ``x``, whose factor is square and upper triangular, has the distribution ``state``."""
+    """The distribution of the coordinates of ``x`` under which it has the distribution ``state``.
+
+    The inverse of ``from_coordinates``.
+
+    The factor of ``x`` has to be square and upper triangular.
+    """
     cols = x.mean.shape[1]
     right = jnp.concatenate([state.mean - x.mean, state.factor.T], axis=1)
     w = substitute(x.factor, right)

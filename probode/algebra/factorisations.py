@@ -1,9 +1,10 @@
-"""Covariance structures as layouts of one array: how a stack of derivatives becomes a batch of matrix-normals.
+"""Covariance structures: how a stack of derivatives is stored as a batch of matrix-normal distributions.
 
     mean (*batch, dim, cols), factor (*batch, rows, dim), covariance = factor^T factor, shared by the columns
     Dense: batch (), dim n d, cols 1     BlockDiagonal: batch (d,), dim n, cols 1     Isotropic: batch (), dim n, cols d
 
 (n derivatives including the zeroth, d components of the ravelled u; axis ``m`` below counts any number of derivatives.)
+Kraemer, Bosch, Schmidt & Hennig (2022), "Probabilistic ODE solutions in millions of dimensions".
 """
 
 from abc import abstractmethod
@@ -19,10 +20,13 @@ from .linalg import safe_norm, triangularise
 
 
 class AbstractFactorisation(eqx.Module):
-    """Which entries of the covariance of ``(u, u', ..., u^(nu))`` are kept; rows go derivative by derivative.
+    """The structure of the covariance of ``(u, u', ..., u^(nu))``: which entries are kept, and how they are stored.
 
-    ``keeps_diagonal``: whether of a Jacobian nothing but its diagonal matters, so that nobody computes the rest.
-    ``own_algebra``: whether it conditions in its own way (see ``AbstractOwnAlgebra``).
+    A subclass defines ``batch_shape``, ``pack``, ``unpack``, ``unpack_std``, ``lift`` and ``project``; rows of means
+    and columns of factors are ordered derivative by derivative. It may set, as class attributes:
+
+    - ``keeps_diagonal``: whether only the diagonal of a Jacobian is used, so that the rest need not be computed.
+    - ``own_algebra``: whether it has its own formulas for a step; true for subclasses of ``AbstractOwnAlgebra``.
 
     >>> import probode
     >>> probode.Dense().batch_shape(3), probode.BlockDiagonal().batch_shape(3)
@@ -34,62 +38,72 @@ class AbstractFactorisation(eqx.Module):
 
     @abstractmethod
     def batch_shape(self, d: int) -> tuple[int, ...]:
-        """Shape of the batch, which is also the shape of the calibrated output scale."""
+        """The shape of the batch axes for ``d`` components, which is also that of the calibrated output scale."""
 
     @abstractmethod
     def pack(self, derivatives: Float[Array, "m d"]) -> Float[Array, "*batch rows cols"]:
-        """A stack of derivatives as a mean."""
+        """A stack of derivatives, one row for each, in the layout of a mean."""
 
     @abstractmethod
     def unpack(self, mean: Float[Array, "*batch rows cols"], d: int) -> Float[Array, "m d"]:
-        """The inverse of ``pack``."""
+        """A mean, or any array with its layout, as a stack of derivatives: the inverse of ``pack``."""
 
     @abstractmethod
     def unpack_std(self, std: Float[Array, "*batch rows"], d: int) -> Float[Array, "m d"]:
-        """One standard deviation per row of a factor's columns as a stack like the mean."""
+        """Standard deviations, one for each column of a factor, as a stack of derivatives."""
 
     @abstractmethod
     def lift(self, matrix: Float[Array, "n n"], scale: Float[Array, "..."], d: int) -> Float[Array, "*batch dim dim"]:
-        """Right square root over the derivatives, times an output scale, for all components.
+        """The right square root of the whole state, from that of the derivatives of one component and an output scale.
 
-        The scale is a scalar; ``(d,)``; or, if the identity over the components is ``(d, d)``, upper triangular.
+        ``scale``: a scalar; ``(d,)``; or, if the identity over the components is ``(d, d)``, an upper triangular right
+        square root of that shape.
         """
 
     @abstractmethod
     def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
-        """What the structure keeps of the Jacobian of ``m`` equations with respect to one derivative, ``(m, d)``; or,
-        if ``keeps_diagonal``, also of a diagonal ``(d,)``."""
+        """The part of a Jacobian that the structure keeps, in the layout of a block of ``Linearisation.matrix``.
+
+        ``jacobian``: of ``m`` equations with respect to one derivative, ``(m, d)``; if ``keeps_diagonal``, also a
+        diagonal ``(d,)``.
+        """
 
 
 class Dense(AbstractFactorisation):
-    """The full covariance, ``(n d, n d)``: cubic in ``d``, keeps every correlation between components.
+    """The full covariance of the state, ``(n d, n d)``, with all correlations between components.
+
+    A step costs ``O(n^3 d^3)``. For stiff problems with coupled components, and for equations with more or fewer
+    entries than ``u``: it uses the whole Jacobian.
 
     >>> import jax.numpy as jnp, probode
     >>> probode.Dense().pack(jnp.ones((3, 2))).shape  # three derivatives of two components
     (6, 1)
     """
 
-    def batch_shape(self, d):
+    def batch_shape(self, d: int) -> tuple[int, ...]:
         return ()
 
-    def pack(self, derivatives):
+    def pack(self, derivatives: Float[Array, "m d"]) -> Float[Array, "*batch rows cols"]:
         return jnp.reshape(derivatives, (-1, 1))
 
-    def unpack(self, mean, d):
+    def unpack(self, mean: Float[Array, "*batch rows cols"], d: int) -> Float[Array, "m d"]:
         return jnp.reshape(mean, (-1, d))
 
-    def unpack_std(self, std, d):
+    def unpack_std(self, std: Float[Array, "*batch rows"], d: int) -> Float[Array, "m d"]:
         return jnp.reshape(std, (-1, d))
 
-    def lift(self, matrix, scale, d):
+    def lift(self, matrix: Float[Array, "n n"], scale: Float[Array, "..."], d: int) -> Float[Array, "*batch dim dim"]:
         return jnp.kron(matrix, scale if jnp.ndim(scale) == 2 else jnp.diag(jnp.broadcast_to(scale, (d,))))
 
-    def project(self, jacobian):
+    def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
         return jacobian
 
 
 class BlockDiagonal(AbstractFactorisation):
-    """One ``(n, n)`` block for each component: linear in ``d``; components are independent, Jacobians diagonal.
+    """A block-diagonal covariance: one ``(n, n)`` block for each component, and components are independent.
+
+    A step costs ``O(n^3 d)``. Of Jacobians the diagonal is used; there is one output scale for each component. Raises
+    ``ValueError`` where an equation does not have ``d`` entries, the ``i``-th about the ``i``-th component.
 
     >>> import probode
     >>> probode.BlockDiagonal().batch_shape(5)  # one output scale for each component
@@ -98,27 +112,31 @@ class BlockDiagonal(AbstractFactorisation):
 
     keeps_diagonal = True
 
-    def batch_shape(self, d):
+    def batch_shape(self, d: int) -> tuple[int, ...]:
         return (d,)
 
-    def pack(self, derivatives):
+    def pack(self, derivatives: Float[Array, "m d"]) -> Float[Array, "*batch rows cols"]:
         return derivatives.T[:, :, None]
 
-    def unpack(self, mean, d):
+    def unpack(self, mean: Float[Array, "*batch rows cols"], d: int) -> Float[Array, "m d"]:
         return mean[:, :, 0].T
 
-    def unpack_std(self, std, d):
+    def unpack_std(self, std: Float[Array, "*batch rows"], d: int) -> Float[Array, "m d"]:
         return std.T
 
-    def lift(self, matrix, scale, d):
+    def lift(self, matrix: Float[Array, "n n"], scale: Float[Array, "..."], d: int) -> Float[Array, "*batch dim dim"]:
         return jnp.broadcast_to(scale, (d,))[:, None, None] * matrix
 
-    def project(self, jacobian):
+    def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
         return _diagonal(jacobian, self)[:, None, None]
 
 
 class Isotropic(AbstractFactorisation):
-    """One ``(n, n)`` block shared by all components: linear in ``d``; a Jacobian enters by its mean diagonal.
+    """A Kronecker covariance: one ``(n, n)`` block that all components share, and components are independent.
+
+    A step costs ``O(n^3 + n^2 d)``. Of Jacobians the mean of the diagonal is used; there is one output scale. Raises
+    ``ValueError`` for a prior with an output scale for each component, and where an equation does not have ``d``
+    entries.
 
     >>> import jax.numpy as jnp, probode
     >>> probode.Isotropic().pack(jnp.ones((3, 2))).shape  # the components share the rows
@@ -127,19 +145,19 @@ class Isotropic(AbstractFactorisation):
 
     keeps_diagonal = True
 
-    def batch_shape(self, d):
+    def batch_shape(self, d: int) -> tuple[int, ...]:
         return ()
 
-    def pack(self, derivatives):
+    def pack(self, derivatives: Float[Array, "m d"]) -> Float[Array, "*batch rows cols"]:
         return derivatives
 
-    def unpack(self, mean, d):
+    def unpack(self, mean: Float[Array, "*batch rows cols"], d: int) -> Float[Array, "m d"]:
         return mean
 
-    def unpack_std(self, std, d):
+    def unpack_std(self, std: Float[Array, "*batch rows"], d: int) -> Float[Array, "m d"]:
         return jnp.broadcast_to(std[:, None], (std.shape[0], d))
 
-    def lift(self, matrix, scale, d):
+    def lift(self, matrix: Float[Array, "n n"], scale: Float[Array, "..."], d: int) -> Float[Array, "*batch dim dim"]:
         if jnp.ndim(scale) > 0:
             raise ValueError(
                 "Isotropic() has one output scale for all components, but the prior's output_scale has one for each. "
@@ -147,7 +165,7 @@ class Isotropic(AbstractFactorisation):
             )
         return scale * matrix
 
-    def project(self, jacobian):
+    def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
         return jnp.mean(_diagonal(jacobian, self))[None, None]
 
 
@@ -166,12 +184,15 @@ def _diagonal(jacobian, factorisation):
 class Layout(eqx.Module):
     """How the state of one problem is stored: a factorisation, the number of derivatives, and the structure of ``u``.
 
-    Parts of a solver receive it to go from PyTrees to arrays:
+    Parts of a solver receive it to convert PyTrees to arrays and back. ``Solver.init(...).layout`` is one.
 
-    - ``ravel`` and ``unravel``: between a ``u`` and a flat ``(d,)``, where ``d = size``.
-    - ``pack`` and ``unpack``: between a stack of derivatives ``(m, d)`` and a mean.
-    - ``project`` and ``lift``: from Jacobians and square roots to what the factorisation keeps of them.
+    - ``factorisation``: the structure of the covariance.
+    - ``num_derivatives``: ``nu``, so that a state holds ``u, u', ..., u^(nu)``.
+    - ``size``: ``d``, how many numbers ``u`` has.
     - ``dtype``: that of the state, which all arrays of a part must have.
+    - ``ravel`` and ``unravel``: between a PyTree ``u`` and a vector ``(d,)``.
+    - ``pack`` and ``unpack``: between a stack of derivatives ``(m, d)`` and a mean.
+    - ``project`` and ``lift``: the part of a Jacobian, or a square root, that the factorisation keeps.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -u)))
@@ -186,12 +207,12 @@ class Layout(eqx.Module):
     unravel: Callable = eqx.field(static=True)
     dtype: jnp.dtype = eqx.field(static=True)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         name = type(self.factorisation).__name__
         return f"Layout({name}(), num_derivatives={self.num_derivatives}, size={self.size}, dtype={self.dtype})"
 
     def ravel(self, u: PyTree[Shaped[Array, "..."]]) -> Float[Array, " d"]:
-        """A state, or anything like it, as a vector of the layout's dtype."""
+        """A PyTree with the numbers of ``u`` as a vector ``(d,)`` of the layout's dtype."""
         return ravel_pytree(u)[0].astype(self.dtype)
 
     @property
@@ -208,9 +229,9 @@ class Layout(eqx.Module):
         return self.factorisation.unpack(mean, self.size)
 
     def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
-        """Standard deviations of the columns of a factor, stacked like the mean."""
+        """The standard deviations of all entries of the state as a stack of derivatives, from a factor."""
         if self.factorisation.own_algebra:
-            return self.factorisation.std(factor)
+            return self.factorisation.std(factor)  # type: ignore[attr-defined]  # of AbstractOwnAlgebra
         return self.factorisation.unpack_std(safe_norm(factor, axis=-2), self.size)
 
     def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
@@ -222,7 +243,7 @@ class Layout(eqx.Module):
         return self.factorisation.lift(matrix, self.output_scale(scale), self.size)
 
     def output_scale(self, scale: PyTree) -> Float[Array, "*shape"]:
-        """A scale as the factorisation takes it: a scalar, ``(d,)``, or an upper triangular ``(d, d)`` root.
+        """An output scale in the form that ``lift`` takes: a scalar, ``(d,)``, or an upper triangular ``(d, d)`` root.
 
         ``scale``: a number; a PyTree like ``u``, one number for each component; or a right square root ``F``, a
         ``(d, d)`` array, for noise with the covariance ``F^T F``. Raises ``ValueError`` for anything else, or for a
@@ -242,11 +263,11 @@ class Layout(eqx.Module):
         return triangularise(None, jnp.asarray(scale, self.dtype))
 
     def broadcast(self, matrix: Float[Array, "p q"]) -> Float[Array, "*batch p q"]:
-        """The same matrix for every batch element."""
+        """The matrix repeated along the batch axes."""
         return jnp.broadcast_to(matrix, self.batch_shape + matrix.shape)
 
     def identity(self) -> Float[Array, "*batch m m"]:
-        """The identity over the components of one derivative."""
+        """The identity matrix over the components of one derivative, in the layout of the factorisation."""
         return self.lift(jnp.ones((1, 1), self.dtype), 1.0)
 
     @property
@@ -257,10 +278,11 @@ class Layout(eqx.Module):
     @property
     def couples(self) -> bool:
         """True if the covariance has entries between different components."""
-        return jax.eval_shape(self.identity).shape == (self.size, self.size)
+        # A factorisation with an algebra of its own has columns that are no components, however many they are.
+        return not self.factorisation.own_algebra and jax.eval_shape(self.identity).shape == (self.size, self.size)
 
     def require_coupling(self, what: str) -> None:
-        """Raises ``ValueError`` where components are kept independent; ``what``: the parameter that couples them."""
+        """Raises ``ValueError`` if the covariance has no entries between components; ``what``: what needs them."""
         if self.size > 1 and not self.couples:
             each = " or one number for each component" if self.batch_shape == (self.size,) else ""
             raise ValueError(
@@ -269,22 +291,23 @@ class Layout(eqx.Module):
             )
 
     def require_shared_algebra(self, what: str) -> None:
-        """Raises ``ValueError`` under a factorisation with an algebra of its own; ``what`` names what it cannot do."""
+        """Raises ``ValueError`` under a factorisation with an algebra of its own; ``what``: what is not available."""
         if self.factorisation.own_algebra:
             raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
 
     @property
     def lanes(self) -> int:
-        """How many leading axes the arrays of the factorisation have in a batch of solutions."""
-        return self.factorisation.lanes if self.factorisation.own_algebra else 0
+        """How many leading axes a batch of solutions adds to the arrays of the factorisation; zero if it has none."""
+        own = self.factorisation.own_algebra
+        return self.factorisation.lanes if own else 0  # type: ignore[attr-defined]  # of AbstractOwnAlgebra
 
     @property
     def example(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """A state without values."""
+        """The structure, shapes and dtype of ``u``, without values."""
         return jax.eval_shape(self.unravel, jax.ShapeDtypeStruct((self.size,), self.dtype))
 
 
 def layout_of(example: PyTree, num_derivatives: int, factorisation: AbstractFactorisation) -> Layout:
-    """The layout of states like the example."""
+    """The layout of states whose ``u`` has the structure, shapes and dtype of ``example``."""
     flat, unravel = ravel_pytree(example)
     return Layout(factorisation, num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))

@@ -1,12 +1,14 @@
-"""Triangularisation, substitution and small products: the only place that knows about QR and its derivative.
+"""Triangularisation (QR), triangular substitution and small products; QR is used in this module only.
 
-A covariance is held by any right square root ``F`` with ``cov = F^T F``; reducing ``F`` to an upper triangle is all
-that filtering needs. The elimination below is smooth where a pivot vanishes, so plain differentiation of it is exact.
+A covariance is given by any right square root ``F`` with ``cov = F^T F``; square-root filtering needs the upper
+triangle of ``F``. The elimination below is differentiable where a pivot is zero, and gives a column of zeros, as of an
+exact initial value, the derivative zero; so JAX differentiates it as it stands.
 """
 
 import functools as ft
 import math
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,33 +19,36 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ..util.xla import compiles_small_loops
 
 
-# Above this many columns LAPACK's blocked QR wins over the column-by-column elimination (measured, see benchmarks).
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Above this many columns LAPACK's blocked QR is faster than the column-by-column elimination (measured, see
+# benchmarks).
 _LAPACK_COLUMNS = 90
-# A triangle of up to so many entries is written out column by column: that is faster, and still quick to compile.
+# The elimination of a triangle of at most so many entries is unrolled: faster than a loop, and still quick to compile.
 _UNROLLED_ENTRIES = 100
-# Beyond that a loop over the columns, in panels of at most so many.
+# Larger triangles are eliminated by loops over panels of at most so many columns.
 _PANEL = 24
-# From this length on rows are combined as vectors.
+# Rows of at least this length, and at most so many of them, are summed by unrolled vector operations.
 _LONG = 8
-# Up to so many of them are written out one by one.
 _MANY = 256
 # Products of at most this many multiplications are written as a fused sum instead of a call into a matrix library.
 _SMALL_PRODUCT = 2**14
-# Products with at most so many rows, of at least this length, are written out row by row.
+# A product with a factor of at most so many rows, each of at least this length, is a sum of scaled rows.
 _FEW_ROWS, _LONG_ROW = 12, 128
 
 
 def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Square root whose derivative at zero is zero instead of infinite."""
-    zero = x <= 0  # not the opposite of x > 0: NaN has to stay NaN
+    """The square root of ``x``, zero for ``x <= 0``, and with derivative zero there instead of infinite."""
+    zero = x <= 0  # ~(x > 0) would turn NaN into zero, and hide it
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
 def safe_norm(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
-    """Euclidean length along axes (or of all entries), with derivative zero at zero."""
+    """The Euclidean norm along axes, or of all entries, with derivative zero at zero."""
     if jnp.finfo(x.dtype).bits >= 64:
         return safe_sqrt(jnp.sum(x**2, axis=axis))
-    # Squares under- and overflow in single precision.
+    # In single precision squares under- and overflow: the entries are divided by the largest first.
     size = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     length = size * safe_sqrt(jnp.sum((x / size) ** 2, axis=axis, keepdims=True))
@@ -51,43 +56,44 @@ def safe_norm(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None)
 
 
 def root_mean_square(x: Float[Array, "..."], axis: tuple[int, ...] | None = None) -> Float[Array, "..."]:
-    """Root mean square along axes (or of all entries), with derivative zero at zero."""
+    """The root mean square along axes, or of all entries, with derivative zero at zero."""
     number = x.size if axis is None else math.prod(x.shape[i] for i in axis)
     return safe_norm(x, axis) / math.sqrt(number)
 
 
 def safe_divide(x: Array, y: Array) -> Array:
-    """``x / y``, and zero where ``y`` is zero: a singular direction carries no information."""
+    """``x / y``, and zero where ``y`` is zero: directions without variance contribute zero instead of NaN."""
     nonzero = y != 0
     return jnp.where(nonzero, x / jnp.where(nonzero, y, 1), 0)
 
 
 def detach(tree: PyTree) -> PyTree:
-    """The same numbers, without derivatives."""
+    """The tree with ``stop_gradient`` applied to all its floating-point arrays."""
     return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
 
 
 def choose(flag: Bool[Array, ""], these: PyTree, those: PyTree) -> PyTree:
-    """The numbers of one tree or those of another."""
+    """``jnp.where`` on trees: the leaves of ``these`` if ``flag`` is true, otherwise those of ``those``."""
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)
 
 
 def is_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether no number of a tree is infinite or NaN."""
+    """Whether no floating-point number of a tree is infinite or NaN."""
     numbers = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
     return ft.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in numbers], jnp.array(True))
 
 
-def compiled(fn: Callable) -> Callable:
-    """``equinox.filter_jit``, with all products of matrices in the full precision of their numbers.
+def compiled(fn: Callable[P, T]) -> Callable[P, T]:
+    """``equinox.filter_jit(fn)``, with all matrix products in the full precision of their numbers.
 
-    GPUs and TPUs round the factors of a product to ten bits or less by default. In a vector field of a linear equation
-    that is noise which no step is short enough for. What a user has chosen (``jax.default_matmul_precision``) stays.
+    GPUs and TPUs round the factors of a product to ten bits or less by default. In the vector field of a linear
+    equation these errors exceed the tolerance however short the step. A precision that the user has set
+    (``jax.default_matmul_precision``) is kept.
     """
 
     @ft.wraps(fn)
     def precise(*args, **kwargs):
-        chosen = jax.config.jax_default_matmul_precision
+        chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made when JAX is imported
         with jax.default_matmul_precision("highest" if chosen is None else chosen):
             return fn(*args, **kwargs)
 
@@ -95,11 +101,11 @@ def compiled(fn: Callable) -> Callable:
 
 
 def product(a: Float[Array, "i j"], x: Float[Array, "j *rest"]) -> Float[Array, "i *rest"]:
-    """``a @ x`` over the leading axis of ``x``."""
+    """``a @ x``, summed over the leading axis of ``x``."""
     wide = jnp.reshape(a, a.shape + (1,) * (x.ndim - 1))
     if 0 < x.shape[0] <= _FEW_ROWS and x.size >= _LONG_ROW * x.shape[0]:
-        # A few long rows: one pass over memory, which melts into what comes before and after it.
-        return sum(wide[:, j] * x[j] for j in range(x.shape[0]))
+        # A sum of scaled rows is one pass over memory, and XLA fuses it with its neighbours, unlike a matrix product.
+        return sum(wide[:, j] * x[j] for j in range(x.shape[0]))  # type: ignore[return-value]  # there are some
     if a.shape[0] * x.size <= _SMALL_PRODUCT:
         return jnp.sum(wide * x, axis=1)
     return jnp.tensordot(a, x, axes=1)
@@ -112,7 +118,7 @@ def kron_apply(a: Float[Array, "p p"], x: Float[Array, "dim cols"]) -> Float[Arr
 
 
 def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -> Float[Array, "rows dim"]:
-    """``factor @ kron(a, I)^T``: the right square root after a linear map."""
+    """``factor @ kron(a, I)^T``: the right square root of the covariance of ``kron(a, I) x``."""
     rows, dim = factor.shape
     blocks = jnp.reshape(factor, (rows, a.shape[0], dim // a.shape[0]))
     if blocks.size * a.shape[0] <= _SMALL_PRODUCT:
@@ -123,7 +129,10 @@ def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -
 
 
 def triangularise(upper: Float[Array, "dim dim"] | None, dense: Float[Array, "rows dim"]) -> Float[Array, "dim dim"]:
-    """Upper-triangular ``R`` with ``R^T R = upper^T upper + dense^T dense``, ``None`` for zero; see ``eliminate``."""
+    """Upper triangular ``R`` with ``R^T R = upper^T upper + dense^T dense``, where ``upper`` is upper triangular.
+
+    ``None`` stands for an ``upper`` of zeros, which takes fewer operations. See ``eliminate``.
+    """
     dim = dense.shape[1]
     if upper is None and dense.dtype.itemsize == 8 and is_written_out(dim):
         return _written_out(None, dense)[0]
@@ -134,12 +143,13 @@ def triangularise(upper: Float[Array, "dim dim"] | None, dense: Float[Array, "ro
 def eliminate(
     upper: Float[Array, "n width"], dense: Float[Array, "rows width"]
 ) -> tuple[Float[Array, "n width"], Float[Array, "rows_left extra"]]:
-    """The first ``n`` columns of the stack ``[upper; dense]`` made upper triangular by an orthogonal map of its rows.
+    """The stack ``[upper; dense]`` with its first ``n`` columns made upper triangular by an orthogonal map of the rows.
 
-    ``upper`` is upper triangular (its rows may vanish), ``dense`` anything. Returns the triangle's rows and what is
-    left of ``dense`` in the ``extra = width - n`` columns behind them. Columns are eliminated one by one with a
-    reflection that maps ``(s, b)`` to ``(r, 0)``, ``s = |upper_jj|``, ``r = sqrt(s^2 + b.b)``; it needs no choice of
-    sign, hence no branch. Where ``r = 0`` the column is zero and is passed over with zero derivative.
+    ``upper``: upper triangular, and its rows may be zero; ``dense``: any matrix. Returns the ``n`` rows of the
+    triangle, and the other rows in the ``extra = width - n`` columns behind it (before it they are zero). Columns are
+    eliminated one by one with a reflection that maps ``(s, b)`` to ``(r, 0)``, where ``s = |upper_jj|``, ``b`` is the
+    column of ``dense`` and ``r = sqrt(s^2 + b.b)``; it needs no choice of sign, hence no branch. A column with
+    ``r = 0`` is zero and stays, with derivative zero. Large triangles are left to LAPACK.
     """
     sign = jnp.where(jnp.diagonal(upper) < 0, -1, 1).astype(upper.dtype)
     upper = upper * sign[:, None]
@@ -153,7 +163,7 @@ def eliminate(
 
 
 def is_written_out(n: int) -> bool:
-    """Whether ``n`` columns are eliminated one by one in the program, which costs operations rather than arithmetic."""
+    """Whether the elimination of ``n`` columns is unrolled, so that the number of operations determines its cost."""
     return n**2 <= _UNROLLED_ENTRIES
 
 
@@ -163,7 +173,7 @@ def _eliminate(upper, dense):
         return _lapack(upper, dense)
     if upper.size <= _UNROLLED_ENTRIES:
         return _written_out(upper, dense)
-    # Columns that are done need no more work: panels of columns, each narrower than the one before.
+    # In one loop over all columns every iteration would work on the whole width; each panel is narrower than the last.
     panels = []
     for start in range(0, n, _PANEL):
         panel, dense = _eliminate_panel(upper[start : start + _PANEL, start:], dense)
@@ -194,8 +204,9 @@ def _written_out(upper, dense):
 
 @jax.custom_jvp
 def _combine_rows(b, dense):
-    # Sums, not a product of matrices, which would not melt into its neighbours. In native loops the terms one by one,
-    # which add rows as vectors, beat a reduction, which adds numbers; elsewhere they are only more operations.
+    # ``b @ dense`` as a sum: XLA does not fuse a matrix product with its neighbours. In loops compiled to native code
+    # (``compile_small_loops``) an unrolled sum adds rows as vectors and is faster than a reduction, which adds number
+    # by number; elsewhere it is only more operations.
     if compiles_small_loops() and 0 < dense.shape[0] <= _MANY and dense.shape[1] >= _LONG:
         return sum(b[i] * dense[i] for i in range(dense.shape[0]))
     return jnp.sum(b[:, None] * dense, axis=0)
@@ -203,24 +214,28 @@ def _combine_rows(b, dense):
 
 @_combine_rows.defjvp
 def _(primals, tangents):
-    # The transpose of a reduction is one operation, that of the terms one by one is many.
+    # The derivative of the reduction: its transpose is one operation, that of the unrolled sum is many.
     (b, dense), (t_b, t_dense) = primals, tangents
     tangent = jnp.sum(t_b[:, None] * dense + b[:, None] * t_dense, axis=0)
     return _combine_rows(b, dense), tangent
 
 
 def _reflect(t, s, u, bb):
-    """Row ``j`` of ``R`` and the row ``g`` in ``B <- B - b g^T``: ``t`` is the row of ``T``, ``u = b^T B``."""
+    """Row ``j`` of the triangle, and the vector ``g`` of the update ``B <- B - b g^T`` that eliminates column ``j``.
+
+    ``B`` is the dense part, ``b`` its column ``j``, ``u = b^T B`` and ``bb = b^T b``; ``t`` is row ``j`` of the upper
+    part and ``s`` its pivot.
+    """
     square = s**2 + bb
     empty = square == 0
     inverse = jnp.where(empty, 0, 1 / jnp.sqrt(jnp.where(empty, 1, square)))  # 1 / r
-    # Without a pivot there is nothing to eliminate: what else the row holds stays.
+    # The column is zero already: the row has to stay, or the variance in its other columns would be lost.
     row = jnp.where(empty, t, (s * t + u) * inverse)
     return row, (t + row) * (inverse / (1 + s * inverse))
 
 
 def _project(u, bb):
-    """The same for a row of zeros, ``t = 0``."""
+    """``_reflect`` for a row of zeros, ``t = 0``, in fewer operations."""
     empty = bb == 0
     inverse = jnp.where(empty, 0, 1 / jnp.sqrt(jnp.where(empty, 1, bb)))
     row = u * inverse
@@ -236,7 +251,8 @@ def _eliminate_one(dense, x):
 
 
 def _eliminate_two(dense, x):
-    # Two columns per pass over `dense`: the second gemv acts on the matrix that the first column would leave.
+    # Two columns per pass over `dense`, for half the traffic to memory. The second product is that with the matrix
+    # which the elimination of the first column would leave.
     j, (t1, t2) = x
     b1 = dense[:, j]
     row1, g1 = _reflect(t1, t1[j], b1 @ dense, b1 @ b1)
@@ -247,8 +263,8 @@ def _eliminate_two(dense, x):
 
 def _lapack(upper, dense):
     n, width = upper.shape
-    # JAX's QR derivative needs full column rank; a column of zeros (exact initial value, zero noise) has none. The
-    # columns behind the triangle are not factorised, only transformed.
+    # The derivative of JAX's QR is NaN without full column rank, as with a column of zeros (exact initial value, zero
+    # noise): its pivot is set to one here, and to zero below. Columns behind the triangle are only transformed.
     empty = (jnp.all(upper == 0, axis=0) & jnp.all(dense == 0, axis=0))[:n]
     leading = jnp.concatenate([jnp.where(jnp.diag(empty), 1, upper[:, :n]), dense[:, :n]])
     if width == n:
@@ -262,9 +278,9 @@ def _lapack(upper, dense):
 
 
 def substitute(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[Array, "m cols"]:
-    """``upper^-T z``: with ``upper^T upper`` the covariance of ``z``, its standard normal coordinates.
+    """``upper^-T z``: the whitened ``z``, if its covariance is ``upper^T upper``.
 
-    Directions with a zero pivot contribute nothing.
+    Entries with a zero pivot are zero: the covariance has no variance there.
     """
     m = upper.shape[0]
     if m > _LAPACK_COLUMNS:

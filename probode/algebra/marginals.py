@@ -1,4 +1,4 @@
-"""Means and standard deviations of ``u`` and its derivatives, read off the distributions of the whole state."""
+"""Means and standard deviations of ``u`` and its derivatives, from the distributions of the whole state."""
 
 from typing import Any
 
@@ -15,7 +15,10 @@ from .normal import Normal
 
 
 class Moments(eqx.Module):
-    """Mean and standard deviation of ``u`` or of one of its derivatives, both PyTrees like ``u``.
+    """Mean and standard deviation of ``u`` or of one of its derivatives.
+
+    ``mean``, ``std``: PyTrees like ``u``, with leaves ``(*time, *leaf.shape)``, in the units of that derivative.
+    ``Solution.derivative`` and ``Posterior.derivative`` return it.
 
     >>> import probode
     >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
@@ -29,7 +32,10 @@ class Moments(eqx.Module):
 
 @compiled
 def moments(layout: Layout, state: Normal, k: int) -> Moments:
-    """The means and standard deviations of ``u^(k)``, with the leading axes (time, lanes) of ``state``."""
+    """The means and standard deviations of ``u^(k)``, with the leading axes (time, lanes) of ``state``.
+
+    A derivative without variance, as that which ``TS0`` takes to be exact, gets an estimate of its standard deviation.
+    """
 
     def one(layout, mean, factor):
         means, stds = layout.unpack(mean), layout.std(factor)
@@ -42,12 +48,14 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
 
 
 def _std_through_the_field(means, std, k):
-    """An estimate of the standard deviation of ``u^(k)``, ``(d,)``, from that of ``u^(k-1)``.
+    """An estimate of the standard deviation of ``u^(k)``, ``(d,)``, from ``std``, that of ``u^(k-1)``.
 
-    A constraint that freezes the field calls that derivative exact. How the field moves is not known here, but along
-    the solution it does so at the rate ``|u^(k+1)| / |u^(k)|``, and in that measure every component is taken to depend
-    on every other: relative to their sizes, ``|u^(k-1)|`` and what it changes by in the time in which all change so
-    much. Of the highest derivative the rate is that of the one below.
+    A constraint that takes the vector field as constant gives ``u^(k)`` no variance. The Jacobian that would relate the
+    two deviations is not known here; its size is taken to be the rate at which the field changes along the solution,
+    ``|u^(k+1)| / |u^(k)|``, and every component to depend on all others alike. So the estimate is
+    ``rate * size * rms(std / size)``, with the sizes ``|u^(k-1)| + tau |u^(k)|`` of the components, where ``tau`` is
+    the time in which they change by ``|u^(k-1)|`` in the root mean square. For the highest derivative the rate is that
+    of the one below.
     """
 
     rms = root_mean_square
@@ -56,14 +64,18 @@ def _std_through_the_field(means, std, k):
     above = min(k, len(means) - 2)
     rate = safe_divide(rms(safe_divide(means[above + 1], size)), rms(safe_divide(means[above], size)))
     estimate = rate * size * rms(safe_divide(std, size))
-    # Of sizes that are no numbers any more: as large as the derivative itself.
+    # Where the sizes overflow, the size of the derivative itself: the standard deviation would be infinite or NaN.
     return jnp.where(jnp.isfinite(estimate), estimate, own)
 
 
 class Posterior(eqx.Module):
-    """Mean and standard deviation of a solution and its derivatives at one or several times.
+    """The distribution of a solution and its derivatives at one or several times: marginal means and deviations.
 
-    What ``Solution.evaluate`` and ``prior_marginals`` return.
+    ``Solution.evaluate`` and ``prior_marginals`` return it. Use ``mean``, ``std`` and ``derivative(k)``. Fields:
+
+    - ``t``: the times, ``(*time,)``.
+    - ``marginals``: the distribution of ``(u, u', ..., u^(nu))`` at each time, in the layout of the factorisation.
+    - ``layout``: that layout.
 
     >>> import probode
     >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0, dense_output=True)
@@ -75,7 +87,7 @@ class Posterior(eqx.Module):
     marginals: Normal
     layout: Layout
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Posterior(t={describe.brief(self.t)}, u={describe.shape_of_u(self.layout)}, layout={self.layout!r})"
 
     @property
@@ -89,11 +101,17 @@ class Posterior(eqx.Module):
         return self.derivative(0).std
 
     def derivative(self, k: Any) -> Moments:
-        """Posterior of ``u^(k)``: an object with ``.mean`` and ``.std``. Raises ``ValueError`` above the prior's."""
+        """The mean and standard deviation of ``u^(k)``.
+
+        Raises ``ValueError`` unless ``k`` is an integer from zero to the number of derivatives of the prior.
+        """
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.marginals, k)
 
 
 def widen(states: Normal, moves: Float[Array, "N ..."]) -> Normal:
-    """The states with the directions in which an uncertain initial value moves them as further rows of the factors."""
+    """The states with the covariance that an uncertain initial value adds, as further rows of their factors.
+
+    ``moves``: the derivatives of the mean along the ``N`` directions of that value's square root, ``(N, *mean.shape)``.
+    """
     return Normal(states.mean, jnp.concatenate([states.factor, jnp.moveaxis(moves[..., 0], 0, -2)], axis=-2))

@@ -1,4 +1,4 @@
-"""Square-root Gaussians.
+"""Gaussian distributions in square-root form.
 
 A Gaussian is a mean ``(dim, cols)`` and a right square root ``(rows, dim)`` of a covariance shared by the columns,
 which are independent: ``x = mean + factor^T w`` with standard normal coordinates ``w``, ``(rows, cols)``. Functions
@@ -13,15 +13,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .linalg import kron_apply, kron_apply_right, product, triangularise
+from .linalg import P, T, kron_apply, kron_apply_right, product, triangularise
 
 
 class Normal(eqx.Module):
-    """A Gaussian by its mean and a right square root of its covariance, ``cov = factor^T factor``.
+    """A Gaussian distribution: its mean and a right square root of its covariance, ``cov = factor^T factor``.
 
-    Over ``u``: ``mean`` is a PyTree like ``u``; ``factor`` is the ``(d, d)`` square root over the ravelled ``u``, or a
-    PyTree of standard deviations like ``u``. Inside the solvers and in ``Solution.marginals``: ``mean`` is
-    ``(*batch, dim, cols)`` and ``factor`` is ``(*batch, rows, dim)`` in the layout of the factorisation.
+    An uncertain initial value, the ``u0`` of ``Solver.solve`` and ``Solver.solve_grid``:
+
+    - ``mean``: as a certain ``u0``, a PyTree ``u``, or the tuple ``(u, ..., u^(k-1))`` for an equation of order ``k``.
+    - ``factor``: a PyTree of standard deviations like ``mean``, in the units of ``u``; or, for a mean of ``d`` numbers,
+      the ``(d, d)`` right square root of the covariance of the ravelled mean.
+
+    Nothing is checked until it is used. A state inside the solvers, and ``Solution.marginals``, in the layout of the
+    factorisation:
+
+    - ``mean``: ``(*batch, dim, cols)``.
+    - ``factor``: ``(*batch, rows, dim)``.
 
     >>> import probode
     >>> probode.Normal({"x": 1.0}, {"x": 0.1})  # a standard deviation
@@ -32,42 +40,42 @@ class Normal(eqx.Module):
     factor: PyTree
 
 
-def batched(fn: Callable) -> Callable:
-    """Map ``fn``, written for one batch element, over the leading axes of its arguments.
+def batched(fn: Callable[P, T]) -> Callable[P, T]:
+    """``fn``, written for one batch element, mapped over the leading axes of all its arguments.
 
-    The first leaf of the first argument, a mean or a matrix, tells how many axes there are.
+    The axes are those of the first leaf of the first argument, a mean or a matrix, but for its last two.
     """
 
     @ft.wraps(fn)
     def wrapped(first, *rest):
-        mapped = fn
+        mapped: Callable = fn
         for _ in range(jax.tree.leaves(first)[0].ndim - 2):
             mapped = jax.vmap(mapped)
         return mapped(first, *rest)
 
-    return wrapped
+    return wrapped  # type: ignore[return-value]  # it takes no keywords
 
 
 @batched
 def push(x: Normal, matrix: Float[Array, "p p"]) -> Normal:
-    """``A x``, without noise: the square root of ``A cov A^T`` is not triangularised."""
+    """The distribution of ``kron(A, I) x``, where ``matrix`` is ``A``; its factor is not triangular."""
     return Normal(kron_apply(matrix, x.mean), kron_apply_right(x.factor, matrix))
 
 
 def pad_rows(factor: Float[Array, "*batch rows p"], rows: int) -> Float[Array, "*batch more p"]:
-    """A factor with at least as many rows, the new ones zero."""
+    """The factor with at least ``rows`` rows: zeros are appended, which leaves the covariance as it is."""
     missing = max(0, rows - factor.shape[-2])
     return jnp.pad(factor, [(0, 0)] * (factor.ndim - 2) + [(0, missing), (0, 0)])
 
 
 def pad(x: Normal, rows: int) -> Normal:
-    """``x`` with at least as many rows in its factor."""
+    """The same distribution with at least ``rows`` rows in its factor; states in a loop must have one shape."""
     return Normal(x.mean, pad_rows(x.factor, rows))
 
 
 @batched
 def square(x: Normal) -> Normal:
-    """``x`` with a square, upper triangular factor."""
+    """The same distribution with a square, upper triangular factor."""
     return Normal(x.mean, triangularise(None, x.factor))
 
 
@@ -78,5 +86,5 @@ def certain(mean: Float[Array, "*batch dim cols"]) -> Normal:
 
 @batched
 def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows cols"]) -> Float[Array, "dim cols"]:
-    """``factor^T w``: what the coordinates ``w`` of a state add to its mean."""
+    """``factor^T w``: the deviation from the mean of a state with the standard normal coordinates ``w``."""
     return product(factor.T, coordinates)

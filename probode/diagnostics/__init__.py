@@ -1,1 +1,1 @@
-"""Pictures, and reports on calibration."""
+"""Pictures of solutions, and reports on the calibration of their uncertainty."""

@@ -1,7 +1,8 @@
-"""Is the uncertainty right? Errors against a reference, measured in the standard deviations that a solver reports.
+"""Calibration of the uncertainty: true errors in units of the standard deviations that a solver reports.
 
-Measures: normalised estimation error squared (NEES, here ``chi^2 / d``: one if the covariance is right, above one if it
-is overconfident), coverage, and the non-credibility and inclination indices of Li & Zhao (2006).
+The measures are the normalised estimation error squared (NEES, here ``chi^2 / d``: on average one if the covariance is
+right, above one if it is too small), coverage, and the non-credibility and inclination indices of Li & Zhao (2006,
+"Measuring estimator's credibility: noncredibility index").
 """
 
 import dataclasses
@@ -27,16 +28,27 @@ from ..util.checks import as_float, as_scalar
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationReport:
-    """One entry per solve, as arrays of shape ``(solves,)``; ``str`` of it is a table.
+    """Measures of the calibration of one or several solves, as ``calibration_report`` returns them.
 
-    ``rtol``: NaN for a given solution. ``steps``: accepted. ``error``: root mean square at the last time over that of
-    the reference. ``terminal``: ``chi^2 / d`` at the last time. ``trajectory``: its geometric mean over the times after
-    the first tenth of the interval, of what the solver knew at each time (the filter's marginals); ``smoothed``: of the
-    smoothed marginals, NaN where there are none. The following look at the posterior, smoothed if the strategy is:
-    ``anees``: the arithmetic mean of ``chi^2 / d``; ``coverage``: ``(solves, 3)``, the share of components and times
-    within one, two and three standard deviations (0.683, 0.954, 0.997 for a Gaussian); ``non_credibility`` and
-    ``inclination``: mean size and mean of ``10 log10(chi^2 / d)``, in decibels; a positive inclination is
-    overconfident. ``successful``: whether the solve reached its end; if not, its entries are NaN.
+    Fields are arrays with one entry per solve, ``(solves,)``; ``str`` of a report is a table. ``chi^2 / d`` is the
+    error of ``u`` squared over its covariance, divided by the number of components.
+
+    - ``rtol``: the relative tolerance of the solve; NaN for a solution that was passed in.
+    - ``steps``: the number of accepted steps.
+    - ``error``: the root mean square error of ``u`` at the last time, over the root mean square of the reference there.
+    - ``terminal``: ``chi^2 / d`` at the last time.
+    - ``trajectory``: the geometric mean of ``chi^2 / d`` under the filtering distributions; NaN for a smoothed solution
+      that has no filtering distributions at its times.
+    - ``smoothed``: the same under the smoothed distributions; NaN for a filter.
+    - ``anees``: the arithmetic mean of ``chi^2 / d`` (average NEES).
+    - ``coverage``: the share of components and times at which the error is within one, two and three standard
+      deviations, ``(solves, 3)``; 0.683, 0.954, 0.997 for a Gaussian.
+    - ``non_credibility``, ``inclination``: the mean magnitude and the mean of ``10 log10(chi^2 / d)``, in decibels;
+      a positive inclination means that standard deviations are too small.
+    - ``successful``: whether the solve reached its end. If not, all measures are NaN.
+
+    All but ``error`` and ``terminal`` leave out the first tenth of the interval. All but ``error``, ``trajectory`` and
+    ``smoothed`` are under the posterior of the solution: smoothed if its strategy is a smoother.
 
     >>> import jax.numpy as jnp, probode
     >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
@@ -57,7 +69,7 @@ class CalibrationReport:
     inclination: np.ndarray
     successful: np.ndarray
 
-    def __str__(self):
+    def __str__(self) -> str:
         head = f"{'rtol':>8} {'steps':>6} {'error':>8} {'terminal':>9} {'trajectory':>10} {'smoothed':>9} {'anees':>9}"
         lines = [f"{head} {'1 std':>6} {'2 std':>6} {'3 std':>6} {'nci':>6} {'incl':>6}"]
         for i, rtol in enumerate(self.rtol):
@@ -82,12 +94,18 @@ def calibration_report(
     atol_over_rtol: float = 1e-2,
     show: bool = True,
 ) -> CalibrationReport:
-    """Compare the uncertainty of a solution, or of a solver over a sweep of tolerances, with the true error.
+    """A ``CalibrationReport`` that compares reported standard deviations with true errors.
 
-    ``reference(times)`` returns the solution at an array of times, a PyTree like ``u`` with a leading time axis, good
-    to far better than the tolerances. For a ``Solver`` pass ``u0``, ``t0``, ``t1`` (and ``args``) as to ``solve``; it
-    is run for every ``rtol`` of ``tolerances`` with ``atol = atol_over_rtol * rtol``. Prints a table unless
-    ``show=False``. Raises ``ValueError`` if a solver comes without ``u0, t0, t1``, ``TypeError`` for another subject.
+    - ``subject``: a ``Solution``; or a ``Solver``, which is then run at several tolerances.
+    - ``reference``: a function of an array of times ``(time,)`` that returns the solution there, a PyTree like ``u``
+      with a leading time axis, with an error far below the tolerances.
+    - ``u0``, ``t0``, ``t1``, ``args``: of the problem, for a ``Solver``; as in ``Solver.solve``.
+    - ``tolerances``: the relative tolerances at which a ``Solver`` is run.
+    - ``atol_over_rtol``: the absolute tolerance over the relative one.
+    - ``show``: whether the table is printed.
+
+    Raises ``ValueError`` for a ``Solver`` without ``u0``, ``t0`` and ``t1``, and under ``Subspace``; ``TypeError`` for
+    another subject.
 
     >>> import jax.numpy as jnp, probode
     >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
@@ -114,13 +132,14 @@ def calibration_report(
 
 
 def _measure(solution, reference, rtol):
-    """The entries of one row of the report."""
+    """The entries of a report for one solution, in the order of its fields."""
     path, layout = solution.trajectory, solution.layout
     layout.require_shared_algebra("calibration_report")
     steps = int(solution.stats["num_accepted_steps"])
     if solution.result != Result.successful:
         return (rtol, steps, *[np.nan] * 5, np.full(3, np.nan), np.nan, np.nan, False)
-    # Every time once, without the padding; the shapes of what is compiled stay those of the padded rows.
+    # Each time once, without the repetitions of the last one with which the arrays are filled up. Compiled functions
+    # get the arrays with them: their shapes would otherwise differ from solve to solve.
     t = np.asarray(solution.t)
     real = np.concatenate([[True], t[1:] != t[:-1]])
     truth = np.asarray(jax.vmap(layout.ravel)(reference(t[real])))
@@ -168,14 +187,15 @@ def _whitened(marginals, truth, layout):
 
 @batched
 def _whiten(state, error):
+    """The error of ``u`` in coordinates in which its covariance is the identity; infinite where it has no variance."""
     m = error.shape[0]
     root = triangularise(None, state.factor[:, :m])
     whitened = substitute(root, error)
     return jnp.where((jnp.diagonal(root)[:, None] == 0) & (error != 0), jnp.inf, whitened)
 
 
-def _errors(marginals: Normal, truth, layout: Layout):
-    """``chi^2 / d`` at every time, and the errors of all components in standard deviations."""
+def _errors(marginals: Normal, truth: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """``chi^2 / d`` at every time, ``(time,)``, and the errors in standard deviations, ``(time, d)``."""
     whitened, error, std = (np.asarray(x) for x in _whitened(marginals, truth, layout))
     chi = np.mean(np.reshape(whitened, (whitened.shape[0], -1)) ** 2, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):

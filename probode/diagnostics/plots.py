@@ -1,6 +1,7 @@
 """Pictures of solutions, with matplotlib (the ``plot`` extra), which is imported when the first one is drawn.
 
-Every function takes the axes to draw on, or makes new ones, and returns them: what else is wanted is matplotlib's.
+Every function takes the axes to draw on, makes new ones by default, and returns them, so that labels, limits and files
+can be set with matplotlib. All raise ``ImportError`` without matplotlib.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 
-# Times between the first and the last at which a solution that has kept its steps is drawn.
+# How many times are drawn of a solution that has kept its steps.
 _POINTS = 400
-# So many components are drawn unless others are asked for.
+# How many components are drawn by default.
 _COMPONENTS = 8
 
 
@@ -30,12 +31,21 @@ def plot(
     ts: Any = None,
     labels: Sequence[str] | None = None,
 ) -> Any:
-    """Means over time with bands of ``std`` standard deviations, and ``samples`` trajectories (smoothers only).
+    """The axes with means over time, bands of standard deviations, and samples.
 
-    A solution that has kept its steps is drawn at many times, or at ``ts``; others at the times saved. ``components``:
-    numbers in the ravelled ``u``, the first eight by default. ``labels``: one for each; by default the place in the
-    PyTree. Samples need the derivative 0; ``key`` defaults to ``jax.random.key(0)``. Returns the axes. Raises
-    ``ImportError`` without matplotlib, ``ValueError`` for components that there are not, or samples of a derivative.
+    - ``solution``: a ``Solution``, not a batch.
+    - ``ax``: the axes to draw on, new ones by default.
+    - ``components``: indices into the ravelled ``u``; the first eight by default.
+    - ``derivative``: which derivative of ``u`` is drawn.
+    - ``std``: half the width of the bands, in standard deviations.
+    - ``samples``: the number of joint samples of ``u`` that are drawn, from smoothers.
+    - ``key``: a random key of JAX for the samples; ``jax.random.key(0)`` by default.
+    - ``ts``: the times to draw, for a solution that has kept its steps. By default 400 equidistant ones; other
+      solutions are drawn at their saved times.
+    - ``labels``: one for each component; by default its place in the PyTree.
+
+    Raises ``ImportError`` without matplotlib; ``ValueError`` for components out of range, another number of labels than
+    of components, samples of a derivative, or samples of a filter.
     """
     ax = _axes(ax)
     if ts is None and solution.is_dense:
@@ -51,7 +61,7 @@ def plot(
             raise ValueError("plot(samples=...) draws samples of u: leave derivative at 0.")
         key = jax.random.key(0) if key is None else key
         draws = _columns(solution.sample(key, (samples,), ts=ts), axes=2)
-    # One time: a point with a bar.
+    # A line and a band of one time cannot be seen: a point with a bar.
     marker = "o" if t.size == 1 else None
     for i in chosen:
         (line,) = ax.plot(t, mean[:, i], marker=marker, label=names[i])
@@ -70,9 +80,12 @@ def plot(
 def plot_phase(
     solution: Any, ax: Any = None, *, components: tuple[int, int] = (0, 1), std: float = 2.0, ellipses: int = 40
 ) -> Any:
-    """Two components against each other, with ellipses of ``std`` standard deviations at up to so many times.
+    """The axes with two components of the mean drawn against each other, and ellipses of their covariance.
 
-    Where the factorisation keeps components independent the ellipses are upright. Raises as ``plot``.
+    ``components``: the two indices into the ravelled ``u``. ``std``: the size of the ellipses, in standard deviations.
+    ``ellipses``: their largest number. Where the factorisation keeps components independent the axes of the ellipses
+    are parallel to those of the picture. Raises ``ImportError`` without matplotlib, ``ValueError`` for components out
+    of range.
     """
     from matplotlib.patches import Ellipse
 
@@ -99,7 +112,7 @@ def plot_phase(
 
 
 def plot_steps(solution: Any, ax: Any = None) -> Any:
-    """The lengths of the accepted steps over time, of a solution that has kept them. Raises ``ValueError`` if not."""
+    """The axes with the length of each accepted step at its end. Raises ``ValueError`` if the steps were not kept."""
     ax = _axes(ax)
     t, _ = _steps(solution, "plot_steps")
     ax.semilogy(t[1:], abs(np.diff(t)), ".-", linewidth=1)
@@ -109,7 +122,7 @@ def plot_steps(solution: Any, ax: Any = None) -> Any:
 
 
 def plot_scale(solution: Any, ax: Any = None) -> Any:
-    """The calibrated output scale over time, one line for each where components have their own."""
+    """The axes with the calibrated output scale over time, one line per component under ``BlockDiagonal``."""
     ax = _axes(ax)
     t, scale = np.asarray(solution.t), np.asarray(solution.output_scale)
     ax.semilogy(t, scale.reshape(t.size, -1), ".-", linewidth=1)
@@ -119,9 +132,10 @@ def plot_scale(solution: Any, ax: Any = None) -> Any:
 
 
 def plot_local_error(solution: Any, ax: Any = None) -> Any:
-    """What each accepted step adds to the standard deviation of ``u``: output scale times the noise of the prior.
+    """The axes with the standard deviation of ``u`` under the prior's noise of each accepted step alone.
 
-    The largest of all components, of a solution that has kept its steps. Raises ``ValueError`` if not.
+    It is the output scale times that of the prior's transition, the largest over the components. Raises ``ValueError``
+    if the steps were not kept.
     """
     ax = _axes(ax)
     t, ends = _steps(solution, "plot_local_error")
@@ -139,9 +153,10 @@ def plot_local_error(solution: Any, ax: Any = None) -> Any:
 
 
 def plot_residual(solution: Any, problem: Any, ax: Any = None, *, args: PyTree = None) -> Any:
-    """The size of the equation's residual at the posterior mean, between the steps as well: how well it is solved.
+    """The axes with the residual of the equation at the posterior mean, the largest over its components, over time.
 
-    ``problem``: the ``ODE`` or ``Residual``. Needs a solution that has kept its steps; raises ``ValueError`` if not.
+    Times between the ends of steps show how well the equation is solved where it was not evaluated. ``problem``: the
+    ``ODE`` or ``Residual``. ``args``: those of the solve. Raises ``ValueError`` if the steps were not kept.
     """
     ax = _axes(ax)
     _steps(solution, "plot_residual")
@@ -161,7 +176,10 @@ def plot_errors(
     *,
     labels: Sequence[str] | None = None,
 ) -> Any:
-    """True errors (lines) and standard deviations (dashed) of all components; ``reference(times)`` as for reports."""
+    """The axes with true errors (lines) and standard deviations (dashed) of the first eight components over time.
+
+    ``reference``: as in ``calibration_report``. ``labels``: one for each component that is drawn.
+    """
     ax = _axes(ax)
     t, truth = np.asarray(solution.t), _columns(reference(np.asarray(solution.t)))
     error, spread = abs(_columns(solution.mean) - truth), _columns(solution.std)
@@ -177,7 +195,10 @@ def plot_errors(
 
 
 def plot_work_precision(results: Mapping[str, tuple[Any, Any]], ax: Any = None, *, work: str = "seconds") -> Any:
-    """Error against work for several methods: ``{name: (work, error)}`` with one entry per tolerance."""
+    """The axes with the work of several methods over their error, both logarithmic.
+
+    ``results``: ``{name: (work, error)}``, arrays with an entry for each tolerance. ``work``: the label of its axis.
+    """
     ax = _axes(ax)
     for name, (cost, error) in results.items():
         ax.loglog(np.asarray(error), np.asarray(cost), "o-", label=name, markersize=4)
@@ -198,13 +219,13 @@ def _axes(ax):
 
 
 def _columns(tree, axes=1):
-    """All leaves side by side: ``(*axes, d)``."""
+    """All leaves, ravelled behind their first ``axes`` axes, side by side: ``(*axes, d)``."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     return np.concatenate([leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves], axis=axes)
 
 
 def _labels(tree, chosen, labels):
-    """Names of the chosen components: those given, or where they are, by a path through the PyTree and an index."""
+    """Names of the chosen components: those given, or their paths in the PyTree and indices in its leaves."""
     if labels is not None:
         return dict(zip(chosen, labels, strict=True))
     names = []
@@ -217,6 +238,7 @@ def _labels(tree, chosen, labels):
 
 
 def _chosen(components, d):
+    """Indices of the components to draw; raises ``ValueError`` if one is out of range."""
     chosen = list(range(min(d, _COMPONENTS)) if components is None else components)
     wrong = [i for i in chosen if not -d <= i < d]
     if wrong:
@@ -225,7 +247,7 @@ def _chosen(components, d):
 
 
 def _covariance(factor, layout, i, j):
-    """Of two components of ``u``."""
+    """The ``(2, 2)`` covariance of two components of ``u``."""
     if layout.couples:
         columns = np.asarray(factor)[:, [i, j]]
         return columns.T @ columns
@@ -233,18 +255,18 @@ def _covariance(factor, layout, i, j):
 
 
 def _many_times(solution):
-    """From where the solve began to where it ended, whatever was saved."""
+    """Equidistant times from the start of the solve to its end, independent of the times that were saved."""
     return np.linspace(float(solution.trajectory.rows.t[0]), float(solution.state.t), _POINTS)
 
 
 def _steps(solution, name):
-    """The times of all steps, and the numbers of the rows that are their ends."""
+    """The times between which the steps lie, from the first one on, and the indices of their rows."""
     path = solution.trajectory
     if not solution.is_dense:
         raise ValueError(
             f"{name} needs the steps of the solve, which were not kept: solve with strategy=FixedIntervalSmoother(), "
             "or with save_at=SaveAt(dense=True)."
         )
-    # Where a state has started anew behind a jump there are two rows: the step ends with the first one.
+    # At a jump of the equation there are two rows: the end of a step, and a restart, from which the next step starts.
     ends = np.flatnonzero(path.reached if path.rows.anew is None else path.reached & ~path.rows.anew)
     return np.asarray(path.rows.t)[ends], ends

@@ -1,1 +1,1 @@
-"""Differential equations: problems, Jacobians, Taylor coefficients of solutions."""
+"""Differential equations: problems, their Jacobians, Taylor coefficients of their solutions."""

@@ -1,8 +1,9 @@
-"""How the derivative of an equation with respect to the state is found: exactly, from the user, or estimated.
+"""Jacobians of an equation with respect to the state: exact, given by the user, or estimated.
 
-Everything is built from products of the Jacobian with vectors (forward mode), so what is not kept need not be computed:
-the factorisation says whether that is the full matrix or its diagonal. Seeds for known patterns of zeros: Curtis,
-Powell & Reid (1974). Estimates of a diagonal: Bekas, Kokiopoulou & Saad (2007), after Hutchinson (1989).
+They are computed from products with vectors (forward mode), and only as far as the factorisation uses them: the full
+matrix or its diagonal. Known sparsity patterns: Curtis, Powell & Reid (1974), "On the estimation of sparse Jacobian
+matrices". Estimates of a diagonal: Bekas, Kokiopoulou & Saad (2007), "An estimator for the diagonal of a matrix", after
+Hutchinson (1989).
 
 Axes: ``m`` equations, ``k`` derivatives of ``u`` that they contain, ``d`` components.
 """
@@ -22,12 +23,15 @@ from ..algebra.factorisations import Layout
 from ..util.checks import as_integer
 
 
-# Beyond this many components a diagonal is computed in groups of so many, without ever holding the matrix.
+# Beyond this many components a diagonal is computed from groups of so many columns: the whole matrix would take memory
+# quadratic in the number of components.
 _GROUP = 64
 
 
 class AbstractJacobian(eqx.Module):
-    """How the derivative of an equation is computed.
+    """A method to compute the Jacobian of an equation with respect to ``u`` and its derivatives.
+
+    A subclass defines ``evaluate``.
 
     >>> import probode
     >>> field = lambda t, u, args: -t * u**2
@@ -38,22 +42,28 @@ class AbstractJacobian(eqx.Module):
     def evaluate(
         self, fn: Callable, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
     ) -> tuple[Float[Array, " m"], Float[Array, "k *jacobian"]]:
-        """``fn(t, us)``, and its Jacobian with respect to each of ``us``: ``(k, m, d)``, or its diagonals ``(k, d)``
-        where the factorisation keeps no more."""
+        """The value ``fn(t, us)``, ``(m,)``, and its Jacobian with respect to each row of ``us``, ``(k, m, d)``.
+
+        ``fn``: the equation as a function of flat arrays. Where ``layout.factorisation.keeps_diagonal``, the Jacobian
+        may be its diagonals alone, ``(k, d)``. ``args``: those of the equation, for methods that call the user.
+        """
 
 
 class ExactJacobian(AbstractJacobian):
-    """All columns by forward mode, in one batched pass; the default.
+    """The exact Jacobian by forward-mode differentiation, all columns in one batched pass; the default.
 
-    Where the factorisation keeps the diagonal alone, memory is linear in ``d``, work still ``d`` products: give a
-    large problem's pattern of zeros (``BandedJacobian``, ``SparseJacobian``) or estimate (``HutchinsonDiagonal``).
+    It costs ``d`` products with vectors, also where the factorisation uses only the diagonal; then memory is linear in
+    ``d``. For large problems pass the sparsity pattern (``BandedJacobian``, ``SparseJacobian``) or estimate the
+    diagonal (``HutchinsonDiagonal``).
 
     >>> import probode
     >>> probode.ODE(lambda t, u, args: -u).jacobian
     ExactJacobian()
     """
 
-    def evaluate(self, fn, t, us, layout, args):
+    def evaluate(
+        self, fn: Callable, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
+    ) -> tuple[Float[Array, " m"], Float[Array, "k *jacobian"]]:
         if layout.factorisation.keeps_diagonal and us.shape[1] > _GROUP:
             value = fn(t, us)
             if value.shape == us.shape[1:]:
@@ -68,12 +78,16 @@ class ExactJacobian(AbstractJacobian):
 
 
 class GivenJacobian(AbstractJacobian):
-    """The Jacobian that the user has written, called like the equation itself: ``jacobian(t, u, args)``.
+    """A Jacobian from a function of the user, called like the equation itself: ``jacobian(t, u, args)``.
 
-    It returns an ``(m, d)`` array over the ravelled state, or what ``jax.jacobian`` of the equation with respect to
-    ``u`` would; a ``(d,)`` array is a diagonal. Where the equation contains ``k > 1`` states, as ``f(t, u, du, args)``
-    does, a tuple of ``k`` of them, one for each state. Raises ``TypeError`` if it cannot be called, ``ValueError`` at
-    the first use if the shapes do not fit. Nobody checks the values: a wrong Jacobian costs accuracy and stability.
+    For equations whose Jacobian is cheaper to write than to differentiate. ``ODE(f, jacobian=fn)`` makes one.
+
+    - ``jacobian``: returns an ``(m, d)`` array over the ravelled ``u``, or the PyTree that ``jax.jacobian`` of the
+      equation with respect to ``u`` would return; a ``(d,)`` array is a diagonal. Where the equation contains ``k > 1``
+      states, as ``f(t, u, du, args)`` does, it returns a tuple of ``k`` Jacobians, one for each state.
+
+    Raises ``TypeError`` if it cannot be called, ``ValueError`` at the first use if the shapes do not fit. The values
+    are not checked: a wrong Jacobian costs accuracy and stability.
 
     >>> import jax.numpy as jnp, probode
     >>> ode = probode.ODE(lambda t, u, args: -(u**2), jacobian=lambda t, u, args: jnp.diag(-2 * u))
@@ -83,7 +97,9 @@ class GivenJacobian(AbstractJacobian):
 
     jacobian: Callable = eqx.field(converter=lambda value: _as_function(value))
 
-    def evaluate(self, fn, t, us, layout, args):
+    def evaluate(
+        self, fn: Callable, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
+    ) -> tuple[Float[Array, " m"], Float[Array, "k *jacobian"]]:
         value, (k, d) = fn(t, us), us.shape
         given = self.jacobian(t, *(layout.unravel(u) for u in us), args)
         given = (given,) if k == 1 else given
@@ -97,10 +113,15 @@ class GivenJacobian(AbstractJacobian):
 
 
 class BandedJacobian(AbstractJacobian):
-    """For equations whose ``i``-th entry depends on the components ``i - lower, ..., i + upper`` of the ravelled state.
+    """The Jacobian of an equation whose ``i``-th entry depends on the components ``i - lower, ..., i + upper`` alone.
 
-    Exact from ``lower + upper + 1`` products instead of ``d``; dependencies outside the band, also periodic ones, are
-    lost without notice. Raises ``ValueError`` for numbers below zero, or unless there are ``d`` equations.
+    Components are those of the ravelled ``u``. It is exact from ``lower + upper + 1`` products with vectors instead of
+    ``d``, as for differential operators on a grid. Dependencies outside the band, also periodic ones, are missing from
+    it without notice.
+
+    - ``lower``, ``upper``: how many diagonals below and above the main one may differ from zero.
+
+    Raises ``ValueError`` unless they are integers from zero on; at the first use unless there are ``d`` equations.
 
     >>> import jax.numpy as jnp, probode
     >>> def heat(t, u, args):
@@ -111,7 +132,9 @@ class BandedJacobian(AbstractJacobian):
     lower: int = eqx.field(static=True, converter=lambda n: as_integer(n, "BandedJacobian(lower)", 0))
     upper: int = eqx.field(static=True, converter=lambda n: as_integer(n, "BandedJacobian(upper)", 0))
 
-    def evaluate(self, fn, t, us, layout, args):
+    def evaluate(
+        self, fn: Callable, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
+    ) -> tuple[Float[Array, " m"], Float[Array, "k *jacobian"]]:
         d, width = us.shape[1], self.lower + self.upper + 1
         offsets = np.arange(-self.lower, self.upper + 1)
         rows, columns = (x.ravel() for x in np.broadcast_arrays(np.arange(d)[:, None], np.arange(d)[:, None] + offsets))
@@ -121,12 +144,17 @@ class BandedJacobian(AbstractJacobian):
 
 
 class SparseJacobian(AbstractJacobian):
-    """For equations that depend on few components each: exact from as many products as columns overlap.
+    """The Jacobian of an equation with a known sparsity pattern, exact from few products with vectors.
 
-    ``rows``, ``columns``: where the Jacobian (of any of the states in the equation) may differ from zero, integer
-    arrays of one length over the ravelled state. What else the equation depends on is lost without notice. Columns
-    without a common row share a product; they are found greedily, on the host, when this object is made. Raises
-    ``ValueError`` unless the indices are such arrays, or where they do not fit the problem.
+    Columns without a common row share a product, so that their number is that of the groups, not ``d``. The groups are
+    found greedily, on the host, when the object is made. Entries outside the pattern are missing without notice.
+
+    - ``rows``, ``columns``: where the Jacobian, with respect to any of the states in the equation, may differ from
+      zero; integer arrays of one length with indices from zero on, into the equations and the ravelled ``u``.
+    - ``colours``: the group of each column. ``number``: how many groups there are. Both are computed.
+
+    Raises ``ValueError`` unless the indices are such arrays; at the first use for a column beyond the last component,
+    or unless there are ``d`` equations.
 
     >>> import jax.numpy as jnp, probode
     >>> sparse = probode.SparseJacobian([0, 1, 1, 2, 2], [0, 0, 1, 1, 2])  # (row, column) of what may differ from zero
@@ -149,7 +177,9 @@ class SparseJacobian(AbstractJacobian):
         self.rows, self.columns, self.colours = jnp.asarray(rows), jnp.asarray(columns), jnp.asarray(colours)
         self.number = int(colours.max()) + 1
 
-    def evaluate(self, fn, t, us, layout, args):
+    def evaluate(
+        self, fn: Callable, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
+    ) -> tuple[Float[Array, " m"], Float[Array, "k *jacobian"]]:
         d = us.shape[1]
         if self.colours.size > d:
             raise ValueError(f"SparseJacobian(columns) goes up to {self.colours.size - 1}, but u has {d} components.")
@@ -158,12 +188,17 @@ class SparseJacobian(AbstractJacobian):
 
 
 class HutchinsonDiagonal(AbstractJacobian):
-    """The diagonal estimated from ``num_probes`` products with random signs: unbiased, with the size of what lies off
-    the diagonal, over the square root of their number, as its standard deviation.
+    """An unbiased estimate of the Jacobian's diagonal, from products with ``num_probes`` vectors of random signs.
 
-    For ``BlockDiagonal()`` and ``Isotropic()`` in dimensions in which ``d`` products are too many. Every time has its
-    own probes, determined by ``key``. The posterior does not know of the estimate's error. Raises ``ValueError`` for
-    a number of probes below one, or where the factorisation keeps more than the diagonal.
+    For ``BlockDiagonal()`` and ``Isotropic()`` where ``d`` is so large that ``d`` products are too many. The standard
+    deviation of an entry is the norm of the other entries in its row over ``sqrt(num_probes)``; the posterior does not
+    account for it. (Bekas, Kokiopoulou & Saad 2007, "An estimator for the diagonal of a matrix".)
+
+    - ``key``: a random key. Every time ``t`` has its own signs, which ``key`` and ``t`` determine.
+    - ``num_probes``: the number of products.
+
+    Raises ``ValueError`` unless ``num_probes`` is a positive integer; at the first use under a factorisation that uses
+    more than the diagonal, or unless there are ``d`` equations.
 
     >>> import probode
     >>> import jax
@@ -176,7 +211,9 @@ class HutchinsonDiagonal(AbstractJacobian):
         static=True, default=10, converter=lambda n: as_integer(n, "HutchinsonDiagonal(num_probes)", 1)
     )
 
-    def evaluate(self, fn, t, us, layout, args):
+    def evaluate(
+        self, fn: Callable, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
+    ) -> tuple[Float[Array, " m"], Float[Array, "k *jacobian"]]:
         if not layout.factorisation.keeps_diagonal:
             raise ValueError(
                 f"HutchinsonDiagonal estimates diagonals, but {type(layout.factorisation).__name__}() keeps more of a "
@@ -192,7 +229,7 @@ class HutchinsonDiagonal(AbstractJacobian):
 
 
 def as_jacobian(value: Any) -> AbstractJacobian:
-    """What users pass as ``jacobian``: a way to find it, or a function that returns it."""
+    """An ``AbstractJacobian`` from what users pass as ``jacobian``, that or a function; ``TypeError`` otherwise."""
     if isinstance(value, AbstractJacobian):
         return value
     if isinstance(value, type) and issubclass(value, AbstractJacobian):
@@ -200,14 +237,14 @@ def as_jacobian(value: Any) -> AbstractJacobian:
     return GivenJacobian(value)
 
 
-def _as_function(value: Any):
+def _as_function(value: Any) -> Callable:
     if not callable(value):
         raise TypeError(f"A Jacobian must be callable as jacobian(t, u, args), got {value!r}.")
     return value
 
 
 class _Pattern(NamedTuple):
-    """Where entries may be, and a colour for every column such that columns of one colour have no row in common."""
+    """A sparsity pattern, and a colour for every column such that columns of one colour have no row in common."""
 
     rows: Any
     columns: Any
@@ -229,7 +266,7 @@ def _by_pattern(fn, t, us, layout, pattern, jacobian):
 
 
 def _products(fn, t, us, vectors):
-    """Products of the Jacobians with the vectors, ``(k, vectors, m)``, and the value."""
+    """Products of the Jacobian for each of the ``k`` states with the vectors, ``(k, vectors, m)``, and the value."""
     eye = jnp.eye(us.shape[0], dtype=us.dtype)
     evaluate = lambda us: fn(t, us)  # noqa: E731
     push = lambda j, v: jax.jvp(evaluate, (us,), (eye[j][:, None] * v,))[1]  # noqa: E731
@@ -250,8 +287,9 @@ def _diagonal_in_groups(fn, t, us):
 
 
 def _colours(rows, columns):
-    """Greedily: every column gets the first colour that no column with a row in common has."""
-    by_row, by_column = {}, {}
+    """A colour for every column, greedily: the first that no column with a row in common has; -1 without entries."""
+    by_row: dict[int, list[int]] = {}
+    by_column: dict[int, list[int]] = {}
     for i, j in zip(rows.tolist(), columns.tolist(), strict=True):
         by_row.setdefault(i, []).append(j)
         by_column.setdefault(j, []).append(i)
@@ -263,12 +301,12 @@ def _colours(rows, columns):
 
 
 def _as_matrix(given, m, d, sizes, layout):
-    """The array ``(m, d)`` of a Jacobian, or ``(d,)`` of its diagonal, from any form that users return."""
+    """A Jacobian as an array ``(m, d)``, or its diagonal ``(d,)``, from any of the forms that users may return."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(given)]
     shapes = [leaf.shape for leaf in leaves]
     if shapes == [(m, d)] or (shapes == [(d,)] and m == d):
         return leaves[0].astype(layout.dtype)
-    # As jax.jacobian: for every leaf of the output one for every leaf of the state.
+    # The form of jax.jacobian: for every leaf of the output, one array for every leaf of the state.
     widths = sizes * (len(leaves) // len(sizes))
     fit = len(widths) == len(leaves) and all(x.size % n == 0 for x, n in zip(leaves, widths, strict=True))
     if not fit or sum(leaf.size for leaf in leaves) != m * d:

@@ -1,6 +1,6 @@
-"""What is solved: differential equations of any order on PyTree states, explicit or implicit.
+"""Problems: differential equations of any order on PyTree states, explicit or implicit.
 
-Users write functions on their own PyTrees; the solvers see them on one stack of real vectors, ``us`` of shape
+Users write functions of their own PyTrees; the solvers evaluate them on one stack of real vectors, ``us`` of shape
 ``(derivatives, d)``, as an equation ``z(t, us) = 0`` with ``m`` rows.
 """
 
@@ -25,9 +25,11 @@ def _jacobian_field() -> Any:
 
 
 class AbstractProblem(eqx.Module):
-    """An equation about ``u`` and its derivatives up to ``order``; a constraint linearises it.
+    """An equation for ``u`` and its derivatives up to ``u^(order)``; a constraint linearises it.
 
-    A subclass has the field ``order`` and defines ``check``, ``first_order`` and ``residual_of``.
+    A subclass has the field ``order`` and defines ``check``, ``first_order`` and ``residual_of``. ``is_explicit``:
+    whether the equation is solved for ``u^(order)``, with a ``vector_field`` like that of an ``ODE``, so that initial
+    values determine the solution.
 
     >>> import probode
     >>> isinstance(probode.ODE(lambda t, u, args: -u), probode.AbstractProblem)
@@ -35,37 +37,51 @@ class AbstractProblem(eqx.Module):
     """
 
     order: eqx.AbstractVar[int]
+    is_explicit = False
 
     @property
     def num_initial_values(self) -> int:
-        """How many of ``u, u', ...`` the initial value holds."""
+        """How many of the derivatives ``u, u', ...``, the zeroth included, the initial value consists of."""
         return max(self.order, 1)
 
+    @property
+    def num_linearised(self) -> int:
+        """How many of the derivatives ``u, u', ...``, the zeroth included, may enter the equation nonlinearly."""
+        return self.order + 1
+
     @abstractmethod
-    def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree):
-        """Raises unless the equation can be evaluated at the initial value, without running it."""
+    def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree) -> None:
+        """Raises ``TypeError`` or ``ValueError`` unless the equation can be evaluated at the initial value.
+
+        ``values``: the initial value as ``split`` returns it. Shapes and dtypes are traced, and nothing is computed.
+        """
 
     @abstractmethod
     def first_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
-        """The equation with its derivative at a point."""
+        """The Taylor linearisation of first order at the time ``t`` and the derivatives ``us``."""
 
     @abstractmethod
     def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
-        """What is zero where the equation holds, from ``us = (u, u', ..., u^(order))``."""
+        """The residual, a PyTree that is zero where the equation holds, at ``us = (u, u', ..., u^(order))``."""
 
     def lifted(self, levels: Any) -> "Residual":
         """The equation and its first ``levels`` time derivatives, as one ``Residual`` of order ``order + levels``.
 
-        All of it is exact along a solution, so it tells a state of high order more than the equation alone: the steps
-        are more accurate, and a bit dearer. Raises ``ValueError`` for a negative number.
+        The time derivatives also hold along a solution. Conditioning on them makes the steps more accurate, at a
+        slightly higher cost; the prior needs ``num_derivatives >= order + levels``. Raises ``ValueError`` unless
+        ``levels`` is an integer from zero on.
         """
         levels = as_integer(levels, "lifted(levels)", 0)
         return Residual(_Lifted(self, levels), order=self.order + levels)
 
     def split(self, u0: PyTree) -> tuple[PyTree, ...]:
-        """The initial value as the tuple ``(u, u', ..., u^(k-1))``; checks structure, shapes and dtypes."""
+        """The initial value as the tuple ``(u, u', ..., u^(k-1))`` of ``k = num_initial_values`` PyTrees.
+
+        Raises ``ValueError`` for another number of them or different structures, shapes and dtypes, ``TypeError`` for
+        values that are not real floating-point arrays.
+        """
         known = self.num_initial_values
         if known == 1:
             values = (u0,)
@@ -85,13 +101,16 @@ class AbstractProblem(eqx.Module):
 
 
 class ODE(AbstractProblem):
-    """``u^(k) = f(t, u, u', ..., u^(k-1), args)`` with ``k = order``.
+    """The explicit ordinary differential equation ``u^(k) = f(t, u, u', ..., u^(k-1), args)`` with ``k = order``.
 
-    ``vector_field`` is a function or an ``eqx.Module`` called as ``f(t, u, args)`` for ``order=1``, as
-    ``f(t, u, du, args)`` for ``order=2``, and so on; it returns a PyTree like ``u``. For ``order >= 2`` the initial
-    value is the tuple ``(u, u', ..., u^(k-1))``. ``jacobian``: how linearisations of first order find the derivative of
-    the field, exactly by default, or a function ``jacobian(t, u, args)``: see ``GivenJacobian``. Raises ``TypeError``
-    if one of them cannot be called, ``ValueError`` unless ``order`` is a positive integer.
+    - ``vector_field``: a function or an ``eqx.Module``, called as ``f(t, u, args)`` for ``order=1``, as
+      ``f(t, u, du, args)`` for ``order=2``, and so on. It returns a PyTree like ``u``. ``t`` is a scalar array.
+    - ``order``: the order ``k``. From ``order=2`` on the initial value is the tuple ``(u, u', ..., u^(k-1))``.
+    - ``jacobian``: how linearisations of first order compute the derivative of the field: an ``AbstractJacobian``,
+      exact by default, or a function ``jacobian(t, u, args)``; see ``GivenJacobian``.
+
+    Raises ``TypeError`` if ``vector_field`` or ``jacobian`` cannot be called, ``ValueError`` unless ``order`` is a
+    positive integer.
 
     >>> import jax.numpy as jnp, probode
     >>> pendulum = probode.ODE(lambda t, u, du, args: -jnp.sin(u), order=2)
@@ -102,46 +121,57 @@ class ODE(AbstractProblem):
     vector_field: Callable
     order: int = eqx.field(static=True, default=1, kw_only=True, converter=lambda k: as_integer(k, "ODE(order)", 1))
     jacobian: AbstractJacobian = _jacobian_field()
+    is_explicit = True
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if not callable(self.vector_field):
             raise TypeError(f"ODE(vector_field) must be callable as f(t, u, args), got {self.vector_field!r}.")
 
-    def check(self, t0, values, args):
+    @property
+    def num_linearised(self) -> int:
+        return self.order
+
+    def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree) -> None:
         name = f"The vector field of an ODE of order {self.order}"
         _require_signature(self.vector_field, name, "f", t0, values, args)
         out = eqx.filter_eval_shape(self.vector_field, t0, *values, args)
         _require_like(out, values[0], "the vector field's output", "u0")
 
-    def residual_of(self, t, us, args):
+    def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
         f = self.vector_field(t, *us[: self.order], args)
         return jax.tree.map(jnp.subtract, us[self.order], f)
 
     def zeroth_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
-        """The equation with the vector field frozen at a point."""
+        """The Taylor linearisation of zeroth order: the vector field is taken as constant, its value at the point."""
         k = self.order
         residual = us[k] - flat_field(self, layout, args)(t, us[:k])
         return Linearisation.explicit(layout, [None] * k, residual, whole=False)
 
-    def first_order(self, t, us, layout, args):
+    def first_order(
+        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
+    ) -> Linearisation:
         k = self.order
         f, jacobian = self.jacobian.evaluate(flat_field(self, layout, args), t, us[:k], layout, args)
         return Linearisation.explicit(layout, list(jacobian), us[k] - f)
 
 
 class Residual(AbstractProblem):
-    """``r(t, u, u', ..., u^(k), args) = 0`` with ``k = order``: implicit and differential-algebraic equations,
-    invariants, or whatever else is known to hold.
+    """The implicit equation ``r(t, u, u', ..., u^(k), args) = 0`` with ``k = order``.
 
-    ``residual`` is a function or an ``eqx.Module`` called as ``r(t, u, du, args)`` for ``order=1``, as
-    ``r(t, u, args)`` for ``order=0``; it returns a PyTree of real arrays, as many equations as there are numbers in it.
-    The initial value is ``u``, or the tuple ``(u, ..., u^(k-1))`` from ``order=2`` on, and should satisfy the equation
-    together with some next derivative. Where the output has not as many numbers as ``u``, solve with ``Dense()``; under
-    ``BlockDiagonal()`` the i-th equation is taken to be about the i-th component. The equation is used at the steps;
-    between them a filter predicts by the prior alone. ``jacobian`` as for ``ODE``: with respect to
-    ``(u, ..., u^(k))``. Raises ``TypeError`` if the residual cannot be called, ``ValueError`` for a negative ``order``.
+    For implicit and differential-algebraic equations, and for invariants such as an energy.
+
+    - ``residual``: a function or an ``eqx.Module``, called as ``r(t, u, du, args)`` for ``order=1``, as
+      ``r(t, u, args)`` for ``order=0``. It returns a PyTree of real arrays, whose numbers are the equations.
+    - ``order``: the order ``k``. The initial value is ``u``, or the tuple ``(u, ..., u^(k-1))`` from ``order=2`` on. It
+      should satisfy the equation for some value of the next derivative.
+    - ``jacobian``: as for ``ODE``, with respect to each of ``u, ..., u^(k)``.
+
+    If there are more or fewer equations than numbers in ``u``, solve with ``Dense()``. ``BlockDiagonal()`` takes the
+    ``i``-th equation to be about the ``i``-th component. The equation holds at the steps; between them a filter
+    predicts by the prior alone. Raises ``TypeError`` if ``residual`` or ``jacobian`` cannot be called, ``ValueError``
+    unless ``order`` is an integer from zero on.
 
     >>> import probode
     >>> circle = probode.Residual(lambda t, u, args: u @ u - 1, order=0)
@@ -155,18 +185,18 @@ class Residual(AbstractProblem):
     )
     jacobian: AbstractJacobian = _jacobian_field()
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if not callable(self.residual):
             raise TypeError(f"Residual(residual) must be callable as r(t, u, du, args), got {self.residual!r}.")
 
     @property
-    def num_initial_values(self):
+    def num_initial_values(self) -> int:
         return self.residual.num_initial_values if isinstance(self.residual, _Lifted) else max(self.order, 1)
 
-    def residual_of(self, t, us, args):
+    def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
         return self.residual(t, *us[: self.order + 1], args)
 
-    def check(self, t0, values, args):
+    def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree) -> None:
         values = (values * (self.order + 1))[: self.order + 1]
         _require_signature(self.residual, f"A residual of order {self.order}", "r", t0, values, args)
         leaves = jax.tree.leaves(eqx.filter_eval_shape(self.residual, t0, *values, args))
@@ -175,28 +205,30 @@ class Residual(AbstractProblem):
         if sum(x.size for x in leaves) == 0:
             raise ValueError("The residual returns no numbers: there is nothing to solve.")
 
-    def first_order(self, t, us, layout, args):
+    def first_order(
+        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
+    ) -> Linearisation:
         us = us[: self.order + 1]
         value, jacobian = self.jacobian.evaluate(flat_residual(self, layout, args), t, us, layout, args)
         return Linearisation.general(layout, list(jacobian), value)
 
 
 class _Lifted(eqx.Module):
-    """A problem's residual and its time derivatives along a curve through ``(u, u', ...)``."""
+    """The residual of a problem and its first ``levels`` time derivatives along a solution, as a function."""
 
     problem: AbstractProblem
     levels: int = eqx.field(static=True)
 
     @property
-    def num_initial_values(self):
+    def num_initial_values(self) -> int:
         return self.problem.num_initial_values
 
-    def __call__(self, t, *us_and_args):
+    def __call__(self, t: Float[Array, ""], *us_and_args: PyTree) -> list[PyTree]:
         *us, args = us_and_args
 
         def differentiate(fn):
             def derivative(t, us):
-                # As time passes every derivative moves in the direction of the next.
+                # The total derivative in time, in which the velocity of every derivative of u is the next one.
                 velocity = (jnp.ones_like(t), tuple(us[1:]))
                 return jax.jvp(fn, (t, tuple(us[:-1])), velocity)[1]
 
@@ -209,11 +241,11 @@ class _Lifted(eqx.Module):
         return values
 
 
-def flat_field(ode: ODE, layout: Layout, args: PyTree) -> Callable:
-    """The vector field of an ODE as a function of flat arrays.
+def flat_field(ode: AbstractProblem, layout: Layout, args: PyTree) -> Callable:
+    """The vector field of an ODE as a function ``f(t, us)`` of flat arrays.
 
-    Returns ``f(t, us)``, where ``us``, of shape ``(order, d)``, holds ``u, u', ...`` and the value has the shape
-    ``(d,)``.
+    Parts of a solver use it, since they have no PyTrees. ``us``: the derivatives ``u, u', ...``, ravelled, of shape
+    ``(order, d)``; the value has the shape ``(d,)``. ``layout``: of the state; ``args``: passed on to the field.
 
     >>> import jax.numpy as jnp, probode
     >>> ode = probode.ODE(lambda t, u, args: {"x": u["y"], "y": -u["x"]})
@@ -223,13 +255,13 @@ def flat_field(ode: ODE, layout: Layout, args: PyTree) -> Callable:
     """
 
     def field(t: Float[Array, ""], us: Float[Array, "order d"]) -> Float[Array, " d"]:
-        return layout.ravel(ode.vector_field(t, *(layout.unravel(u) for u in us), args))
+        return layout.ravel(ode.vector_field(t, *(layout.unravel(u) for u in us), args))  # type: ignore[attr-defined]
 
     return field
 
 
 def flat_residual(problem: AbstractProblem, layout: Layout, args: PyTree) -> Callable:
-    """The residual as ``r(t, us)`` on a stack ``us`` of shape ``(order+1, d)``, returning ``(m,)``."""
+    """The residual of a problem as a function ``r(t, us)`` of flat arrays, from ``(order+1, d)`` to ``(m,)``."""
 
     def residual(t: Float[Array, ""], us: Float[Array, "derivatives d"]) -> Float[Array, " m"]:
         return layout.ravel(problem.residual_of(t, tuple(layout.unravel(u) for u in us), args))
@@ -247,7 +279,7 @@ def _require_signature(fn, name, letter, t0, values, args):
         pass
 
 
-def _as_state(x) -> Array:
+def _as_state(x: Any) -> Array:
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):
@@ -261,7 +293,7 @@ def _as_state(x) -> Array:
     raise TypeError(f"u0 has dtype {x.dtype}; states must be floating point, e.g. u0 = jnp.asarray(u0, float).")
 
 
-def _require_like(x: PyTree, like: PyTree, name: str, like_name: str):
+def _require_like(x: PyTree, like: PyTree, name: str, like_name: str) -> None:
     structure, expected = jax.tree.structure(x), jax.tree.structure(like)
     if structure != expected:
         raise ValueError(f"{name} must have the structure of {like_name}: expected {expected}, got {structure}.")

@@ -1,1 +1,1 @@
-"""How a solve starts, what it remembers of the past, and how it calibrates its output scale."""
+"""Initial states, filtering or smoothing, and calibration of the output scale."""

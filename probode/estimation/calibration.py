@@ -1,7 +1,10 @@
-"""Calibration: how the output scale of the prior is set from the residuals seen on the way.
+"""Calibration: estimation of the prior's output scale from the residuals of the steps.
 
-A calibration picks the scale of each step's noise, may collect statistics, and turns them into one factor on every
-covariance at the end. Sources: Schober et al. (2019) for the local scale, Tronarp et al. (2019) for the global one.
+A calibration chooses the scale of each step's process noise. It may collect statistics, and turn them into one factor
+on all covariances at the end. Sources: Schober, Sarkka, Hennig (2019), "A probabilistic model for the numerical
+solution of initial value problems", for the local scale; Tronarp, Kersting, Sarkka, Hennig (2019), "Probabilistic
+solutions to ordinary differential equations as nonlinear Bayesian filtering", for the global one; Bosch, Hennig,
+Tronarp (2021), "Calibrated adaptive probabilistic ODE solvers", for one scale per component.
 """
 
 from abc import abstractmethod
@@ -10,34 +13,36 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ..algebra.conditioning import Innovation
 from ..algebra.linalg import safe_sqrt
 
 
-# How many times the local scale a remembered one may be. Scales that alternate do so within a factor of ten; those of
-# a stiff problem fall by many orders of magnitude in a few steps, and lagging behind them would spoil the mean.
+# The scale of the step before enters with at most so many times the local one. Scales that alternate from step to step
+# do so within a factor of ten; those of a stiff problem fall by many orders of magnitude in a few steps, and without
+# this bound a scale that is far too large would spoil the mean.
 _REMEMBERED = 10.0
 
 
 class Evidence(eqx.Module):
-    """What the log marginal likelihood of the equation is made of, one row per batch element.
+    """The statistics of the log marginal likelihood of the equation holding at the steps, per batch element.
 
-    ``sums`` over the steps: of the whitened residuals squared, of ``log det`` of the square roots of their covariances,
-    and of their number. (One array: the loop pays for each.)
+    ``sums``: sums over the steps of the squared whitened residuals, of ``log det`` of the square roots of their
+    covariances, and of the number of residuals. One array, since every array that a loop carries costs time.
     """
 
     sums: Float[Array, "*batch 3"]
 
     @staticmethod
-    def none(shape: tuple[int, ...], dtype) -> "Evidence":
-        """Before any data."""
+    def zero(shape: tuple[int, ...], dtype: DTypeLike) -> "Evidence":
+        """The statistics before the first step, for the batch shape ``shape``."""
         return Evidence(jnp.zeros((*shape, 3), dtype))
 
     def update(self, whitened: Float[Array, "*batch m cols"], pivots: Float[Array, "*batch m"]) -> "Evidence":
-        """After a residual with the whitened form ``S^(-1/2) z`` and the diagonal of ``S^(1/2)``."""
-        # A direction without any noise has no density; it is left out.
+        """The statistics after one more step; ``whitened``: ``S^(-1/2) z``, ``pivots``: the diagonal of ``S^(1/2)``."""
+        # A direction without noise has no density, and the logarithm of its pivot is infinite: it is left out.
         positive, cols = pivots != 0, whitened.shape[-1]
         log_det = jnp.log(jnp.where(positive, jnp.abs(pivots), 1))
         terms = jnp.stack([jnp.sum(whitened**2, axis=-1), cols * log_det, cols * positive], axis=-1)
@@ -45,28 +50,30 @@ class Evidence(eqx.Module):
 
     @property
     def number(self) -> Float[Array, "*batch"]:
-        """Of residuals so far."""
+        """The number of residuals so far."""
         return self.sums[..., 2]
 
     def log_likelihood(self, factor: Float[Array, "*batch"]) -> Float[Array, ""]:
-        """The log density of all residuals when every standard deviation is ``factor`` times as large."""
+        """The log density of all residuals, with every standard deviation multiplied by ``factor``."""
         variance = jnp.where(factor > 0, factor, 1) ** 2
         square, log_det, number = jnp.moveaxis(self.sums, -1, 0)
         return -jnp.sum(log_det + (square / variance + number * jnp.log(2 * jnp.pi * variance)) / 2)
 
 
 class AbstractCalibration(eqx.Module):
-    """Where the output scale comes from; its shape is the layout's batch shape.
+    """An estimator of the output scale: the factor on the square root of the prior's process noise.
 
-    A subclass defines ``init``, ``scale``, ``update`` and ``finalise``, and may set, as class attributes:
+    Scales have the layout's batch shape, which is ``()``, or ``(d,)`` under ``BlockDiagonal()``. A subclass defines
+    ``init``, ``scale``, ``update`` and ``finalise``, and may set, as class attributes:
 
-    - ``relinearise``: whether the equation is linearised once more when the scale is known, for linearisations that
-      look at the covariance.
-    - ``is_local``: whether ``scale`` follows ``innovation.scale``, so that the noise of a step explains its residual;
-      otherwise steps whose residual it does not explain are refused.
+    - ``relinearise``: whether the equation is linearised once more with the noise of the estimated scale, for
+      linearisations that depend on the covariance (``SLR0``, ``SLR1``).
+    - ``is_local``: whether ``scale`` follows ``innovation.scale``, so that the noise of a step explains its residual.
+      If not, the solver rejects steps whose residual the noise does not explain.
     - ``remembers``: whether ``scale`` depends on the statistics.
-    - ``rescales``: whether ``finalise`` returns a factor; found out from the method itself. It would also scale what a
-      user knows, as the noise of data: data and an uncertain ``u0`` are then refused.
+
+    The property ``rescales`` says whether ``finalise`` returns a factor. Such a calibration would also rescale what the
+    user knows, as the noise of data: with it, data and an uncertain ``u0`` raise ``ValueError``.
 
     >>> import probode
     >>> probode.NoCalibration().finalise(None) is None  # all covariances stay as they are
@@ -79,20 +86,22 @@ class AbstractCalibration(eqx.Module):
 
     @property
     def rescales(self) -> bool:
-        """Whether all covariances are multiplied by a factor when the solve has ended."""
-        # Asked of the method itself, so that no class can forget to declare it. Nothing is computed.
+        """Whether ``finalise`` returns a factor for all covariances."""
+        # Derived from the method: a subclass that did not declare it would wrongly rescale what data have contributed.
+        # Only shapes are evaluated.
         dtype = jnp.zeros(()).dtype
         return eqx.filter_eval_shape(lambda part: part.finalise(part.init((), dtype)), self) is not None
 
     @abstractmethod
-    def init(self, shape: tuple[int, ...], dtype) -> Any:
-        """The statistics before the first step: a PyTree of arrays."""
+    def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """The statistics before the first step: a PyTree of arrays, or ``None``; ``shape``: that of scales."""
 
     @abstractmethod
     def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
-        """The factor on the square root of a step's process noise, from its innovation and the steps before.
+        """The output scale of a step, from its innovation and the statistics of the steps before.
 
-        In the units of ``Innovation``: ``innovation.unit`` is the prior's own output scale.
+        It multiplies the square root of the process noise. As in ``Innovation`` it is given times the transition's
+        ``magnitude``, so that ``innovation.unit`` is the prior's own output scale.
         """
 
     @abstractmethod
@@ -103,20 +112,23 @@ class AbstractCalibration(eqx.Module):
         whitened: Float[Array, "*batch m cols"],
         informative: Bool[Array, ""],
     ) -> Any:
-        """Statistics after an accepted step.
+        """The statistics after an accepted step.
 
-        ``scale``: its output scale, as a factor on the prior's own; zero, for a step that never was, behind a time at
-        which the equation jumps. ``whitened``: the residual over its standard deviation, ``S^(-1/2) z``.
-        ``informative``: false if the residual is no more than round-off.
+        ``scale``: the output scale of the step, as a factor on the prior's own. ``whitened``: the residual whitened
+        with its covariance ``S`` under this scale and the uncertainty before the step, ``S^(-1/2) z``. ``informative``:
+        false if the residual is no larger than round-off, and must not be counted.
+
+        It is also called after a restart at a time at which the equation jumps, with zeros and a false ``informative``:
+        a scale that was remembered is reset.
         """
 
     @abstractmethod
     def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
-        """The factor on the square root of all covariances when the solve has ended; ``None`` leaves them alone."""
+        """The factor on the square roots of all covariances at the end of the solve; ``None`` leaves them unchanged."""
 
 
 class AbstractLeaveOneOut(AbstractCalibration):
-    """A calibration that uses leave-one-out residuals: of each step given the equation at all others, later ones too.
+    """A calibration that uses leave-one-out residuals: those of each step given the equation at all other steps.
 
     A subclass defines ``leave_one_out`` beside the methods of ``AbstractCalibration``. It is called once, at the end of
     solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``).
@@ -130,38 +142,52 @@ class AbstractLeaveOneOut(AbstractCalibration):
     def leave_one_out(
         self, statistics: Any, squares: Float[Array, "steps *batch"], weights: Float[Array, "steps *batch"]
     ) -> Any:
-        """The statistics of a solve with the residuals of its steps given all others.
+        """The statistics of a solve, updated with the leave-one-out residuals of its steps.
 
-        ``squares``: these residuals squared, over their variances. ``weights``: zero for steps that do not count.
+        ``squares``: the squared residuals over their variances, for each step. ``weights``: zero for steps that do not
+        count, otherwise one.
         """
 
 
 class NoCalibration(AbstractCalibration):
-    """The prior's own output scale, as the user set it.
+    """No calibration: the output scale is the prior's own, as the user has set it.
+
+    For scales that are known, or estimated otherwise, for example with a likelihood.
 
     >>> import probode
     >>> probode.NoCalibration()
     NoCalibration()
     """
 
-    def init(self, shape, dtype):
+    def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         return None
 
-    def scale(self, innovation, statistics):
+    def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
         return innovation.unit
 
-    def update(self, statistics, scale, whitened, informative):
+    def update(
+        self,
+        statistics: Any,
+        scale: Float[Array, "*batch"],
+        whitened: Float[Array, "*batch m cols"],
+        informative: Bool[Array, ""],
+    ) -> Any:
         return None
 
-    def finalise(self, statistics):
+    def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
         return None
 
 
 class MLECalibration(AbstractCalibration):
-    """One scale for the whole solve, the quasi-maximum-likelihood estimate ``s^2 = mean of z^T S^-1 z / size(z)`` over
-    the steps; one per component under ``BlockDiagonal``. Tronarp et al. (2019); Bosch et al. (2021).
+    """One output scale for the whole solve: the global quasi-maximum-likelihood estimate.
 
-    The posterior mean is that of the prior's own scale. ``stop_gradient``: treat the estimate as a constant.
+    ``s^2`` is the mean of ``z^T S^-1 z / size(z)`` over the steps, with the residuals ``z`` and their covariances ``S``
+    under the prior's own scale; one per component under ``BlockDiagonal()``. All covariances are multiplied by it at
+    the end, the posterior mean is that of the prior's own scale. (Tronarp, Kersting, Sarkka, Hennig 2019,
+    "Probabilistic solutions to ordinary differential equations as nonlinear Bayesian filtering"; Bosch, Hennig, Tronarp
+    2021, "Calibrated adaptive probabilistic ODE solvers".)
+
+    - ``stop_gradient``: whether the estimate is a constant in derivatives.
 
     >>> import probode
     >>> probode.MLECalibration(stop_gradient=True)
@@ -170,30 +196,42 @@ class MLECalibration(AbstractCalibration):
 
     stop_gradient: bool = eqx.field(static=True, default=False)
 
-    def init(self, shape, dtype):
-        return MeanSquare.none(shape, dtype)
+    def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        return MeanSquare.zero(shape, dtype)
 
-    def scale(self, innovation, statistics):
+    def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
         return innovation.unit
 
-    def update(self, statistics, scale, whitened, informative):
+    def update(
+        self,
+        statistics: Any,
+        scale: Float[Array, "*batch"],
+        whitened: Float[Array, "*batch m cols"],
+        informative: Bool[Array, ""],
+    ) -> Any:
         return statistics.update(whitened, informative)
 
-    def finalise(self, statistics):
+    def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
         return _constant_if(self.stop_gradient, safe_sqrt(statistics.mean))
 
 
 class DynamicCalibration(AbstractCalibration):
-    """A scale of its own for every step, the local quasi-maximum-likelihood estimate; one per component under
-    ``BlockDiagonal``. The default: adapts to problems whose stiffness or activity changes. Schober et al. (2019).
+    """An output scale for every step: the local quasi-maximum-likelihood estimate, ``Innovation.scale``.
 
-    ``memory``: ``scale^2 = (1 - memory) local^2 + memory last^2``, ``last`` the scale of the step before, or ten times
-    the local one if that is less. Zero is the estimate of the source, where each residual sets the gain that shapes the
-    next one. If ``num_derivatives`` minus the order of the equation is even (``IWP(3)`` for ``u' = f``, ``IWP(4)`` for
-    ``u'' = f``), this tends to scales that alternate from step to step, and the mean converges more slowly.
-    ``memory=0.5`` ends that. ``relinearise``: linearise the equation again with the noise of that scale.
-    ``stop_gradient``: treat the scales as constants in derivatives. Raises ``ValueError`` for a memory outside
-    ``[0, 1)``.
+    The default. It adapts to problems whose stiffness or activity changes; under ``BlockDiagonal()`` every component
+    has its own. (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value
+    problems".)
+
+    - ``relinearise``: whether the equation is linearised again with the noise of the estimated scale, for
+      linearisations that depend on the covariance.
+    - ``stop_gradient``: whether the scales are constants in derivatives.
+    - ``memory``: ``scale^2 = (1 - memory) local^2 + memory last^2``, where ``last`` is the scale of the step before, or
+      ten times the local one if that is less. Zero is the estimate of the source. Then each residual determines the
+      gain, and with it the next residual: if ``num_derivatives`` minus the order of the equation is even (``IWP(3)``
+      for ``u' = f``, ``IWP(4)`` for ``u'' = f``), scales tend to alternate from step to step, and the mean converges
+      more slowly. With ``memory=0.5`` they do not.
+
+    Raises ``ValueError`` for a memory outside ``[0, 1)``.
 
     >>> import probode
     >>> probode.DynamicCalibration(relinearise=True, memory=0.5)
@@ -205,40 +243,51 @@ class DynamicCalibration(AbstractCalibration):
     memory: float = eqx.field(static=True, default=0.0)
     is_local = True
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         _check_memory(self)
 
     @property
-    def remembers(self):
+    def remembers(self) -> bool:  # type: ignore[override]  # a flag may be found out
         return self.memory > 0
 
-    def init(self, shape, dtype):
+    def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         return jnp.zeros(shape, dtype) if self.remembers else None
 
-    def scale(self, innovation, statistics):
+    def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
         return _constant_if(self.stop_gradient, _local(innovation, self.memory, statistics))
 
-    def update(self, statistics, scale, whitened, informative):
+    def update(
+        self,
+        statistics: Any,
+        scale: Float[Array, "*batch"],
+        whitened: Float[Array, "*batch m cols"],
+        informative: Bool[Array, ""],
+    ) -> Any:
         return scale if self.remembers else None
 
-    def finalise(self, statistics):
+    def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
         return None
 
 
 class LeaveOneOutCalibration(AbstractLeaveOneOut):
-    """The dynamic scale for mean and gains, then all covariances times ``min(mean r^2, mean l^2)``.
+    """The output scales of ``DynamicCalibration``, and a factor on all covariances from leave-one-out residuals.
 
-    ``r^2 = z^T S^-1 z / size(z)`` compares each residual with its prediction from the past, ``l^2`` with that from all
-    other residuals, later ones included, each under the variance of its own prediction. The first sees that the dynamic
-    scale ignores what was uncertain before the step; the second that the errors of a smooth solution do not add up like
-    independent increments. The posterior mean is that of ``DynamicCalibration``.
+    The covariances are multiplied by ``min(mean r^2, mean l^2)``, means over the steps. ``r^2 = z^T S^-1 z / size(z)``
+    compares each residual with its prediction from the past, ``l^2`` with that from all other residuals, later ones
+    included, each under the variance of its own prediction. ``r^2`` accounts for the uncertainty before a step, which
+    the dynamic scale ignores; ``l^2`` for the errors of a smooth solution, which do not add up like independent
+    increments. The posterior mean is that of ``DynamicCalibration``.
 
     Solves that keep their steps (``FixedIntervalSmoother``, ``SaveAt(steps=True)`` or ``dense``, ``solve_grid``) use
-    both, others the first alone. One factor per component under ``BlockDiagonal``. Meant for ``TS1``
-    with ``Dense``, or ``TS0(ode, evaluations=2)`` with ``BlockDiagonal``: no statistic of the residuals can see the
-    errors that ``TS0`` evaluated once, or a Jacobian without its coupling of components, accumulates.
-    ``stop_gradient``: treat all scales as constants. ``memory``: see ``DynamicCalibration``; the mean is more accurate
-    for it, but the uncertainty can be too small by a factor of seven (Lotka-Volterra, ``IWP(3)``).
+    both, others ``r^2`` alone. There is one factor per component under ``BlockDiagonal()``. For ``TS1`` with
+    ``Dense()``, or ``TS0(ode, evaluations=2)`` with ``BlockDiagonal()``: residuals do not show the errors that
+    accumulate with a single evaluation of ``TS0``, or with a Jacobian without the coupling of components.
+
+    - ``stop_gradient``: whether all scales are constants in derivatives.
+    - ``memory``: see ``DynamicCalibration``. It makes the mean more accurate, but the uncertainty can be too small by a
+      factor of seven (Lotka-Volterra, ``IWP(3)``).
+
+    Raises ``ValueError`` for a memory outside ``[0, 1)``.
 
     >>> import probode
     >>> probode.LeaveOneOutCalibration(stop_gradient=True)
@@ -249,49 +298,57 @@ class LeaveOneOutCalibration(AbstractLeaveOneOut):
     memory: float = eqx.field(static=True, default=0.0)
     is_local = True
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         _check_memory(self)
 
     @property
-    def remembers(self):
+    def remembers(self) -> bool:  # type: ignore[override]  # a flag may be found out
         return self.memory > 0
 
-    def init(self, shape, dtype):
-        return MeanSquare.none(shape, dtype), jnp.zeros(shape, dtype) if self.remembers else None
+    def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        return MeanSquare.zero(shape, dtype), jnp.zeros(shape, dtype) if self.remembers else None
 
-    def scale(self, innovation, statistics):
+    def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
         _, last = statistics
         return _constant_if(self.stop_gradient, _local(innovation, self.memory, last))
 
-    def update(self, statistics, scale, whitened, informative):
+    def update(
+        self,
+        statistics: Any,
+        scale: Float[Array, "*batch"],
+        whitened: Float[Array, "*batch m cols"],
+        informative: Bool[Array, ""],
+    ) -> Any:
         square, _ = statistics
         return square.update(whitened, informative), scale if self.remembers else None
 
-    def leave_one_out(self, statistics, squares, weights):
+    def leave_one_out(
+        self, statistics: Any, squares: Float[Array, "steps *batch"], weights: Float[Array, "steps *batch"]
+    ) -> Any:
         square, last = statistics
         number = jnp.sum(weights, axis=0)
         left_out = jnp.sum(weights * squares, axis=0) / jnp.where(number > 0, number, 1)
         mean = jnp.where(number > 0, jnp.minimum(square.mean, left_out), square.mean)
         return MeanSquare(mean * square.number, square.number), last
 
-    def finalise(self, statistics):
+    def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
         square, _ = statistics
         return _constant_if(self.stop_gradient, safe_sqrt(square.mean))
 
 
 class MeanSquare(eqx.Module):
-    """A running mean of whitened residuals squared: ``total`` over ``number`` steps."""
+    """A running mean of squared whitened residuals: ``total``, per batch element, over ``number`` steps."""
 
     total: Float[Array, "*batch"]
     number: Float[Array, ""]
 
     @staticmethod
-    def none(shape: tuple[int, ...], dtype) -> "MeanSquare":
-        """Before any data."""
+    def zero(shape: tuple[int, ...], dtype: DTypeLike) -> "MeanSquare":
+        """The mean before the first step, for the batch shape ``shape``."""
         return MeanSquare(jnp.zeros(shape, dtype), jnp.zeros((), dtype))
 
     def update(self, whitened: Float[Array, "*batch m cols"], informative: Array) -> "MeanSquare":
-        """After one step; residuals at round-off level enter neither sum nor number."""
+        """The mean after one more step, which is not counted unless its residual is ``informative``."""
         square = jnp.mean(whitened**2, axis=(-2, -1))
         return MeanSquare(
             self.total + jnp.where(informative, square, 0), self.number + informative.astype(self.number.dtype)
@@ -299,13 +356,16 @@ class MeanSquare(eqx.Module):
 
     @property
     def mean(self) -> Float[Array, "*batch"]:
-        """The mean so far; one if nothing was informative."""
+        """The mean so far; one if no step was counted, which leaves covariances as they are."""
         some = self.number > 0
         return jnp.where(some, self.total / jnp.where(some, self.number, 1), 1)
 
 
 def _local(innovation, memory, last):
-    """The local scale, mixed with the one of the step before, ``last``, if there was one and it is to be remembered."""
+    """The local scale of a step, or with a ``memory`` its mean square with ``last``, the scale of the step before.
+
+    ``last``: as a factor on the prior's own scale; zero if there is none.
+    """
     local = innovation.scale
     if not memory:
         return local

@@ -1,7 +1,7 @@
-"""The state at ``t0``: derivatives of the solution, and how sure we are of them.
+"""Initialisation: the distribution of the state at ``t0``, that is, of ``u`` and its derivatives.
 
-``TaylorMode`` differentiates the equation itself (jets), so that the initial state is exact; ``Diffuse`` does so with
-the first derivatives only.
+``TaylorMode`` differentiates the equation, so that the initial state is exact; ``Diffuse`` does so for the first
+derivatives only, and gives the others a large variance.
 """
 
 from abc import abstractmethod
@@ -12,10 +12,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import condition, join, seen_from
+from ..algebra.conditioning import condition, join, residual_about
 from ..algebra.factorisations import Layout
 from ..algebra.normal import Normal, certain
-from ..equations.problems import ODE, AbstractProblem, flat_field, flat_residual
+from ..equations.problems import AbstractProblem, flat_field, flat_residual
 from ..equations.taylor.derivatives import consistent_derivatives, taylor_derivatives
 from ..util.checks import as_integer, as_scalar, require
 
@@ -24,10 +24,16 @@ _GAUSS_NEWTON_STEPS = 10
 
 
 class InitialState(eqx.Module):
-    """A Gaussian over ``(u, u', ..., u^(nu))``, plain derivatives; differentiable, accepted wherever ``u0`` is.
+    """A Gaussian distribution of the state ``(u, u', ..., u^(nu))`` at ``t0``; the solvers accept it as ``u0``.
 
-    ``mean``: a tuple of ``nu + 1`` PyTrees like ``u``. ``factor``: the right square root of the covariance in the
-    layout of the solver's factorisation, ``(*batch, dim, dim)``.
+    For initial derivatives that are known, or have a known covariance. ``Solver.initialise`` returns one; it can be
+    changed and differentiated.
+
+    - ``mean``: a tuple of ``nu + 1`` PyTrees like ``u``: plain derivatives, not divided by factorials.
+    - ``factor``: the right square root of the covariance in the layout of the solver's factorisation,
+      ``(*batch, dim, dim)``.
+
+    Nothing is checked here; a solve raises ``ValueError`` if these do not fit its prior and factorisation.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -u)))
@@ -40,7 +46,9 @@ class InitialState(eqx.Module):
 
 
 class AbstractInitialisation(eqx.Module):
-    """How the state at ``t0`` is found from the initial value.
+    """A method to compute the distribution of the state at ``t0`` from the initial value.
+
+    A subclass defines ``initialise``.
 
     >>> import probode
     >>> probode.Diffuse(1, scale=10.0).num_derivatives_known
@@ -51,22 +59,24 @@ class AbstractInitialisation(eqx.Module):
     def initialise(
         self, problem: AbstractProblem, t0: Float[Array, ""], u0: Float[Array, "known d"], layout: Layout, args: PyTree
     ) -> Normal:
-        """The state at ``t0`` in the layout, from the stack ``u0`` of known derivatives ``(u, ..., u^(k-1))``.
+        """The distribution of the state at ``t0``, in the layout, from the derivatives ``u0 = (u, ..., u^(k-1))``.
 
-        The factor may have any number of rows up to ``dim``; none says that the state is certain.
+        Its factor may have any number of rows up to ``dim``, and has none if the state is certain.
         """
 
 
 class TaylorMode(AbstractInitialisation):
-    """Exact derivatives of the solution at ``t0`` by Taylor-mode differentiation; the covariance is zero.
+    """Exact derivatives of the solution at ``t0`` by Taylor-mode differentiation; the covariance is zero. The default.
 
-    Kraemer & Hennig (2020), "Stable implementation of probabilistic ODE solvers". The program of a small system
-    has one size for all orders. Fields with operations that have no rule for Taylor series (sorting, Cholesky,
-    ``lgamma``) are differentiated by nested forward mode, up to order 8; beyond that a ``ValueError`` says which.
+    Kraemer & Hennig (2020), "Stable implementation of probabilistic ODE solvers". The size of the program does not
+    depend on the order, for a small system. Fields with operations that have no rule for Taylor series (sorting,
+    Cholesky, ``lgamma``) are differentiated by nested forward mode, up to order 8; beyond that it raises ``ValueError``
+    with the name of the operation.
 
     For a ``Residual`` the derivatives solve the equation and its time derivatives, by Newton's method and with the
-    smallest norm where they do not determine all of them (consistent initialisation; Pantelides 1988). An initial
-    value that satisfies no such equations ends the solve with the result ``initial_state_nonfinite``.
+    smallest norm where they do not determine all of them (consistent initialisation: Pantelides 1988, "The consistent
+    initialization of differential-algebraic systems"). With an initial value for which these have no solution, the
+    solve ends with the result ``initial_state_nonfinite``.
 
     >>> import probode
     >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)))
@@ -74,19 +84,27 @@ class TaylorMode(AbstractInitialisation):
     [1.0, -1.0, 1.0, -1.0]
     """
 
-    def initialise(self, problem, t0, u0, layout, args):
+    def initialise(
+        self, problem: AbstractProblem, t0: Float[Array, ""], u0: Float[Array, "known d"], layout: Layout, args: PyTree
+    ) -> Normal:
         return certain(layout.pack(_derivatives(problem, t0, u0, layout, args, layout.num_derivatives)))
 
 
 class Diffuse(AbstractInitialisation):
-    """The first ``num_derivatives_known`` derivatives beyond ``u0`` exactly, as in ``TaylorMode``; the rest unknown,
-    ``N(0, scale^2)``.
+    """Diffuse initialisation: the first derivatives at ``t0`` are exact, the others have a large variance.
 
-    For vector fields that cannot be differentiated often, or not at all (``num_derivatives_known`` 0 or 1); the steps
-    find the derivatives. ``scale``, in units of ``u`` over powers of time, should not be smaller than they are.
-    ``conditioned``: use the equation at ``t0`` too, by Gauss-Newton steps; with a ``Residual`` (``ODE.lifted``, a
-    differential-algebraic equation) that makes everything exact that it determines. Raises ``ValueError`` for a
-    negative number, one above the prior's, or a scale that is not positive.
+    For vector fields that cannot be differentiated often, or not at all (``num_derivatives_known`` 1 or 0): the steps
+    of the solve determine the other derivatives.
+
+    - ``num_derivatives_known``: how many derivatives beyond those in ``u0`` are computed exactly, as in ``TaylorMode``.
+    - ``scale``: the standard deviation of the others, which have mean zero, in units of ``u`` over powers of time. It
+      should not be smaller than they are.
+    - ``conditioned``: whether the state is also conditioned on the equation at ``t0``, by Gauss-Newton steps. With a
+      ``Residual`` (``ODE.lifted``, a differential-algebraic equation) all that it determines becomes exact.
+
+    Raises ``ValueError`` unless ``num_derivatives_known`` is an integer from zero on and ``scale`` is finite and
+    positive, ``TypeError`` for a scale that is not a real number; in a solve ``ValueError`` for more derivatives than
+    the prior has.
 
     >>> import probode
     >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)),
@@ -102,7 +120,9 @@ class Diffuse(AbstractInitialisation):
     scale: Float[Array, ""] = eqx.field(default=1.0, converter=lambda x: _as_scale(x))
     conditioned: bool = eqx.field(static=True, default=False, kw_only=True)
 
-    def initialise(self, problem, t0, u0, layout, args):
+    def initialise(
+        self, problem: AbstractProblem, t0: Float[Array, ""], u0: Float[Array, "known d"], layout: Layout, args: PyTree
+    ) -> Normal:
         n, num = layout.num_derivatives + 1, u0.shape[0] - 1 + self.num_derivatives_known
         if num >= n:
             raise ValueError(
@@ -117,13 +137,13 @@ class Diffuse(AbstractInitialisation):
 
 
 def _given_equation(problem, t0, diffuse, layout, args):
-    """A state given the equation at ``t0``, linearised at the most probable one."""
-    # What is uncertain enters as noise.
+    """The state conditioned on the equation at ``t0``, linearised at its posterior mode by Gauss-Newton iteration."""
+    # `join` needs a triangular noise: the covariance, which is diagonal, takes its place, beside a state without any.
     known, one = Normal(diffuse.mean, jnp.zeros_like(diffuse.factor)), jnp.ones(layout.batch_shape, layout.dtype)
 
     def given(point):
         equation = problem.first_order(t0, layout.unpack(point), layout, args)
-        equation = eqx.tree_at(lambda e: e.residual, equation, seen_from(diffuse.mean, point, equation))
+        equation = eqx.tree_at(lambda e: e.residual, equation, residual_about(diffuse.mean, point, equation))
         return condition(join(known, diffuse.factor, one, equation), known, equation).state
 
     point, _ = lax.scan(lambda point, _: (given(point).mean, None), diffuse.mean, None, length=_GAUSS_NEWTON_STEPS)
@@ -133,7 +153,7 @@ def _given_equation(problem, t0, diffuse, layout, args):
 def _derivatives(problem, t0, u0, layout, args, num):
     if num < u0.shape[0]:
         return u0
-    if isinstance(problem, ODE):
+    if problem.is_explicit:
         return taylor_derivatives(flat_field(problem, layout, args), t0, u0, num)
     return consistent_derivatives(flat_residual(problem, layout, args), t0, u0, num, problem.order)
 

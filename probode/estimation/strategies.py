@@ -1,7 +1,8 @@
-"""Filter or smoothers: what is remembered of the past, so that it can learn from the future.
+"""Strategies: filtering, or smoothing with backward conditionals.
 
-A kept state is remembered by its coordinates given those of the present (``Conditional``); every step updates them in
-the elimination that it needs anyway. The chain of kept states is smoothed when the solve has ended (``trajectory``).
+For a state that it has kept, a smoother carries along the distribution of its coordinates given those of the current
+state (``Conditional``); every step updates it in the elimination that it needs anyway. The chain of kept states is
+smoothed when the solve has ended (``trajectory``).
 """
 
 from abc import abstractmethod
@@ -14,10 +15,10 @@ from ..algebra.normal import Normal
 
 
 class AbstractStrategy(eqx.Module):
-    """Which states are kept, and what of them is carried along.
+    """Which states a solve keeps, and whether it conditions them on the equation at later times, as a smoother does.
 
-    ``keeps_steps``: whether every accepted step is kept, and can be evaluated in between, or just the times asked for.
-    ``smooths``: whether it remembers anything, so that later times have a say in earlier ones.
+    A subclass defines ``remember``, and sets as a class attribute ``keeps_steps``: whether every accepted step is kept,
+    so that the solution can be evaluated at any time, or only the times of ``save_at``.
 
     >>> import probode
     >>> [part.keeps_steps for part in (probode.Filter(), probode.FixedPointSmoother(), probode.FixedIntervalSmoother())]
@@ -28,18 +29,21 @@ class AbstractStrategy(eqx.Module):
 
     @property
     def smooths(self) -> bool:
-        """Whether each time is estimated from the whole solve, or from the past alone."""
-        # Asked of the method itself, so that no class can forget to declare it. Nothing is computed.
+        """Whether states are conditioned on the whole solve: whether ``remember`` returns a ``Conditional``."""
+        # Derived from the method, which a flag in a subclass might contradict. Only shapes are evaluated.
         kept = Normal(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
         return eqx.filter_eval_shape(lambda strategy: strategy.remember(kept), self) is not None
 
     @abstractmethod
     def remember(self, kept: Normal) -> Conditional | None:
-        """What to carry along from a state that has just been kept: usually its coordinates, or nothing."""
+        """The ``Conditional`` of a state that has just been kept, given itself; ``None`` to filter."""
 
 
 class Filter(AbstractStrategy):
-    """Each time is estimated from the past alone: constant memory. Between steps it predicts from the left.
+    """A filter: the solution at each time is conditioned on the equation up to that time, not later.
+
+    Memory is constant, and steps are the cheapest. Between two steps the solution is the prediction from the earlier
+    one. For the solution at the end, or where the uncertainty at earlier times does not matter.
 
     >>> import probode
     >>> probode.Filter().keeps_steps
@@ -48,16 +52,16 @@ class Filter(AbstractStrategy):
 
     keeps_steps = False
 
-    def remember(self, kept):
+    def remember(self, kept: Normal) -> None:
         return None
 
 
 class FixedPointSmoother(AbstractStrategy):
-    """Each time asked for is estimated from the whole solve, with memory for these times alone.
+    """A fixed-point smoother: the solution at each ``save_at`` time is conditioned on the whole solve.
 
-    The choice for a known, moderate number of ``save_at`` times, also inside reverse mode. Both ends of the steps that
-    hold one of these times are kept, and what lies between is marginalised on the way; an accepted step costs about
-    twice that of a filter.
+    Memory is that for these times alone. For a known, moderate number of them, also in reverse-mode differentiation.
+    Both ends of the steps that contain one of these times are kept, and the states between are marginalised; an
+    accepted step costs about twice that of a filter.
 
     >>> import probode
     >>> probode.FixedPointSmoother().keeps_steps
@@ -66,14 +70,15 @@ class FixedPointSmoother(AbstractStrategy):
 
     keeps_steps = False
 
-    def remember(self, kept):
+    def remember(self, kept: Normal) -> Conditional:
         return Conditional.identity(kept)
 
 
 class FixedIntervalSmoother(AbstractStrategy):
-    """Keeps every accepted step and estimates each from the whole solve (Rauch, Tung & Striebel, 1965).
+    """A fixed-interval smoother: every accepted step is kept, and conditioned on the whole solve.
 
-    Memory for ``max_steps`` states. The choice for dense output, ``Solution.evaluate`` and samples at any time.
+    Memory is that for ``max_steps`` states. For dense output, ``Solution.evaluate`` and samples at any time. (Rauch,
+    Tung & Striebel 1965, "Maximum likelihood estimates of linear dynamic systems".)
 
     >>> import probode
     >>> probode.FixedIntervalSmoother().keeps_steps
@@ -82,5 +87,5 @@ class FixedIntervalSmoother(AbstractStrategy):
 
     keeps_steps = True
 
-    def remember(self, kept):
+    def remember(self, kept: Normal) -> Conditional:
         return Conditional.identity(kept)

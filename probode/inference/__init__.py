@@ -1,1 +1,1 @@
-"""Likelihoods of data, and smoothers that iterate."""
+"""Likelihoods of data under a solution, tempering of these, and the iterated smoother."""

@@ -1,7 +1,8 @@
-"""The iterated smoother: the equation linearised along the whole trajectory found before, until nothing changes.
+"""The iterated extended Kalman smoother on a grid: each pass linearises along the smoothed mean of the pass before.
 
-Gauss-Newton's method for the most probable trajectory given the equation at all times of a grid, where a filter
-linearises each time once, knowing the past alone (Bell 1994; Tronarp, Sarkka & Hennig 2021).
+This is the Gauss-Newton method for the most probable trajectory given the equation at all times of the grid (Bell 1994,
+"The iterated Kalman smoother as a Gauss-Newton method"; Tronarp, Sarkka & Hennig 2021, "Bayesian ODE solvers: the
+maximum a posteriori estimate"). A single pass linearises each time once, at a mean that depends on the past alone.
 """
 
 import dataclasses
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import seen_from
+from ..algebra.conditioning import Linearisation, residual_about
+from ..algebra.factorisations import Layout
 from ..algebra.linalg import compiled, safe_divide
 from ..algebra.normal import Normal
+from ..equations.problems import AbstractProblem
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
 from ..posterior.solution import Solution
@@ -25,32 +28,37 @@ from ..util.checks import as_integer, as_scalar, require
 
 
 class Along(AbstractConstraint):
-    """A constraint that is linearised along given means, ``(times, *batch, dim, cols)`` at sorted ``ts``, instead of at
-    the prediction."""
+    """A constraint that is linearised about given means instead of the prediction.
+
+    - ``constraint``: the constraint itself.
+    - ``ts``: the times of the means.
+    - ``means``: of the whole state, ``(times, *batch, dim, cols)``; at each time that of the nearest ``ts`` is used.
+    """
 
     constraint: AbstractConstraint
     ts: Float[Array, " times"]
     means: Float[Array, "times *state"]
 
-    @property
-    def problem(self):
+    @property  # type: ignore[misc]  # an abstract variable may be a property
+    def problem(self) -> AbstractProblem:  # type: ignore[override]
         return self.constraint.problem
 
     @property
-    def order(self):
+    def order(self) -> int:
         return self.constraint.order
 
     @property
-    def first_order(self):
+    def first_order(self) -> bool:  # type: ignore[override]
         return self.constraint.first_order
 
-    def linearise(self, t, predicted, layout, args):
+    def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         point = _nearest(self.means, self.ts, t)
         equation = self.constraint.linearise(t, Normal(point, predicted.factor), layout, args)
-        return eqx.tree_at(lambda e: e.residual, equation, seen_from(predicted.mean, point, equation))
+        return eqx.tree_at(lambda e: e.residual, equation, residual_about(predicted.mean, point, equation))
 
 
 def _nearest(means, ts, t):
+    """The mean whose time is nearest to ``t``."""
     return means[jnp.argmin(jnp.abs(ts - t))]
 
 
@@ -64,16 +72,22 @@ def solve_grid_iterated(
     max_iterations: int = 20,
     tolerance: Any = 1e-8,
 ) -> Solution:
-    """The smoothed solution on ``grid`` with every equation linearised at the smoothed mean itself.
+    """The smoothed ``Solution`` on ``grid`` with every equation linearised at the smoothed mean itself.
 
-    ``solver`` has a ``FixedIntervalSmoother``; ``u0``, ``grid``, ``args`` and ``data`` as in ``Solver.solve_grid``,
-    whose result is the first of at most ``max_iterations`` iterates; data are linearised there, too. They end when no
-    mean of ``u`` or a derivative moves by more than ``tolerance`` relative to the largest of its kind. ``stats`` has
-    ``num_iterations`` and ``last_move``, the move of the last one: the iteration has converged if it is below
-    ``tolerance``. Unless the calibration scales single steps, the limit is the most probable trajectory, given the
-    data, on which the equation holds at all points of the grid. Differentiable in both modes through all iterations.
-    Raises ``ValueError`` for another strategy, an iteration within the steps (``evaluations``), or numbers that are not
-    positive.
+    The result of ``Solver.solve_grid`` is the first linearisation point; each iteration solves once more, linearised
+    along the mean of the solution before, also for data. Unless the calibration has a scale for each step, the limit
+    is the most probable trajectory, given the data, on which the equation holds at all points of the grid.
+
+    - ``solver``: with a ``FixedIntervalSmoother`` and a constraint that is evaluated once in a step.
+    - ``u0``, ``grid``, ``args``, ``data``: as in ``Solver.solve_grid``.
+    - ``max_iterations``: the largest number of iterations.
+    - ``tolerance``: the iterations end when no mean of ``u``, nor of any of its derivatives, moves by more than this
+      share of the largest magnitude that ``u``, or that derivative, has on the grid.
+
+    ``stats`` has two further entries, ``num_iterations`` and ``last_move``, the largest such move in the last
+    iteration: the method has converged if it is at most ``tolerance``. Differentiable in both modes, through all
+    iterations. Raises ``ValueError`` for another strategy, for a constraint with several ``evaluations``, and for a
+    ``max_iterations`` or ``tolerance`` that is not positive; otherwise as ``Solver.solve_grid``.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -u**2)),
@@ -106,7 +120,8 @@ def _iterate(solver, u0, grid, args, data, first, tolerance, number):
     def body(carry):
         solution, _, iterations = carry
         means = solution.marginals.mean
-        along = eqx.tree_at(lambda s: s.constraint, solver, Along(solver.constraint, solution.t, means))
+        constraint = Along(solver.constraint, solution.t, means)  # type: ignore[call-arg]  # ``problem`` is no field
+        along = eqx.tree_at(lambda s: s.constraint, solver, constraint)
         seen = data
         if data is not None:
             points = jax.vmap(lambda t: _nearest(means, solution.t, t))(data.ts)

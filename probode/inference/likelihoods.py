@@ -1,10 +1,16 @@
-"""The probability of data under the solution of an equation: three ways, one for every taste of approximation.
+"""The log likelihood of data under the solution of an equation, in three approximations.
 
-With ``z`` the equation at the steps and ``y`` the data, all are ``log p(y | z)`` where the equation is linear, or the
-solver sure enough: Fenrir solves first and then conditions the posterior on the data (Tronarp, Bosch & Hennig 2022),
-Dalton conditions on both in one filter (Wu & Lysy 2024), filtering predicts every datum from what lies before it.
-Steps end at the times of the data, and are chosen by the solver; gradients are those of the same steps frozen. A solve
-that fails has the log likelihood minus infinity, and a gradient of zero.
+With ``z`` the equation at the steps and ``y`` the data, they approximate ``log p(y | z)``:
+
+- Fenrir solves first and then conditions the posterior on the data (Tronarp, Bosch & Hennig 2022, "Fenrir:
+  physics-enhanced regression for initial value problems").
+- Dalton conditions on both in one filter (Wu & Lysy 2024, "Data-adaptive probabilistic likelihood approximation for
+  ordinary differential equations").
+- Filtering predicts every datum from the equation and the data before it.
+
+The first two agree where the equation is linear, all three where the solver's uncertainty is small against the noise of
+the data. Steps are chosen by the solver and end at the times of the data; gradients are those of these steps, held
+fixed. A solve that fails has the log likelihood minus infinity, and a gradient of zero.
 """
 
 import dataclasses
@@ -15,13 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.coordinates import look_back, realise, standard
+from ..algebra.coordinates import from_coordinates, marginalise, standard
 from ..algebra.linalg import compiled
 from ..estimation.strategies import Filter, FixedPointSmoother
 from ..information.observations import Observations
 from ..posterior.solution import SaveAt, Solution
 from ..posterior.trajectory import Trajectory
-from ..requests import bind, data_between, interval, require_observations
+from ..requests import bind, data_between, require_observations, two_times
 from ..solver import Solver, solve_through
 from ..stepping.controllers import IntegralController
 from ..stepping.result import Result
@@ -30,12 +36,18 @@ from ..stepping.result import Result
 def fenrir_log_likelihood(
     solver: Solver, u0: PyTree, t0: Any, t1: Any, data: Observations, *, args: PyTree = None
 ) -> Float[Array, ""]:
-    """The log density of the data under the posterior of the solution, that is, given the whole equation.
+    """The log density of the data under the posterior of the solution, that is, given the whole equation: a scalar.
 
-    The equation is solved without the data, with whatever calibration; then the posterior, a Gauss-Markov process, is
-    conditioned on them from the last to the first. Least sensitive to bad parameters if the output scale is large
-    (``NoCalibration``; see ``DiffusionTempering``). ``u0``, ``t0``, ``t1``, ``args`` as in ``Solver.solve``. Raises
-    ``TypeError`` or ``ValueError`` for wrong input.
+    The equation is solved without the data, with any calibration; then its posterior, a Gauss-Markov process, is
+    conditioned on them from the last to the first. With a large output scale (``NoCalibration``, see
+    ``DiffusionTempering``) the likelihood is smooth also far from the best parameters.
+
+    - ``solver``: its strategy is replaced by a ``FixedPointSmoother``.
+    - ``u0``, ``t0``, ``t1``, ``args``: as in ``Solver.solve``, but for a ``Normal`` as ``u0``, which is refused.
+    - ``data``: at times between ``t0`` and ``t1``, in the order of the solve.
+
+    Raises ``TypeError`` unless ``data`` are ``Observations``, ``ValueError`` if their times lie outside of the interval
+    or run in the other direction; otherwise as ``Solver.solve`` for wrong input, but not for a solve that fails.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -args * u)))
@@ -44,21 +56,23 @@ def fenrir_log_likelihood(
     """
     require_observations(data)
     _, layout = bind(solver, u0)
-    data = data_between(data, *interval(t0, t1, layout), layout)
+    data = data_between(data, *two_times(t0, t1, layout), layout)
     smoother = dataclasses.replace(solver, strategy=FixedPointSmoother())
     solution = solve_through(smoother, data.ts, u0, t0, t1, args, save_at=data.ts)
+    assert solution.trajectory is not None
     return _if_successful(solution, _log_density(solution.trajectory, data, args))
 
 
 def filtering_log_likelihood(
     solver: Solver, u0: PyTree, t0: Any, t1: Any, data: Observations, *, args: PyTree = None
 ) -> Float[Array, ""]:
-    """The sum of the log densities of every datum given the data before it, and the equation up to its time.
+    """The sum of the log densities of every datum given the data before it, and the equation up to its time: a scalar.
 
-    The cheapest: one filter. Later equations do not correct what is known of earlier times, so it differs from the
-    others by as much as a smoother would change the solution, against the noise; of data at ``t1`` alone all are the
-    same, and this is the way to compute it. Arguments as for ``fenrir_log_likelihood``; calibrations that wait for the
-    end are a ``ValueError``.
+    It is the cheapest of the three, with one filter. The equation at later times does not correct the state at earlier
+    ones, so it differs from the others where a smoother would change the solution by an amount that is not small
+    against the noise. For data at ``t1`` alone all three are the same, and this one is best. Arguments and errors as
+    for ``fenrir_log_likelihood``; a calibration that rescales all covariances at the end of a solve
+    (``MLECalibration``, ``LeaveOneOutCalibration``) is a ``ValueError``.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -args * u)))
@@ -66,19 +80,20 @@ def filtering_log_likelihood(
     >>> value = probode.filtering_log_likelihood(solver, 1.0, 0.0, 1.0, end, args=1.0)
     """
     solution = dataclasses.replace(solver, strategy=Filter()).solve(u0, t0, t1, args=args, data=data, throw=False)
+    assert solution.data_log_likelihood is not None
     return _if_successful(solution, solution.data_log_likelihood)
 
 
 def dalton_log_likelihood(
     solver: Solver, u0: PyTree, t0: Any, t1: Any, data: Observations, *, args: PyTree = None
 ) -> Float[Array, ""]:
-    """``log p(y, z) - log p(z)``: equation and data in one filter, less the equation alone on the same steps.
+    """``log p(y, z) - log p(z)``, a scalar: equation and data in one filter, less the equation alone on the same steps.
 
-    The equation is linearised where the data say that the solution is, which helps where the solution without them is
-    far away. Take ``NoCalibration`` at tight tolerances: a dynamic scale is then read off residuals at round-off, which
-    the two solves do not share (1e-4 at a tolerance of 1e-10). Nor do they in the short step between two data that lie
-    close together (1e-5 for data 1e-3 apart at 1e-9). Arguments as for ``fenrir_log_likelihood``; calibrations
-    that wait for the end are a ``ValueError``.
+    The equation is linearised at a mean that is conditioned on the data, which helps where the solution without them is
+    far away. Use ``NoCalibration`` at tight tolerances: a dynamic scale is then estimated from residuals at round-off,
+    which differ between the two solves (by 1e-4 in the log likelihood at a tolerance of 1e-10). They also differ in the
+    short step between two data that lie close together (1e-5 for data 1e-3 apart at 1e-9). Arguments and errors as for
+    ``filtering_log_likelihood``.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -args * u)))
@@ -87,34 +102,36 @@ def dalton_log_likelihood(
     """
     forward = dataclasses.replace(solver, strategy=Filter())
     joint = forward.solve(u0, t0, t1, args=args, data=data, save_at=SaveAt(t0=True, steps=True), throw=False)
-    # So loose that every step goes as far as it may.
+    # Tolerances so loose that no step is shortened: the steps of ``alone`` end where those of ``joint`` do.
     stops = solver.controller.limits.stops
     whole = lax.stop_gradient(jnp.abs(joint.t[-1] - joint.t[0]))
-    # A solve that starts anew at its stops would choose a first step there: the whole interval.
+    # Behind a stop the state is restarted, and a first step is chosen from its derivatives. This lower bound keeps it
+    # from being shorter than the steps of ``joint``.
     anew = {"stop_at": stops, "dt_min": whole} if stops.size else {}
     loose = IntegralController(1e6, 1e6, **anew)
     forward = dataclasses.replace(forward, controller=loose)
     alone = solve_through(forward, lax.stop_gradient(joint.t), u0, t0, t1, args, dt0=t1 - t0)
+    assert joint.data_log_likelihood is not None
     return _if_successful(joint, joint.data_log_likelihood + joint.log_likelihood - alone.log_likelihood)
 
 
 @compiled
 def _log_density(path: Trajectory, data: Observations, args: PyTree) -> Float[Array, ""]:
-    """Of the data given a chain of states that holds their times, from the last to the first."""
+    """The log density of the data under a trajectory with rows at their times, conditioned on them backwards."""
     rows, t = path.rows, path.rows.t
     nearest, seen = jax.vmap(data.find)(t)
-    # Two rows may have one time: the end of a step and the start of the next.
+    # The end of a step and the start of the next may be two rows with one time: a datum would be counted twice.
     again = jnp.append((t[:-1] == t[1:]) & path.reached[1:], False)
     told = path.reached & seen & ~again
 
     def learn(row, belief, total, i):
-        coordinates, log_density = data.learn(i, realise(belief, row), path.layout, args)
-        return realise(coordinates, belief), total + log_density
+        coordinates, log_density = data.condition(i, from_coordinates(belief, row), path.layout, args)
+        return from_coordinates(coordinates, belief), total + log_density
 
     def body(carry, x):
         row, past, i, told, reached = x
         belief, total = lax.cond(told, learn, lambda row, belief, total, i: (belief, total), row, *carry, i)
-        earlier = look_back(belief, past)
+        earlier = marginalise(belief, past)
         return (jax.tree.map(lambda a, b: jnp.where(reached, a, b), earlier, belief), total), None
 
     last = standard(jax.tree.map(lambda x: x[-1], rows.distribution))
@@ -123,5 +140,6 @@ def _log_density(path: Trajectory, data: Observations, args: PyTree) -> Float[Ar
     return total
 
 
-def _if_successful(solution: Solution, log_density):
+def _if_successful(solution: Solution, log_density: Float[Array, ""]) -> Float[Array, ""]:
+    """The log density, or minus infinity if the solve has failed."""
     return jnp.where(solution.result == Result.successful, log_density, -jnp.inf)

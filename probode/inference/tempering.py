@@ -1,8 +1,9 @@
-"""Diffusion tempering: likelihoods that are easy at first, and become what they should be stage by stage.
+"""Diffusion tempering: likelihoods of parameters in stages, with output scales that decrease to the intended one.
 
-A large output scale lets the solution follow the data instead of the equation, which makes the likelihood of Fenrir
-smooth in the parameters; the optimum of one stage is where the next one starts (Beck, Bosch, Deistler, Kadhim, Macke,
-Hennig & Tronarp 2024, "Diffusion tempering improves parameter estimation with probabilistic integrators for ODEs").
+Under a large output scale the solution follows the data more than the equation, which makes the likelihood of Fenrir
+smooth in the parameters. An optimiser starts each stage at the optimum of the one before (Beck, Bosch, Deistler,
+Kadhim, Macke, Hennig & Tronarp 2024, "Diffusion tempering improves parameter estimation with probabilistic integrators
+for ODEs").
 """
 
 import dataclasses
@@ -19,10 +20,14 @@ from ..util.checks import as_integer, as_scalar, require
 
 
 class DiffusionTempering(eqx.Module):
-    """A schedule of output scales, evenly spaced in their logarithms, from ``largest`` down to ``smallest``.
+    """A decreasing schedule of output scales, for fits of parameters by ``fenrir_log_likelihood`` in stages.
 
-    The defaults are 21 stages with squared scales ``10^20, 10^19, ..., 1``. Raises ``ValueError`` for scales that are
-    not finite and positive or not in order, or a number of stages below 1.
+    - ``largest``, ``smallest``: the first and the last scale, as factors on the prior's own ``output_scale``.
+    - ``stages``: their number; the logarithms of the scales are equidistant.
+
+    The defaults are 21 stages with squared scales ``10^20, 10^19, ..., 1`` (Beck et al. 2024, "Diffusion tempering
+    improves parameter estimation with probabilistic integrators for ODEs"). Raises ``ValueError`` for scales that are
+    not finite and positive or not in order, and for a number of stages below 1.
 
     >>> import probode
     >>> [float(scale) for scale in probode.DiffusionTempering(largest=100.0, stages=3).scales]
@@ -42,14 +47,14 @@ class DiffusionTempering(eqx.Module):
 
     @property
     def scales(self) -> np.ndarray:
-        """The output scales, ``(stages,)``; with one stage the smallest."""
+        """The output scales, decreasing, ``(stages,)``; with one stage the smallest."""
         return np.geomspace(self.smallest, self.largest, self.stages)[::-1]
 
     def solvers(self, solver: Solver) -> Iterator[Solver]:
-        """The solver of every stage: uncalibrated, the prior's own output scale times that of the stage.
+        """The solvers of all stages: ``solver`` without calibration, its prior's output scale times that of the stage.
 
-        They differ in numbers alone, so that a compiled function of the solver serves all stages. Raises ``ValueError``
-        if the solver's prior has no ``output_scale``.
+        They differ in the values of arrays alone, so that a function of the solver is compiled once for all stages.
+        Raises ``ValueError``, at the first stage, if the prior has no ``output_scale``.
         """
         if not hasattr(solver.prior, "output_scale"):
             name = type(solver.prior).__name__

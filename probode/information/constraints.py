@@ -16,41 +16,20 @@ from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
 from ..algebra.normal import Normal, batched
 from ..equations.problems import ODE, AbstractProblem, Residual
-from ..util.checks import as_integer, as_scalar, require
-
-
-def evaluations_field() -> Any:
-    """How often the equation is evaluated in an accepted step."""
-    convert = lambda value: as_integer(value, "evaluations", 1)  # noqa: E731
-    return eqx.field(static=True, default=1, converter=convert, kw_only=True)
-
-
-def problem_field(name: str, kind: type, words: str) -> Any:
-    """A dataclass field for the equation of a constraint, which refuses other kinds with a hint."""
-
-    def convert(value: Any):
-        if isinstance(value, kind):
-            return value
-        if isinstance(value, AbstractProblem):
-            raise TypeError(f"{name} linearises {words}, not a {type(value).__name__}: use TS1 or SLR1.")
-        raise TypeError(f"{name} linearises {words}: write {name}(probode.ODE(f)), not {name}({value!r}).")
-
-    return eqx.field(converter=convert)
-
-
-def relinearise_field() -> Any:
-    """Whether every evaluation takes the Jacobian anew."""
-    return eqx.field(static=True, default=False, kw_only=True)
+from ..util.checks import as_scalar, require
+from .iteration import Iteration
 
 
 class AbstractConstraint(eqx.Module):
     """An equation that the solution satisfies at every time, and how it is linearised.
 
-    ``problem``: the equation that the solve starts from. ``evaluations``: how often it is evaluated in an accepted
-    step, at the prediction and then at what the update before has made of it. ``relinearise``: whether these
-    evaluations take their own Jacobians (Gauss-Newton) or keep that of the prediction (a chord iteration).
-    ``first_order``: whether the linearisation knows how the equation depends on ``u``. ``is_pointwise``: whether its
-    residual is that of ``problem`` at the mean, so that it can be had without a Jacobian.
+    A subclass has the field ``problem`` and defines ``linearise``; the others have defaults.
+
+    - ``problem``: the equation that the solve starts from.
+    - ``iteration``: how often a step evaluates it, and whether it takes a Jacobian every time; once by default.
+    - ``first_order``: whether the linearisation knows how the equation depends on ``u``.
+    - ``is_pointwise``: whether its residual is that of ``problem`` at the mean, so that it can be had without a
+      Jacobian.
 
     >>> import probode
     >>> spring = probode.ODE(lambda t, u, du, args: -u, order=2)
@@ -59,8 +38,7 @@ class AbstractConstraint(eqx.Module):
     """
 
     problem: eqx.AbstractVar[AbstractProblem]
-    evaluations = 1
-    relinearise = False
+    iteration = Iteration()
     first_order = True
     is_pointwise = False
 
@@ -68,6 +46,11 @@ class AbstractConstraint(eqx.Module):
     def order(self) -> int:
         """The order of the highest derivative of ``u`` in the equation."""
         return self.problem.order
+
+    @property
+    def evaluations(self) -> int:
+        """How often a step evaluates the equation."""
+        return self.iteration.evaluations
 
     @abstractmethod
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
@@ -91,12 +74,16 @@ class TS0(AbstractConstraint):
     1
     """
 
-    problem: ODE = problem_field("TS0", ODE, "an ODE")
-    evaluations: int = evaluations_field()
+    problem: ODE
+    iteration: Iteration
     first_order = False
     is_pointwise = True
 
-    def linearise(self, t, predicted, layout, args):
+    def __init__(self, problem: Any, *, evaluations: Any = 1):
+        self.problem = require_problem("TS0", problem, ODE, "an ODE")
+        self.iteration = Iteration(evaluations)
+
+    def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         return self.problem.zeroth_order(t, layout.unpack(predicted.mean), layout, args)
 
 
@@ -116,12 +103,15 @@ class TS1(AbstractConstraint):
     1
     """
 
-    problem: AbstractProblem = problem_field("TS1", AbstractProblem, "an ODE or a Residual")
-    evaluations: int = evaluations_field()
-    relinearise: bool = relinearise_field()
+    problem: AbstractProblem
+    iteration: Iteration
     is_pointwise = True
 
-    def linearise(self, t, predicted, layout, args):
+    def __init__(self, problem: Any, *, evaluations: Any = 1, relinearise: bool = False):
+        self.problem = require_problem("TS1", problem, AbstractProblem, "an ODE or a Residual")
+        self.iteration = Iteration(evaluations, relinearise)
+
+    def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         return self.problem.first_order(t, layout.unpack(predicted.mean), layout, args)
 
 
@@ -150,34 +140,30 @@ class Noisy(AbstractConstraint):
             require(std, (std > 0) & (std < jnp.inf), "Noisy(std) must be finite and positive", std=std)
         )
 
-    @property
-    def problem(self):
+    @property  # type: ignore[misc]  # an abstract variable may be a property
+    def problem(self) -> AbstractProblem:  # type: ignore[override]
         return self.constraint.problem
 
     @property
-    def order(self):
+    def order(self) -> int:
         return self.constraint.order
 
     @property
-    def evaluations(self):
-        return self.constraint.evaluations
+    def iteration(self) -> Iteration:  # type: ignore[override]
+        return self.constraint.iteration
 
     @property
-    def relinearise(self):
-        return self.constraint.relinearise
-
-    @property
-    def first_order(self):
+    def first_order(self) -> bool:  # type: ignore[override]
         return self.constraint.first_order
 
-    def linearise(self, t, predicted, layout, args):
+    def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         equation = self.constraint.linearise(t, predicted, layout, args)
         own = layout.broadcast(self.std.astype(layout.dtype) * jnp.eye(equation.residual.shape[-2], dtype=layout.dtype))
         noise = own if equation.noise is None else jnp.concatenate([equation.noise, own], axis=-2)
         return Linearisation(equation.matrix, equation.residual, noise=noise, whole=equation.whole)
 
     @property
-    def is_pointwise(self):
+    def is_pointwise(self) -> bool:  # type: ignore[override]
         return self.constraint.is_pointwise
 
 
@@ -186,7 +172,8 @@ class Stack(AbstractConstraint):
 
     They must not follow from one another: for ``d`` components and a prior with ``nu`` derivatives there is room for
     ``(nu + 1) d`` independent equations. The solve starts from the first member's ODE if there is one, otherwise from
-    all residuals together. ``evaluations`` as for ``TS0``, of all members; their own numbers do not count. Raises
+    all residuals together. ``evaluations`` and ``relinearise`` as for ``TS1``, of all members together: unless they are
+    given, as often as the member that asks for most, with new Jacobians if one asks for them. Raises
     ``TypeError`` for a member that is not a constraint, ``ValueError`` without any.
 
     >>> import jax.numpy as jnp, probode
@@ -197,32 +184,34 @@ class Stack(AbstractConstraint):
     """
 
     constraints: tuple[AbstractConstraint, ...]
-    evaluations: int = evaluations_field()
-    relinearise: bool = relinearise_field()
+    iteration: Iteration
 
-    def __init__(self, *constraints: Any, evaluations: Any = 1, relinearise: bool = False):
+    def __init__(self, *constraints: Any, evaluations: Any = None, relinearise: bool | None = None):
         if not constraints:
             raise ValueError("Stack() needs at least one constraint.")
         for constraint in constraints:
             if not isinstance(constraint, AbstractConstraint):
                 raise TypeError(f"Stack({constraint!r}): members are constraints, like TS1(probode.Residual(r)).")
-        self.constraints, self.evaluations, self.relinearise = constraints, evaluations, relinearise
+        own = [constraint.iteration for constraint in constraints]
+        evaluations = max(one.evaluations for one in own) if evaluations is None else evaluations
+        relinearise = any(one.relinearise for one in own) if relinearise is None else relinearise
+        self.constraints, self.iteration = constraints, Iteration(evaluations, relinearise)
 
-    @property
-    def problem(self):
+    @property  # type: ignore[misc]  # an abstract variable may be a property
+    def problem(self) -> AbstractProblem:  # type: ignore[override]
         problems = [constraint.problem for constraint in self.constraints]
-        odes = [problem for problem in problems if isinstance(problem, ODE)]
-        return odes[0] if odes else Residual(_Together(tuple(problems)), order=self.order)
+        explicit = [problem for problem in problems if problem.is_explicit]
+        return explicit[0] if explicit else Residual(_Together(tuple(problems)), order=self.order)
 
     @property
-    def first_order(self):
+    def first_order(self) -> bool:  # type: ignore[override]
         return any(constraint.first_order for constraint in self.constraints)
 
     @property
-    def order(self):
+    def order(self) -> int:
         return max(constraint.order for constraint in self.constraints)
 
-    def linearise(self, t, predicted, layout, args):
+    def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         equations = [constraint.linearise(t, predicted, layout, args) for constraint in self.constraints]
         width = max(equation.matrix.shape[-1] for equation in equations)
 
@@ -238,12 +227,21 @@ class Stack(AbstractConstraint):
         return Linearisation(matrix, residual, noise=batched(jax.scipy.linalg.block_diag)(*noises), whole=whole)
 
 
+def require_problem(name: str, value: Any, kind: type, words: str) -> Any:
+    """The equation of a constraint of that name; raises ``TypeError``, with a hint, for one of another kind."""
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, AbstractProblem):
+        raise TypeError(f"{name} linearises {words}, not a {type(value).__name__}: use TS1 or SLR1.")
+    raise TypeError(f"{name} linearises {words}: write {name}(probode.ODE(f)), not {name}({value!r}).")
+
+
 class _Together(eqx.Module):
     """The residuals of several problems as one."""
 
-    problems: tuple[Residual, ...]
+    problems: tuple[AbstractProblem, ...]
 
-    def __call__(self, t, *us_and_args):
+    def __call__(self, t: Float[Array, ""], *us_and_args: PyTree) -> list[PyTree]:
         *us, args = us_and_args
         return [problem.residual_of(t, tuple(us), args) for problem in self.problems]
 

@@ -17,8 +17,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..algebra.conditioning import Linearisation, seen_from
-from ..algebra.coordinates import realise, standard
+from ..algebra.conditioning import Linearisation, residual_about
+from ..algebra.coordinates import from_coordinates, standard
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import detach, eliminate, product, safe_divide, safe_sqrt, substitute
 from ..algebra.normal import Normal, batched
@@ -141,7 +141,7 @@ class Observations(eqx.Module):
         noise = layout.factorisation.lift(jnp.ones((1, 1), layout.dtype), jnp.ones_like(seen), layout.size)
         return Linearisation(matrix * layout.pack(weight[None]), layout.pack(residual[None]), noise=noise)
 
-    def learn(self, i: Array, x: Normal, layout: Layout, args: PyTree) -> tuple[Normal, Float[Array, ""]]:
+    def condition(self, i: Array, x: Normal, layout: Layout, args: PyTree) -> tuple[Normal, Float[Array, ""]]:
         """The coordinates of ``x``, so far standard normal, given the ``i``-th observation; and its log density."""
         if self.points is not None:
             point = self.points[i]
@@ -159,6 +159,7 @@ class Observations(eqx.Module):
 
     def _with_noise(self, i, value, matrix, seen, layout, shared):
         residual = (value - self.values[i].astype(layout.dtype)) * seen
+        assert self.noise is not None
         noise = self.noise.astype(layout.dtype)
         if layout.couples:
             rows = noise if noise.ndim == 2 else jnp.diag(jnp.broadcast_to(noise, seen.shape))
@@ -192,6 +193,7 @@ class Observations(eqx.Module):
 
     def _densities(self, i, value, args):
         """The log density of every number given what is observed, flat."""
+        assert self.log_density is not None
         tree, shapes = self.structure
         unravel = ravel_pytree(jax.tree.unflatten(tree, [jnp.zeros(shape, value.dtype) for shape in shapes]))[1]
         out = self.log_density(unravel(self.values[i].astype(value.dtype)), unravel(value), args)
@@ -203,11 +205,11 @@ class Observations(eqx.Module):
         return ravel_pytree(out)[0].astype(value.dtype)
 
     def _slope_and_precision(self, i, value, args):
-        def slope(value):
+        def gradient(value):
             return jax.grad(lambda v: jnp.sum(self._densities(i, v, args)))(value)
 
         # Every density depends on one number alone: one product with the Hessian is its diagonal.
-        slope, curvature = jax.jvp(slope, (value,), (jnp.ones_like(value),))
+        slope, curvature = jax.jvp(gradient, (value,), (jnp.ones_like(value),))
         return slope, jnp.where(curvature < 0, -curvature, slope**2)
 
     def _log_density(self, i, mean, layout, args):
@@ -219,7 +221,7 @@ class Observations(eqx.Module):
         """The most probable state: Newton's method in the coordinates, with a search along every move."""
 
         def state(w, x):
-            return realise(Normal(w, standard(x).factor), x).mean
+            return from_coordinates(Normal(w, standard(x).factor), x).mean
 
         def newton(w, data, x, args):
             point = state(w, x)
@@ -251,13 +253,14 @@ class Observations(eqx.Module):
 
 def _observe_about(point, x, equation):
     """``observe`` an equation that is linearised about another point than the mean of ``x``."""
-    return observe(x, eqx.tree_at(lambda e: e.residual, equation, seen_from(x.mean, point, equation)))
+    return observe(x, eqx.tree_at(lambda e: e.residual, equation, residual_about(x.mean, point, equation)))
 
 
 @batched
 def observe(x: Normal, equation: Linearisation) -> tuple[Normal, Float[Array, "m cols"], Float[Array, " m"]]:
     """The coordinates of ``x`` given an equation with noise, the whitened innovation, and the pivots of its factor."""
     (m, p), rows, dtype = equation.matrix.shape, x.factor.shape[0], x.mean.dtype
+    assert equation.noise is not None
     noise = jnp.pad(equation.noise, ((0, 0), (0, rows)))
     own = jnp.concatenate([product(x.factor[:, :p], equation.matrix.T), jnp.eye(rows, dtype=dtype)], axis=1)
     triangle, _ = eliminate(jnp.zeros((m + rows, m + rows), dtype), jnp.concatenate([noise, own]))

@@ -9,20 +9,22 @@ Uhlmann 2004.)
 
 import itertools
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
 from ..algebra.normal import Normal, spread, square
 from ..equations.problems import ODE, AbstractProblem
 from ..util.checks import as_integer
-from .constraints import AbstractConstraint, evaluations_field, problem_field, relinearise_field
+from .constraints import AbstractConstraint, require_problem
+from .iteration import Iteration
 
 
 class AbstractCubature(eqx.Module):
@@ -46,7 +48,7 @@ class SphericalCubature(AbstractCubature):
     (6, 3)
     """
 
-    def rule(self, dim):
+    def rule(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
         return np.sqrt(dim) * np.concatenate([np.eye(dim), -np.eye(dim)]), np.full(2 * dim, 1 / (2 * dim))
 
 
@@ -63,11 +65,11 @@ class UnscentedTransform(AbstractCubature):
 
     kappa: float = eqx.field(static=True, default=1.0)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if not self.kappa > 0:
             raise ValueError(f"UnscentedTransform(kappa) must be positive, for positive weights, got {self.kappa!r}.")
 
-    def rule(self, dim):
+    def rule(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
         spread = dim + self.kappa
         points = np.sqrt(spread) * np.concatenate([np.zeros((1, dim)), np.eye(dim), -np.eye(dim)])
         return points, np.array([self.kappa / spread] + [1 / (2 * spread)] * (2 * dim))
@@ -85,7 +87,7 @@ class GaussHermite(AbstractCubature):
 
     points: int = eqx.field(static=True, default=3, converter=lambda n: as_integer(n, "GaussHermite(points)", 1))
 
-    def rule(self, dim):
+    def rule(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
         if self.points**dim > 100_000:
             raise ValueError(f"GaussHermite({self.points}) has {self.points}^{dim} points: use SphericalCubature().")
         nodes, weights = np.polynomial.hermite_e.hermegauss(self.points)
@@ -94,13 +96,10 @@ class GaussHermite(AbstractCubature):
         return points, np.prod(np.array(list(itertools.product(weights, repeat=dim))), axis=1)
 
 
-def _cubature_field() -> Any:
-    def convert(value: Any):
-        if not isinstance(value, AbstractCubature):
-            raise TypeError(f"cubature must be a rule like SphericalCubature(), got {value!r}.")
-        return value
-
-    return eqx.field(default=SphericalCubature(), kw_only=True, converter=convert)
+def _require_cubature(value):
+    if not isinstance(value, AbstractCubature):
+        raise TypeError(f"cubature must be a rule like SphericalCubature(), got {value!r}.")
+    return value
 
 
 class SLR1(AbstractConstraint):
@@ -119,13 +118,25 @@ class SLR1(AbstractConstraint):
     1
     """
 
-    problem: AbstractProblem = problem_field("SLR1", AbstractProblem, "an ODE or a Residual")
-    cubature: AbstractCubature = _cubature_field()
-    noise: bool = eqx.field(static=True, default=False, kw_only=True)
-    evaluations: int = evaluations_field()
-    relinearise: bool = relinearise_field()
+    problem: AbstractProblem
+    cubature: AbstractCubature
+    noise: bool = eqx.field(static=True)
+    iteration: Iteration
 
-    def linearise(self, t, predicted, layout, args):
+    def __init__(
+        self,
+        problem: Any,
+        *,
+        cubature: Any = SphericalCubature(),
+        noise: bool = False,
+        evaluations: Any = 1,
+        relinearise: bool = False,
+    ):
+        self.problem = require_problem("SLR1", problem, AbstractProblem, "an ODE or a Residual")
+        self.cubature, self.noise = _require_cubature(cubature), noise
+        self.iteration = Iteration(evaluations, relinearise)
+
+    def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         return _average(self, self.problem.first_order, t, predicted, layout, args)
 
 
@@ -140,19 +151,26 @@ class SLR0(AbstractConstraint):
     1
     """
 
-    problem: ODE = problem_field("SLR0", ODE, "an ODE")
-    cubature: AbstractCubature = _cubature_field()
-    noise: bool = eqx.field(static=True, default=False, kw_only=True)
-    evaluations: int = evaluations_field()
+    problem: ODE
+    cubature: AbstractCubature
+    noise: bool = eqx.field(static=True)
+    iteration: Iteration
     first_order = False
 
-    def linearise(self, t, predicted, layout, args):
+    def __init__(self, problem: Any, *, cubature: Any = SphericalCubature(), noise: bool = False, evaluations: Any = 1):
+        self.problem = require_problem("SLR0", problem, ODE, "an ODE")
+        self.cubature, self.noise = _require_cubature(cubature), noise
+        self.iteration = Iteration(evaluations)
+
+    def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         return _average(self, self.problem.zeroth_order, t, predicted, layout, args)
 
 
-def _average(constraint, linearise, t, predicted: Normal, layout: Layout, args) -> Linearisation:
+def _average(
+    constraint: SLR0 | SLR1, linearise: Callable, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree
+) -> Linearisation:
     problem, us = constraint.problem, layout.unpack(predicted.mean)
-    number = problem.order if isinstance(problem, ODE) else problem.order + 1
+    number = problem.num_linearised
     directions = _directions(predicted, number, layout)
     nodes, weights = (jnp.asarray(x, layout.dtype) for x in constraint.cubature.rule(directions.shape[0]))
     deltas = jnp.tensordot(nodes, directions, axes=1)

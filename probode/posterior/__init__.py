@@ -1,1 +1,1 @@
-"""What comes out: trajectories, smoothing, samples, solutions."""
+"""The posterior of a solve: smoothing, dense output, samples, and the ``Solution`` that a solve returns."""

@@ -1,4 +1,4 @@
-"""From the states that a solve has kept to its solution: calibrate, smooth, and read off what was asked for."""
+"""The ``Solution`` from the states that a solve has kept: calibrated, smoothed, evaluated at the times to save."""
 
 import dataclasses
 
@@ -11,22 +11,28 @@ from ..stepping.kept import Kept
 from ..stepping.loops import AbstractLoop
 from ..stepping.result import Result
 from ..stepping.step import Step
-from ..stepping.times import direction_of
 from .leave_one_out import left_out_squares
 from .solution import SaveAt, Solution
 from .trajectory import column, evaluate, rescale, rows_of_steps, trajectory
 
 
 def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: AbstractLoop) -> Solution:
-    """The posterior at the rows asked for: ``t0``, then ``ts`` or every step, then ``t1``.
+    """The ``Solution`` at the times of ``save_at``: ``t0``, then ``ts`` or the end of every step, then ``t1``.
 
-    ``save_at``: with times of the solve's dtype. ``kept``: the states to choose from.
+    - ``save_at``: which times; its ``ts`` have the dtype of the state.
+    - ``kept``: the states that the loop has kept.
+    - ``ended``: the adaptive solve after its last step.
+    - ``step``: prior, calibration, layout and data of the solve.
+    - ``loop``: for the number of rows of ``SaveAt(steps=True)``, which is ``max_steps``.
     """
-    rows, reached, ts, layout, calibration = kept.rows, kept.reached, save_at.ts, step.layout, step.calibration
+    rows, reached, layout, calibration = kept.rows, kept.reached, step.layout, step.calibration
+    ts = None if save_at.ts is None else jnp.asarray(save_at.ts)
     statistics = ended.current.statistics
     if rows.influence is not None:
-        statistics = calibration.leave_one_out(statistics, *left_out_squares(rows, reached, step.prior, layout))
-        # Has served its purpose.
+        squares, weights = left_out_squares(rows, reached, step.prior, layout)
+        # Asked of calibrations that are an AbstractLeaveOneOut.
+        statistics = calibration.leave_one_out(statistics, squares, weights)  # type: ignore[attr-defined]
+        # Without this line it would be a part of the trajectory in the solution, and take memory there.
         rows = dataclasses.replace(rows, influence=None)
     factor = calibration.finalise(statistics)
     if factor is not None:
@@ -45,14 +51,15 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
     if save_at.t1 and not save_at.steps:
         parts.append(jax.tree.map(lambda x: x[None], row(path.last)))
     t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-    # Every state on the way is finite; what a calibration or smoothing makes of them may not be.
+    # Accepted states are finite, but the final factor and smoothing may overflow: NaN would be called successful.
     spoilt = (ended.result == Result.successful) & ~is_finite((marginals, output_scale, factor))
     result = Result.where(spoilt, Result.nonfinite, ended.result)
     if ts is not None:
         start = int(save_at.t0)
-        # Times that were not reached have no answer.
-        direction = direction_of(path.rows.t[0], ended.t)
-        missing = jnp.zeros(t.size, bool).at[start : start + ts.size].set((ts - ended.t) * direction > 0)
+        # NaN at times that were not reached: there ``evaluate`` has extrapolated the prior. The direction is that of
+        # the times themselves: a solve without an accepted step has none.
+        beyond = (ts - ended.t) * jnp.sign(ts - path.rows.t[0]) > 0
+        missing = jnp.zeros(t.size, bool).at[start : start + ts.size].set(beyond)
         marginals, output_scale = jax.tree.map(
             lambda x: jnp.where(column(missing, x), jnp.nan, x), (marginals, output_scale)
         )
@@ -62,7 +69,7 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
         "num_rejected_steps": ended.num_steps - ended.num_accepted_steps,
         "max_steps": jnp.asarray(loop.max_steps, jnp.int32),
     }
-    if step.iterates:
+    if step.constraint.iteration.is_gauss_newton:
         stats["last_move"] = ended.current.last_move
     ones = jnp.ones(layout.batch_shape, layout.dtype)
     log_likelihood = ended.current.evidence.log_likelihood(ones if factor is None else factor)

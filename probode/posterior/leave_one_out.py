@@ -1,8 +1,16 @@
-"""Leave-one-out residuals: how well each equation is predicted by all the others, earlier and later ones.
+"""Leave-one-out residuals: the residual of each step given the equation at all other steps, earlier and later ones.
 
-One pass backwards over the kept steps, without the vector field: the disturbance smoother of de Jong (1988). Its
-variables are the information ``root^T root`` that later residuals carry about a state, and their pull ``score`` on it.
+One pass backwards over the kept steps, without the vector field: the disturbance smoother of de Jong (1988, "A
+cross-validation filter for time series models"). With ``S^(-1/2) z`` the whitened innovation of a step, ``H'`` its
+derivative ``S^(-1/2) H``, ``K`` the gain (the mean moves by ``-K^T S^(-1/2) z``) and ``A`` the transition of the step,
+the score ``r`` of all later residuals and their information ``N`` about the state are, before the step, ::
+
+    r' = A^T (r - H'^T (S^(-1/2) z + K r)),    N' = A^T (H'^T H' + (I - K^T H')^T N (I - K^T H')) A
+
+The leave-one-out residual is ``-(S^(-1/2) z + K r)``, and its variance ``I + K N K^T``.
 """
+
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,6 +27,8 @@ from .trajectory import backwards, column
 
 
 class _Later(eqx.Module):
+    """The score of later residuals (the gradient of their log density) and a right square root of their information."""
+
     score: Float[Array, "*batch dim cols"]
     root: Float[Array, "*batch dim dim"]
 
@@ -26,12 +36,17 @@ class _Later(eqx.Module):
 def left_out_squares(
     rows: Row, reached: Bool[Array, " rows"], prior: AbstractPrior | AbstractPriorFamily, layout: Layout
 ) -> tuple[Float[Array, "rows *batch"], Float[Array, "rows *batch"]]:
-    """The leave-one-out residual of the step that ends in each row, squared over its own variance (the mean over its
-    components), and its weight: zero where there is none, or none above round-off."""
+    """The squared leave-one-out residual of the step that ends at each row, over its variance, and its weight.
+
+    Both are ``(rows, *batch)``; the square is the mean over the components. The weight is that of ``Influence``: zero
+    where no step ends or its residual is round-off, and where the square is not finite.
+    """
+    assert rows.influence is not None
     dt = jnp.diff(rows.t, prepend=rows.t[:1])
 
     def matrix(dt, own):
-        return (prior if own is None else own).transition(jnp.where(dt == 0, 1, dt), layout).matrix
+        one: Any = prior if own is None else own
+        return one.transition(jnp.where(dt == 0, 1, dt), layout).matrix
 
     matrices = jax.vmap(matrix)(dt, rows.prior)
     mean, factor = rows.distribution.mean[0], rows.distribution.factor[0]
@@ -40,24 +55,25 @@ def left_out_squares(
     def before(x, later):
         influence, matrix, anew = x
         new = _before(influence, matrix, later)
-        # Behind a jump it is another equation, which is not told from before.
+        # A restart behind a jump is no step: there is no transition with which the score could be carried across it.
         return new if anew is None else jax.tree.map(lambda a, b: jnp.where(anew, a, b), nothing, new)
 
     later = backwards(before, nothing, (rows.influence, matrices, rows.anew), reached)
     weight = jnp.where(column(reached, rows.influence.weight), rows.influence.weight, 0)
     squares = jax.vmap(_square)(rows.influence, later)
-    # One that is not a number would be the mean of all.
+    # A single NaN would make the mean of all squares NaN.
     known = jnp.isfinite(squares)
     return jnp.where(known, squares, 0), jnp.where(known, weight, 0)
 
 
 def _pull(influence, later):
+    """The leave-one-out residual before it is divided by its standard deviation."""
     return -influence.whitened - product(influence.gain, later.score)
 
 
 @batched
 def _before(influence: Influence, matrix: Float[Array, "p p"], later: _Later) -> _Later:
-    """What residuals from this step on say about the state before it."""
+    """Score and information, about the state before a step, of the residuals of this step and all later ones."""
     score = later.score + product(influence.matrix.T, _pull(influence, later))
     rest = later.root - product(product(later.root, influence.gain.T), influence.matrix)
     stack = jnp.concatenate([influence.matrix, rest])
@@ -65,7 +81,10 @@ def _before(influence: Influence, matrix: Float[Array, "p p"], later: _Later) ->
 
 
 def _triangle(rows):
-    """The triangle of a root of information, whose squares overflow where an innovation has next to no variance."""
+    """Upper triangular square root of ``rows^T rows``, with columns scaled to one before they are squared.
+
+    Unscaled, the squares overflow where an innovation has almost no variance, so that its information is very large.
+    """
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=0))
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     return triangularise(None, rows / size) * size
@@ -73,6 +92,7 @@ def _triangle(rows):
 
 @batched
 def _square(influence: Influence, later: _Later) -> Float[Array, ""]:
+    """The squared leave-one-out residual over its variance ``I + K N K^T``, the mean over its components."""
     root = product(later.root, influence.gain.T)
     spread = triangularise(jnp.eye(root.shape[1], dtype=root.dtype), root)
     residual = substitute(spread, _pull(influence, later))

@@ -1,4 +1,4 @@
-"""What a solve returns: the posterior at the times asked for, how it ended, and what it cost."""
+"""The result of a solve: the posterior at the saved times, how the solve ended, and what it cost."""
 
 import math
 from typing import Any
@@ -20,10 +20,18 @@ from .trajectory import Trajectory, evaluate, sample_at
 
 
 class SaveAt(eqx.Module):
-    """Which times to keep: ``t0``, ``t1``, ``ts`` (sorted in the direction of time), or every accepted step.
+    """The times at which a solve keeps its posterior.
 
-    ``steps`` includes ``t1`` and excludes ``ts``. ``dense`` keeps what ``Solution.evaluate`` needs (memory for
-    ``max_steps`` states); alone it also keeps ``t1``. Raises ``ValueError`` if nothing or both are asked for.
+    - ``t0``, ``t1``: whether to keep the first, and the last, time of the interval.
+    - ``ts``: further times, ``(times,)``, sorted in the direction of the solve. With ``t1`` as well, ``t1`` comes last.
+    - ``steps``: whether to keep the end of every accepted step; that includes ``t1``. There are ``max_steps`` such
+      entries; those after the last step repeat it.
+    - ``dense``: whether to keep what ``Solution.evaluate`` needs at any time of the interval, which takes memory for
+      ``max_steps`` states. If nothing else is set, ``t1`` is kept, too.
+
+    Raises ``TypeError`` for a flag that is not ``True`` or ``False`` and for times that are not real, ``ValueError``
+    for ``ts`` together with ``steps``, for an array ``ts`` that is empty or not of shape ``(times,)``, and if nothing
+    is set.
 
     >>> import probode
     >>> probode.SaveAt(t0=True, steps=True).steps
@@ -53,33 +61,49 @@ class SaveAt(eqx.Module):
 
 
 class Spread(eqx.Module):
-    """How the posterior means move with an uncertain initial value, along the ``N`` rows of its factor.
+    """Derivatives of the posterior with respect to an uncertain initial value, along the ``N`` rows of its factor.
 
-    ``means``: those in ``Solution.marginals``, ``(N, time, *batch, dim, cols)``; ``trajectory``: tangents of the kept
-    states behind ``evaluate``.
+    Their squares are what the initial value adds to the covariances of a ``Solution``.
+
+    - ``means``: of the means in ``Solution.marginals``, ``(N, time, *batch, dim, cols)``.
+    - ``trajectory``: of the kept states, a ``Trajectory`` of tangents with a leading axis ``N``; ``None`` where none
+      are kept.
     """
 
     means: Float[Array, "N time *state"]
     trajectory: Any
 
     def at(self, path: Trajectory, t: Array) -> Array:
-        """Of the means at any times."""
+        """Derivatives of the means at the times ``t``, ``(N, *t.shape, *batch, dim, cols)``."""
         move = lambda tangent: eqx.filter_jvp(lambda path: _evaluate(path, t).mean, (path,), (tangent,))[1]  # noqa: E731
         return eqx.filter_vmap(move)(self.trajectory)
 
 
 class Solution(eqx.Module):
-    """The posterior over a solution.
+    """The posterior of a solve at the saved times, with its result and statistics, as ``Solver.solve`` returns it.
 
-    ``t``: times, ``(time,)``. ``marginals``: the state distributions over ``(u, u', ..., u^(nu))`` with a leading time
-    axis. ``output_scale``: the calibrated factor on the prior's scale, ``(time,)`` or ``(time, d)``, 1 without
-    calibration. ``log_likelihood``: the log marginal likelihood of the equation holding at every step, under the
-    covariances reported. ``result``: a ``Result``. ``stats``: ``num_steps`` attempts, of which ``num_accepted_steps``
-    and ``num_rejected_steps``, and ``max_steps``; where linearisations are iterated also ``last_move``, how far the
-    last iteration moved an innovation, at most, in its standard deviations: small if all have converged. ``state``:
-    the running state at the end, to go on from. ``trajectory``: the kept states behind ``evaluate`` and ``sample``, if
-    any. ``spread``: what an uncertain initial value adds, which is already in ``marginals``. ``data_log_likelihood``:
-    the log density of the data that the solve was given, each given those before it and the equation up to its time.
+    ``mean`` and ``std`` are those of ``u``; the fields hold the whole state:
+
+    - ``t``: the saved times, ``(time,)``.
+    - ``marginals``: the Gaussians over ``(u, u', ..., u^(nu))`` at these times, in the layout of the factorisation:
+      ``mean`` is ``(time, *batch, dim, cols)`` and ``factor`` is ``(time, *batch, rows, dim)``. NaN at times that were
+      not reached.
+    - ``output_scale``: the calibrated factor on the prior's own output scale in the step that holds each time,
+      ``(time,)``, or ``(time, d)`` under ``BlockDiagonal``; 1 without calibration.
+    - ``log_likelihood``: the log marginal likelihood of the equation holding at every step, under the covariances that
+      are reported; NaN under ``Subspace``.
+    - ``result``: a ``Result``, ``Result.successful`` or the reason why the solve ended before ``t1``.
+    - ``stats``: ``num_steps``, the number of attempted steps; ``num_accepted_steps`` and ``num_rejected_steps`` of
+      them; ``max_steps``, the largest number allowed. Where linearisations are iterated also ``last_move``: how far the
+      last iteration of a step moved an innovation, in its standard deviations, the largest over all steps; small if all
+      iterations have converged.
+    - ``state``: the state at the end, which can be passed as ``u0`` to a further solve.
+    - ``layout``: how states are stored.
+    - ``trajectory``: the kept states from which ``evaluate`` and ``sample`` compute; ``None`` where none are needed.
+    - ``spread``: derivatives with respect to an uncertain initial value, whose share is already in ``marginals``;
+      ``None`` elsewhere.
+    - ``data_log_likelihood``: the log density of the data passed to the solve, each datum given those before it and
+      the equation up to its time; ``None`` without data.
 
     >>> import probode
     >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
@@ -98,7 +122,7 @@ class Solution(eqx.Module):
     spread: Spread | None = None
     data_log_likelihood: Float[Array, ""] | None = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         kind = ("smoothed" if self.is_smoothed else "filtered") + (", dense" if self.is_dense else "")
         shapes = f"t={eqx.tree_pformat(self.t)}, u={describe.shape_of_u(self.layout)}"
         return f"Solution({shapes}, num_derivatives={self.layout.num_derivatives}, {kind})"
@@ -108,25 +132,25 @@ class Solution(eqx.Module):
 
     @property
     def is_dense(self) -> bool:
-        """Whether every step was kept, so that the solution can be evaluated at any time of the interval."""
+        """Whether every step was kept, as ``evaluate`` at any time of the interval needs it."""
         return self.trajectory is not None and self.trajectory.dense
 
     @property
     def is_smoothed(self) -> bool:
-        """Whether every time is estimated from the whole solve, so that joint samples can be drawn."""
+        """Whether the posterior at every time is conditioned on the whole solve, as joint samples need it."""
         return self.trajectory is not None and self.trajectory.smoothed is not None
 
     def summary(self) -> str:
-        """Result, time span, steps, calibration, evidence and largest standard deviation, as text to be printed."""
+        """Result, time span, steps, calibration, evidence and largest standard deviation, as text."""
         return describe.as_text(describe.facts(self, Result))
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
-        """Draw means with bands of uncertainty, and samples, over time; returns the axes. Needs the ``plot`` extra.
+        """The axes ``ax`` (new ones by default) with means, bands of standard deviations and samples over time.
 
-        ``options``: ``components``, ``derivative``, ``std``, ``samples``, ``key``, ``ts``, ``labels``, see
-        ``probode.plots.plot``. Other pictures are in ``probode.plots``.
+        ``options``: ``components``, ``derivative``, ``std``, ``samples``, ``key``, ``ts`` and ``labels`` of
+        ``probode.plots.plot``, which raises the same errors. ``probode.plots`` has further pictures.
         """
-        # Pictures are made of solutions: at the top of this file the import would close a circle.
+        # At the top of this file it would be an import from a folder that stands above this one (test_architecture).
         from ..diagnostics import plots
 
         return plots.plot(self, ax, **options)
@@ -142,20 +166,23 @@ class Solution(eqx.Module):
         return self.derivative(0).std
 
     def derivative(self, k: Any) -> Moments:
-        """Posterior of ``u^(k)``: an object with ``.mean`` and ``.std``. Raises ``ValueError`` above the prior's.
+        """Posterior mean and standard deviation of ``u^(k)``: ``Moments`` with leaves ``(time, *leaf.shape)``.
 
-        ``TS0`` takes the derivative that the equation gives for exact: at the ends of steps, where its standard
-        deviation would be zero, it is estimated from that of the derivative below and the rate at which the solution
-        changes.
+        Under ``TS0`` the posterior covariance of the derivative that the equation gives is zero at the ends of steps,
+        since its linearisation freezes the field. The standard deviation returned there is an estimate, from that of
+        the derivative below and the rate at which the solution changes. Raises ``ValueError`` unless ``k`` is an
+        integer from 0 to the ``num_derivatives`` of the prior.
         """
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.marginals, k)
 
     def evaluate(self, t: Any) -> Posterior:
-        """The posterior at any ``t`` of the interval, of shape ``()`` or ``(time,)``; smoothed if the strategy is.
+        """The posterior at any times of the interval (dense output), smoothed if the strategy is a smoother.
 
-        Differentiable in ``t``. Raises ``ValueError`` if the solve has not kept its steps (``SaveAt(dense=True)``, a
-        ``FixedIntervalSmoother`` or ``solve_grid`` do), or if a time lies outside what was solved.
+        ``t``: a time or an array of times, ``()`` or ``(time,)``, in any order; the result can be differentiated with
+        respect to it. Raises ``ValueError`` if the solve has not kept its steps (``SaveAt(dense=True)``,
+        ``FixedIntervalSmoother`` and ``solve_grid`` keep them), if a time lies outside the interval that was solved,
+        and for a batch of solutions, ``TypeError`` for times that are not real.
         """
         if not self.is_dense:
             raise ValueError(
@@ -169,10 +196,13 @@ class Solution(eqx.Module):
         return Posterior(t, states, self.layout)
 
     def sample(self, key: Any, shape: tuple[int, ...] = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
-        """Joint samples of the trajectory of ``u``: leaves ``(*shape, time, *leaf.shape)``.
+        """Joint samples of ``u`` at several times under the posterior: leaves ``(*shape, time, *leaf.shape)``.
 
-        At the times ``.t``, or at any ``ts`` of shape ``(time,)`` where the solve has kept its steps. A filter's
-        marginals do not say how times belong together: more than one is a ``ValueError``.
+        ``key``: a random key of JAX. ``shape``: leading axes of independent samples. ``ts``: times, ``(time,)``, in any
+        order, for solves that have kept their steps; by default the saved times ``t``. Samples are NaN at times that
+        were not reached. Raises ``ValueError`` for several times of a filter, which has no joint distribution over
+        times; for ``ts`` without kept steps, of another shape or outside the interval; for a batch of solutions; and
+        under ``Subspace``.
         """
         path = self.trajectory
         self.layout.require_shared_algebra("Sampling")
@@ -196,16 +226,18 @@ class Solution(eqx.Module):
                 )
             marginals = self.marginals if ts is self.t else self.evaluate(ts).marginals
             return _sample(marginals, self.layout, key, tuple(shape), self._moves(ts))
-        missing = jnp.isnan(self.marginals.mean).any(axis=tuple(range(1, self.marginals.mean.ndim)))
-        missing = missing if ts is self.t else None
+        unreached = jnp.isnan(self.marginals.mean).any(axis=tuple(range(1, self.marginals.mean.ndim)))
+        missing = unreached if ts is self.t else None
         return _sample_path(path, self.layout, key, tuple(shape), ts, missing, self._moves(ts))
 
     def _moves(self, ts):
+        """Derivatives of the means at ``ts`` along the directions of an uncertain initial value, ``None`` if none."""
         if self.spread is None or ts is self.t:
             return None if self.spread is None else self.spread.means
         return _moves_at(self.spread, self.trajectory, ts)
 
     def _single(self, method):
+        """Raises ``ValueError`` for a batch of solutions, as ``jax.vmap`` of a solve returns it."""
         if self.t.ndim != 1:
             raise ValueError(
                 f"This is a batch of solutions: call {method} under jax.vmap, as in "
@@ -213,12 +245,15 @@ class Solution(eqx.Module):
             )
 
     def _times(self, t, name):
+        """Times of the interval that was solved; those outside by no more than round-off are moved to its ends."""
         self._single(name.partition("(")[0])
         path = self.trajectory
         t = as_float(t, name).astype(self.t.dtype)
         if t.ndim > 1:
             raise ValueError(f"{name} must be a time or an array of times of shape (times,), got shape {t.shape}.")
-        t0, t1 = path.rows.t[0], self.state.t
+        assert path is not None
+        t0: Any = path.rows.t[0]
+        t1: Any = self.state.t
         if not is_traced(t, t0, t1):
             t0, t1 = np.asarray(t0), np.asarray(t1)
             near = np.clip(t, min(t0, t1), max(t0, t1))
@@ -244,7 +279,8 @@ def _moves_at(spread, path, t):
 @compiled
 def _sample(marginals, layout, key, shape, moves):
     mean, factor = marginals.mean, marginals.factor
-    # The initial value moves all components together, whatever the factorisation keeps.
+    # The last rows of the factor are the moves. They need the same weight for all components, also where the
+    # factorisation draws components independently: ``_moved`` adds them.
     factor = factor if moves is None else factor[..., : factor.shape[-2] - moves.shape[0], :]
 
     def one(key):
@@ -267,6 +303,7 @@ def _sample_path(path, layout, key, shape, ts, missing, moves):
 
 
 def _moved(states, moves, key):
+    """Samples plus a random combination of the moves, with the same standard normal weights at all times."""
     if moves is None:
         return states
     weights = jax.random.normal(jax.random.fold_in(key, 2), moves.shape[:1], states.dtype)
@@ -283,14 +320,18 @@ def _draws(one, key, shape):
 
 
 def raise_unless_successful(solution: Solution) -> Solution:
-    """The solution itself if it reached ``t1``; otherwise raises ``RuntimeError`` with the reason and the time."""
+    """The solution itself; raises ``RuntimeError`` with the reason and the time if it did not reach ``t1``.
+
+    Under a transformation of JAX the error is raised when the compiled program runs.
+    """
     failed = solution.result != Result.successful
     if isinstance(failed, jax.core.Tracer):
         return solution.result.error_if(solution, failed)
     if np.any(failed):
         state, stats = solution.state, solution.stats
+        words: str = Result[solution.result]  # type: ignore[misc]  # equinox's enumerations have words
         raise RuntimeError(
-            f"{Result[solution.result]} It stopped at t = {state.t} after {stats['num_accepted_steps']} accepted and "
+            f"{words} It stopped at t = {state.t} after {stats['num_accepted_steps']} accepted and "
             f"{stats['num_rejected_steps']} rejected steps; throw=False returns what was reached."
         )
     return solution

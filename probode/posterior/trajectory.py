@@ -1,7 +1,8 @@
-"""The chain of states that a solve has kept: smoothing, dense output, samples.
+"""The Markov chain of states that a solve has kept: smoothing, dense output, joint samples.
 
-Every kept state knows its coordinates given those of the next one; one pass backwards turns them into the posterior
-given everything, or into a joint sample. Between two kept states the prior tells the rest.
+Each row holds a state given the data up to its time, and the distribution of the previous row's coordinates given its
+own. One pass backwards over the rows marginalises these conditionals, which gives the smoothed posterior, or draws from
+them, which gives a joint sample. The state between two rows is that of the prior, given the states of both.
 """
 
 from collections.abc import Callable
@@ -13,27 +14,32 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ..algebra.conditioning import predict
-from ..algebra.coordinates import Conditional, coordinates_of, look_back, realise, standard
+from ..algebra.coordinates import Conditional, coordinates_of, from_coordinates, marginalise, standard
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose, product
 from ..algebra.normal import Normal, batched, certain, pad, push, spread
 from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..stepping.kept import Row
-from ..stepping.times import direction_of
+from ..stepping.times import Interval
 from ..util.xla import compiles_small_loops
 
 
-# Rows in which nothing is kept are passed over in blocks of this many.
+# A backward scan skips blocks of this many rows if the solve has reached none of them: otherwise every solve would take
+# the time of ``max_steps`` rows.
 _BLOCK = 64
-# So many times are evaluated together where loops are not native.
+# How many times are evaluated together where XLA does not compile small loops into native functions.
 _GROUP = 4
 
 
 class Trajectory(eqx.Module):
-    """Kept states in the order of time, from ``t0`` to the last time reached.
+    """The states that a solve has kept, in the order of the solve from ``t0`` to the last time reached.
 
-    ``reached``: which rows are real. ``smoothed``: the states given all data, in the coordinates of ``rows``; ``None``
-    for a filter. ``dense``: whether the rows are all steps, or the ends of those that hold the times asked for.
+    - ``rows``: the kept states, with a leading axis ``rows``.
+    - ``reached``: which rows the solve has reached; the others repeat the last of these.
+    - ``smoothed``: the distributions of the rows' coordinates given the whole solve; ``None`` for a filter.
+    - ``prior``: the prior between rows, or the family of which ``rows.prior`` has the members.
+    - ``layout``: how states are stored.
+    - ``dense``: whether the rows are the ends of all steps; otherwise only of the steps that hold saved times.
     """
 
     rows: Row
@@ -44,34 +50,40 @@ class Trajectory(eqx.Module):
     dense: bool = eqx.field(static=True)
 
     def marginal(self, i: int | Array) -> Normal:
-        """The posterior at the ``i``-th row, with a square factor."""
+        """The posterior at the ``i``-th row, smoothed if the strategy is a smoother, with a square factor."""
         return _posterior(_row(self.rows.distribution, i), _row(self.smoothed, i))
 
     def prior_of(self, i: int | Array) -> AbstractPrior:
         """The prior of the step that ends at the ``i``-th row."""
-        return self.prior if self.rows.prior is None else _row(self.rows.prior, i)
+        # A family has a member in every row.
+        return self.prior if self.rows.prior is None else _row(self.rows.prior, i)  # type: ignore[return-value]
+
+    @property
+    def interval(self) -> Interval:
+        """The times from the first row to the last."""
+        return Interval(self.rows.t[0], self.rows.t[-1])
 
     @property
     def last(self) -> Array:
-        """The number of the last row that is real."""
+        """The index of the last row that was reached."""
         return jnp.sum(self.reached) - 1
 
 
 def trajectory(
     rows: Row, reached: Bool[Array, " rows"], prior: AbstractPrior | AbstractPriorFamily, layout: Layout, *, dense: bool
 ) -> Trajectory:
-    """The trajectory of the kept rows, smoothed if they remember their past."""
+    """The trajectory of the kept rows, smoothed if they have the conditionals of a smoother (``Row.past``)."""
     smoothed = None
     if rows.past is not None:
         last = standard(_row(rows.distribution, -1))
-        smoothed = backwards(lambda past, later: look_back(later, past), last, rows.past, reached)
+        smoothed = backwards(lambda past, later: marginalise(later, past), last, rows.past, reached)
     return Trajectory(rows, reached, smoothed, prior, layout, dense)
 
 
 def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Array:
-    """The numbers of the rows with which steps end, ``number`` of them, the last one repeated.
+    """The indices of the rows at the ends of steps, ``(number,)``; those after the last step repeat it.
 
-    Where a state has started anew behind a jump there are two rows: the second one.
+    At a jump of the equation there are two rows, the state before and the one restarted behind it: the second counts.
     """
     if rows.anew is None:
         return jnp.arange(1, number + 1)
@@ -81,21 +93,22 @@ def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Arra
 
 
 def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
-    """All covariances times ``factor^2``, means untouched."""
+    """The rows with all covariances times ``factor^2`` and the same means."""
     column = factor[..., None, None]
     past = rows.past
     if past is not None:
-        # Coordinates are measured in standard deviations.
+        # ``shift`` is in units of standard deviations: divided by the factor it moves the mean by the same amount.
         past = eqx.tree_at(lambda p: p.shift, past, past.shift / jnp.where(column > 0, column, 1))
     distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)
     return Row(rows.t, distribution, rows.output_scale * factor, past, rows.influence, rows.prior, rows.anew)
 
 
 def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"]]:
-    """The posterior at any times inside the steps that were kept, with square factors, and the output scales there."""
+    """The posterior at any times inside the kept steps, with square factors, and the output scales of these steps."""
     if jax.default_backend() != "cpu":
         return jax.vmap(lambda t: _evaluate(path, t))(ts)
-    # One by one in a native loop; otherwise in groups that stay in the cache.
+    # A native loop is fastest one by one. Otherwise the operations of each iteration cost more than their arithmetic,
+    # and all times at once would not stay in the cache.
     return lax.map(lambda t: _evaluate(path, t), ts, batch_size=None if compiles_small_loops() else _GROUP)
 
 
@@ -110,15 +123,16 @@ def _evaluate(path, t):
     prior = path.prior if prior is None else prior
     here, predicted, past = _between(path.layout, prior, scale_right, x_left, t - t_left, t_right - t)
     if path.smoothed is not None:
-        here = realise(look_back(coordinates_of(right, predicted), past), here)
-    # At an end: a step of no length, which still has a derivative.
+        here = from_coordinates(marginalise(coordinates_of(right, predicted), past), here)
+    # At the ends of the step ``here`` must not be used. The transition over a length of zero is the identity, and its
+    # derivative makes that of the result with respect to ``t`` right.
     end, t_end, scale = choose(at_left, (left, t_left, scale_left), (right, t_right, scale_right))
     there = push(end, prior.transition(t - t_end, path.layout).matrix)
     return choose(at_left | at_right, there, here), scale
 
 
 def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batch dim cols"]:
-    """One joint sample of the states in all rows."""
+    """One joint sample of the states in all rows; of a filter, independent samples of its marginals."""
     mean, factor, past = path.rows.distribution.mean, path.rows.distribution.factor, path.rows.past
 
     def noise(key, root):
@@ -127,22 +141,23 @@ def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batc
     if path.smoothed is None:
         coordinates = noise(key, factor)
     else:
-        # What is drawn for a row turns the row before it into a sample; the last row needs a draw of its own.
-        xs = past, noise(key, past.own)
+        # Each row holds the conditional of the row before it; the last one is drawn from its marginal.
+        assert past is not None
+        xs = past, noise(key, past.noise)
         last = noise(jax.random.fold_in(key, 1), factor[-1])
-        coordinates = backwards(lambda x, w: draw(*x, w), last, xs, path.reached)
+        coordinates = backwards(lambda x, w: draw(x[0], x[1], w), last, xs, path.reached)
     return mean + jax.vmap(spread)(factor, coordinates)
 
 
 def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -> Float[Array, "times *batch dim cols"]:
-    """One joint sample of the states at any times inside the steps kept of a smoothed trajectory."""
+    """One joint sample of the states at any times inside the kept steps of a smoother, in the order of ``ts``."""
     rows_key, key = jax.random.split(key)
     rows = sample_rows(path, rows_key)
-    direction = direction_of(path.rows.t[0], path.rows.t[-1])
-    order = jnp.argsort(ts * direction)
+    order = jnp.argsort(path.interval.ahead(ts))
 
     def body(later, x):
-        # From the last time to the first: each given the left end of its step and the next one, or the right end.
+        # From the last time to the first. Given the left end of its step and the sample at the next time of this step
+        # (or its right end) a state is independent of everything else.
         t, key = x
         i, at_left, at_right = _locate(path, t)
         t_later, i_later, x_later = later
@@ -152,7 +167,7 @@ def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -
         again = t == t_right
         prior, scale, left = path.prior_of(i + 1), path.rows.output_scale[i + 1], certain(rows[i])
         here, predicted, past = _between(path.layout, prior, scale, left, t - path.rows.t[i], t_right - t)
-        noise = jax.random.normal(key, (*past.own.shape[:-1], here.mean.shape[-1]), here.mean.dtype)
+        noise = jax.random.normal(key, (*past.noise.shape[:-1], here.mean.shape[-1]), here.mean.dtype)
         known = coordinates_of(certain(x_right), predicted)
         x = here.mean + spread(here.factor, draw(past, noise, known.mean))
         x = jnp.where(again, x_right, jnp.where(at_left, rows[i], jnp.where(at_right, rows[i + 1], x)))
@@ -164,16 +179,19 @@ def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -
 
 
 def _locate(path, t):
-    """The step that holds ``t``, and whether ``t`` is its left or its right end."""
-    direction = direction_of(path.rows.t[0], path.rows.t[-1])
-    i = jnp.searchsorted(path.rows.t * direction, t * direction, side="right") - 1
+    """The index of the row that begins the step which holds ``t``, and whether ``t`` is its left, its right end."""
+    ahead = path.interval.ahead
+    i = jnp.searchsorted(ahead(path.rows.t), ahead(t), side="right") - 1
     i = jnp.clip(i, 0, jnp.maximum(path.last - 1, 0))
     return i, t == path.rows.t[i], t == path.rows.t[i + 1]
 
 
 def _between(layout, prior, scale, left, before, after):
-    """The state a time ``before`` later than ``left``, that a time ``after`` later still, and the first given the
-    second. Meaningless, but finite, where one of the two is zero."""
+    """The prediction from ``left`` over a time ``before``, the one over a further ``after``, and the conditional of
+    the first given the second.
+
+    A length of one replaces a length of zero, whose noise is singular: the result is finite, but must not be used.
+    """
 
     def step(x, dt, past):
         transition = prior.transition(jnp.where(dt == 0, 1, dt), layout)
@@ -185,21 +203,24 @@ def _between(layout, prior, scale, left, before, after):
 
 
 def _posterior(x, known):
-    """A state given all data, with a square factor: ``known`` are its coordinates then, or ``None`` for a filter."""
-    state = x if known is None else realise(known, x)
+    """The posterior of a row's state, with a square factor.
+
+    ``x``: given the data up to its time. ``known``: its coordinates given the whole solve; ``None`` for a filter.
+    """
+    state = x if known is None else from_coordinates(known, x)
     return pad(state, state.mean.shape[-2])
 
 
 @batched
 def draw(past: Conditional, noise: Float[Array, "q cols"], later: Float[Array, "rows cols"]) -> Float[Array, "p cols"]:
-    """A sample of an earlier state's coordinates, given a later one's, from standard normal noise."""
-    return past.shift + product(past.cross.T, later) + product(past.own.T, noise)
+    """A sample of the earlier state's coordinates given those of the later one: ``shift + cross^T v + noise^T w``."""
+    return past.shift + product(past.cross.T, later) + product(past.noise.T, noise)
 
 
 def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " rows"]) -> PyTree:
-    """A scan from the last row reached to the first: ``carry[last] = last`` and ``carry[i - 1] = fn(xs[i], carry[i])``.
+    """The carries of a reverse scan over the reached rows, stacked along a leading axis ``rows``.
 
-    Returns the carries, stacked.
+    ``carry[last] = last`` at the last row reached, and behind it; ``carry[i - 1] = fn(xs[i], carry[i])`` before it.
     """
     rows = reached.shape[0]
     number = -(-rows // _BLOCK)
@@ -225,7 +246,7 @@ def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " row
 
 
 def column(flags: Bool[Array, " rows"], like: Array) -> Array:
-    """Flags of rows, to choose among rows of any shape."""
+    """The flags with further axes of length one, so that they broadcast against ``like``."""
     return flags.reshape(flags.shape + (1,) * (like.ndim - 1))
 
 

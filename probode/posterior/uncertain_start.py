@@ -1,10 +1,11 @@
-"""Uncertain initial values: how the posterior moves with them, to first order.
+"""Uncertain initial values: their distribution pushed forward along the solution, to first order.
 
-A state that is uncertain at ``t0`` must not simply enter the filter: that would explain the residuals of its own
-truncation errors by moving the initial value. Instead the solve at the mean is differentiated along the rows of the
-factor, and what this adds to the covariance is kept apart: on a linear equation it is the exact push-forward. The
-steps have to be short enough for the directions, too, which may move where the mean is at rest: so the state of such a
-solve has its spread, the directions pushed forward with the gains of the steps.
+A covariance of the initial value must not enter the filter: its updates would attribute residuals, which come from
+truncation errors, to a wrong initial value, and correct that. Instead the solve from the mean is differentiated along
+the rows of the initial factor, and the covariance of these derivatives is added to that of the filter. For a linear
+equation this is the exact push-forward. The steps have to resolve these directions, too, which may change where the
+mean is constant: the state of such a solve therefore carries its spread, the directions propagated with the gains of
+the steps.
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
@@ -27,7 +27,11 @@ from .solution import Solution, Spread
 
 
 def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
-    """The rows of the factor, each a tuple ``(u, u', ...)``, along a leading axis."""
+    """The rows of the factor of ``u0``, each a tuple ``(u, u', ...)``, stacked along a leading axis.
+
+    Raises ``ValueError`` unless the factor is a PyTree of standard deviations like the mean, or a right square root of
+    the covariance over all its numbers; ``TypeError`` if it is not real.
+    """
     mean = problem.split(u0.mean)
     flat, unravel = ravel_pytree(mean)
     if getattr(u0.factor, "shape", None) == (flat.size, flat.size):
@@ -44,7 +48,7 @@ def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
 
 
 def check_uncertain(factorisation: AbstractFactorisation, calibration: AbstractCalibration, size: int) -> None:
-    """Raises where an uncertain initial value has no place."""
+    """Raises ``ValueError`` for parts with which the initial value of ``size`` components cannot be uncertain."""
     if calibration.rescales:
         raise ValueError(
             f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also that of an "
@@ -54,8 +58,8 @@ def check_uncertain(factorisation: AbstractFactorisation, calibration: AbstractC
 
 
 def check_moves(factorisation: AbstractFactorisation, size: int) -> None:
-    """Raises unless components may be uncertain in different ways."""
-    cols = factorisation.pack(np.zeros((1, size))).shape[-1]
+    """Raises ``ValueError`` where the ``size`` components of ``u`` share one covariance, as under ``Isotropic``."""
+    cols = factorisation.pack(jnp.zeros((1, size))).shape[-1]
     if cols > 1:
         raise ValueError(
             f"{type(factorisation).__name__}() has one covariance for all components, but an uncertain u0 moves them "
@@ -64,7 +68,11 @@ def check_moves(factorisation: AbstractFactorisation, size: int) -> None:
 
 
 def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: PyTree) -> Solution:
-    """The solution at ``u0``, or from the mean of a state, together with how it moves along the directions."""
+    """The solution of ``solve(u0)``, with the covariance that its derivatives along the directions add.
+
+    ``u0``: the mean of the initial value, or that of the state from which a solve is resumed. ``directions``: PyTrees
+    like it, stacked along a leading axis ``N``.
+    """
     solution, tangent = value_and_moves(solve, u0, directions)
     means = tangent.marginals.mean
     current = dataclasses.replace(solution.state.current, spread=tangent.state.current.distribution.mean)
@@ -77,6 +85,9 @@ def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: Py
 
 
 def spread_start(start: Callable[[PyTree], Normal], u0: PyTree, directions: PyTree) -> Normal:
-    """The state at ``u0`` with how it moves along the directions added to its covariance, triangular."""
+    """The state ``start(u0)`` with the covariance that its derivatives along the directions add.
+
+    The factor is upper triangular.
+    """
     state, tangent = value_and_moves(start, u0, directions)
     return square(widen(state, tangent.mean))

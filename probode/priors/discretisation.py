@@ -1,9 +1,10 @@
-"""Processes ``x' = F x + e_nu w`` with a companion matrix ``F``, ones above the diagonal and a last row, over a step.
+"""Transitions of processes ``x' = F x + e_nu w`` with white noise ``w`` and a companion matrix ``F``.
 
-The exponential of ``F`` and the square root of the noise come from Taylor and Legendre series over a short step,
-doubled until it is long enough (Van Loan, 1978; Stillfjord & Tronarp, 2023, "Computing the matrix exponential and the
-Cholesky factor of a related finite horizon Gramian"). Axes: ``n`` derivatives; ``p`` components that the drift couples,
-one where they are independent; ``m`` last blocks of the last row of ``F``, before which it is zero.
+``F`` has ones above the diagonal and a last row. Its exponential and the square root of the noise come from Taylor and
+Legendre series over a short step, which is doubled until it is long enough (Van Loan, 1978, "Computing integrals
+involving the matrix exponential"; Stillfjord & Tronarp, 2023, "Computing the matrix exponential and the Cholesky factor
+of a related finite horizon Gramian"). Axes: ``n`` derivatives; ``p`` components that the drift couples, one where they
+are independent; ``m`` last blocks of the last row of ``F``, before which it is zero.
 """
 
 import functools as ft
@@ -26,29 +27,32 @@ from .powers import noise_units, powers_of_step
 # the root of the noise less than 5e-18 of its smallest pivot (nu <= 8; computed in 60 digits).
 _TAYLOR_TERMS = 21
 _MORE_POLYNOMIALS = 7
-# Longer steps, of more than 1e12 time constants, become NaN: a solver rejects them.
+# Longer steps, of more than 1e12 time constants, become NaN, so that a solver rejects them.
 _MOST_DOUBLINGS = 40
 
 
 def companion_transition(
     row: Float[Array, "*blocks m p p"], dt: Real[Array, ""], scale: PyTree, layout: Layout
 ) -> Transition:
-    """The process with this last row of ``F``, for all components or for each of them, and with this output scale.
+    """The transition over ``dt`` of the process whose ``F`` has the last row ``row``, for an output scale.
 
-    In units ``T_i = dt^(nu-i)``, ``F dt = T M T^-1`` where ``M`` has ones above the diagonal, ``A = T exp(M) T^-1`` and
+    ``row``: ``(m, p, p)`` for all components, or ``(d, m, 1, 1)``, one for each. ``scale``: see ``IWP``. In units
+    ``T_i = dt^(nu-i)``, ``F dt = T M T^-1`` where ``M`` has ones above the diagonal, so ``A = T exp(M) T^-1`` and
     ``Q = |dt| T Qbar T``.
     """
     n, dt = layout.num_derivatives + 1, jnp.asarray(dt, layout.dtype)
     correlated = layout.output_scale(scale).ndim == 2
     if row.ndim == 4 and correlated:
-        # Noise that components share is no product of their own noises.
+        # Correlated noise couples the components, so one system holds them all: solved one by one they would have
+        # independent noise.
         row = jnp.einsum("amij,ab->mab", row, jnp.eye(layout.size, dtype=row.dtype))
     p = row.shape[-1]
     doublings, fraction = _halvings(_size(row) * jnp.abs(dt))
-    # Components that are coupled have their noise in one problem, others get their scale afterwards.
+    # Coupled components are discretised with their output scale; independent ones are multiplied by it afterwards.
     inputs = jnp.ones((1, 1), layout.dtype)
     inputs = inputs if p == 1 else layout.lift(inputs, scale).T
-    # A zero step is in the limit: the matrix is the identity, and the noise vanishes with its magnitude.
+    # The units contain powers of 1 / dt. For dt = 0 they are replaced by ones: the matrix is the identity then, and the
+    # noise is zero through its magnitude.
     columns, magnitude = noise_units(jnp.where(dt == 0, 1, dt), n)
     magnitude = jnp.where(dt == 0, 0, magnitude)
 
@@ -64,7 +68,10 @@ def companion_transition(
 
 
 def lift_blocks(matrix: Float[Array, "*blocks n n"], scale: PyTree, layout: Layout) -> Float[Array, "*batch dim dim"]:
-    """A matrix over the derivatives times a scale, which is no matrix if each component has its own."""
+    """A matrix over the derivatives, ``(n, n)`` or one for each component, ``(d, n, n)``, times an output scale.
+
+    The scale must not be a matrix if each component has its own ``matrix``.
+    """
     if matrix.ndim == 2:
         return layout.lift(matrix, scale)
     scales = layout.lift(jnp.ones((1, 1), layout.dtype), scale)
@@ -75,7 +82,7 @@ def lift_blocks(matrix: Float[Array, "*blocks n n"], scale: PyTree, layout: Layo
 
 
 def _size(row: Float[Array, "*blocks m p p"]) -> Float[Array, ""]:
-    """A norm of the drift in units of ``1 / time``: ``s`` with ``k! |L_(n-k)| <= s^k``.
+    """A norm of the drift in units of ``1 / time``: the smallest ``s`` with ``k! |L_(n-k)| <= s^k`` for all ``k``.
 
     Solutions of ``y^(n) = sum_k L_(n-k) y^(n-k)`` grow no faster than the root of ``x^n = sum_k |L_(n-k)| x^(n-k)``, at
     which ``sum_k (s / x)^k / k! >= 1``: it is at most ``s / log 2``. (IOUP: the rate; Matern: ``n lambda``.)
@@ -88,7 +95,7 @@ def _size(row: Float[Array, "*blocks m p p"]) -> Float[Array, ""]:
 
 
 def _in_steps(row: Float[Array, "m p p"], dt: Float[Array, ""]) -> Float[Array, "m p p"]:
-    """``L_i dt^(n-i)``, one factor after the other: powers of a small ``dt`` would vanish beside a large ``L_i``."""
+    """``L_i dt^(n-i)``, one factor after the other: powers of a small ``dt`` would underflow beside a large ``L_i``."""
     m = row.shape[0]
     for k in range(m):
         row = jnp.concatenate([row[: m - k] * dt, row[m - k :]])
@@ -96,7 +103,10 @@ def _in_steps(row: Float[Array, "m p p"], dt: Float[Array, ""]) -> Float[Array, 
 
 
 def _halvings(size: Float[Array, ""]) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """How many times to halve a step that is ``size`` time constants long, and the fraction of it that is left."""
+    """How often to halve a step of ``size`` time constants until it is at most one, and the fraction that is left.
+
+    The fraction is NaN for a step that is too long.
+    """
     halves = np.arange(_MOST_DOUBLINGS + 1)
     number = jnp.sum(size > jnp.asarray(2.0**halves, size.dtype))
     return number, jnp.asarray([*(0.5**halves), np.nan], size.dtype)[number]
@@ -107,13 +117,14 @@ def _discretise(
 ) -> tuple[Float[Array, "dim dim"], Float[Array, "dim dim"]]:
     """``exp(M)`` and the upper triangular root of ``int_0^1 g g^T dr``, ``g(r) = exp(M r) e_nu inputs``.
 
-    ``row`` has the last blocks of ``M`` for a step that is then doubled; ``inputs inputs^T`` is the noise's covariance.
+    ``row``: the last blocks of ``M`` for a short step, which is then doubled ``doublings`` times. ``inputs``: a left
+    square root of the covariance of the white noise, ``inputs inputs^T``.
     """
     (m, p, _), dtype = row.shape, row.dtype
     shift, tail, polynomials = (jnp.asarray(table, dtype) for table in _tables(n))
     eye = jnp.eye(p, dtype=dtype)
 
-    # Row i of M^k is row 0 of M^(i+k), which is e_k up to k = nu: only what comes then is computed.
+    # Row i of M^k is row 0 of M^(i+k). Row 0 of M^k is a unit vector up to k = nu: only higher powers are computed.
     def multiply(w, _):
         shifted = jnp.concatenate([jnp.zeros((1, p, p), dtype), w[:-1]])
         return shifted + jnp.einsum("ab,mbc->mac", w[-1], row), w
@@ -128,7 +139,7 @@ def _discretise(
     rows = jnp.reshape(jnp.transpose(jnp.reshape(g, (-1, n, p, p)), (0, 3, 1, 2)), (-1, dim))
     root = triangularise(None, rows)
 
-    # Twice the step: exp(2 M) and exp(M) Q exp(M)^T + Q, and new units.
+    # A step of twice the length: exp(2 M) and exp(M) Q exp(M)^T + Q, in the units of that step.
     units = jnp.asarray(np.repeat(0.5 ** np.arange(n)[::-1], p), dtype)
     diagonal = jnp.eye(dim, dtype=bool)
 
@@ -136,7 +147,8 @@ def _discretise(
         longer = triangularise(root, kron_apply_right(root, matrix)) * (units / math.sqrt(2))
         others = jnp.where(diagonal, 0, matrix)
         others = jnp.sum(others * others.T, axis=1)
-        # The diagonal is also kept as its distance to one, or what is slow beside something fast would be lost in it.
+        # The diagonal's distance to one is carried as well: for slow components beside fast ones it is below round-off
+        # of the diagonal itself, and would be lost.
         change, kept = change * (2 + change) + others, jnp.diagonal(matrix) ** 2 + others
         slow = jnp.abs(change) < 0.5
         matrix = units[:, None] * product(matrix, matrix) / units
@@ -157,13 +169,13 @@ def _discretise(
 def _in_time(
     scaled: Float[Array, "dim dim"], row: Float[Array, "m p p"], dt: Float[Array, ""], n: int
 ) -> Float[Array, "dim dim"]:
-    """``T exp(M) T^-1``."""
+    """``exp(F dt) = T exp(M) T^-1``, from ``exp(M)`` and the last row of ``F``."""
     m, p, _ = row.shape
-    # Above the diagonal. Powers of 1 / dt below it would leave the range of floating-point numbers:
+    # This product is taken on and above the diagonal only: below it powers of 1 / dt would overflow.
     above = jnp.triu(powers_of_step(dt, n))
     blocks = jnp.reshape(scaled, (n, p, n, p)) * above[:, None, :, None]
     if m > 1:
-        # there, row i + 1 of exp(F dt) is row i times F. (With m = 1 there is nothing.)
+        # Below the diagonal row i + 1 of exp(F dt) is row i times F. (With m = 1 all is zero there.)
         rows = [blocks[0]]
         for i in range(1, n):
             before = jnp.concatenate([jnp.zeros((p, 1, p), scaled.dtype), rows[-1][:, :-1]], axis=1)
@@ -175,7 +187,7 @@ def _in_time(
 
 @ft.lru_cache
 def _tables(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``1 / (k-i)!`` for ``i < k <= nu``; for ``k > nu``; and the coefficients of ``r^(k-i) / (k-i)!`` for ``k >= nu``.
+    """``1 / (k-i)!`` for ``i < k <= nu``; the same for ``k > nu``; coefficients of ``r^(k-i) / (k-i)!``, ``k >= nu``.
 
     The coefficients, with an axis for the polynomials and ``i`` and one for ``k``, are inner products with what
     Gram-Schmidt makes of the powers ``r^nu, ..., r, 1, r^n, r^(n+1), ...`` on ``[0, 1]`` (Muntz-Legendre polynomials):

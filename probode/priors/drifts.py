@@ -1,7 +1,8 @@
-"""What a user may pass as a drift: numbers, one for each component, matrices or linear functions, made into blocks.
+"""Drifts of linear stochastic differential equations, converted from what users may pass to blocks.
 
-A block is ``(p, p)``: ``p = d`` where the components are coupled, one where they are not, and then one block for all
-components or, behind an axis of length ``d``, one for each of them.
+Users pass numbers, one number for each component, matrices, or linear functions. A block is ``(p, p)``: ``p = d`` where
+the components are coupled, ``p = 1`` where they are not, and then there is one block for all components or, along a
+leading axis of length ``d``, one for each of them.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from ..util.checks import as_numbers
 
 
 def as_finite(x: PyTree, name: str) -> PyTree:
-    """A number, an array, or a PyTree of them, as arrays: finite, or a ``ValueError`` that names the part."""
+    """A PyTree of real numbers or arrays as arrays; raises ``ValueError`` with ``name`` unless they are finite."""
     return as_numbers(x, name, "numbers or a linear function", lambda x: abs(x) < np.inf, "finite")
 
 
 def blocks_of(x: PyTree, name: str, layout: Layout) -> Float[Array, "*blocks p p"]:
-    """Numbers, one for each component, or a ``(d, d)`` matrix, as blocks."""
+    """A number, one for each component, or a ``(d, d)`` matrix as blocks; raises ``ValueError`` for other shapes."""
     d = layout.size
     if isinstance(x, Array) and x.shape == (d, d):
         layout.require_coupling(f"{name} is a matrix or a function, which couples the components")
@@ -32,7 +33,10 @@ def blocks_of(x: PyTree, name: str, layout: Layout) -> Float[Array, "*blocks p p
 
 
 def uncoupled_blocks_of(x: PyTree, name: str, expected: str, layout: Layout) -> Float[Array, "*blocks 1 1"]:
-    """A number, or one for each component, as blocks; ``expected`` says what else would have been right."""
+    """A number, or one for each component, as blocks; raises ``ValueError`` for other shapes.
+
+    ``expected``: the forms that the error message lists.
+    """
     d = layout.size
     alike = jax.tree.map(jnp.shape, x) == jax.tree.map(jnp.shape, layout.example)
     flat = layout.ravel(x)
@@ -50,7 +54,10 @@ def uncoupled_blocks_of(x: PyTree, name: str, expected: str, layout: Layout) -> 
 
 
 def matrices_of(fn: Callable, number: int, name: str, layout: Layout) -> Float[Array, "{number} d d"]:
-    """The matrices of a linear function of ``number`` PyTrees like ``u`` to one like ``u``: its derivative at zero."""
+    """The matrices of a linear function from ``number`` PyTrees like ``u`` to one like ``u``: its derivative at zero.
+
+    Raises ``ValueError`` for a function that returns something else, or if components are kept independent.
+    """
     layout.require_coupling(f"{name} is a matrix or a function, which couples the components")
     example = layout.example
     got = jax.tree.map(jnp.shape, eqx.filter_eval_shape(fn, *[example] * number))
@@ -67,7 +74,7 @@ def matrices_of(fn: Callable, number: int, name: str, layout: Layout) -> Float[A
 
 
 def stack_blocks(blocks: list[Float[Array, "..."]], d: int) -> Float[Array, "*blocks m p p"]:
-    """The last row of a drift from its blocks: each in the simplest form in which all of them fit."""
+    """The last row of a companion matrix from its blocks, all widened to the smallest form that fits every one."""
     full, each = any(b.ndim == 2 and b.shape != (1, 1) for b in blocks), any(b.ndim == 3 for b in blocks)
 
     def widen(block):

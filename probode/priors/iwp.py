@@ -10,9 +10,10 @@ from fractions import Fraction
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Real
 
 from ..algebra.conditioning import Transition
+from ..algebra.factorisations import Layout
 from ..util.checks import as_integer
 from .output_scale import as_output_scale
 from .powers import exact_root, noise_units, powers_of_step
@@ -22,11 +23,17 @@ from .prior import AbstractPrior
 class IWP(AbstractPrior):
     """The ``num_derivatives`` times integrated Wiener process: ``u^(nu)`` is a Wiener process times ``output_scale``.
 
-    ``output_scale``, in units of ``u^(nu) / sqrt(time)``: a positive number; not under ``Isotropic()``, one for each
-    component, as a PyTree like ``u``; or, under ``Dense()``, a ``(d, d)`` array ``F`` of full rank over the ravelled
-    ``u``, for noise with the covariance ``F^T F`` (as in ``Normal.factor``). Raises ``ValueError`` unless
-    ``num_derivatives`` is a positive integer; in the first step for a scale that does not fit ``u`` or the
-    factorisation.
+    The usual prior of ODE filters: its mean over a step is the Taylor polynomial of degree ``nu``. Formulas: Kersting,
+    Sullivan, Hennig (2020), "Convergence rates of Gaussian ODE filters", appendix A.
+
+    - ``num_derivatives``: ``nu``, how many derivatives of ``u`` the state holds.
+    - ``output_scale``: in units of ``u^(nu) / sqrt(time)``. A positive number; not under ``Isotropic()``, one for each
+      component, as a PyTree like ``u``; or, under ``Dense()``, a ``(d, d)`` array ``F`` of full rank over the ravelled
+      ``u``, for noise with the covariance ``F^T F`` (as in ``Normal.factor``).
+
+    Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the output scale is finite and positive
+    (a matrix: finite and of full rank), ``TypeError`` for a scale that does not consist of real numbers; in the first
+    step ``ValueError`` for a scale that does not fit ``u`` or the factorisation.
 
     >>> import probode
     >>> probode.IWP(3, output_scale=2.0)
@@ -41,7 +48,7 @@ class IWP(AbstractPrior):
         self.num_derivatives = as_integer(num_derivatives, "IWP(num_derivatives)", 1)
         self.output_scale = as_output_scale(output_scale, "IWP(output_scale)")
 
-    def transition(self, dt, layout):
+    def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:
         pascal, root = _iwp_constants(self.num_derivatives)
         n = self.num_derivatives + 1
         dt = jnp.asarray(dt, layout.dtype)
@@ -55,10 +62,11 @@ class IWP(AbstractPrior):
 
 @ft.lru_cache
 def _iwp_constants(nu: int) -> tuple[np.ndarray, np.ndarray]:
-    """``1 / (j-i)!`` above the diagonal, and the upper Cholesky factor of ``Qbar`` with columns over ``(nu-j)!``.
+    """The matrix ``1 / (j-i)!`` on and above the diagonal, and the upper Cholesky factor of ``Qbar``, columns scaled.
 
-    ``Qbar_ij = 1 / (2 nu + 1 - i - j)`` is as ill-conditioned as a Hilbert matrix: an ``L D L^T`` in fractions keeps
-    every digit, where floating point loses most of them by ``nu = 11``.
+    Column ``j`` of the factor is divided by ``(nu-j)!``. ``Qbar_ij = 1 / (2 nu + 1 - i - j)`` is as ill-conditioned as
+    a Hilbert matrix: an ``L D L^T`` in fractions keeps every digit, where floating point loses most of them by
+    ``nu = 11``.
     """
     n = nu + 1
     pascal = np.array([[1 / math.factorial(j - i) if j >= i else 0.0 for j in range(n)] for i in range(n)])

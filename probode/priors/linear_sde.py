@@ -1,7 +1,8 @@
-"""Priors with a linear drift: integrated Ornstein-Uhlenbeck processes and all others with ``u^(nu + 1)`` linear.
+"""Priors with a linear drift: integrated Ornstein-Uhlenbeck processes, and all others with ``u^(nu + 1)`` linear.
 
-What they know of an equation, a solver need not find out step by step (Bosch, Hennig & Tronarp, 2023, "Probabilistic
-exponential integrators"). ``L_i``: what multiplies the ``i``-th derivative; see discretisation for the rest.
+With the linear part of an equation in the drift of the prior, a solver is exact on that part in a step of any length
+(Bosch, Hennig & Tronarp, 2023, "Probabilistic exponential integrators"). ``L_i``: the factor of the ``i``-th
+derivative; see discretisation for the rest.
 """
 
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Real
 
-from ..equations.problems import ODE
+from ..algebra.conditioning import Transition
+from ..algebra.factorisations import Layout
+from ..equations.problems import ODE, AbstractProblem
 from ..util.checks import as_integer
 from .discretisation import companion_transition
 from .drifts import as_finite, blocks_of, matrices_of, stack_blocks
@@ -22,15 +25,19 @@ from .prior import AbstractPrior, AbstractPriorFamily
 class IOUP(AbstractPrior):
     """The ``num_derivatives`` times integrated Ornstein-Uhlenbeck process: ``du^(nu) = rate u^(nu) dt + dW``.
 
-    With the linear part of a stiff or oscillating equation as ``rate``, ``TS1`` is exact on that part whatever the step
-    (Bosch, Hennig & Tronarp, 2023, "Probabilistic exponential integrators"). ``rate``, in units of ``1 / time``: a
-    number; one number for each component, as a PyTree like ``u``; a ``(d, d)`` matrix over the ravelled ``u``; or a
-    linear function from a PyTree like ``u`` to one like ``u``, of which the derivative at zero is taken (an
-    ``eqx.Module`` keeps its arrays differentiable). ``Dense()`` takes all of them, ``BlockDiagonal()`` one number or
-    one for each component, ``Isotropic()`` one number. ``output_scale``, the factor of ``dW``: see ``IWP``.
+    For stiff or oscillating equations with a known linear part: with that as ``rate``, ``TS1`` is exact on it in a step
+    of any length (Bosch, Hennig & Tronarp, 2023, "Probabilistic exponential integrators").
 
-    Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the rate is finite; in the first step for
-    a rate that does not fit ``u`` or the factorisation.
+    - ``num_derivatives``: ``nu``, how many derivatives of ``u`` the state holds.
+    - ``rate``: in units of ``1 / time``. A number; one number for each component, as a PyTree like ``u``; a ``(d, d)``
+      matrix over the ravelled ``u``; or a linear function from a PyTree like ``u`` to one like ``u``, of which the
+      derivative at zero is taken (an ``eqx.Module`` keeps its arrays differentiable). ``Dense()`` takes all of them,
+      ``BlockDiagonal()`` one number or one for each component, ``Isotropic()`` one number.
+    - ``output_scale``: the factor of ``dW``, see ``IWP``.
+
+    Raises ``ValueError`` unless ``num_derivatives`` is a positive integer, the rate is finite and the output scale as
+    for ``IWP``, ``TypeError`` for values that are not real numbers; in the first step ``ValueError`` for a rate or a
+    scale that does not fit ``u`` or the factorisation.
 
     >>> import jax.numpy as jnp, probode
     >>> probode.IOUP(2, jnp.array([[-1.0, 1.0], [0.0, -100.0]]))
@@ -46,7 +53,7 @@ class IOUP(AbstractPrior):
         self.rate = rate if callable(rate) else as_finite(rate, "IOUP(rate)")
         self.output_scale = as_output_scale(output_scale, "IOUP(output_scale)")
 
-    def transition(self, dt, layout):
+    def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:
         if callable(self.rate):
             row = matrices_of(self.rate, 1, "IOUP(rate)", layout)
         else:
@@ -55,12 +62,18 @@ class IOUP(AbstractPrior):
 
 
 class RosenbrockIOUP(AbstractPriorFamily):
-    """``IOUP`` whose rate is the Jacobian of the vector field where a step starts.
+    """The family of ``IOUP`` priors whose rate in each step is the Jacobian of the vector field where the step starts.
 
-    With ``TS1`` the exponential integrator of Rosenbrock type of Bosch, Hennig & Tronarp (2023): steps as long as the
-    nonlinear part allows. The Jacobian is kept as ``TS1`` keeps it: in full under ``Dense()``, its diagonal under
-    ``BlockDiagonal()``, its mean diagonal under ``Isotropic()``. ``output_scale`` as for ``IWP``. Raises ``TypeError``
-    in the first step for anything but an ``ODE`` of order one.
+    With ``TS1`` it is the probabilistic exponential integrator of Rosenbrock type (Bosch, Hennig & Tronarp, 2023,
+    "Probabilistic exponential integrators"): steps may be as long as the nonlinear part allows. The Jacobian is used as
+    far as ``TS1`` uses it: in full under ``Dense()``, its diagonal under ``BlockDiagonal()``, the mean of its diagonal
+    under ``Isotropic()``.
+
+    - ``num_derivatives``: ``nu``, how many derivatives of ``u`` the state holds.
+    - ``output_scale``: see ``IWP``.
+
+    Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the output scale as for ``IWP``; in the
+    first step ``TypeError`` for anything but an ``ODE`` of order one.
 
     >>> import probode
     >>> probode.RosenbrockIOUP(3).num_derivatives
@@ -74,7 +87,9 @@ class RosenbrockIOUP(AbstractPriorFamily):
         self.num_derivatives = as_integer(num_derivatives, "RosenbrockIOUP(num_derivatives)", 1)
         self.output_scale = as_output_scale(output_scale, "RosenbrockIOUP(output_scale)")
 
-    def at(self, t, us, problem, layout, args):
+    def at(
+        self, t: Float[Array, ""], us: Float[Array, "n d"], problem: AbstractProblem, layout: Layout, args: PyTree
+    ) -> AbstractPrior:
         if not isinstance(problem, ODE) or problem.order != 1:
             raise TypeError(
                 "RosenbrockIOUP takes its rate from an ODE of order one: for other equations use IOUP or IWP."
@@ -85,26 +100,30 @@ class RosenbrockIOUP(AbstractPriorFamily):
             rate = layout.unravel(jnp.reshape(rate, -1))
         elif rate.shape != (layout.size, layout.size):
             rate = rate[0, 0]
-        # The rate is a value of this step, not a user's, which would be checked.
+        # `IOUP(nu, rate)` would check a traced rate at run time, and raise where a solver has to reject the step.
         plain = IOUP(self.num_derivatives, 0.0)
         return eqx.tree_at(lambda prior: (prior.rate, prior.output_scale), plain, (rate, self.output_scale))
 
 
 class LinearSDE(AbstractPrior):
-    """``du^(nu) = (L_0 u + L_1 u' + ... + L_nu u^(nu)) dt + output_scale dW``: any linear equation of order ``nu + 1``.
+    """A linear equation with white noise: ``du^(nu) = (L_0 u + L_1 u' + ... + L_nu u^(nu)) dt + output_scale dW``.
 
-    It knows what ``u^(nu + 1)`` is but for noise: with ``TS1``, equations whose derivatives say the same are solved
-    exactly, whatever the step. ``IWP`` has ``L = 0``, ``IOUP`` only ``L_nu``; a damped oscillator with ``nu = 1`` has
-    ``L_0 = -omega^2`` and ``L_1 = -2 gamma``. (Sarkka & Solin, 2019, "Applied stochastic differential equations".)
+    For solutions that satisfy such an equation of order ``nu + 1``, exactly or nearly: with ``TS1`` a solution that
+    satisfies it without noise is exact in a step of any length. ``IWP`` has ``L = 0``, ``IOUP`` only ``L_nu``; a damped
+    oscillator with ``nu = 1`` has ``L_0 = -omega^2`` and ``L_1 = -2 gamma``. (Sarkka & Solin, 2019, "Applied stochastic
+    differential equations".)
 
-    ``drift``: a tuple of the ``nu + 1`` factors ``L_i``, in units of ``1 / time^(nu + 1 - i)``, each as the rate of
-    ``IOUP``: a number; one number for each component, as a PyTree like ``u``; or a ``(d, d)`` matrix over the ravelled
-    ``u``. Or a linear function, called as ``drift(u, u', ..., u^(nu))`` with PyTrees like ``u`` and returning one like
-    ``u``, of which the derivative at zero is taken. ``Dense()`` takes all of them, ``BlockDiagonal()`` numbers or one
-    for each component, ``Isotropic()`` numbers. ``output_scale``, the factor of ``dW``: see ``IWP``.
+    - ``num_derivatives``: ``nu``, how many derivatives of ``u`` the state holds.
+    - ``drift``: a tuple of the ``nu + 1`` factors ``L_i``, in units of ``1 / time^(nu + 1 - i)``, each as the rate of
+      ``IOUP``: a number; one number for each component, as a PyTree like ``u``; or a ``(d, d)`` matrix over the
+      ravelled ``u``. Or a linear function, called as ``drift(u, u', ..., u^(nu))`` with PyTrees like ``u`` and
+      returning one like ``u``, of which the derivative at zero is taken. ``Dense()`` takes all of them,
+      ``BlockDiagonal()`` numbers or one for each component, ``Isotropic()`` numbers.
+    - ``output_scale``: the factor of ``dW``, see ``IWP``.
 
-    Raises ``ValueError`` unless ``num_derivatives`` is a positive integer and the drift is finite and has ``nu + 1``
-    parts; in the first step for parts that do not fit ``u`` or the factorisation.
+    Raises ``ValueError`` unless ``num_derivatives`` is a positive integer, the drift is finite and has ``nu + 1`` parts
+    and the output scale is as for ``IWP``, ``TypeError`` for values that are not real numbers; in the first step
+    ``ValueError`` for parts that do not fit ``u`` or the factorisation.
 
     >>> import probode
     >>> oscillator = probode.LinearSDE(1, (-4.0, -0.1))  # u'' = -4 u - 0.1 u' + noise
@@ -130,7 +149,7 @@ class LinearSDE(AbstractPrior):
         self.drift = drift
         self.output_scale = as_output_scale(output_scale, "LinearSDE(output_scale)")
 
-    def transition(self, dt, layout):
+    def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:
         if callable(self.drift):
             row = matrices_of(self.drift, self.num_derivatives + 1, "LinearSDE(drift)", layout)
         else:

@@ -1,4 +1,4 @@
-"""Checks of the output scale that a user gives to a prior."""
+"""Checks of the output scale of a prior."""
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,23 @@ from ..util.checks import as_float, as_numbers, is_traced, require
 
 
 def as_positive(x: PyTree, name: str) -> PyTree:
-    """The numbers of a PyTree as arrays; raises ``ValueError`` with the name of the part unless all are positive."""
+    """The numbers of a PyTree as arrays; raises ``ValueError`` with ``name`` unless all are finite and positive."""
     kinds = "a number or a PyTree of numbers like u"
     return as_numbers(x, name, kinds, lambda x: (x > 0) & (x < np.inf), "finite and positive")
 
 
 def as_output_scale(x: PyTree, name: str) -> PyTree:
-    """As ``as_positive``; a square array may also be a matrix of any finite numbers that has full rank."""
+    """An output scale as arrays: positive numbers, or a square matrix of any finite numbers that has full rank.
+
+    Raises ``ValueError`` with ``name`` otherwise.
+    """
     square = jax.tree.structure(x) == jax.tree.structure(0) and len(shape := np.shape(x)) == 2 and shape[0] == shape[1]
     if not square:
         return as_positive(x, name)
     x = as_float(x, name)
     x = require(x, abs(x) < np.inf, f"{name} must be finite", output_scale=x)
-    # One number for each component of a square u must not be zero; nobody knows yet which of the two this is.
+    # A square array of positive numbers may also hold one number for each component of a square u, which the first
+    # step decides: its rank must not be checked here.
     if not is_traced(x) and not (x > 0).all():
         # The rank is that of the correlations: components may have different units.
         size = np.linalg.norm(x, axis=0)

@@ -1,4 +1,4 @@
-"""Powers of a time step, in units that keep them in the range of the numbers; roots of exact covariances."""
+"""Powers of a time step, kept in the range of floating-point numbers; Cholesky factors in exact arithmetic."""
 
 import math
 from fractions import Fraction
@@ -9,15 +9,16 @@ from jaxtyping import Array, Float
 
 
 def powers_of_step(dt: Float[Array, ""], n: int) -> Float[Array, "{n} {n}"]:
-    """``dt^(j-i)`` above the diagonal, one below."""
+    """The matrix with ``dt^(j-i)`` on and above the diagonal, and one below it."""
     shift = np.clip(np.arange(n)[None, :] - np.arange(n)[:, None], 0, None)
     return jnp.stack(powers(dt, n))[shift]
 
 
 def noise_units(dt: Float[Array, ""], n: int) -> tuple[Float[Array, "{n}"], Float[Array, ""]]:
-    """``sqrt|dt| dt^(nu-i)``, the units of ``u^(i)``, as an array times a magnitude ``sqrt|dt| |dt|^middle``.
+    """The units ``sqrt|dt| dt^(nu-i)`` of the noise of ``u^(i)``, as an array and a common factor, the magnitude.
 
-    What is left, ``dt^(nu-middle), ..., 1, ..., dt^-middle``, spans the range of floating-point numbers evenly.
+    The magnitude is ``sqrt|dt| |dt|^middle``, and the array ``dt^(nu-middle), ..., 1, ..., dt^-middle``: its exponents
+    are half as large as ``nu``, which would underflow for a short step.
     """
     middle = n // 2
     columns = jnp.stack([*powers(dt, n - middle)[:0:-1], *powers(1 / dt, middle + 1)])
@@ -25,7 +26,7 @@ def noise_units(dt: Float[Array, ""], n: int) -> tuple[Float[Array, "{n}"], Floa
 
 
 def powers(x: Float[Array, "*shape"], number: int) -> list[Float[Array, "*shape"]]:
-    """``1, x, x^2, ...``: exact to round-off, where ``x ** k`` takes a logarithm."""
+    """The powers ``1, x, x^2, ...``, ``number`` of them, by products: exponents in an array would take a logarithm."""
     out = [jnp.ones_like(x)]
     for _ in range(number - 1):
         out.append(out[-1] * x)
@@ -33,7 +34,7 @@ def powers(x: Float[Array, "*shape"], number: int) -> list[Float[Array, "*shape"
 
 
 def exact_root(q: list[list[Fraction]], units: list[int]) -> np.ndarray:
-    """Upper Cholesky factor of ``q``, columns divided by ``units``: every entry is rounded once."""
+    """The upper Cholesky factor of ``q``, with columns divided by ``units``, in fractions: entries are rounded once."""
     n = len(q)
     q, root = [list(row) for row in q], np.zeros((n, n))
     for i in range(n):

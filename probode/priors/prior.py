@@ -1,4 +1,4 @@
-"""What a prior is: a Gauss-Markov process on ``(u, u', ..., u^(nu))``, as a transition over any time step."""
+"""The interface of priors: Gauss-Markov processes on ``(u, u', ..., u^(nu))``, given by their transitions."""
 
 from abc import abstractmethod
 
@@ -11,11 +11,12 @@ from ..equations.problems import AbstractProblem
 
 
 class AbstractPrior(eqx.Module):
-    """A Gauss-Markov process on ``u`` and its first ``num_derivatives`` derivatives.
+    """A Gauss-Markov process on ``u`` and its first ``num_derivatives`` derivatives: the prior of a solver.
 
-    A subclass has the field ``num_derivatives`` and defines ``transition``. ``is_polynomial``: whether the process goes
-    on as its Taylor polynomial but for noise; otherwise the first step is no longer than the two agree. A field named
-    ``output_scale``, if there is one, is what ``RelativeScale`` and ``DiffusionTempering`` multiply.
+    A subclass has the field ``num_derivatives``, the ``nu`` of ``u^(nu)``, and defines ``transition``.
+    ``is_polynomial``: whether the mean of the process over a step is the Taylor polynomial; if not, the first step of a
+    solve is at most as long as the two agree. ``RelativeScale`` and ``DiffusionTempering`` multiply the field
+    ``output_scale``, for subclasses that have one.
 
     >>> import probode
     >>> probode.IWP(2).num_derivatives, probode.IWP(2).is_polynomial
@@ -27,16 +28,18 @@ class AbstractPrior(eqx.Module):
 
     @abstractmethod
     def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:
-        """The distribution of the state a time ``dt`` later given the state; ``dt`` may be negative.
+        """The distribution of the state a time ``dt`` later given the state.
 
-        At zero the matrix is the identity, and nobody looks at the noise.
+        ``dt``: a scalar, which may be negative. For ``dt = 0`` the matrix has to be the identity, and the noise is not
+        used. ``layout``: how the state is stored; all arrays have its dtype.
         """
 
 
 class AbstractPriorFamily(eqx.Module):
-    """A prior for each step, with parameters from the equation and the state where the step starts.
+    """A family of priors with one for each step: its parameters depend on the equation and the state before the step.
 
-    A subclass has the field ``num_derivatives`` and defines ``at``. ``is_polynomial``: as of the priors.
+    For priors that adapt to the solution, as ``RosenbrockIOUP`` and ``RelativeScale``. A subclass has the field
+    ``num_derivatives`` and defines ``at``. ``is_polynomial``: as for ``AbstractPrior``.
 
     >>> import probode
     >>> isinstance(probode.RosenbrockIOUP(3), probode.AbstractPriorFamily)
@@ -50,4 +53,4 @@ class AbstractPriorFamily(eqx.Module):
     def at(
         self, t: Float[Array, ""], us: Float[Array, "n d"], problem: AbstractProblem, layout: Layout, args: PyTree
     ) -> AbstractPrior:
-        """The prior of the step that leaves the derivatives ``us = (u, u', ...)`` at ``t``."""
+        """The prior of the step that starts at the time ``t`` from the derivatives ``us = (u, u', ..., u^(nu))``."""

@@ -1,4 +1,4 @@
-"""A prior as a process of its own, without any equation: its samples and its marginals."""
+"""Samples and marginals of a prior alone, without any equation."""
 
 import math
 from collections.abc import Callable
@@ -31,12 +31,21 @@ def sample_prior(
 ) -> PyTree[Float[Array, "..."]]:
     """Joint samples of ``u`` at the times ``ts`` under the prior alone, without any equation.
 
-    ``ts``: sorted times, increasing or decreasing. ``like``: a PyTree like ``u``, whose values do not matter.
-    ``initial``: the state at ``ts[0]``, a ``Normal`` in the layout of the factorisation, or a function that makes one,
-    as ``Matern(...).stationary`` does; by default zero and certain. Leaves are ``(*shape, time, *leaf.shape)``.
+    They show what a prior assumes about a solution. Returns a PyTree like ``u`` with leaves
+    ``(*shape, time, *leaf.shape)``.
 
-    Raises ``TypeError`` unless ``prior`` is one and ``like`` is real and floating point, ``ValueError`` for times that
-    are not sorted and finite, or an initial state of another shape.
+    - ``prior``: an ``AbstractPrior`` such as ``IWP(2)``.
+    - ``key``: a random key.
+    - ``ts``: sorted times, increasing or decreasing, ``(time,)``.
+    - ``like``: a PyTree with the structure, shapes and dtype of ``u``; its values are not used.
+    - ``factorisation``: the covariance structure of the state.
+    - ``initial``: the distribution of the state at ``ts[0]``, a ``Normal`` in the layout of the factorisation, or a
+      function of the ``Layout`` that returns one, such as ``Matern(...).stationary``. By default all is zero there.
+    - ``shape``: the shape of the array of samples.
+
+    Raises ``TypeError`` unless ``prior`` is a prior and ``like`` is real and floating point; ``ValueError`` for an
+    ``AbstractPriorFamily``, which needs an equation, a factorisation with an algebra of its own, a ``like`` without
+    numbers, times that are not sorted and finite, or an initial state of another shape.
 
     >>> import jax.numpy as jnp, probode
     >>> import jax
@@ -55,10 +64,10 @@ def prior_marginals(
     factorisation: AbstractFactorisation = Dense(),
     initial: Normal | Callable[[Layout], Normal] | None = None,
 ) -> Posterior:
-    """What the prior says of ``u`` and its derivatives at each of the times ``ts``, without any equation.
+    """The marginal distributions of ``u`` and its derivatives at the times ``ts`` under the prior alone.
 
-    An object with ``.mean`` and ``.std``, PyTrees like ``u`` with leaves ``(time, *leaf.shape)``, and
-    ``.derivative(k)`` with the same of ``u^(k)``. Arguments and errors as for ``sample_prior``.
+    Returns a ``Posterior``, with ``mean`` and ``std``, PyTrees like ``u`` with leaves ``(time, *leaf.shape)``, and
+    ``derivative(k)`` with the same of ``u^(k)``. Arguments and errors as for ``sample_prior``.
 
     >>> import jax.numpy as jnp, probode
     >>> band = probode.prior_marginals(probode.IWP(1), jnp.array([0.0, 1.0]), 0.0)
@@ -69,7 +78,9 @@ def prior_marginals(
     return Posterior(ts, _marginals(prior, ts, initial, layout), layout)
 
 
-def _checked(name, prior, ts, like, factorisation, initial) -> tuple[Float[Array, " time"], Normal, Layout]:
+def _checked(
+    name: str, prior: Any, ts: Any, like: PyTree, factorisation: AbstractFactorisation, initial: Any
+) -> tuple[Float[Array, " time"], Normal, Layout]:
     if isinstance(prior, AbstractPriorFamily):
         raise ValueError(
             f"{type(prior).__name__} takes its parameters from an equation and the state where a step starts: without "
@@ -109,12 +120,12 @@ def _checked(name, prior, ts, like, factorisation, initial) -> tuple[Float[Array
 def _chain(
     prior: AbstractPrior, ts: Float[Array, " time"], layout: Layout, first: PyTree, move: Callable, extra: PyTree = None
 ) -> PyTree:
-    """States at the times, stacked: ``move(state, transition, extra)`` is the next one."""
+    """States at the times ``ts``, stacked: the first is ``first``, each next one ``move(state, transition, extra)``."""
 
     def step(x, dt_extra):
         dt, extra = dt_extra
         moved = move(x, prior.transition(jnp.where(dt == 0, 1, dt), layout), extra)
-        # Twice the same time is the same state.
+        # For two equal times the state stays: that of a step of length one, which has finite derivatives, is dropped.
         x = jax.tree.map(lambda old, new: jnp.where(dt == 0, old, new), x, moved)
         return x, x
 
@@ -124,7 +135,7 @@ def _chain(
 
 @compiled
 def _marginals(prior, ts, initial, layout):
-    def move(x: Normal, moved: Transition, _) -> Normal:
+    def move(x: Normal, moved: Transition, _: None) -> Normal:
         magnitude = jnp.broadcast_to(moved.magnitude, layout.batch_shape)
         return predict(push(x, moved.matrix), moved.noise, magnitude)[0]
 

@@ -16,8 +16,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from ..algebra.linalg import choose, detach, is_finite
+from .attempt import Attempt
 from .progress import tell
-from .residuals import not_silent, scale_inside, with_defects
+from .residuals import scale_inside, with_defects, with_scale_inside
 from .result import Result
 from .state import State
 from .step import Step
@@ -31,7 +32,7 @@ from .step_sizes import (
     tolerance_in_range,
     trusted,
 )
-from .times import beside, direction_of
+from .times import Interval, beside
 
 
 # An error so far below the tolerance is followed by a step that is longer by half or more.
@@ -65,7 +66,7 @@ class AdaptiveState(eqx.Module):
     result: Result
     anew: Start | None = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"AdaptiveState(current={self.current!r})"
 
     @property
@@ -84,9 +85,9 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, anew)
 
 
-def end(solve: AdaptiveState, t1: Float[Array, ""]) -> AdaptiveState:
+def end(solve: AdaptiveState, interval: Interval) -> AdaptiveState:
     """The solve with its result, which the end of a loop does not tell."""
-    unfinished = (solve.t != t1) & (solve.result == Result.successful)
+    unfinished = (solve.t != interval.t1) & (solve.result == Result.successful)
     return dataclasses.replace(solve, result=Result.where(unfinished, Result.max_steps_reached, solve.result))
 
 
@@ -131,24 +132,24 @@ class Taken(eqx.Module):
 
 
 class Stepper:
-    """Attempts of steps to ``t1``, for the body of a loop.
+    """Attempts of steps in an interval, for the body of a loop.
 
     (No module: it holds a function that was traced once, with what the user's functions close over as inputs.)
     """
 
-    def __init__(self, step: Step, control: Control, solve: AdaptiveState, t1: Float[Array, ""]):
-        self.step, self.control, self.t0, self.t1 = step, control, solve.t, t1
-        self.direction, self.layout = direction_of(solve.t, t1), solve.current.layout
+    def __init__(self, step: Step, control: Control, solve: AdaptiveState, interval: Interval):
+        self.step, self.control, self.interval, t1 = step, control, interval, interval.t1
+        self.layout = solve.current.layout
         self.stops, self.smallest = control.stops(t1.dtype), shortest_near_zero(solve.dt)
         # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.
-        self.harmless = self.direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
+        self.harmless = interval.direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
         # Traced once; what the user's functions close over becomes an input that can be differentiated.
         times = [t1] * (2 if self.stops is None else 3)
         self.attempt = eqx.filter_closure_convert(step.attempt, solve.current.distribution, *times)
 
     def running(self, solve: AdaptiveState) -> Bool[Array, ""]:
         """Whether a solve goes on."""
-        unfinished = (self.t1 - solve.t) * self.direction > 0
+        unfinished = self.interval.remaining(solve.t) > 0
         return unfinished & (solve.num_steps < self.control.loop.max_steps) & (solve.result == Result.successful)
 
     def advance(
@@ -182,22 +183,25 @@ class Stepper:
         new, good = self.decide(solve, leg, active, good, norm, taken, attempted, unseen, (proposed, memory))
         return new, taken.past, taken.influence, good
 
-    def inputs(self, before, leg):
+    def inputs(self, before: State, leg: Leg) -> tuple[Any, ...]:
         """What the prediction of an attempt is a function of."""
         return before.distribution, leg.seen_at, leg.dt, *(() if self.stops is None else (leg.since,))
 
-    def leg(self, solve, active) -> Leg:
+    def leg(self, solve: AdaptiveState, active: Bool[Array, ""]) -> Leg:
         """Where the next attempt goes."""
         t_now = solve.t
-        t, dt, clipped, floor = next_time(self.control, t_now, solve.dt, self.t1, self.direction, self.smallest)
-        dt = jnp.where(active, dt, self.direction)
+        t, dt, clipped, floor = next_time(self.control, t_now, solve.dt, self.interval, self.smallest)
+        direction = self.interval.direction
+        dt = jnp.where(active, dt, direction)
         if self.stops is None:
             return Leg(t, dt, t, None, clipped, floor)
         # Where the equation jumps it is that of the step's own side.
-        seen_at, since = beside(t, -self.direction, self.stops), beside(t_now, self.direction, self.stops)
+        seen_at, since = beside(t, -direction, self.stops), beside(t_now, direction, self.stops)
         return Leg(t, dt, seen_at, since, clipped, floor)
 
-    def measure(self, solve, leg, attempted):
+    def measure(
+        self, solve: AdaptiveState, leg: Leg, attempted: Attempt
+    ) -> tuple[Float[Array, ""], Attempt, Bool[Array, "*batch"] | None]:
         """The norm of an attempt's error, the attempt with what had to be looked at for it, and ``Start.unseen``."""
         now, step, control = solve.current, self.step, self.control
 
@@ -208,43 +212,52 @@ class Stepper:
             # Only lengths are decided from it: a derivative would be computed, and compiled, for nothing.
             prior = step.prior if attempted.prior is None else attempted.prior
             constraint, prior, args = detach((step.constraint, prior, step.args))
-            to = detach((now.distribution, leg.seen_at, leg.dt))
-            looked = with_defects(constraint, prior, *to, attempted, self.layout, args)
+            before, at, dt = detach((now.distribution, leg.seen_at, leg.dt))
+            looked = with_defects(constraint, prior, before, at, dt, attempted, self.layout, args)
             return size(looked), scale_inside(looked.innovation, looked.equation, self.layout)
 
-        unseen = jnp.zeros_like(attempted.innovation.scale)
+        nothing = jnp.zeros_like(attempted.innovation.scale)
         if not control.error.needs_defects:
-            norm, inside = size(attempted), unseen
+            norm, inside = size(attempted), nothing
         elif attempted.equation.whole:
             norm, inside = seen(None)
         else:
             # Without a Jacobian evaluations are most of the cost: the residual inside is looked at only where the error
             # is so small that the next step will be longer, and might skip over something.
             blind = size(attempted)
-            norm, inside = lax.cond(blind < _QUIET, seen, lambda _: (blind, unseen), None)
+            norm, inside = lax.cond(blind < _QUIET, seen, lambda _: (blind, nothing), None)
         norm, inside = detach((norm, inside))
-        unseen = None if self.stops is None else solve.anew.unseen
+        unseen = None if solve.anew is None else solve.anew.unseen
         if now.spread is not None:
             ahead = step.ahead(now, leg.seen_at, attempted)
             norm = jnp.maximum(norm, detach(spread_norm(control, self.layout, now, leg.dt, attempted, ahead)))
-            unseen = None if self.stops is None else unseen & (ahead.scale == 0)
-        innovation = not_silent(attempted.innovation, inside)
+            unseen = None if unseen is None else unseen & (ahead.scale == 0)
+        innovation = with_scale_inside(attempted.innovation, inside)
         return norm, dataclasses.replace(attempted, innovation=innovation), unseen
 
-    def condition(self, before, leg, good, attempted, unseen, others) -> Taken:
+    def condition(
+        self,
+        before: State,
+        leg: Leg,
+        good: Bool[Array, ""],
+        attempted: Attempt,
+        unseen: Bool[Array, "*batch"] | None,
+        others: tuple[Array, Any, Any],
+    ) -> Taken:
         """An attempt that was accepted, conditioned on the equation; the state before it if that is of no use."""
         past, left, influence = others
         # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
         t = jnp.where(good, leg.t, before.t)
-        seen_at = t if self.stops is None else jnp.where(good, leg.seen_at, leg.since)
+        seen_at = t if leg.since is None else jnp.where(good, leg.seen_at, leg.since)
         at = dataclasses.replace(leg, seen_at=seen_at, dt=jnp.where(good, leg.dt, self.harmless))
         values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
         mean = jnp.where(good, attempted.mean, detach(before.distribution.mean))
         known = _with_derivative(dataclasses.replace(values, mean=mean), self.attempt, self.inputs(before, at))
 
         def conditioned(before, t, known, left, *sides):
-            stepped, likely = self.step.accept(before, known, t, left, *sides), True
-            if self.control.doubts_scale:
+            stepped = self.step.accept(before, known, t, left, *sides)
+            likely: Array | bool = True
+            if self.control.refuses_unexplained:
                 moved = surprise(self.control, self.layout, *detach((before, known, stepped.influence)))
                 likely = moved <= _SURPRISE
             effect = None if influence is None else stepped.influence
@@ -253,9 +266,21 @@ class Stepper:
         inputs = before, t, known, left, *(() if self.stops is None else (seen_at, unseen))
         (*after, likely), fine = _with_verdict(eqx.filter_closure_convert(conditioned, *inputs), inputs)
         likely = jnp.asarray(likely)
-        return Taken(*choose(fine & likely, tuple(after), (before, past, influence)), fine, likely)
+        current, after_past, effect = choose(fine & likely, tuple(after), (before, past, influence))
+        return Taken(current, after_past, effect, fine, likely)
 
-    def decide(self, solve, leg, active, good, norm, taken, attempted, unseen, proposal):
+    def decide(
+        self,
+        solve: AdaptiveState,
+        leg: Leg,
+        active: Bool[Array, ""],
+        good: Bool[Array, ""],
+        norm: Float[Array, ""],
+        taken: Taken,
+        attempted: Attempt,
+        unseen: Bool[Array, "*batch"] | None,
+        proposal: tuple[Float[Array, ""], Any],
+    ) -> tuple[AdaptiveState, Bool[Array, ""]]:
         """The solve after an attempt, with the length of the next one and a result where there is none; whether it was
         accepted."""
         (proposed, memory), length = proposal, jnp.abs(detach(leg.dt))
@@ -275,8 +300,8 @@ class Stepper:
         failure = Result.where(finite, failure, Result.nonfinite)
         tiny = good & ~tolerance_in_range(self.control, detach(self.layout.unpack(attempted.mean)[0]))
         anew = None
-        if self.stops is not None:
-            anew = Start(solve.anew.t, jnp.where(good, unseen & attempted.innovation.silent, solve.anew.unseen))
+        if solve.anew is not None and unseen is not None:
+            anew = Start(solve.anew.t, jnp.where(good, unseen & attempted.innovation.is_zero, solve.anew.unseen))
         new = AdaptiveState(
             taken.current,
             proposed,
@@ -287,7 +312,7 @@ class Stepper:
             anew,
         )
         if self.control.progress is not None:
-            share = lambda t: jnp.clip((t - self.t0) / (self.t1 - self.t0), 0, 1)  # noqa: E731
+            share = self.interval.share
             tell(self.control.progress, share(solve.t), jnp.where(self.running(new), share(new.t), 1))
         return new, good
 

@@ -10,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ..util.checks import as_float, as_scalar, require
@@ -101,7 +102,7 @@ class AbstractController(eqx.Module):
         return self.tolerances.atol
 
     @abstractmethod
-    def init(self, dtype) -> Any:
+    def init(self, dtype: DTypeLike) -> Any:
         """The controller's state before the first attempt: a PyTree of arrays."""
 
     @abstractmethod
@@ -148,23 +149,25 @@ class IntegralController(AbstractController):
 
     def __init__(
         self,
-        rtol=1e-3,
-        atol=1e-6,
+        rtol: Any = 1e-3,
+        atol: Any = 1e-6,
         *,
-        safety=0.95,
-        factor_min=0.2,
-        factor_max=10.0,
-        dt_min=None,
-        dt_max=None,
-        stop_at=None,
+        safety: Any = 0.95,
+        factor_min: Any = 0.2,
+        factor_max: Any = 10.0,
+        dt_min: Any = None,
+        dt_max: Any = None,
+        stop_at: Any = None,
     ):
         self.tolerances, self.limits = Tolerances(rtol, atol), Limits(dt_min, dt_max, stop_at)
         self.safety, self.factor_min, self.factor_max = _factors(safety, factor_min, factor_max)
 
-    def init(self, dtype):
+    def init(self, dtype: DTypeLike) -> Float[Array, ""]:
         return jnp.full((), jnp.inf, dtype)
 
-    def propose(self, dt, error_norm, order, state):
+    def propose(
+        self, dt: Float[Array, ""], error_norm: Float[Array, ""], order: int, state: Any
+    ) -> tuple[Bool[Array, ""], Float[Array, ""], Any]:
         growth = _log_growth(error_norm, order)
         accept = error_norm <= 1
         return (
@@ -197,17 +200,17 @@ class PIController(AbstractController):
 
     def __init__(
         self,
-        rtol=1e-3,
-        atol=1e-6,
+        rtol: Any = 1e-3,
+        atol: Any = 1e-6,
         *,
-        safety=0.95,
-        factor_min=0.2,
-        factor_max=10.0,
-        dt_min=None,
-        dt_max=None,
-        stop_at=None,
-        integral=0.3,
-        proportional=0.4,
+        safety: Any = 0.95,
+        factor_min: Any = 0.2,
+        factor_max: Any = 10.0,
+        dt_min: Any = None,
+        dt_max: Any = None,
+        stop_at: Any = None,
+        integral: Any = 0.3,
+        proportional: Any = 0.4,
     ):
         self.tolerances, self.limits = Tolerances(rtol, atol), Limits(dt_min, dt_max, stop_at)
         self.safety, self.factor_min, self.factor_max = _factors(safety, factor_min, factor_max)
@@ -218,10 +221,12 @@ class PIController(AbstractController):
         self.integral = jnp.asarray(require(integral, positive, message, integral=integral, proportional=proportional))
         self.proportional = jnp.asarray(proportional)
 
-    def init(self, dtype):
+    def init(self, dtype: DTypeLike) -> Float[Array, ""]:
         return jnp.zeros((), dtype)
 
-    def propose(self, dt, error_norm, order, state):
+    def propose(
+        self, dt: Float[Array, ""], error_norm: Float[Array, ""], order: int, state: Any
+    ) -> tuple[Bool[Array, ""], Float[Array, ""], Any]:
         growth = _log_growth(error_norm, order)
         a, b = self.integral.astype(dt.dtype), self.proportional.astype(dt.dtype)
         accept = error_norm <= 1

@@ -94,7 +94,9 @@ class LocalError(AbstractErrorEstimate):
     norm: Callable = eqx.field(static=True, default=rms_norm)
     needs_defects = True
 
-    def estimate(self, attempt, dt, layout):
+    def estimate(
+        self, attempt: Attempt, dt: Float[Array, ""], layout: Layout
+    ) -> Float[Array, " d"] | Float[Array, "k d"]:
         transition, equation, innovation = attempt.transition, attempt.equation, attempt.innovation
         scale = innovation.scale
         if innovation.inside is not None:
@@ -125,7 +127,9 @@ class ResidualError(AbstractErrorEstimate):
 
     norm: Callable = eqx.field(static=True, default=rms_norm)
 
-    def estimate(self, attempt, dt, layout):
+    def estimate(
+        self, attempt: Attempt, dt: Float[Array, ""], layout: Layout
+    ) -> Float[Array, " d"] | Float[Array, "k d"]:
         equation, innovation = attempt.equation, attempt.innovation
         if equation.gives is None:
             raise ValueError(
@@ -152,6 +156,8 @@ class StateError(AbstractErrorEstimate):
 
     norm: Callable = eqx.field(static=True, default=rms_norm)
 
-    def estimate(self, attempt, dt, layout):
+    def estimate(
+        self, attempt: Attempt, dt: Float[Array, ""], layout: Layout
+    ) -> Float[Array, " d"] | Float[Array, "k d"]:
         left = posterior_noise(attempt.equation, attempt.transition.noise, layout.identity().shape[-1])
         return layout.std(attempt.innovation.scale[..., None, None] * left)[0]

@@ -13,7 +13,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from ..algebra.coordinates import carried, pad_own
+from ..algebra.coordinates import pad_noise, with_square_noise
 from ..estimation.strategies import AbstractStrategy
 from .adaptive import AdaptiveState, Stepper, end
 from .kept import Row
@@ -21,7 +21,7 @@ from .loops import repeat
 from .step import Step
 from .step_sizes import Control
 from .stops import starting_anew
-from .times import direction_of
+from .times import Interval
 
 
 def solve_keeping_steps(
@@ -29,24 +29,24 @@ def solve_keeping_steps(
     control: Control,
     strategy: AbstractStrategy,
     solve: AdaptiveState,
-    t1: Float[Array, ""],
+    interval: Interval,
     *,
     influence: bool = False,
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
-    """Solve to ``t1``; the rows at the start and after every accepted step, and which of them are real.
+    """Solve to the end; the rows at the start and after every accepted step, and which of them are real.
 
     There are ``max_steps + 1`` rows, and one more for every stop: the state before it and the one started anew
     (``Row.anew``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation.
     """
-    stepper, passing_stop = Stepper(step, control, solve, t1), starting_anew(step, control, solve, t1)
+    stepper, passing_stop = Stepper(step, control, solve, interval), starting_anew(step, control, solve, interval)
     no_past, none = step.nothing(solve.current, strategy.remember(solve.current.distribution), influence=influence)
     first, unpack = ravel_pytree(Row.of(solve.current, no_past, none))
-    like_past, (no_past, unpack_past) = no_past, ravel_pytree(no_past)
+    flat_past, unpack_past = ravel_pytree(no_past)
 
     def attempt(solve, rows, number):
         """The solve and the rows after one attempt, and whether the attempt was accepted."""
         left = strategy.remember(solve.current.distribution)
-        new, past, effect, moved = stepper.advance(solve, no_past, lambda past, t: left, none)
+        new, past, effect, moved = stepper.advance(solve, flat_past, lambda past, t: left, none)
         row, _ = ravel_pytree(Row.of(new.current, unpack_past(past), effect))
         return new, rows.at[number(new)].set(row, pred=moved), moved
 
@@ -54,11 +54,12 @@ def solve_keeping_steps(
         return attempt(solve, rows, lambda new: new.num_accepted_steps)[:2]
 
     def body_with_stops(carry, rows):
+        assert passing_stop is not None
         solve, stops = carry
         new, rows, moved = attempt(solve, rows, lambda new: new.num_accepted_steps + stops)
-        new, past, anew = passing_stop(new, carried(strategy.remember(new.current.distribution)), moved)
-        if past is not None:
-            past = pad_own(past, like_past.own.shape[-2])
+        new, past, anew = passing_stop(new, with_square_noise(strategy.remember(new.current.distribution)), moved)
+        if no_past is not None:
+            past = pad_noise(past, no_past.noise.shape[-2])
         row, _ = ravel_pytree(Row.of(new.current, past, none))
         stops = stops + anew.astype(jnp.int32)
         return (new, stops), rows.at[new.num_accepted_steps + stops].set(row, pred=anew)
@@ -70,14 +71,14 @@ def solve_keeping_steps(
     if passing_stop is None:
         solve, rows = repeat(control.loop, running, body, solve, start(number))
         rows, reached = _repeat_last(rows, solve.num_accepted_steps)
-        return end(solve, t1), jax.vmap(unpack)(rows), reached
+        return end(solve, interval), jax.vmap(unpack)(rows), reached
     number += control.controller.limits.stops.size
     init = solve, jnp.zeros((), jnp.int32)
     (solve, stops), rows = repeat(control.loop, lambda carry: running(carry[0]), body_with_stops, init, start(number))
     rows, reached = _repeat_last(rows, solve.num_accepted_steps + stops)
     rows = jax.vmap(unpack)(rows)
     again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
-    return end(solve, t1), dataclasses.replace(rows, anew=again), reached
+    return end(solve, interval), dataclasses.replace(rows, anew=again), reached
 
 
 class _Passing(eqx.Module):
@@ -92,35 +93,35 @@ def solve_keeping_times(
     control: Control,
     strategy: AbstractStrategy,
     solve: AdaptiveState,
-    t1: Float[Array, ""],
+    interval: Interval,
     ts: Float[Array, " times"],
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
-    """Solve to ``t1``; the rows at the start, at both ends of the steps that hold one of ``ts``, and at the end.
+    """Solve to the end; the rows at the start, at both ends of the steps that hold one of ``ts``, and at the end.
 
     The prior tells what happens inside a step; what lies between the steps kept is marginalised as it is passed. There
     are ``2 times + 2`` rows; those not reached, as the flags say, repeat the last one. In a solve with stops there are
     ``3 times + 2``: a step that is kept has a third row, with which the next one starts.
     """
-    direction = direction_of(solve.t, t1)
-    stepper, passing_stop = Stepper(step, control, solve, t1), starting_anew(step, control, solve, t1)
+    stepper, passing_stop = Stepper(step, control, solve, interval), starting_anew(step, control, solve, interval)
     width = 2 if passing_stop is None else 3
 
     def remember(state):
-        return ravel_pytree(carried(strategy.remember(state.distribution)))
+        return ravel_pytree(with_square_noise(strategy.remember(state.distribution)))
 
     def row_with(state, past):
         return Row.of(state, unpack_past(past))
 
     start, unpack_past = remember(solve.current)
     first, unpack = ravel_pytree(row_with(solve.current, start))
-    ahead = jnp.append(lax.stop_gradient(ts) * direction, jnp.inf)
+    ahead = jnp.append(interval.ahead(lax.stop_gradient(ts)), jnp.inf)
 
     def passing(solve, past, moved):
+        assert passing_stop is not None
         solve, past, _ = passing_stop(solve, unpack_past(past), moved)
         return solve, ravel_pytree(past)[0]
 
     def passed(t):
-        t = lax.stop_gradient(t) * direction
+        t = interval.ahead(lax.stop_gradient(t))
         return jnp.searchsorted(ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
 
     def body(carry, rows):
@@ -132,7 +133,7 @@ def solve_keeping_times(
             return _Passing(new, past, carry.passed, carry.kept), rows
 
         def leaving(past, t):
-            holds = ahead[carry.passed] <= lax.stop_gradient(t) * direction
+            holds = ahead[carry.passed] <= interval.ahead(lax.stop_gradient(t))
             return unpack_past(jnp.where(holds, remember(solve.current)[0], past))
 
         new, past, _, moved = stepper.advance(solve, carry.past, leaving)
@@ -152,7 +153,7 @@ def solve_keeping_times(
     init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
     rows = jnp.zeros((ts.size, width, first.size), first.dtype)
     carry, rows = repeat(control.loop, lambda carry: stepper.running(carry.solve), body, init, rows)
-    solve = end(carry.solve, t1)
+    solve = end(carry.solve, interval)
     last, _ = ravel_pytree(row_with(solve.current, carry.past))
     rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])
     rows, reached = _repeat_last(rows.at[width * carry.kept + 1].set(last), width * carry.kept + 1)

@@ -51,7 +51,7 @@ class BoundedLoop(AbstractLoop):
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("BoundedLoop"))
 
-    def run(self, cond, body, init, *, buffers):
+    def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
         return eqxi.while_loop(cond, body, init, max_steps=self.max_steps, buffers=buffers, kind="bounded")
 
 
@@ -67,7 +67,7 @@ class CheckpointedLoop(AbstractLoop):
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("CheckpointedLoop"))
     checkpoints: int | None = eqx.field(static=True, default=None, converter=_checkpoints)
 
-    def run(self, cond, body, init, *, buffers):
+    def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
         return eqxi.while_loop(
             cond,
             body,
@@ -90,7 +90,7 @@ class ForwardLoop(AbstractLoop):
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("ForwardLoop"))
 
-    def run(self, cond, body, init, *, buffers):
+    def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
         final = eqxi.while_loop(cond, body, init, max_steps=self.max_steps, buffers=buffers, kind="lax")
         message = (
             "ForwardLoop() cannot be differentiated in reverse mode (jax.grad, jax.vjp). "
@@ -117,7 +117,8 @@ def repeat(loop: AbstractLoop, cond: Callable, body: Callable, init: PyTree, row
 def _scalars_together(like):
     """A function that puts the numbers of a tree like this one into one array for every dtype, and its inverse."""
     leaves, tree = jax.tree.flatten(like)
-    places, alone = {}, []
+    places: dict[Any, list[int]] = {}
+    alone: list[int] = []
     for i, leaf in enumerate(leaves):
         number = eqx.is_array(leaf) and leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.number)
         (places.setdefault(leaf.dtype, []) if number else alone).append(i)

@@ -29,7 +29,7 @@ class AbstractProgress(eqx.Module):
     >>> import probode
     >>> class Loud(probode.AbstractProgress):
     ...     marks: int = 2
-    ...     def report(self, fraction):
+    ...     def report(self, fraction: float) -> None:
     ...         print("half" if fraction < 1 else "done")
     >>> Loud().report(0.5)
     half
@@ -51,7 +51,7 @@ class TextProgress(AbstractProgress):
 
     marks: int = eqx.field(static=True, default=40, converter=lambda x: as_integer(x, "TextProgress(marks)", 1))
 
-    def report(self, fraction):
+    def report(self, fraction: float) -> None:
         done = int(fraction * self.marks)
         bar = "#" * done + "." * (self.marks - done)
         print(f"\r[{bar}] {100 * fraction:3.0f} %", end="\n" if fraction >= 1 else "", file=sys.stderr, flush=True)
@@ -68,13 +68,13 @@ class TqdmProgress(AbstractProgress):
 
     marks: int = eqx.field(static=True, default=100, converter=lambda x: as_integer(x, "TqdmProgress(marks)", 1))
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         try:
             import tqdm.auto  # noqa: F401
         except ImportError as error:
             raise ImportError("TqdmProgress needs tqdm: pip install tqdm, or use TextProgress().") from error
 
-    def report(self, fraction):
+    def report(self, fraction: float) -> None:
         from tqdm.auto import tqdm
 
         bar = _bars.get(self)

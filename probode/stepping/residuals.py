@@ -125,13 +125,12 @@ def with_defects(
     times, means = jnp.stack([time_inside, t]), jnp.stack([mean_inside, corrected])
     inside, remainder = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))
 
-    def again(_, carry):
+    def again(carry):
         corrected, remainder = carry
         corrected = correct(corrected, smoothing_weights(equation, innovation.factor, remainder))
         return corrected, whiten(innovation.factor, residual(t, corrected))
 
-    if constraint.evaluations > 1:
-        _, remainder = lax.fori_loop(1, constraint.evaluations, again, (corrected, remainder))
+    _, remainder = constraint.iteration.repeat(again, (corrected, remainder))
     innovation = dataclasses.replace(innovation, inside=inside, remainder=remainder)
     return dataclasses.replace(attempt, innovation=innovation)
 
@@ -155,11 +154,11 @@ def _std_inside(m: int) -> float:
     return float(np.sqrt((own - both**2 / whole) / whole))
 
 
-def not_silent(innovation: Innovation, inside: Float[Array, "*batch"]) -> Innovation:
+def with_scale_inside(innovation: Innovation, inside: Float[Array, "*batch"]) -> Innovation:
     """The innovation with the scale found inside the step where the residual at its end vanished.
 
     The polynomial of the prediction may satisfy an equation by accident, as that of ``u' = v`` in the first step from
     exact derivatives, where ``v`` itself is wrong: a scale of round-off would call such a component exact.
     """
-    scale = jnp.where(innovation.silent, jnp.maximum(innovation.scale, inside), innovation.scale)
+    scale = jnp.where(innovation.is_zero, jnp.maximum(innovation.scale, inside), innovation.scale)
     return dataclasses.replace(innovation, scale=scale)

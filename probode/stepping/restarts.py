@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.coordinates import Conditional, both
+from ..algebra.coordinates import Conditional, root_of_sum
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import eliminate, product, triangularise
 from ..algebra.normal import Normal, batched, pad, pad_rows
@@ -101,5 +101,5 @@ def _with_unknown(moves, factor, unknown, past):
     noise = triangularise(None, unknown.at[:, :width].set(0))[width:]
     new = jnp.concatenate([product(triangle[:, :width], moves.T), noise])
     if past is not None:
-        past = Conditional(past.shift, pad_rows(triangle[:, width:], factor.shape[0]), both(past.own, left))
+        past = Conditional(past.shift, pad_rows(triangle[:, width:], factor.shape[0]), root_of_sum(past.noise, left))
     return new, past

@@ -48,7 +48,7 @@ class State(eqx.Module):
     calibration: type = eqx.field(static=True)
     spread: Float[Array, "N *batch dim cols"] | None = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"State(t={brief(self.t)}, u={shape_of_u(self.layout)}, layout={self.layout!r})"
 
     @property

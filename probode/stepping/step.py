@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..algebra.conditioning import Influence, Update, condition, innovate, join, seen_from
-from ..algebra.coordinates import Conditional, in_coordinates, pad_own, realise
+from ..algebra.conditioning import Influence, Update, condition, innovate, join, residual_about
+from ..algebra.coordinates import Conditional, from_coordinates, in_coordinates, pad_noise
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose, detach
 from ..algebra.normal import Normal, pad, push
@@ -25,7 +25,7 @@ from ..information.observations import Observations
 from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from .attempt import Attempt
 from .error_estimates import rms_norm
-from .residuals import informative, not_silent, residual_at, with_floor, without_round_off
+from .residuals import informative, residual_at, with_floor, with_scale_inside, without_round_off
 from .spread import Ahead, push_moves, spread_after, spread_ahead
 from .state import State
 from .times import round_off
@@ -53,7 +53,7 @@ class Step(eqx.Module):
         """The state of a solver before its first step."""
         layout, shape, dtype = self.layout, self.layout.batch_shape, self.layout.dtype
         if layout.factorisation.own_algebra:
-            distribution = layout.factorisation.start(distribution)
+            distribution = layout.factorisation.start(distribution)  # type: ignore[attr-defined]
         else:
             equation = self._shape_of_equation(t, distribution)
             # As many rows as a step leaves.
@@ -62,13 +62,13 @@ class Step(eqx.Module):
         evidence = jnp.zeros((), dtype)
         if self.data is not None:
             layout.require_shared_algebra("Conditioning on data")
-            distribution, _, evidence = self._learn(t, distribution, None, evidence)
+            distribution, _, evidence = self._condition_on_data(t, distribution, None, evidence)
         return State(
             t,
             distribution,
             output_scale=jnp.ones(shape, dtype),
             statistics=self.calibration.init(shape, dtype),
-            evidence=Evidence.none(shape, dtype),
+            evidence=Evidence.zero(shape, dtype),
             layout=layout,
             prior=self.own_prior(t, distribution),
             last_move=jnp.zeros((), dtype),
@@ -95,10 +95,11 @@ class Step(eqx.Module):
         ``before``: the state where the step starts. ``since``: the time there, where it matters on which side of it.
         """
         prior = self.own_prior(t - dt if since is None else since, before)
-        transition = (self.prior if prior is None else prior).transition(dt, self.layout)
+        # A family has made its prior.
+        transition = (self.prior if prior is None else prior).transition(dt, self.layout)  # type: ignore[union-attr]
         predicted = push(before, transition.matrix)
         if self.layout.factorisation.own_algebra:
-            return self.layout.factorisation.attempt(self, predicted, t, transition)
+            return self.layout.factorisation.attempt(self, predicted, t, transition)  # type: ignore[attr-defined]
         equation = self._linearise(t, predicted)
         unit = jnp.broadcast_to(transition.magnitude, self.layout.batch_shape)
         innovation = with_floor(innovate(equation, transition.noise, unit), equation, predicted.mean)
@@ -122,7 +123,7 @@ class Step(eqx.Module):
         if spread is not None:
             # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
             ahead = self.ahead(before, at, attempted)
-            attempted = dataclasses.replace(attempted, innovation=not_silent(attempted.innovation, ahead.scale))
+            attempted = dataclasses.replace(attempted, innovation=with_scale_inside(attempted.innovation, ahead.scale))
             anew = None if anew is None else anew & (ahead.scale == 0)
         innovation = attempted.innovation
         scale = self.calibration.scale(innovation, before.statistics)
@@ -131,7 +132,7 @@ class Step(eqx.Module):
         else:
             update, equation, move = attempted.update, attempted.equation, jnp.zeros_like(before.last_move)
         if anew is not None:
-            update = _unless_silent(update, anew & innovation.silent, before, attempted, past)
+            update = _unless_silent(update, anew & innovation.is_zero, before, attempted, past)
         influence, output_scale = update.influence, scale / innovation.unit
         counts = informative(equation, attempted.mean)
         statistics = self.calibration.update(before.statistics, output_scale, influence.whitened, counts)
@@ -139,7 +140,7 @@ class Step(eqx.Module):
             spread = spread_after(*detach((ahead, update, equation)))
         distribution, past, data_evidence = update.state, update.past, before.data_evidence
         if self.data is not None:
-            distribution, past, data_evidence = self._learn(t, distribution, past, data_evidence)
+            distribution, past, data_evidence = self._condition_on_data(t, distribution, past, data_evidence)
         state = State(
             t,
             distribution,
@@ -165,7 +166,7 @@ class Step(eqx.Module):
         attempted = self.attempt(before.distribution, t, some)
         stepped = self.accept(before, attempted, t, past)
         prior = self.prior if attempted.prior is None else attempted.prior
-        matrix = prior.transition(dt, self.layout).matrix
+        matrix = prior.transition(dt, self.layout).matrix  # type: ignore[union-attr]
         waited = dataclasses.replace(
             before,
             t=t,
@@ -174,7 +175,8 @@ class Step(eqx.Module):
             spread=None if before.spread is None else detach(push_moves(before.spread, matrix)),
         )
         if past is not None:
-            past = pad_own(past, stepped.past.own.shape[-2])
+            assert stepped.past is not None
+            past = pad_noise(past, stepped.past.noise.shape[-2])
         no_influence = jax.tree.map(jnp.zeros_like, stepped.influence)
         return choose(short, Stepped(waited, past, no_influence), stepped)
 
@@ -203,31 +205,29 @@ class Step(eqx.Module):
         shapes = eqx.filter_eval_shape(step, before.distribution, past)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    @property
-    def iterates(self) -> bool:
-        """Whether a step iterates its linearisation, so that a user wants to know whether it has converged."""
-        return self.constraint.relinearise and self.constraint.evaluations > 1
-
     def _shape_of_equation(self, t, x):
         return eqx.filter_eval_shape(self.constraint.linearise, t, x, self.layout, self.args)
 
     def _linearise(self, t, x):
         return without_round_off(self.constraint.linearise(t, x, self.layout, self.args), x.mean)
 
-    def _learn(self, t, x, past, evidence):
+    def _condition_on_data(self, t, x, past, evidence):
         """A state, an earlier one in its coordinates, and the log density of all data, with those at ``t``, if any."""
 
-        def learn(x, past, evidence):
-            coordinates, log_density = self.data.learn(i, x, self.layout, self.args)
-            past = None if past is None else in_coordinates(past, coordinates)
-            return realise(coordinates, x), past, evidence + log_density
+        data = self.data
+        assert data is not None
 
-        i, seen = self.data.find(t)
+        def learn(x, past, evidence):
+            coordinates, log_density = data.condition(i, x, self.layout, self.args)
+            past = None if past is None else in_coordinates(past, coordinates)
+            return from_coordinates(coordinates, x), past, evidence + log_density
+
+        i, seen = data.find(t)
         return lax.cond(seen, learn, lambda *same: same, x, past, evidence)
 
     def _condition(self, before, t, attempted, scale, past):
         """The update, the equation that it is about, and how far the last of several linearisations has moved it."""
-        transition, equation = attempted.transition, attempted.equation
+        transition, equation, iteration = attempted.transition, attempted.equation, self.constraint.iteration
         predicted = Normal(attempted.mean, push(before.distribution, transition.matrix).factor)
         if self.calibration.relinearise:
             noise = transition.noise * scale[..., None, None]
@@ -235,35 +235,29 @@ class Step(eqx.Module):
         joint = join(predicted, transition.noise, scale, equation, past)
         update = condition(joint, predicted, equation, past)
 
-        def again(_, carry):
+        def again(carry):
             joint, update, equation, _ = carry
             whitened = update.influence.whitened
             equation = self._evaluate_at(update.state, t, predicted, equation)
-            if self.constraint.relinearise:
+            if iteration.relinearise:
                 joint = join(predicted, transition.noise, scale, equation, past)
             return joint, condition(joint, predicted, equation, past), equation, whitened
 
         carry = joint, update, equation, jnp.zeros_like(update.influence.whitened)
-        times = self.constraint.evaluations - 1
-        # One extra evaluation is inlined so that XLA can fuse it. More go into a loop: inlined, compile time grows
-        # exponentially.
-        if times == 1:
-            carry = again(0, carry)
-        elif times:
-            carry = lax.fori_loop(0, times, again, carry)
-        _, update, equation, whitened = carry
-        move = rms_norm(update.influence.whitened - whitened) if self.iterates else jnp.zeros_like(before.last_move)
+        _, update, equation, whitened = iteration.repeat(again, carry)
+        converging = iteration.is_gauss_newton
+        move = rms_norm(update.influence.whitened - whitened) if converging else jnp.zeros_like(before.last_move)
         return update, equation, move
 
     def _evaluate_at(self, point, t, predicted, equation):
         """The equation with its residual, or as a whole, taken at another point, as the prediction sees it."""
         point = Normal(point.mean, predicted.factor)
-        if self.constraint.relinearise:
+        if self.constraint.iteration.relinearise:
             new = self.constraint.linearise(t, point, self.layout, self.args)
         else:
             residual = residual_at(self.constraint, t, point, self.layout, self.args)
             new = dataclasses.replace(equation, residual=residual)
-        residual = seen_from(predicted.mean, point.mean, new)
+        residual = residual_about(predicted.mean, point.mean, new)
         return without_round_off(dataclasses.replace(new, residual=residual), predicted.mean)
 
 
@@ -275,7 +269,7 @@ def _unless_silent(update, silent, before, attempted, past):
     """
     predicted = push(before.distribution, attempted.transition.matrix)
     if past is not None:
-        past = pad_own(past, update.past.own.shape[-2])
+        past = pad_noise(past, update.past.noise.shape[-2])
     influence = jax.tree.map(jnp.zeros_like, update.influence)
     nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, jnp.zeros_like(update.pivots))
     axes = jnp.ndim(silent)

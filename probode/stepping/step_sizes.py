@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from ..algebra.conditioning import Influence, explained
@@ -28,7 +29,7 @@ from .loops import AbstractLoop
 from .progress import AbstractProgress
 from .spread import Ahead
 from .state import State
-from .times import nearest, round_off
+from .times import Interval, round_off
 
 
 # The largest share of the way to the next stop that a first step takes unless the user says how long it is; and where
@@ -43,8 +44,8 @@ class Control(eqx.Module):
 
     ``initialisation``: how derivatives start anew at the controller's ``stop_at``. ``through``: further times that must
     be hit, at which nothing happens to the equation: those of data. ``in_two``: whether two equal steps go to a time
-    that must be hit, not a whole one and what is left. ``doubts_scale``: whether a step is refused whose residual the
-    output scale does not explain.
+    that must be hit, not a whole one and what is left. ``refuses_unexplained``: whether a step is refused whose
+    residual the output scale does not explain.
     """
 
     error: AbstractErrorEstimate
@@ -54,9 +55,9 @@ class Control(eqx.Module):
     progress: AbstractProgress | None = None
     through: Float[Array, " times"] | None = None
     in_two: bool = eqx.field(static=True, default=False)
-    doubts_scale: bool = eqx.field(static=True, default=False)
+    refuses_unexplained: bool = eqx.field(static=True, default=False)
 
-    def stops(self, dtype) -> Float[Array, " times"] | None:
+    def stops(self, dtype: DTypeLike) -> Float[Array, " times"] | None:
         """The times at which the equation may jump, if there are any."""
         stops = self.controller.limits.stops
         return stops.astype(dtype) if stops.size else None
@@ -151,7 +152,7 @@ def bounded_step(control: Control, dt: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def next_time(
-    control: Control, t: Array, dt: Array, t1: Array, direction: Array, smallest: Array
+    control: Control, t: Array, dt: Array, interval: Interval, smallest: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Where the next attempt goes: its time and signed length, whether it was cut to hit a time, the shortest length.
 
@@ -162,8 +163,8 @@ def next_time(
     eps = jnp.finfo(t.dtype).eps
     floor = jnp.maximum(4 * eps * jnp.abs(t), smallest)
     hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.through) if x is not None]
-    ahead = nearest(jnp.concatenate(hits), t, t1, direction) if hits else t1
-    room = (ahead - t) * direction
+    ahead = interval.nearest(jnp.concatenate(hits), t) if hits else interval.t1
+    room = interval.ahead(ahead - t)
     floor = jnp.maximum(floor, control.controller.limits.shortest.astype(t.dtype))
     dt = jnp.maximum(dt, floor)
     noise = round_off(jnp.maximum(jnp.abs(t), jnp.abs(ahead)))
@@ -174,7 +175,7 @@ def next_time(
     if not control.in_two:
         in_two = in_two & (dt > room - noise)
     dt = jnp.where(in_two, half, dt)
-    new_t = jnp.where(to_the_end, ahead, t + direction * dt)
+    new_t = jnp.where(to_the_end, ahead, t + interval.ahead(dt))
     # Not `dt`: the vector field is evaluated at the times, so the step has to lie between them.
     return new_t, new_t - t, to_the_end | in_two, lax.stop_gradient(floor)
 

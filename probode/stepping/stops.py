@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from ..algebra.linalg import choose, detach, is_finite
 from ..algebra.normal import Normal
@@ -14,16 +13,17 @@ from .restarts import start_anew
 from .spread import value_and_moves
 from .step import Step
 from .step_sizes import Control, bounded_step, first_step
-from .times import beside, direction_of, is_jump, nearest
+from .times import Interval, beside, is_jump
 
 
-def starting_anew(step: Step, control: Control, solve: AdaptiveState, t1: Float[Array, ""]) -> Callable | None:
+def starting_anew(step: Step, control: Control, solve: AdaptiveState, interval: Interval) -> Callable | None:
     """A function to call after each attempt, which starts the state anew at stops; ``None`` in a solve without any.
 
     ``fn(solve, past, moved)`` returns the solve, the past given its state, and whether it has started anew: if it has
-    ``moved``, to a stop before ``t1``. Otherwise solve and past come back as they were.
+    ``moved``, to a stop before the end of the interval. Otherwise solve and past come back as they were.
     """
-    stops, begun, direction = control.stops(t1.dtype), solve, direction_of(solve.t, t1)
+    dtype, begun, direction = interval.t1.dtype, solve, interval.direction
+    stops = control.stops(dtype)
     if stops is None:
         return None
     layout, constraint, args = step.layout, step.constraint, step.args
@@ -36,7 +36,7 @@ def starting_anew(step: Step, control: Control, solve: AdaptiveState, t1: Float[
 
     def pass_stop(solve, past, moved):
         now = solve.current
-        here = moved & is_jump(now.t, stops) & ((t1 - now.t) * direction > 0)
+        here = moved & is_jump(now.t, stops) & (interval.remaining(now.t) > 0)
 
         def start(now, past):
             # Lanes of a vmap come here wherever they are: they differentiate at a point that is known to be fine.
@@ -58,7 +58,7 @@ def starting_anew(step: Step, control: Control, solve: AdaptiveState, t1: Float[
         if now.spread is not None:
             spread = jnp.where(anew, spread_anew(*detach((now, beside(now.t, direction, stops)))), now.spread)
             current = dataclasses.replace(current, spread=spread)
-        until = nearest(stops, now.t, t1, direction) - now.t
+        until = interval.nearest(stops, now.t) - now.t
         prior = step.prior if current.prior is None else current.prior
         # As in a solve that starts here: so one with stops takes the steps of its pieces.
         dt = first_step(control, detach(current), detach(prior), until, constraint.order)
@@ -67,7 +67,7 @@ def starting_anew(step: Step, control: Control, solve: AdaptiveState, t1: Float[
             solve,
             current=current,
             dt=jnp.where(anew, lax.stop_gradient(dt), solve.dt),
-            controller=choose(anew, control.controller.init(t1.dtype), solve.controller),
+            controller=choose(anew, control.controller.init(dtype), solve.controller),
             anew=choose(anew, Start(lax.stop_gradient(now.t), jnp.ones_like(solve.anew.unseen)), solve.anew),
         )
         return new, past, anew

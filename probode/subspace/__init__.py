@@ -1,1 +1,1 @@
-"""A factorisation with an algebra of its own, for large stiff systems."""
+"""A covariance that is full on a subspace of the components only, for large stiff systems."""

@@ -1,7 +1,8 @@
 """A covariance for large stiff problems: full on a subspace of the components, one shared block on its complement.
 
-The mean is conditioned by a Krylov solve with the whole Jacobian, from products alone; no ``(d, d)`` array exists. The
-covariance of the complement is bounded by what is known of its Jacobian: it lies left of the subspace's own.
+The mean is conditioned by a Krylov solve with the whole Jacobian, which needs products with it alone: there is no
+``(d, d)`` array. The covariance on the complement is an upper bound, for all Jacobians there whose numerical range lies
+left of the smallest Ritz value on the subspace.
 
 Axes: ``d`` components, ``r`` directions of the basis ``W``, ``n`` derivatives. With ``a = W^T x`` and ``c`` any
 direction of the complement, the mean is ``(n, d)`` and the factor has the ``r + 1`` columns ``(a, c)`` for each
@@ -49,32 +50,44 @@ from .krylov import linearised, solve_innovation
 
 
 class Subspace(AbstractOwnAlgebra):
-    """The full covariance on the span of ``basis``, and one variance for all directions of its complement.
+    """The full covariance on the span of ``basis``, and one ``(n, n)`` block for all directions of its complement.
 
     For stiff problems too large for ``Dense()``: ``Solver(IWP(nu), TS1(ODE(f)), factorisation=Subspace(basis))``. A
-    step takes ``r`` products with the Jacobian and its transpose, and those of two Krylov solves; memory is
-    ``O(d r)``. ``basis``: ``(d, r)`` over the ravelled ``u``, of full rank; it should span the slow directions, whose
-    eigenvalues lie furthest to the right: the modes of a diffusion, or ``rightmost_basis``. ``norm``: a bound of the
-    Jacobian's norm along the solution. Without it nothing is known of the complement but that it decays at least as
-    fast as the fastest of the subspace, and where steps resolve it the uncertainty is larger than it has to be.
+    step takes ``r`` products with the Jacobian, ``r`` with its transpose, and those of two Krylov solves; memory is
+    ``O(d r)``.
 
-    ``tol``: the solves end when the residual, whitened as the filter does it, has shrunk to this part; so derivatives
-    of a solution are as good as ``tol``. A solve that has not come there after ``max_krylov`` iterations rejects the
-    step; on a grid, and in derivatives, it is NaN. ``preconditioner(p11, p01, p00)``, of three numbers, returns a
-    function ``v -> (p11 I - p01 (J + J^T) + p00 J J^T)^-1 v``, roughly, symmetric and positive definite.
+    - ``basis``: ``(d, r)`` over the ravelled ``u``, of full rank, orthonormalised here. It should span the slow
+      directions, whose eigenvalues lie furthest to the right: the modes of a diffusion, or ``rightmost_basis``.
+    - ``norm``: a bound of the Jacobian's norm along the solution, in units of one over time. Without it the covariance
+      assumes no more of the complement than that it decays at least as fast as the fastest direction of the subspace;
+      where steps resolve the complement, the uncertainty is then larger than necessary.
+    - ``tol``: a Krylov solve ends when the whitened residual has shrunk to this fraction. Derivatives of a solution are
+      accurate to ``tol``.
+    - ``max_krylov``: the largest number of iterations of a Krylov solve. If it has not converged by then the step is
+      rejected; on a grid, and in derivatives, the result is NaN.
+    - ``preconditioner``: a function of three numbers; ``preconditioner(p11, p01, p00)`` returns a linear function of a
+      vector ``(d,)``, symmetric and positive definite, near ``v -> (p11 I - p01 (J + J^T) + p00 J J^T)^-1 v``.
 
-    What is exact, and what is not: the mean is conditioned exactly on the equation, linearised in full, under the
-    covariance used. With ``r = d`` it is ``Dense()``. The complement's update covers every Jacobian that is on the left
-    of the smallest Ritz value of the basis, which is not checked. What couples the complement into the subspace enters
-    there as independent noise, and the subspace has an output scale of its own, no smaller than that of all components,
-    which ``Solution.output_scale`` reports and the prediction between steps uses. That is an approximation: standard
-    deviations can be below those of ``Dense()``. Errors squared over variances, averaged over the components, stayed
-    below 2 in adaptive solves of diffusion, FitzHugh-Nagumo and Burgers' equations with 60 components and a rank of 10.
+    The mean is conditioned exactly, up to ``tol``, on the equation with its whole Jacobian, under the covariance used.
+    With ``r = d`` that covariance is the one of ``Dense()``; otherwise it is an approximation:
 
-    For ``IWP`` with a scalar output scale, ``TS1`` of an ``ODE`` of order one, ``Filter``, ``StateError`` (the default
-    here) and calibrations that do not look at gains, linearise again or remember; without ``stop_at``: solve the pieces
-    one by one. The log likelihood is not known (NaN). Raises ``ValueError`` or ``TypeError`` for other parts, or a
-    basis that is not of full rank.
+    - On the complement it is an upper bound for every Jacobian whose numerical range lies left of the smallest Ritz
+      value of the basis, which is not checked.
+    - The coupling from the complement into the subspace enters there as independent noise.
+    - The subspace has an output scale of its own, no smaller than that of all components. ``Solution.output_scale``
+      reports it, and the prediction between steps uses it.
+
+    So standard deviations can be below those of ``Dense()``. Errors squared over variances, averaged over the
+    components, stayed below 2 in adaptive solves of diffusion, FitzHugh-Nagumo and Burgers' equations with 60
+    components and a rank of 10.
+
+    It works with ``IWP`` with a scalar output scale, ``TS1`` of an ``ODE`` of order one with its exact Jacobian and one
+    evaluation, ``Filter``, ``StateError`` (the default here) and calibrations without leave-one-out residuals, memory
+    and ``relinearise``; without data, uncertain ``u0`` and ``stop_at``. The log likelihood is NaN.
+
+    Raises ``ValueError`` for a basis that is not finite or not of full rank, for a ``norm`` or ``tol`` that is not
+    finite and positive, a ``max_krylov`` below 1, and, as ``Solver`` is made, for other parts; ``TypeError`` for a
+    preconditioner that cannot be called.
 
     >>> import jax.numpy as jnp, probode
     >>> probode.Subspace(jnp.eye(100, 5)).basis.shape
@@ -113,35 +126,35 @@ class Subspace(AbstractOwnAlgebra):
         """The dimension of the subspace."""
         return self.basis.shape[-1]
 
-    @property
-    def lanes(self) -> int:
-        """The number of leading axes that a batch of solutions has given the basis."""
+    @property  # type: ignore[misc]  # an abstract variable may be a property
+    def lanes(self) -> int:  # type: ignore[override]
+        """The number of leading axes of the basis in a batch of solutions; 0 in a single one."""
         return self.basis.ndim - 2
 
-    def batch_shape(self, d):
+    def batch_shape(self, d: int) -> tuple[int, ...]:
         return ()
 
-    def pack(self, derivatives):
+    def pack(self, derivatives: Float[Array, "m d"]) -> Float[Array, "*batch rows cols"]:
         if derivatives.shape[1] != self.basis.shape[-2]:
             raise ValueError(
                 f"Subspace(basis) has {self.basis.shape[-2]} rows, but u has {derivatives.shape[1]} components."
             )
         return derivatives
 
-    def unpack(self, mean, d):
+    def unpack(self, mean: Float[Array, "*batch rows cols"], d: int) -> Float[Array, "m d"]:
         return mean
 
-    def unpack_std(self, std, d):
+    def unpack_std(self, std: Float[Array, "*batch rows"], d: int) -> Float[Array, "m d"]:
         raise ValueError("Subspace() needs all rows of a factor for a standard deviation: use Layout.std.")
 
-    def lift(self, matrix, scale, d):
+    def lift(self, matrix: Float[Array, "n n"], scale: Float[Array, "..."], d: int) -> Float[Array, "*batch dim dim"]:
         if jnp.ndim(scale) > 0:
             raise ValueError(
                 "Subspace() has one output scale for all components: pass a scalar output_scale, or use Dense()."
             )
         return scale * jnp.kron(matrix, jnp.eye(self.rank + 1, dtype=matrix.dtype))
 
-    def project(self, jacobian):
+    def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
         raise ValueError("Subspace() never holds a Jacobian: start from TaylorMode() or Diffuse().")
 
     def check(
@@ -152,7 +165,7 @@ class Subspace(AbstractOwnAlgebra):
         calibration: AbstractCalibration,
         error: AbstractErrorEstimate,
     ) -> None:
-        """Raises for parts of a solver that this factorisation has no formulas for."""
+        """Raises ``ValueError`` for parts of a solver with which this factorisation has no formulas."""
 
         def need(condition, part, words):
             if not condition:
@@ -165,7 +178,7 @@ class Subspace(AbstractOwnAlgebra):
         need(constraint.evaluations == 1, constraint, "it conditions once in a step, so use evaluations=1")
         need(isinstance(constraint.problem, ODE), constraint.problem, "the equation must be an ODE")
         need(constraint.order == 1, constraint.problem, "write the equation as one of order one")
-        ode = constraint.problem
+        ode: Any = constraint.problem
         need(
             isinstance(ode.jacobian, ExactJacobian),
             ode.jacobian,
@@ -179,10 +192,10 @@ class Subspace(AbstractOwnAlgebra):
     def std(self, factor: Float[Array, "rows dim"]) -> Float[Array, "m d"]:
         """Standard deviations of all components, derivative by derivative."""
         r, basis = self.rank, jnp.asarray(self.basis, factor.dtype)
-        outside = safe_sqrt(1 - jnp.sum(basis**2, axis=1))  # of a unit vector, the part in the complement
+        outside = safe_sqrt(1 - jnp.sum(basis**2, axis=1))  # the length of each unit vector's part in the complement
         outside = outside if r < basis.shape[0] else jnp.zeros_like(outside)
         blocks = jnp.moveaxis(jnp.reshape(factor, (factor.shape[0], -1, r + 1)), 1, 0)
-        # One by one: only the derivatives that are asked for are computed.
+        # One by one, so that XLA drops the derivatives of which nothing is used.
         return jnp.stack([safe_norm(jnp.concatenate([x[:, :r] @ basis.T, x[:, r:] * outside]), axis=0) for x in blocks])
 
     def start(self, x: Normal) -> Normal:
@@ -197,7 +210,11 @@ class Subspace(AbstractOwnAlgebra):
         t: Float[Array, ""],
         transition: Transition,
     ) -> Attempt:
-        """Hold the prediction against the equation and condition on it; see ``Step.attempt``."""
+        """The attempt of a step to the time ``t``, with the posterior given the equation in its ``update``.
+
+        ``predicted``: the predicted mean ``(n, d)`` and factor, without the noise of the step. ``transition``: that of
+        the prior over the step.
+        """
         layout, mean = step.layout, predicted.mean
         n, d, r = layout.num_derivatives + 1, layout.size, self.rank
         field = flat_field(step.constraint.problem, layout, step.args)
@@ -212,7 +229,8 @@ class Subspace(AbstractOwnAlgebra):
             max_krylov=self.max_krylov,
         )
 
-        # The noise of the step alone: its scale, and that of the subspace, where smooth residuals live.
+        # Local scales under the noise of the step alone: ``overall``, of all components, and ``own``, of the subspace.
+        # Smooth residuals lie in the subspace, where their average over all ``d`` components is too small a scale.
         qc = transition.noise[:: r + 1, :: r + 1]
         qa = jnp.kron(qc, jnp.eye(r, dtype=qc.dtype))
         y, explained = solve(at, z, qa, qc)
@@ -220,26 +238,28 @@ class Subspace(AbstractOwnAlgebra):
         of_subspace = Linearisation(jnp.concatenate([-at.inner, jnp.eye(r, dtype=z.dtype)], 1), (z @ at.basis)[:, None])
         own = jnp.maximum(overall, innovate(of_subspace, qa, transition.magnitude).scale)
         innovation = Innovation(jnp.ones((1, 1), z.dtype), own[None, None], own, transition.magnitude)
-        statistics = step.calibration.init((), z.dtype)  # which do not matter: see `check`
+        statistics = step.calibration.init((), z.dtype)  # ``check`` refuses calibrations whose scale depends on them
         scale_a = step.calibration.scale(innovation, statistics)
         scale_c = step.calibration.scale(dataclasses.replace(innovation, scale=overall), statistics)
 
-        # The mean, under the prediction with the noise of the step.
+        # The posterior mean, under the predicted covariance with the noise of the step.
         blocks = jnp.reshape(predicted.factor, (-1, n, r + 1))
         fa, fc = jnp.reshape(blocks[:, :, :r], (-1, n * r)), blocks[:, :, r]
         y, shift = solve(at, z, jnp.concatenate([fa, scale_a * qa]), jnp.concatenate([fc, scale_c * qc]))
         whitened = safe_sqrt(jnp.vdot(z, y) / d)[None, None]
 
-        # The covariance; and of u, what the noise of the step alone leaves.
+        # The posterior covariance (``new_a``, ``new_c``), and for the error estimate that of ``u`` under the noise of
+        # the step alone (``left``).
         root = triangularise(None, at.coupling)
         root = root if r < d else jnp.zeros_like(root)
         new_c = _left_of(triangularise(scale_c * qc, fc), at.slope, self.norm)
         new_a = _given_subspace(fa, scale_a * qa, at.inner, jnp.abs(new_c[0, 0]) * root)
         left_c = _left_of(safe_divide(overall, own) * qc, at.slope, self.norm)
-        left_a = posterior_noise(*_augmented(at.inner, qa, jnp.abs(left_c[0, 0]) * root), r)
+        augmented, noise = _augmented(at.inner, qa, jnp.abs(left_c[0, 0]) * root)
+        left_a = posterior_noise(augmented, noise, r)
         left = jnp.pad(left_a, ((0, 1), (0, 1))).at[-1, -1].set(left_c[0, 0])
 
-        # A solve that has not converged is NaN: the step is rejected.
+        # A Krylov solve that has not converged is NaN. The scale is then infinite, so that the step is rejected.
         state = Normal(mean - shift, _together(new_a, new_c, n))
         nothing, unknown = jnp.zeros((1, 0), z.dtype), jnp.full(1, jnp.nan, z.dtype)
         update = Update(state, None, Influence(whitened, nothing, nothing, jnp.ones_like(own)), unknown)
@@ -249,17 +269,19 @@ class Subspace(AbstractOwnAlgebra):
 
 
 def _left_of(root, slope, norm):
-    """The complement's covariance once more is known of its Jacobian: a root, from an upper triangular one.
+    """Right square root of the complement's covariance given ``c' = j c`` with bounds of ``j``.
 
-    All that is used is that ``c' = j c`` with every ``j`` (its numerical range) left of ``slope``, and in the disc with
-    the diameter ``[-norm, slope]`` if there is a norm: a quadratic form ``N`` that is not positive on what is possible,
-    so that ``(P^-1 + tau N)^-1`` covers it for every ``tau >= 0`` (S-procedure); here with the smallest determinant. Of
-    ``(c, c')`` the root is ``[[f, g], [0, h]]``, and ``N`` acts on these two rows alone: a reverse Cholesky of 2 x 2.
+    ``root``: upper triangular square root of the covariance ``P`` before. The ``j`` are in the numerical range of the
+    complement's Jacobian, which lies left of ``slope``, and if there is a norm in the disc with the diameter ``[-norm,
+    slope]``. So there is a quadratic form ``N`` that is not positive on the pairs ``(c, c')`` that are possible, and
+    ``(P^-1 + tau N)^-1`` is an upper bound of the covariance for every ``tau >= 0`` (S-procedure); this is the one with
+    the smallest determinant. ``N`` acts on ``(c, c')`` alone, of which the root is ``[[f, g], [0, h]]``: a reverse
+    Cholesky decomposition of a 2 x 2 matrix.
     """
     f, h = root[0, 0], root[1, 1]
     q = safe_divide(root[0, 1] - slope * f, h)
     # Half of h / (f radius): zero for the half-plane.
-    k = 0
+    k: Array | int = 0
     if norm is not None:
         norm = norm.astype(root.dtype)
         k = safe_divide(h, f * jnp.maximum(norm + slope, 1e-3 * norm))
@@ -271,8 +293,11 @@ def _left_of(root, slope, norm):
 
 
 def _augmented(inner, noise, extra):
-    """The subspace's equation ``a_1 - Jaa a_0 + e = 0`` and the noise of its state, with the noise ``e`` behind
-    ``a_0``: so ``a_1`` can be replaced, and nothing singular is ever triangularised however small ``e``."""
+    """The subspace's equation ``a_1 - Jaa a_0 + e = 0``, and the square root ``noise`` over ``(a_0, e, a_1, ...)``.
+
+    ``inner``: ``Jaa``. ``extra``: right square root of the covariance of ``e``. The equation gives ``a_1``; so a
+    covariance of ``e`` that is singular, or zero, does not make that of the other columns singular.
+    """
     r = inner.shape[0]
     eye, zeros = jnp.eye(r, dtype=noise.dtype), jnp.zeros((noise.shape[0], r), noise.dtype)
     wide = jnp.concatenate([noise[:, :r], zeros, noise[:, r:]], axis=1)
@@ -282,7 +307,7 @@ def _augmented(inner, noise, extra):
 
 
 def _given_subspace(factor, noise, inner, extra):
-    """Right root of the subspace's covariance after prediction and update."""
+    """Right square root of the subspace's covariance after prediction and update; ``extra`` as in ``_augmented``."""
     r, dim = inner.shape[0], noise.shape[0]
     equation, noise = _augmented(inner, noise, extra)
     factor = jnp.concatenate([factor[:, :r], jnp.zeros_like(factor[:, :r]), factor[:, r:]], axis=1)
@@ -292,7 +317,7 @@ def _given_subspace(factor, noise, inner, extra):
 
 
 def _together(fa, fc, n):
-    """The two roots as one factor."""
+    """The square roots of subspace and complement as one factor, ``(rows, n (r + 1))``."""
     fa = jnp.pad(jnp.reshape(fa, (fa.shape[0], n, -1)), ((0, 0), (0, 0), (0, 1)))
     fc = jnp.pad(fc[:, :, None], ((0, 0), (0, 0), (fa.shape[2] - 1, 0)))
     return jnp.reshape(jnp.concatenate([fa, fc]), (fa.shape[0] + fc.shape[0], -1))

@@ -1,4 +1,4 @@
-"""Linear algebra with a Jacobian that nobody can hold: products with it, solves by conjugate gradients, its slow modes.
+"""Linear algebra with a Jacobian through products alone: conjugate gradients, and its rightmost eigenvectors.
 
 Axes: ``d`` components, ``r`` directions of a basis ``W`` with orthonormal columns, ``n`` derivatives.
 """
@@ -18,10 +18,14 @@ from ..util.checks import as_integer, as_scalar
 
 
 class Linearised(NamedTuple):
-    """A field ``u -> f`` at a point, ``J = [[Jaa, Jac], [Jca, Jcc]]`` in a basis and its complement.
+    """A vector field linearised at a point, with ``J = [[Jaa, Jac], [Jca, Jcc]]`` in a basis and its complement.
 
-    ``jvp``, ``vjp``: products with ``J`` and its transpose; ``inner``: ``Jaa``; ``coupling``: ``Jac^T``, ``(d, r)``;
-    ``slope``: the smallest Ritz value of the basis.
+    - ``basis``: orthonormal columns, ``(d, r)``.
+    - ``value``: the field at the point.
+    - ``jvp``, ``vjp``: products of ``J``, and of its transpose, with a vector ``(d,)``.
+    - ``inner``: ``Jaa``.
+    - ``coupling``: ``Jac^T``, ``(d, r)``.
+    - ``slope``: the smallest Ritz value, that is, the smallest eigenvalue of the symmetric part of ``Jaa``.
     """
 
     basis: Float[Array, "d r"]
@@ -34,13 +38,13 @@ class Linearised(NamedTuple):
 
 
 def linearised(field: Callable, u: Float[Array, " d"], basis: Float[Array, "d r"]) -> Linearised:
-    """The field linearised at a point, by ``r`` products with the Jacobian and ``r`` with its transpose."""
+    """The field linearised at ``u``, by ``r`` products with the Jacobian and ``r`` with its transpose."""
     value, jvp = jax.linearize(field, u)
     vjp = lambda v: jax.linear_transpose(jvp, u)(v)[0]  # noqa: E731
     inner = basis.T @ jax.vmap(jvp, 1, 1)(basis)
     coupling = jax.vmap(vjp, 1, 1)(basis) - basis @ inner.T
     symmetric = (inner + inner.T) / 2
-    # Written so that it has a derivative also where it is a multiple eigenvalue.
+    # The derivative of ``eigh`` is NaN at multiple eigenvalues; that of this quotient with a fixed ``v`` is not.
     v = jnp.linalg.eigh(lax.stop_gradient(symmetric))[1][:, 0]
     return Linearised(basis, value, jvp, vjp, inner, coupling, v @ symmetric @ v)
 
@@ -56,7 +60,11 @@ def solve_innovation(
 ) -> tuple[Float[Array, " d"], Float[Array, "n d"]]:
     """``y = S^-1 z`` and ``P H^T y`` for ``S = H P H^T`` and ``H x = x_1 - J x_0``; NaN if the solve does not converge.
 
-    ``P`` has the root ``fa``, ``dim = n r``, on the basis, and ``fc`` times the identity on its complement.
+    - ``at``: the field and its ``J``, linearised at the prediction.
+    - ``z``: the residual.
+    - ``fa``: right square root of ``P`` on the basis, ``dim = n r``.
+    - ``fc``: right square root of ``P`` for each direction of the complement.
+    - ``preconditioner``, ``tol``, ``max_krylov``: as in ``Subspace``.
     """
     basis, (d, r), n = at.basis, at.basis.shape, fc.shape[1]
     shared = fc.T @ fc[:, :2]
@@ -71,7 +79,8 @@ def solve_innovation(
         x = times_cov(2, v)
         return x[1] - at.jvp(x[0])
 
-    # Exact on the subspace; on the complement as if J were the slope, unless the user knows better.
+    # The preconditioner: S on the subspace without the coupling; on the complement that of a ``J`` that is ``slope``
+    # times the identity, unless the user passes one.
     root = triangularise(None, fa[:, r : 2 * r] - fa[:, :r] @ at.inner.T)
     if preconditioner is None:
         variance = jnp.sum((fc[:, 1] - at.slope * fc[:, 0]) ** 2)
@@ -90,7 +99,7 @@ def solve_innovation(
     def solve(matvec, b):
         return conjugate_gradients(matvec, b, precondition, tol, max_krylov)
 
-    # Differentiable in both modes, implicitly.
+    # Differentiated implicitly, in both modes: a ``while_loop`` has no derivative in reverse mode.
     y = lax.custom_linear_solve(times_s, z, solve, symmetric=True)
     return y, times_cov(n, y)
 
@@ -98,8 +107,12 @@ def solve_innovation(
 def conjugate_gradients(
     matvec: Callable, b: Float[Array, " d"], precondition: Callable, tol: Float[Array, ""], max_steps: int
 ) -> Float[Array, " d"]:
-    """``x`` with ``matvec(x) = b``, up to ``tol`` times the whitened residual ``sqrt(r^T M r)`` of zero; NaN if that is
-    not reached."""
+    """``x`` with ``matvec(x) = b`` by preconditioned conjugate gradients from ``x = 0``; NaN if they do not converge.
+
+    They have converged when ``sqrt(res^T M res)``, for the residual ``res`` and the preconditioner ``M``, is at most
+    ``tol`` times that of ``x = 0``. ``matvec``, ``precondition``: symmetric and positive definite. (Hestenes & Stiefel
+    1952, "Methods of conjugate gradients for solving linear systems".)
+    """
 
     def unfinished(carry):
         *_, size, k = carry
@@ -131,13 +144,23 @@ def rightmost_basis(
     rounds: int = 4,
     degree: int = 40,
 ) -> Float[Array, "d rank"]:
-    """Orthonormal columns for ``Subspace``: what the Jacobian at ``(t, u)`` damps least, or makes grow.
+    """Orthonormal basis of the eigenvectors with the rightmost eigenvalues, ``(d, rank)``, for ``Subspace``.
 
-    Subspace iteration, ``rounds`` times with a Chebyshev polynomial of the given degree that is small on the rest of
-    the spectrum (Saad 2011, chapter 5), from ``rounds * degree * (rank + 4)`` products with the Jacobian. It works for
-    Jacobians that are nearly symmetric, like those of reaction-diffusion equations: the spectrum is taken to lie along
-    the real axis, and the filter amplifies what does not. ``key``: of the random start. Raises ``TypeError`` for
-    another problem than an ODE, ``ValueError`` for one of higher order or a rank that is not in ``1, ..., d``.
+    These are the directions that the Jacobian at ``(t, u)`` damps least, or makes grow. The method is subspace
+    iteration with a Chebyshev filter, a polynomial that is small on the rest of the spectrum (Saad 2011, "Numerical
+    Methods for Large Eigenvalue Problems", chapter 5), with about ``rounds * degree * (rank + 4)`` products with the
+    Jacobian. It works for Jacobians that are nearly symmetric, like those of reaction-diffusion equations: the spectrum
+    is assumed to lie along the real axis, and eigenvectors far from it are amplified.
+
+    - ``ode``: an ``ODE`` of order one.
+    - ``t``, ``u``, ``args``: where the Jacobian is taken; ``u`` is a PyTree like the initial value.
+    - ``rank``: the number of columns, from 1 to ``d``.
+    - ``key``: a random key of JAX for the first subspace; ``jax.random.key(0)`` by default.
+    - ``rounds``: the number of filters that are applied.
+    - ``degree``: of the polynomial.
+
+    Raises ``TypeError`` for another problem than an ``ODE``, ``ValueError`` for one of higher order, for a rank that is
+    not an integer from 1 to ``d``, and for ``rounds`` or ``degree`` below 1.
 
     >>> import jax.numpy as jnp, probode
     >>> ode = probode.ODE(lambda t, u, args: -jnp.arange(1.0, 6.0) * u)
@@ -148,7 +171,7 @@ def rightmost_basis(
         raise TypeError(f"rightmost_basis(ode) must be an ODE, got {ode!r}.")
     if ode.order != 1:
         raise ValueError(f"rightmost_basis needs an equation of order one, got one of order {ode.order}.")
-    layout = layout_of(*ode.split(u), 1, Dense())
+    layout = layout_of(ode.split(u)[0], 1, Dense())
     rank = as_integer(rank, "rightmost_basis(rank)", 1, layout.size)
     rounds, degree = (as_integer(x, "rightmost_basis(rounds, degree)", 1) for x in (rounds, degree))
     t = jnp.asarray(as_scalar(t, "rightmost_basis(t)")).astype(layout.dtype)
@@ -164,7 +187,8 @@ def _rightmost(ode, t, u, args, key, layout, rank, rounds, degree):
     def grow(_, v):
         return (w := times(v)) / jnp.maximum(safe_norm(w), jnp.finfo(w.dtype).tiny)
 
-    # The largest eigenvalue in size, and a margin for what thirty power iterations have not found.
+    # The spectral radius, by thirty power iterations, with a margin of 10 % for their error: what lies outside of the
+    # interval below would be amplified.
     start = jax.random.normal(key, (layout.size, min(rank + 4, layout.size)), u.dtype)
     norm = 1.1 * safe_norm(times(lax.fori_loop(0, 30, grow, start[:, :1] / safe_norm(start[:, 0]))))
 
@@ -176,7 +200,7 @@ def _rightmost(ode, t, u, args, key, layout, rank, rounds, degree):
 
     def filtered(_, x):
         values, x = ritz(x)
-        # The polynomial of Chebyshev on [-norm, last Ritz value], scaled to one at the first Ritz value.
+        # The Chebyshev polynomial on [-norm, last Ritz value], scaled to one at the first Ritz value (no overflow).
         centre, half = (values[-1] - norm) / 2, jnp.maximum((values[-1] + norm) / 2, 1e-3 * norm)
         sigma = half / jnp.maximum(values[0] - centre, half)
 

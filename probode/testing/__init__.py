@@ -1,8 +1,9 @@
-"""A kit for people who write their own parts: conformance checks, and hypothesis strategies.
+"""Conformance checks for subclasses of the solvers' parts, and hypothesis strategies.
 
-``check_prior(MyPrior(...))`` and its like run the laws that every part of the kind obeys, and raise ``LawBroken``, an
-``AssertionError``, with a message that names the law. They need x64 (``jax.config.update("jax_enable_x64", True)``) and
-nothing else; the strategies need hypothesis. All together take seconds, most of them compilation.
+``check_prior(MyPrior(...))``, and one such function for each kind of part, tests the laws that all parts of the kind
+obey, and raises ``LawBroken``, an ``AssertionError``, with a message that names the law. The checks need double
+precision (``jax.config.update("jax_enable_x64", True)``) and raise ``RuntimeError`` without it; the strategies need
+hypothesis. A check takes seconds, most of them compilation.
 
 >>> import jax, probode
 >>> jax.config.update("jax_enable_x64", True)

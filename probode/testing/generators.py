@@ -24,7 +24,14 @@ from ..stepping.controllers import IntegralController, PIController
 
 
 class KnownSolution(eqx.Module):
-    """An equation whose solution is known: ``problem``, ``u0``, ``t1``, ``args``, and ``solution(t, args)``."""
+    """An initial value problem whose solution is known in closed form.
+
+    - ``problem``: the equation.
+    - ``u0``: the initial value, ``(d,)``, at the time zero.
+    - ``t1``: the end of the interval.
+    - ``args``: the parameter of the equation.
+    - ``solution``: ``solution(t, args)`` is the solution at times ``(*time,)``, of shape ``(*time, d)``.
+    """
 
     problem: ODE
     u0: Any
@@ -34,6 +41,7 @@ class KnownSolution(eqx.Module):
 
 
 def _hypothesis():
+    """The module ``hypothesis.strategies``; raises ``ImportError`` if hypothesis is not installed."""
     try:
         import hypothesis.strategies as st
     except ImportError as error:
@@ -46,7 +54,11 @@ def _numbers(st, low, high):
 
 
 def normals(dims: tuple[int, ...] = (1, 2, 3)) -> Any:
-    """``Normal`` over vectors: means of size one, factors that may be singular, of columns of any size."""
+    """A strategy for ``Normal`` over vectors, with factors that may be singular and columns of very different sizes.
+
+    ``dims``: the dimensions ``d``. Means have entries between -2 and 2; the columns of factors, ``(d, d)``, are such
+    numbers times a power of ten from -6 to 3. Raises ``ImportError`` without hypothesis.
+    """
     st = _hypothesis()
 
     @st.composite
@@ -61,7 +73,10 @@ def normals(dims: tuple[int, ...] = (1, 2, 3)) -> Any:
 
 
 def grids(t0: float = 0.0, t1: float = 1.0, sizes: tuple[int, ...] = (2, 5, 9)) -> Any:
-    """Increasing arrays of times from ``t0`` to ``t1``, with steps of very different lengths."""
+    """A strategy for arrays of times from ``t0`` to ``t1``, sorted, with steps of very different lengths.
+
+    ``sizes``: the numbers of times. Raises ``ImportError`` without hypothesis.
+    """
     st = _hypothesis()
 
     @st.composite
@@ -75,7 +90,10 @@ def grids(t0: float = 0.0, t1: float = 1.0, sizes: tuple[int, ...] = (2, 5, 9)) 
 
 
 def priors(num_derivatives: tuple[int, ...] = (1, 2, 3, 4)) -> Any:
-    """``IWP``, ``IOUP`` and ``Matern`` with scalar parameters."""
+    """A strategy for the priors ``IWP``, ``IOUP`` and ``Matern`` with scalar parameters between 0.1 and 10.
+
+    ``num_derivatives``: the numbers of derivatives. Raises ``ImportError`` without hypothesis.
+    """
     st = _hypothesis()
     scales = _numbers(st, 0.1, 10.0)
 
@@ -90,8 +108,10 @@ def priors(num_derivatives: tuple[int, ...] = (1, 2, 3, 4)) -> Any:
 
 
 def problems() -> Any:
-    """``KnownSolution``s: decay, growth that saturates, an oscillator, forcing in time. The same few functions every
-    time, with values in ``args``: nothing is compiled twice.
+    """A strategy for ``KnownSolution``: exponential decay, logistic growth, an oscillator, forcing in time.
+
+    The vector fields are always the same four functions, with the parameter in ``args``, so that tests compile each of
+    them once. Raises ``ImportError`` without hypothesis.
     """
     st = _hypothesis()
     rates = _numbers(st, 0.2, 2.0)
@@ -152,7 +172,11 @@ def _forcing_solution(t, args):
 
 
 def solvers(problem: ODE, num_derivatives: tuple[int, ...] = (2, 3)) -> Any:
-    """Solvers of a problem, of all combinations of parts."""
+    """A strategy for solvers of ``problem`` with the prior ``IWP`` and all combinations of the other parts.
+
+    Tolerances are 1e-4 (relative) and 1e-6 (absolute). ``num_derivatives``: of the prior. Raises ``ImportError``
+    without hypothesis.
+    """
     st = _hypothesis()
 
     def make(nu, constraint, factorisation, strategy, calibration, controller):

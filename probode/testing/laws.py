@@ -1,4 +1,4 @@
-"""Laws and how they are stated: numbers that are equal, functions that survive the transformations of JAX."""
+"""Assertions for the conformance checks: equality up to round-off, and behaviour under the transformations of JAX."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,29 +10,32 @@ import numpy as np
 
 
 class LawBroken(AssertionError):
-    """A part does not obey a law of its kind; the message says which one, and what was found."""
+    """The error that conformance checks raise; its message states the law that a part does not obey."""
 
 
 def require_double() -> None:
-    """Laws are about digits: they are checked in double precision."""
-    if not jax.config.jax_enable_x64:
+    """Raises ``RuntimeError`` without double precision: most laws are checked to ten digits."""
+    if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]  # made when JAX is imported
         raise RuntimeError('probode.testing needs double precision: jax.config.update("jax_enable_x64", True).')
 
 
 def require_kind(part: Any, kind: type) -> None:
-    """A ``TypeError`` for a part of another kind."""
+    """Raises ``TypeError`` unless ``part`` is an instance of ``kind``."""
     if not isinstance(part, kind):
         raise TypeError(f"This checks a subclass of {kind.__name__}; got {part!r}.")
 
 
 def hold(condition: Any, law: str, found: str = "") -> None:
-    """Raise unless a condition holds."""
+    """Raises ``LawBroken`` with the law, and what was found, unless all entries of the condition are true."""
     if not np.all(np.asarray(condition)):
         raise LawBroken(f"{law}." + (f" Found: {found}." if found else ""))
 
 
 def equal(got: Any, want: Any, law: str, rtol: float = 1e-9, atol: float = 0.0) -> None:
-    """Raise unless two arrays are equal up to a tolerance relative to the largest entry."""
+    """Raises ``LawBroken`` unless two arrays have one shape, are finite, and differ by no more than a tolerance.
+
+    ``rtol``: relative to the largest magnitude in ``want``. ``atol``: absolute; one of both has to be met.
+    """
     got, want = np.asarray(got), np.asarray(want)
     hold(got.shape == want.shape, law, f"shape {got.shape} instead of {want.shape}")
     hold(np.isfinite(got), law, "entries that are not finite")
@@ -42,12 +45,12 @@ def equal(got: Any, want: Any, law: str, rtol: float = 1e-9, atol: float = 0.0) 
 
 
 def finite(tree: Any, law: str) -> None:
-    """Raise unless all numbers are finite."""
+    """Raises ``LawBroken`` unless all floating-point arrays of a PyTree are finite."""
     hold(all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)), law)
 
 
 def has_dtype(tree: Any, dtype: Any, law: str) -> None:
-    """Raise unless all floating-point arrays have a dtype."""
+    """Raises ``LawBroken`` unless all floating-point arrays of a PyTree have the given dtype."""
     other = {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)} - {str(jnp.dtype(dtype))}
     hold(not other, law, ", ".join(sorted(other)))
 
@@ -64,10 +67,13 @@ def scaled(tree: Any, factor: Any) -> Any:
 
 
 def survives(fn: Callable, part: Any, x: Any, name: str, *, differentiable: bool = True) -> None:
-    """``fn(part, x)``, an array from a part and a number, under ``jit``, ``vmap``, ``jvp`` and ``grad``.
+    """Raises ``LawBroken`` unless ``fn(part, x)`` works under ``jit``, ``vmap``, ``jacfwd`` and ``jacrev``.
 
-    Jitted it gives the same and is traced once for all values of the part's arrays; a batch is what its members are;
-    derivatives in both modes are those of finite differences.
+    - Compiled, it returns the same array, and is traced once for all values of ``x`` and of the part's arrays.
+    - A batch over ``x`` is what its members are one by one.
+    - If ``differentiable``, derivatives with respect to ``x`` agree with finite differences, in both modes.
+
+    ``x``: a number. ``name``: of what ``fn`` returns, for the messages.
     """
     leaves, tree = jax.tree.flatten(part)
     law = f"New values do not retrace {name}: numbers are arrays (convert them with jnp.asarray), or static for good"
@@ -101,5 +107,5 @@ def survives(fn: Callable, part: Any, x: Any, name: str, *, differentiable: bool
 
 
 def in_single(part: Any) -> Any:
-    """A part, or a state, with its arrays in single precision."""
+    """A PyTree with all floating-point numbers as arrays in single precision."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) if eqx.is_inexact_array_like(x) else x, part)

@@ -36,14 +36,14 @@ _U0 = np.array([1.0, 0.6])
 
 
 def _field(t, u, args):
-    """Nonlinear, depends on time; components do not depend on each other."""
+    """A vector field that is nonlinear and depends on time, with components independent of each other."""
     return -u * (1 + 0.5 * jnp.sin(3 * t)) + 0.1 * u**2
 
 
 def example_attempt(dt: Any = 0.1, *, scale: float = 1.0) -> Attempt:
-    """The first attempt of a small solve with ``TS1``, ``IWP(2)`` and ``Dense``, as error estimates receive it.
+    """The first attempt of a solve of two components with ``TS1``, ``IWP(2)`` and ``Dense``: input for error estimates.
 
-    ``dt``: its signed length, whose dtype is that of the state. ``scale``: the unit of ``u``.
+    ``dt``: the signed length of the step; the state has its dtype. ``scale``: a factor on ``u``, to check units.
     """
     dt = jnp.asarray(dt)
     layout = layout_of(_U0.astype(dt.dtype), 2, Dense())
@@ -54,11 +54,17 @@ def example_attempt(dt: Any = 0.1, *, scale: float = 1.0) -> Attempt:
 
 
 def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -> None:
-    """The laws of a Gauss-Markov process: composition of transitions, derivatives that are derivatives, dtypes.
+    """Raises ``LawBroken`` unless a prior is a Gauss-Markov process over a function and its derivatives.
 
-    Checked in all factorisations that take the prior's parameters. ``u0``: a state like those that it is for, two
-    components by default. Raises ``LawBroken``; ``TypeError`` for another kind of part or a prior that needs an
-    equation in every step.
+    - Two transitions in a row are the one over both steps (Chapman-Kolmogorov); a step back undoes a step; a step of
+      length zero is the identity.
+    - The derivative of ``u^(i)`` is ``u^(i+1)``.
+    - The square root of the noise is upper triangular, with noise in every derivative.
+    - Transitions have the dtype of the state, and work under the transformations of JAX.
+
+    These laws are checked in every factorisation that takes the prior's parameters. ``u0``: a PyTree with the shapes of
+    ``u`` that the prior is for; two components by default. Raises ``TypeError`` for another kind of part, and for an
+    ``AbstractPriorFamily``, whose parameters come from an equation.
     """
     require_double()
     if isinstance(prior, AbstractPriorFamily):
@@ -88,7 +94,7 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
 
 
 def _moments(transition, layout):
-    """Matrix and covariance, for all components of the first batch element."""
+    """Transition matrix and covariance of the noise, over all rows of the first batch element."""
     matrix, noise = transition.matrix, transition.noise * transition.magnitude
     while matrix.ndim > 2:
         matrix, noise = matrix[0], noise[0]
@@ -103,7 +109,8 @@ def _check_transitions(prior, layout):
     dim = at(0.1)[0].shape[0]
     hold(dim == n * (layout.size if layout.couples else 1), f"{name}: a transition has a row for every derivative")
     equal(at(0.0)[0], np.eye(dim), f"{name}: a step of length zero stays where it is", atol=1e-14)
-    # D A^-1, with u^(i) in units of h^(-i): entries of size one
+    # With u^(i) in units of h^(-i) all entries are of size one. Otherwise they are powers of the step, and a tolerance
+    # relative to the largest one would not check the small ones.
     for one, two in ((0.1, 0.2), (0.02, 1.0), (1e-3, 1e-3)):
         units = np.repeat((one + two) ** np.arange(n), dim // n)
         (a1, q1), (a2, q2), (a, q) = at(one), at(two), at(one + two)
@@ -123,8 +130,16 @@ def _check_transitions(prior, layout):
 
 
 def check_factorisation(factorisation: AbstractFactorisation, *, d: int = 4) -> None:
-    """The laws of a layout of ``d`` components: nothing is lost, every component moves alike, equal to ``Dense`` where
-    nothing is neglected. Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """Raises ``LawBroken`` unless a factorisation of ``d`` components stores states and covariances consistently.
+
+    - ``unpack`` is the inverse of ``pack``, with ``batch_shape`` as leading axes; ``project`` is linear and keeps
+      multiples of the identity; ``lift`` gives all components the same covariance.
+    - A linear map over the derivatives acts on all components alike.
+    - Where components do not depend on each other, a smoother returns what it returns under ``Dense``.
+    - Single precision is kept, and solves work under the transformations of JAX.
+
+    Raises ``TypeError`` for another kind of part. A factorisation that does not smooth, as those with an algebra of
+    their own, raises its own error here.
     """
     require_double()
     require_kind(factorisation, AbstractFactorisation)
@@ -155,10 +170,10 @@ def check_factorisation(factorisation: AbstractFactorisation, *, d: int = 4) -> 
     solve = lambda f, u0=u0: Solver(  # noqa: E731
         IWP(2), TS1(ODE(lambda t, u, args: -0.7 * u)), factorisation=f, **parts
     ).solve_grid(u0, _GRID)
-    own, whole = solve(factorisation), solve(Dense())
+    own, full = solve(factorisation), solve(Dense())
     law = f"{name}: where components do not depend on each other it gives what Dense() gives"
-    equal(own.mean, whole.mean, f"{law}, in the mean", 1e-10)
-    equal(own.std, whole.std, f"{law}, in the standard deviation", 1e-8)
+    equal(own.mean, full.mean, f"{law}, in the mean", 1e-10)
+    equal(own.std, full.std, f"{law}, in the standard deviation", 1e-8)
     has_dtype(solve(factorisation, u0.astype(jnp.float32)).marginals, jnp.float32, f"{name} keeps single precision")
     survives(lambda f, x: solve(f, u0 * x).mean[-1], factorisation, jnp.asarray(1.3), "a solve under it")
 
@@ -172,13 +187,24 @@ def check_constraint(
     factorisation: Any = Dense(),
     first_order: bool = False,
 ) -> None:
-    """The laws of an information operator: where nothing is uncertain its residual is that of the equation, at the time
-    that it is given; it promises no identity that is not there; solutions converge.
+    """Raises ``LawBroken`` unless a constraint linearises its equation consistently.
 
-    ``constraint``: about an equation for states like ``u0`` (a tuple of derivatives for higher orders); it may have
-    more to say than its ``problem``, as a ``Stack`` has.
-    ``first_order``: whether the matrix must be the derivative of the residual.
-    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    - Where the state is certain, the residual is that of ``problem`` at the time and state passed; there may be further
+      rows, as of a ``Stack``.
+    - Matrix and residual have matching shapes. If ``gives`` is set, the last columns of the matrix are the identity.
+    - With ``first_order`` and under ``Dense``, the matrix is the derivative of the residual.
+    - Solutions on a grid converge with order one at least.
+    - Single precision is kept, and linearisations work under the transformations of JAX.
+
+    Arguments:
+
+    - ``u0``: an initial value for its equation, a PyTree; a tuple ``(u, u', ...)`` for an equation of higher order.
+    - ``t``: the time at which it is linearised.
+    - ``args``: parameters of the equation.
+    - ``factorisation``: in which it is checked.
+    - ``first_order``: whether the matrix has to be the derivative of the residual.
+
+    Raises ``TypeError`` for another kind of part.
     """
     require_double()
     require_kind(constraint, AbstractConstraint)
@@ -235,10 +261,11 @@ def check_constraint(
 
 
 def check_problem(problem: AbstractProblem, u0: Any, *, args: Any = None) -> None:
-    """The laws of an equation: its linearisation has its residual and the derivative of that, at its time; it can be
-    evaluated at ``u0``, a state or a tuple of derivatives.
+    """Raises ``LawBroken`` unless a problem can be evaluated at ``u0``, and ``TS1`` of it obeys ``check_constraint``.
 
-    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    Among these laws: ``first_order`` returns the residual at the time passed, and its derivative. ``u0``: an initial
+    value, a PyTree; a tuple ``(u, u', ...)`` for an equation of higher order. ``args``: parameters of the equation.
+    Raises ``TypeError`` for another kind of part, and what ``problem.check`` raises.
     """
     require_double()
     require_kind(problem, AbstractProblem)
@@ -250,9 +277,11 @@ def check_problem(problem: AbstractProblem, u0: Any, *, args: Any = None) -> Non
 
 
 def check_strategy(strategy: AbstractStrategy) -> None:
-    """The laws of a strategy: what it remembers smooths, or it filters; on a grid and between adaptive steps.
+    """Raises ``LawBroken`` unless a strategy returns the smoothing, or the filtering, distributions.
 
-    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    Those of ``FixedIntervalSmoother`` if ``remember`` returns anything, else those of ``Filter``: on a grid, and at
+    times between adaptive steps. Steps do not depend on the strategy, and solves with it work under the transformations
+    of JAX. Raises ``TypeError`` for another kind of part.
     """
     require_double()
     require_kind(strategy, AbstractStrategy)
@@ -275,10 +304,16 @@ def check_strategy(strategy: AbstractStrategy) -> None:
 
 
 def check_calibration(calibration: AbstractCalibration, *, scale_free: bool = True) -> None:
-    """The laws of an output scale: positive, of the shape of the batch, blind to steps that say nothing.
+    """Raises ``LawBroken`` unless a calibration returns valid output scales.
 
-    ``scale_free``: whether the calibrated uncertainty must not depend on the prior's own scale (not so for
-    ``NoCalibration``). Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    - Scales are positive, and final factors not negative, with the shape of the batch.
+    - Statistics have the same structure after each step, and do not change in a step whose residual is round-off,
+      unless ``remembers`` is true.
+    - If ``scale_free``, mean and calibrated standard deviation do not depend on the prior's own output scale.
+    - Single precision is kept, and calibrated solves work under the transformations of JAX.
+
+    ``scale_free``: false for calibrations that keep the prior's scale, as ``NoCalibration``. Raises ``TypeError`` for
+    another kind of part.
     """
     require_double()
     require_kind(calibration, AbstractCalibration)
@@ -332,9 +367,14 @@ def check_calibration(calibration: AbstractCalibration, *, scale_free: bool = Tr
 
 
 def check_error(error: AbstractErrorEstimate) -> None:
-    """The laws of an error estimate: in units of ``u``, not negative, smaller for shorter steps; a norm that is one.
+    """Raises ``LawBroken`` unless an error estimate returns errors of ``u`` that vanish with the step.
 
-    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    - Errors have the shape ``(d,)`` and the units of ``u``, are not negative, and decrease faster than ``dt^1.5``; time
+      may run backwards.
+    - The norm is homogeneous, zero at zero alone, and at most 1/2 for errors of half the tolerance.
+    - Single precision is kept, and estimates work under the transformations of JAX.
+
+    Raises ``TypeError`` for another kind of part.
     """
     require_double()
     require_kind(error, AbstractErrorEstimate)
@@ -360,8 +400,14 @@ def check_error(error: AbstractErrorEstimate) -> None:
 
 
 def check_controller(controller: AbstractController) -> None:
-    """The laws of step-size control: good attempts are accepted and bad ones are not, a rejected step gets shorter, no
-    proposal is useless. Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    """Raises ``LawBroken`` unless a controller accepts and proposes steps as the solvers need it.
+
+    - Errors up to one are accepted, larger ones rejected; a rejection is followed by a shorter step.
+    - Proposals are positive and finite, proportional to the step, and not longer for a larger error.
+    - Its state has the same structure, shapes and dtypes after each attempt.
+    - A simple solve reaches its end; single precision is kept; proposals work under the transformations of JAX.
+
+    Raises ``TypeError`` for another kind of part.
     """
     require_double()
     require_kind(controller, AbstractController)
@@ -404,9 +450,10 @@ def check_controller(controller: AbstractController) -> None:
 
 
 def check_loop(loop: AbstractLoop) -> None:
-    """The laws of a loop: it stops when it should, also after ``max_steps``, and fills its buffers.
+    """Raises ``LawBroken`` unless a loop repeats its body while the condition holds, at most ``max_steps`` times.
 
-    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    The final carry, and what was written to buffers, have to be those of the iterations. The limit is tested for
+    ``max_steps`` up to 1000. Raises ``TypeError`` for another kind of part.
     """
     require_double()
     require_kind(loop, AbstractLoop)
@@ -436,9 +483,9 @@ def check_loop(loop: AbstractLoop) -> None:
 
 
 def check_progress(progress: AbstractProgress) -> None:
-    """The laws of a meter: it can be told any share of the way, and a solve is the same with it as without.
+    """Raises ``LawBroken`` unless a progress meter has a positive number of ``marks`` and leaves solves unchanged.
 
-    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    ``report`` is called with the fractions 0, 1/2 and 1. Raises ``TypeError`` for another kind of part.
     """
     require_double()
     require_kind(progress, AbstractProgress)
@@ -453,9 +500,13 @@ def check_progress(progress: AbstractProgress) -> None:
 
 
 def check_initialisation(initialisation: AbstractInitialisation) -> None:
-    """The laws of a start: what is known is kept, exactly; what is claimed to be certain is true.
+    """Raises ``LawBroken`` unless an initialisation keeps the initial value and is not certain of what is wrong.
 
-    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    - The state is finite; its mean has the initial value, without variance.
+    - Derivatives without variance are those of the solution, at the time passed.
+    - Single precision is kept, and initial states work under the transformations of JAX.
+
+    Raises ``TypeError`` for another kind of part.
     """
     require_double()
     require_kind(initialisation, AbstractInitialisation)
@@ -485,9 +536,10 @@ def check_initialisation(initialisation: AbstractInitialisation) -> None:
 
 
 def check_cubature(cubature: AbstractCubature) -> None:
-    """The laws of points and weights: moments of a standard normal up to degree three.
+    """Raises ``LawBroken`` unless a cubature rule has the moments of a standard normal up to degree three.
 
-    Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    Weights are positive. Rules for one, two and three dimensions are tested. Raises ``TypeError`` for another kind of
+    part.
     """
     require_double()
     require_kind(cubature, AbstractCubature)
@@ -505,10 +557,14 @@ def check_cubature(cubature: AbstractCubature) -> None:
 
 
 def check_jacobian(jacobian: AbstractJacobian, field: Callable, u0: Any, *, exact: bool = True) -> None:
-    """The laws of a way to differentiate: the value of the equation, and its Jacobian or the diagonal of it.
+    """Raises ``LawBroken`` unless ``evaluate`` returns the value of a field and its Jacobian, or what is kept of it.
 
-    ``field(t, u, args)`` and ``u0``: an array, for which it is made. ``exact``: whether it is no estimate. Raises
-    ``LawBroken``, ``TypeError`` for another kind of part.
+    - ``field``: called as ``field(t, u, args)`` with ``args=None``, a field for which ``jacobian`` is meant.
+    - ``u0``: an array, at which it is evaluated.
+    - ``exact``: whether the values of the Jacobian are compared, too; false for estimates.
+
+    The Jacobian is checked under all factorisations, and for single precision. Raises ``TypeError`` for another kind of
+    part.
     """
     require_double()
     require_kind(jacobian, AbstractJacobian)

@@ -1,4 +1,4 @@
-"""Conformance of whole solvers: what every composition of parts must do, whatever the parts are."""
+"""Conformance of whole solvers: laws that hold for every composition of parts."""
 
 import equinox as eqx
 import jax
@@ -16,11 +16,17 @@ from .laws import difference_quotient, equal, finite, has_dtype, hold, in_single
 def check_solver(
     solver: Solver, u0: PyTree, t0: float, t1: float, *, args: PyTree = None, reference: PyTree = None
 ) -> None:
-    """A solver on a problem: repeatable, traced once, the same under ``jit`` and ``vmap``, differentiable, in single
-    precision, whatever is saved, backwards, continued; failures are results; answers converge.
+    """Raises ``LawBroken`` unless a solver solves a problem as every solver should.
 
-    ``reference``: the solution at ``t1``, a PyTree like ``u``, if it is known: errors must be near the tolerance. Takes
-    up to a minute. Raises ``LawBroken``, ``TypeError`` for another kind of part.
+    - The same call returns the same numbers, which are finite, also under ``jit`` (traced once) and ``vmap``.
+    - The result at ``t1`` does not depend on which times are saved. A solve in two parts arrives where one does; so
+      does a solve back to ``t0``, for an ``ODE`` of order one, unless it fails.
+    - Single precision is kept. An initial value that is NaN ends in a ``Result`` other than successful.
+    - The derivative with respect to the initial value agrees with finite differences on the same steps.
+    - If ``reference`` is passed, the error at ``t1`` is less than 1000 tolerances.
+
+    ``u0``, ``t0``, ``t1``, ``args``: the problem, as in ``Solver.solve``. ``reference``: the solution at ``t1``, a
+    PyTree like ``u``. The check takes up to a minute. Raises ``TypeError`` for anything but a ``Solver``.
     """
     require_double()
     require_kind(solver, Solver)

@@ -1,1 +1,1 @@
-"""Checks of what users pass, what objects look like, options of XLA: nothing about differential equations."""
+"""Checks of arguments, text representations of objects, options of XLA; independent of differential equations."""

@@ -1,11 +1,11 @@
-"""Checks of what a user passes in: errors in words, before anything runs where the values are known.
+"""Checks of arguments that users pass, with errors that name the argument and say what it must be.
 
-Values that are known raise at once; traced ones become a run-time error through ``eqx.error_if``.
+Known values raise at once, before anything is computed; traced ones raise at run time, through ``eqx.error_if``.
 """
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,13 +14,19 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 
+T = TypeVar("T")
+
+
 def is_traced(*xs: Any) -> bool:
-    """Whether any array in the trees is a tracer, whose value nobody knows yet."""
+    """Whether any array in the trees is a tracer, so that its value is not known yet."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(xs))
 
 
 def as_float(x: Any, name: str) -> Array | np.ndarray:
-    """A real number or array as floating point, on the host where its value is known; says which part is wrong."""
+    """A real number or array as a floating-point array, a NumPy array where its value is known.
+
+    Raises ``TypeError`` with ``name`` for anything else.
+    """
     try:
         x = jnp.asarray(x) if is_traced(x) else np.asarray(x)
     except (TypeError, ValueError):
@@ -33,7 +39,7 @@ def as_float(x: Any, name: str) -> Array | np.ndarray:
 
 
 def as_scalar(x: Any, name: str) -> Array | np.ndarray:
-    """As ``as_float``, for one number."""
+    """A real number as a floating-point scalar; raises as ``as_float`` does, and ``ValueError`` for other shapes."""
     x = as_float(x, name)
     if x.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got shape {x.shape}.")
@@ -41,7 +47,10 @@ def as_scalar(x: Any, name: str) -> Array | np.ndarray:
 
 
 def as_numbers(x: PyTree, name: str, kinds: str, holds: Callable, words: str) -> PyTree:
-    """A number, or a PyTree of them, as arrays of which ``holds`` is true; a ``ValueError`` names the part."""
+    """A PyTree of real numbers as arrays; raises ``ValueError`` without any, or unless ``holds`` is true of all.
+
+    ``name``: of the argument, as ``IWP(output_scale)``. ``kinds``: what it may be. ``words``: what ``holds`` means.
+    """
     if not jax.tree.leaves(x):
         raise ValueError(f"{name} must be {kinds}, got nothing.")
     field = name[name.index("(") + 1 : -1]
@@ -54,7 +63,7 @@ def as_numbers(x: PyTree, name: str, kinds: str, holds: Callable, words: str) ->
 
 
 def as_integer(x: Any, name: str, smallest: int, largest: int = 2**31 - 1) -> int:
-    """A Python or NumPy integer in a range; a bool is none."""
+    """``x`` as a Python integer; raises ``ValueError`` unless it is an integer in the range, and not a bool."""
     try:
         value = None if isinstance(x, bool) else operator.index(x)
     except TypeError:
@@ -64,10 +73,11 @@ def as_integer(x: Any, name: str, smallest: int, largest: int = 2**31 - 1) -> in
     return value
 
 
-def require(x, condition, message: str, **got):
-    """``x``; unless ``condition`` holds a ``ValueError`` with the message (a run-time error where it is traced).
+def require(x: T, condition: Any, message: str, **got: Any) -> T:
+    """``x`` if ``condition`` holds everywhere; raises ``ValueError`` with ``message`` otherwise.
 
-    ``got`` names the values at fault, which are added to the message where they are known.
+    A traced condition raises at run time, if the ``x`` that is returned is used. ``got``: the values at fault by name,
+    which are added to the message where they are known.
     """
     if is_traced(condition):
         return eqx.error_if(x, jnp.logical_not(jnp.all(condition)), f"{message}.")

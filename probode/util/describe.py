@@ -1,4 +1,4 @@
-"""What objects look like in a terminal and in a notebook: short, with shapes instead of arrays."""
+"""Representations of objects for terminals and notebooks: short, with shapes instead of arrays."""
 
 import dataclasses
 import html
@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 
 def brief(x: Any) -> str:
-    """In one line: a module with the fields that say something, a number as it is, an array by dtype and shape."""
+    """One line for an object: a module with the fields that are not defaults, a number, an array's dtype and shape."""
     if isinstance(x, eqx.Module):
         fields = {f.name: getattr(x, f.name, None) for f in dataclasses.fields(x) if not _is_default(x, f)}
         return f"{type(x).__name__}({', '.join(f'{name}={brief(value)}' for name, value in fields.items())})"
@@ -32,17 +32,17 @@ def brief(x: Any) -> str:
 
 
 def shape_of_u(layout: Any) -> str:
-    """The structure of a state, with dtype and shapes."""
+    """One line with the structure of ``u``, its dtypes and shapes."""
     return " ".join(eqx.tree_pformat(layout.example, struct_as_array=True).split())
 
 
 def parts(solver: Any) -> list[tuple[str, str]]:
-    """The parts of a solver, one line each."""
+    """The names of a solver's parts, each with one line."""
     return [(f.name, brief(getattr(solver, f.name))) for f in dataclasses.fields(solver)]
 
 
 def facts(solution: Any, results: Any) -> list[tuple[str, str]]:
-    """What a user wants to know of a solution (or of a batch) first: names and words. ``results``: the enumeration."""
+    """A summary of a solution, or of a batch of them: pairs of a name and words. ``results``: the enumeration."""
     layout, stats = solution.layout, solution.stats
     rows = []
     if not is_known(solution):
@@ -54,7 +54,8 @@ def facts(solution: Any, results: Any) -> list[tuple[str, str]]:
         rows.append(("result", f"{successful.size} solves, of which {int(np.sum(successful))} successful"))
     t = np.asarray(solution.t)
     reached = np.asarray(solution.state.current.t)
-    # Rows of steps that were not needed repeat the last time; times that were not reached are NaN.
+    # Not all rows are times saved: those of steps that were not needed repeat the last time, those of times that were
+    # not reached are NaN.
     ordered = np.sort(t, axis=-1)
     saved = np.isfinite(ordered[..., 0]) + np.sum(np.diff(ordered, axis=-1) > 0, axis=-1)
     rows.append(("time", f"solved to {_range(reached)}; times saved: {_range(saved)}, from {_range(t[..., 0])}"))
@@ -75,18 +76,18 @@ def facts(solution: Any, results: Any) -> list[tuple[str, str]]:
 
 
 def is_known(tree: Any) -> bool:
-    """Whether all numbers are there, outside of a trace."""
+    """Whether no leaf of a tree is a tracer, so that all its numbers are known."""
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def as_text(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and words in two columns."""
+    """Pairs of a name and words as text, in two columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {words}" for name, words in rows)
 
 
 def as_html(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """The same as a table for a notebook."""
+    """Pairs of a name and words as an HTML table, for notebooks."""
     cell = "<td style='text-align:left'>{}</td>"
     body = "".join(f"<tr>{cell.format(html.escape(a))}{cell.format(html.escape(b))}</tr>" for a, b in rows)
     return f"<table><thead><tr><th colspan='2' style='text-align:left'>{title}</th></tr></thead>{body}</table>"

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from probode.algebra.conditioning import Linearisation, predict
-from probode.algebra.coordinates import Conditional, coordinates_of, look_back, realise, standard
+from probode.algebra.coordinates import Conditional, coordinates_of, from_coordinates, marginalise, standard
 from probode.algebra.normal import Normal, push
 
+from .. import oracles
 from ..helpers import central_differences, condition, first_of, left_to_nox, relative
 
 
@@ -163,7 +164,7 @@ predicting = jax.jit(lambda x: predict(state_of(x), x.noise, x.scale, past_of(x)
 conditioning = jax.jit(
     lambda case, x: condition(state_of(x), x.noise, x.scale, equation_of(case, x), past_of(x)), static_argnums=0
 )
-looking_back, realising, finding = (jax.jit(f) for f in (look_back, realise, coordinates_of))
+looking_back, realising, finding = (jax.jit(f) for f in (marginalise, from_coordinates, coordinates_of))
 
 
 def as_numpy(tree):
@@ -191,7 +192,7 @@ def joint(mean, factor, shift, cross, own):
 
 
 def together(state, past):
-    return joint(state.mean, state.factor, past.shift, past.cross, past.own)
+    return joint(state.mean, state.factor, past.shift, past.cross, past.noise)
 
 
 def plain(x):
@@ -202,34 +203,15 @@ def plain(x):
     return mean, covariance
 
 
-def solve(a, b):
-    """Gaussian elimination, for positive-definite matrices."""
-    a, b = a.copy(), b.copy()
-    for i in range(len(a)):
-        for j in range(i + 1, len(a)):
-            ratio = a[j, i] / a[i, i]
-            a[j], b[j] = a[j] - ratio * a[i], b[j] - ratio * b[i]
-    for i in reversed(range(len(a))):
-        b[i] = (b[i] - a[i, i + 1 :] @ b[i + 1 :]) / a[i, i]
-    return b
-
-
 def observation(case, x):
     """``H`` on the state and the coordinates behind it."""
     rest = case.dim + case.p - x.coupling.shape[1] - case.m
     return np.concatenate([x.coupling, np.eye(case.m), np.zeros((case.m, rest))], axis=1)
 
 
-def update(mean, covariance, h, z):
-    """Given ``z + H (x - mean) = 0``."""
-    s = h @ covariance @ h.T
-    gain = solve(s, h @ covariance).T
-    return mean - gain @ z, covariance - gain @ s @ gain.T
-
-
 def conditioned(case, x):
     """The joint distribution given the equation."""
-    return update(*plain(x), observation(case, x), x.residual)
+    return oracles.condition(*plain(x), observation(case, x), x.residual)
 
 
 def innovation_variance(case, x):
@@ -245,7 +227,7 @@ def innovation_variance(case, x):
 
 def forty_digits(fn, x):
     with mpmath.workdps(40):
-        out = fn(Problem(*(np.vectorize(mpmath.mpf, otypes=[object])(field) for field in x)))
+        out = fn(Problem(*map(oracles.precise, x)))
     return tuple(np.asarray(a, float) for a in out)
 
 
@@ -271,14 +253,14 @@ def factors(case, unit):
 def check_prediction(case, x, unit, tolerance):
     state, past = predicting(on_device(in_units(case, x, unit)))
     assert state.factor.shape == (*case.batch, case.dim, case.dim)
-    assert past.cross.shape == (*case.batch, case.dim, case.p) and past.own.shape == (*case.batch, case.p, case.p)
+    assert past.cross.shape == (*case.batch, case.dim, case.p) and past.noise.shape == (*case.batch, case.p, case.p)
     for one, later, before in each(case, x, state, past):
         mean, covariance = together(later, before)
         u = factors(case, unit)
         expected_mean, expected = plain(one)
         np.testing.assert_array_equal(mean / u[:, None], expected_mean)
         close(covariance / np.outer(u, u), expected, spread(expected), tolerance)
-        assert np.all(np.tril(later.factor, -1) == 0) and np.all(np.tril(before.own, -1) == 0)
+        assert np.all(np.tril(later.factor, -1) == 0) and np.all(np.tril(before.noise, -1) == 0)
 
 
 def check_conditioning(case, x, unit, tolerance):
@@ -345,7 +327,7 @@ def test_nothing_to_learn(case):
     np.testing.assert_array_equal(changed.past.shift, x.shift)
     for one, past in each(case, x, changed.past):
         expected = one.cross.T @ one.cross + one.own.T @ one.own
-        close(past.cross.T @ past.cross + past.own.T @ past.own, expected, spread(expected), 1e-14)
+        close(past.cross.T @ past.cross + past.noise.T @ past.noise, expected, spread(expected), 1e-14)
 
 
 def test_one_lane_has_nothing_to_learn():
@@ -483,20 +465,17 @@ def dense_chain(case, mean, factor, steps):
         mean, covariance, prior = a @ mean, a @ covariance @ a.T, a @ prior @ a.T
         for c in (covariance, prior):
             c[:dim, :dim] = c[:dim, :dim] + step.scale**2 * (step.noise.T @ step.noise)
-        mean, covariance = update(mean, covariance, observation(case._replace(p=dim), step), step.residual)
+        h = observation(case._replace(p=dim), step)
+        mean, covariance = oracles.condition(mean, covariance, h, step.residual)
     return mean, covariance, prior
 
 
-def precise(a):
-    return np.vectorize(mpmath.mpf, otypes=[object])(np.asarray(a))
-
-
 def forty_digits_chain(case, chain):
-    mean, factor = chain.earlier.mean, chain.earlier.factor
+    stacked = chain.earlier.mean, chain.earlier.factor, chain.steps
     for index in np.ndindex(case.batch):
-        steps = [(precise(a[index]), Problem(*(precise(f[index]) for f in step))) for a, step in chain.steps]
+        one = jax.tree.map(lambda a, i=index: oracles.precise(a[i]), stacked)
         with mpmath.workdps(40):
-            out = dense_chain(case, precise(mean[index]), precise(factor[index]), steps)
+            out = dense_chain(case, *one)
         yield tuple(np.asarray(a, float) for a in out)
 
 
@@ -538,14 +517,14 @@ def test_pasts_of_single_steps_compose_to_that_of_all(case, earlier_rows):
     np.testing.assert_allclose(states[-1].factor, x.factor, rtol=0, atol=1e-13)
     np.testing.assert_allclose(states[-1].mean, x.mean, rtol=1e-13)
     for whole, *parts in each(case, past, *pasts):
-        shift, cross, own = parts[0].shift, parts[0].cross, parts[0].own.T @ parts[0].own
+        shift, cross, own = parts[0].shift, parts[0].cross, parts[0].noise.T @ parts[0].noise
         for later in parts[1:]:
             shift = shift + cross.T @ later.shift
-            own = own + cross.T @ (later.own.T @ later.own) @ cross
+            own = own + cross.T @ (later.noise.T @ later.noise) @ cross
             cross = later.cross @ cross
         np.testing.assert_allclose(whole.shift, shift, rtol=0, atol=1e-12 * (1 + np.max(np.abs(shift), initial=0)))
         np.testing.assert_allclose(whole.cross, cross, rtol=0, atol=1e-13)
-        np.testing.assert_allclose(whole.own.T @ whole.own, own, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(whole.noise.T @ whole.noise, own, rtol=0, atol=1e-13)
     # The same, one marginal after the other.
     later = random_normal(np.random.default_rng(6), case.batch, 3, x.factor.shape[-2], case.cols)
     at_once, one_by_one = looking_back(later, past), later
@@ -559,7 +538,6 @@ def test_pasts_of_single_steps_compose_to_that_of_all(case, earlier_rows):
 
 @pytest.mark.parametrize("case", [DENSE, SQUARE, SECOND_ORDER, MATRICES])
 def test_looking_back_is_rauch_tung_striebel(case):
-    # G = C P^-1, m0 + G (m_s - m), P0 + G (P_s - P) G^T.
     rng = np.random.default_rng(7)
     problem = chain(case, 8, case.rows)
     matrix, step = problem.steps[0]
@@ -570,9 +548,8 @@ def test_looking_back_is_rauch_tung_striebel(case):
     for x0, x, given, result, a, one in elements:
         p0 = x0.factor.T @ x0.factor
         p = a @ p0 @ a.T + one.scale**2 * one.noise.T @ one.noise
-        gain = np.linalg.solve(p, a @ p0).T
-        mean = x0.mean + gain @ (given.mean - x.mean)
-        covariance = p0 + gain @ (given.factor.T @ given.factor - p) @ gain.T
+        known = given.mean, given.factor.T @ given.factor
+        mean, covariance = oracles.rts_smoother((x0.mean, p0), a @ p0, (x.mean, p), known)
         np.testing.assert_allclose(result.mean, mean, rtol=0, atol=1e-11 * (1 + np.max(np.abs(mean))))
         size = 1 + np.max(np.abs(covariance))
         np.testing.assert_allclose(result.factor.T @ result.factor, covariance, rtol=0, atol=1e-11 * size)
@@ -637,9 +614,11 @@ def test_a_step_is_an_orthogonal_map(case, earlier_rows):
         said = cross.T @ np.linalg.solve(h @ state.factor.T @ state.factor @ h.T, cross)
         eye = np.eye(earlier_rows)
         np.testing.assert_allclose(
-            earlier.cross.T @ earlier.cross + earlier.own.T @ earlier.own, eye, rtol=0, atol=1e-14
+            earlier.cross.T @ earlier.cross + earlier.noise.T @ earlier.noise, eye, rtol=0, atol=1e-14
         )
-        np.testing.assert_allclose(past.cross.T @ past.cross + past.own.T @ past.own + said, eye, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            past.cross.T @ past.cross + past.noise.T @ past.noise + said, eye, rtol=0, atol=1e-12
+        )
 
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.data())
@@ -656,9 +635,9 @@ def test_no_column_is_longer_than_one_whatever_the_sizes(case, earlier_rows, see
             x = Normal(x.mean, 0 * x.factor)
         changed = advance(case, x, past, jnp.asarray(matrix), on_device(step))
         x, past = changed.state, changed.past
-        assert all(np.all(np.isfinite(leaf)) for leaf in (x.factor, past.cross, past.own))
+        assert all(np.all(np.isfinite(leaf)) for leaf in (x.factor, past.cross, past.noise))
         for (one,) in each(case, past):
-            assert np.max(np.sum(one.cross**2, axis=0) + np.sum(one.own**2, axis=0)) < 1 + 1e-14
+            assert np.max(np.sum(one.cross**2, axis=0) + np.sum(one.noise**2, axis=0)) < 1 + 1e-14
 
 
 # --- Single precision ---
@@ -751,7 +730,7 @@ def joint_on_device(state, past):
         past.shift,
         state.factor.T @ state.factor,
         beside,
-        past.cross.T @ past.cross + past.own.T @ past.own,
+        past.cross.T @ past.cross + past.noise.T @ past.noise,
     )
 
 
@@ -762,7 +741,7 @@ def invariants(case, x):
     changed = condition(Normal(p.mean, p.factor), p.noise, p.scale, equation_of(case, p), past)
     predicted, past = predict(Normal(p.mean, p.factor), p.noise, p.scale, past)
     later = coordinates_of(Normal(x.later_mean, x.later_factor), predicted)
-    smoothed = realise(look_back(later, past), Normal(x.earlier_mean, x.earlier_factor))
+    smoothed = from_coordinates(marginalise(later, past), Normal(x.earlier_mean, x.earlier_factor))
     ends = smoothed.mean, smoothed.factor.T @ smoothed.factor
     return joint_on_device(predicted, past), joint_on_device(changed.state, changed.past), ends
 
@@ -774,12 +753,11 @@ def textbook(case, x):
     def parts(mean, covariance):
         return mean[:dim], mean[dim:], covariance[:dim, :dim], covariance[:dim, dim:], covariance[dim:, dim:]
 
-    mean, covariance = plain(x.problem)
-    gain = solve(covariance[:dim, :dim], covariance[:dim, dim:]).T
-    surplus = x.later_factor.T @ x.later_factor - covariance[:dim, :dim]
-    w, of_w = mean[dim:] + gain @ (x.later_mean - mean[:dim]), covariance[dim:, dim:] + gain @ surplus @ gain.T
-    a = x.earlier_factor.T
-    return parts(mean, covariance), parts(*conditioned(case, x.problem)), (x.earlier_mean + a @ w, a @ of_w @ a.T)
+    predicted = parts(*plain(x.problem))
+    mean, mean_of_w, covariance, cross, of_w = predicted
+    later, a = (x.later_mean, x.later_factor.T @ x.later_factor), x.earlier_factor.T
+    w, of_w = oracles.rts_smoother((mean_of_w, of_w), cross, (mean, covariance), later)
+    return predicted, parts(*conditioned(case, x.problem)), (x.earlier_mean + a @ w, a @ of_w @ a.T)
 
 
 @ft.cache
@@ -862,7 +840,7 @@ def blocks(case, x):
     past = Conditional(p.shift, p.cross, p.own)
     changed = condition(Normal(p.mean, p.factor), p.noise, p.scale, equation_of(case, p), past)
     later = coordinates_of(Normal(x.later_mean, x.later_factor), Normal(p.mean, p.noise))
-    back = look_back(standard(Normal(p.mean, p.factor)), past)
+    back = marginalise(standard(Normal(p.mean, p.factor)), past)
     return changed.past, changed.state.factor, changed.influence.gain, later, back
 
 

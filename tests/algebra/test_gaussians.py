@@ -15,6 +15,7 @@ import pytest
 from probode.algebra.conditioning import Linearisation, innovate, predict
 from probode.algebra.normal import Normal, push
 
+from .. import oracles
 from ..helpers import condition, first_of
 
 
@@ -123,43 +124,24 @@ def evaluate(case, x):
 # The textbook. Written for any number type that NumPy multiplies: floats, complex steps, mpmath's numbers.
 
 
-def solve(a, b):
-    """Gaussian elimination, for positive-definite matrices."""
-    a, b = a.copy(), b.copy()
-    for i in range(len(a)):
-        for j in range(i + 1, len(a)):
-            ratio = a[j, i] / a[i, i]
-            a[j], b[j] = a[j] - ratio * a[i], b[j] - ratio * b[i]
-    for i in reversed(range(len(a))):
-        b[i] = (b[i] - a[i, i + 1 :] @ b[i + 1 :]) / a[i, i]
-    return b
-
-
 def observation(case, x):
     rest = case.dim - x.coupling.shape[1] - case.m
     return np.concatenate([x.coupling, np.eye(case.m), np.zeros((case.m, rest))], axis=1)
 
 
 def kalman(case, x):
-    """Posterior mean, covariance (Joseph form), and the squared length of the whitened residual, per column."""
+    """Posterior mean, covariance, and the squared length of the whitened residual, per column."""
     h = observation(case, x)
     covariance = x.factor.T @ x.factor + x.scale**2 * (x.noise.T @ x.noise)
-    s = h @ covariance @ h.T
-    gain = solve(s, h @ covariance).T
-    contraction = np.eye(case.dim) - gain @ h
-    mahalanobis = np.sum(x.residual * solve(s, x.residual), axis=0)
-    return x.mean - gain @ x.residual, contraction @ covariance @ contraction.T, mahalanobis
+    mahalanobis = np.sum(x.residual * oracles.solve(h @ covariance @ h.T, x.residual), axis=0)
+    return *oracles.condition(x.mean, covariance, h, x.residual), mahalanobis
 
 
 def local(case, x):
     """``H Q H^T``, and the mean of ``z^T (H Q H^T)^-1 z`` over all residuals."""
     h = observation(case, x)
     s = h @ (x.noise.T @ x.noise) @ h.T
-    return s, np.sum(x.residual * solve(s, x.residual)) / x.residual.size
-
-
-def precise(x):
-    return Inputs(*(np.vectorize(mpmath.mpf, otypes=[object])(field) for field in x))
+    return s, np.sum(x.residual * oracles.solve(s, x.residual)) / x.residual.size
 
 
 def check(case, x, tolerance):
@@ -168,7 +150,7 @@ def check(case, x, tolerance):
     assert posterior.factor.shape == (*case.batch, max(case.rows, case.dim - case.m), case.dim)
     for index, one in unstacked(case, x):
         with mpmath.workdps(40):
-            exact = precise(one)
+            exact = Inputs(*map(oracles.precise, one))
             mean, covariance, mahalanobis = kalman(case, exact)
             s, scale_squared = local(case, exact)
             prior = exact.factor.T @ exact.factor + exact.scale**2 * (exact.noise.T @ exact.noise)

@@ -68,24 +68,12 @@ def test_block_diagonal_calibrates_each_component():
 
 def joint(solution):
     """Mean and covariance of all residuals of a linear scalar equation u' = -u under the prior of a solve."""
-    nu, t = solution.layout.num_derivatives, np.asarray(solution.t)
-    n, layout = nu + 1, solution.layout
-    mean, covariance = [np.asarray(solution.marginals.mean[0])[:, 0]], np.zeros((n, n))
-    blocks = {(0, 0): covariance}
-    for i in range(1, t.size):
-        transition = po.IWP(nu).transition(jnp.asarray(t[i] - t[i - 1]), layout)
-        a = np.asarray(transition.matrix)
-        noise = np.asarray(transition.noise * transition.magnitude * solution.output_scale[i])
-        mean.append(a @ mean[-1])
-        for j in range(i):
-            blocks[i, j] = a @ blocks[i - 1, j]
-        blocks[i, i] = a @ blocks[i - 1, i - 1] @ a.T + noise.T @ noise
-    h = np.zeros(n)
-    h[:2] = 1.0
-    z = np.array([h @ m for m in mean[1:]])
-    k = t.size - 1
-    s = np.array([[h @ blocks[max(i, j) + 1, min(i, j) + 1] @ h for j in range(k)] for i in range(k)])
-    return z, s
+    n, scales = solution.layout.num_derivatives + 1, np.asarray(solution.output_scale[1:])
+    moves = [oracles.iwp_transition(n - 1, dt) for dt in np.diff(solution.t)]
+    moves = [(a, scale**2 * q) for (a, q), scale in zip(moves, scales, strict=True)]
+    mean, covariance = oracles.joint_gaussian(np.asarray(solution.marginals.mean[0, :, 0]), np.zeros((n, n)), moves)
+    h = np.kron(np.eye(len(moves) + 1)[1:], np.arange(n) < 2)
+    return h @ mean, h @ covariance @ h.T
 
 
 @pytest.mark.parametrize("dynamic", first_of(True, False))
@@ -97,8 +85,8 @@ def test_left_out_residuals_are_those_of_the_dense_formula(dynamic):
     expected = []
     for i in range(z.size):
         others = [j for j in range(z.size) if j != i]
-        gain = s[i, others] @ np.linalg.inv(s[np.ix_(others, others)])
-        expected.append((z[i] - gain @ z[others]) ** 2 / (s[i, i] - gain @ s[others, i]))
+        residuals, covariance = oracles.condition(z, s, np.eye(z.size)[others], z[others])
+        expected.append(residuals[i] ** 2 / covariance[i, i])
     # residuals from the past alone: whitened by the Cholesky factor
     r2 = np.mean(np.linalg.solve(np.linalg.cholesky(s), z) ** 2)
 
@@ -160,16 +148,15 @@ def test_leave_one_out_leaves_the_mean_alone_and_needs_the_steps(factorisation):
 def scales_of_a_quadrature(nu, order, memory, steps):
     """The scales of ``u^(order) = t^k / k!`` with ``u^(nu + 1) = 1``, unit steps: plain covariances, from ``u = 0``."""
     n, k = nu + 1, nu + 1 - order
-    a, noise = (np.array(table) for table in oracles.iwp(nu, 1.0))
+    a, noise = oracles.iwp_transition(nu, 1.0)
     mean, covariance, variances = np.zeros(n), np.zeros((n, n)), []
     for t in range(1, steps + 1):
         mean, covariance = a @ mean, a @ covariance @ a.T
         z = mean[order] - t**k / factorial(k)
-        local = z**2 / noise[order][order]
+        local = z**2 / noise[order, order]
         variances.append((1 - memory) * local + memory * min(variances[-1], 100 * local) if variances else local)
-        covariance = covariance + variances[-1] * np.array(noise)
-        gain = covariance[:, order] / covariance[order, order]
-        mean, covariance = mean - gain * z, covariance - np.outer(gain, covariance[order])
+        covariance = covariance + variances[-1] * noise
+        mean, covariance = oracles.condition(mean, covariance, np.eye(n)[order : order + 1], [z])
     return np.sqrt(variances)
 
 
@@ -300,8 +287,8 @@ def test_state_error_is_the_posterior_deviation_of_the_noise(factorisation, orde
         q, m = noise.T @ noise, h.shape[0]
         s = h @ q @ h.T
         scale = np.mean(np.einsum("ic,ij,jc->c", z, np.linalg.inv(s), z)) / m
-        rest = q[:m, :m] - q[:m] @ h.T @ np.linalg.solve(s, h @ q[:, :m])
-        std.append(np.sqrt(scale * np.diagonal(rest)))
+        _, rest = oracles.condition(0, q, h, z)
+        std.append(np.sqrt(scale * np.diagonal(rest)[:m]))
     expected = np.broadcast_to(np.ravel(std), (2,))
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 

@@ -7,6 +7,7 @@ import pytest
 
 import probode as po
 
+from .. import oracles
 from ..helpers import central_differences, first_of, lotka_volterra, name, relative
 
 
@@ -38,19 +39,11 @@ def test_the_limit_is_the_most_probable_trajectory(data):
     # data it minimises that and their squares: x - m = C (H^T multiplier + h'(x)^T (y - h(x)) / noise^2).
     solution = po.solve_grid_iterated(solver(), U0, GRID, data=data, tolerance=1e-12, max_iterations=60)
     assert solution.stats["last_move"] < 1e-12 and 2 < solution.stats["num_iterations"] < 60
-    steps, n, d = GRID.size - 1, 3, 2
-    h = GRID[1] - GRID[0]
-    matrix = np.kron([[1, h, h**2 / 2], [0, 1, h], [0, 0, 1]], np.eye(d))
-    q = np.kron([[h**5 / 20, h**4 / 8, h**3 / 6], [h**4 / 8, h**3 / 3, h**2 / 2], [h**3 / 6, h**2 / 2, h]], np.eye(d))
-    # the whole trajectory is a linear map of the noises of the steps
-    size = n * d
-    noises = np.zeros((steps * size, steps * size))
-    for i in range(steps):
-        for j in range(i + 1):
-            noises[i * size : (i + 1) * size, j * size : (j + 1) * size] = np.linalg.matrix_power(matrix, i - j)
-    covariance = noises @ np.kron(np.eye(steps), q) @ noises.T
+    steps, d, size = GRID.size - 1, 2, 6
     x = np.asarray(solution.marginals.mean[..., 0])
-    prior = np.concatenate([np.linalg.matrix_power(matrix, i + 1) @ x[0] for i in range(steps)])
+    transitions = [oracles.iwp_transition(2, dt, d) for dt in np.diff(GRID)]
+    prior, covariance = oracles.joint_gaussian(x[0], np.zeros((size, size)), transitions)
+    prior, covariance = prior[size:], covariance[size:, size:]
     jacobian = np.zeros((steps * d, steps * size))
     for i in range(steps):
         u, du = x[i + 1, :d], x[i + 1, d : 2 * d]

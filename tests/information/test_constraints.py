@@ -7,6 +7,7 @@ import pytest
 
 import probode as po
 
+from .. import oracles
 from ..helpers import CONSTRAINTS, FACTORISATIONS, check_jacobians, first_of, lotka_volterra, name, pendulum, relative
 
 
@@ -22,21 +23,17 @@ def solver(constraint, nu=3, factorisation=po.Dense(), field=lotka_volterra, ord
 
 def twice_evaluated(nu, dt, steps):
     """EK0 in the mode P(EC)^2 for one component, u' = cos(t) - u^2, with covariances and ordinary gains."""
-    i = np.arange(nu + 1)
-    factorial = np.array([np.prod(np.arange(1.0, k + 1)) for k in range(2 * nu + 2)])
-    transition = np.triu(dt ** np.maximum(i - i[:, None], 0) / factorial[np.maximum(i - i[:, None], 0)])
-    power = 2 * nu + 1 - i - i[:, None]
-    noise = dt**power / (power * factorial[nu - i] * factorial[nu - i[:, None]])
+    a, q = oracles.iwp_transition(nu, dt)
     u = [0.5]
     # Derivatives of u' = cos(t) - u^2 at t = 0: 0.75, -0.75, ...
     u += [1 - u[0] ** 2, -2 * u[0] * (1 - u[0] ** 2)]
     mean, covariance = np.array(u[: nu + 1]), np.zeros((nu + 1, nu + 1))
     for k in range(1, steps + 1):
-        predicted, covariance = transition @ mean, transition @ covariance @ transition.T + noise
-        gain, mean = covariance[:, 1] / covariance[1, 1], predicted
+        mean = predicted = a @ mean
+        prior = a @ covariance @ a.T + q
         for _ in range(2):
-            mean = predicted - gain * (predicted[1] - np.cos(k * dt) + mean[0] ** 2)
-        covariance = covariance - np.outer(gain, covariance[1])
+            z = predicted[1:2] - np.cos(k * dt) + mean[0] ** 2
+            mean, covariance = oracles.condition(predicted, prior, np.eye(nu + 1)[1:2], z)
     return mean, covariance
 
 
@@ -139,3 +136,11 @@ def test_lanes_that_reject_have_finite_gradients():
 def test_a_wrong_number_of_evaluations(value):
     with pytest.raises(ValueError, match="evaluations must be an integer >= 1"):
         po.TS0(po.ODE(lotka_volterra), evaluations=value)
+
+
+def test_a_stack_iterates_as_often_as_its_most_demanding_member():
+    once, often = po.TS1(po.ODE(lotka_volterra)), po.TS1(po.ODE(lotka_volterra), evaluations=3, relinearise=True)
+    assert po.Stack(once, often).iteration == often.iteration
+    assert po.Stack(once, often, evaluations=2, relinearise=False).iteration.evaluations == 2
+    assert not po.Stack(once, often, evaluations=2, relinearise=False).iteration.relinearise
+    assert po.Noisy(often, 0.1).iteration == often.iteration

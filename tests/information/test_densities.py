@@ -7,9 +7,10 @@ import pytest
 
 import probode as po
 
+from .. import oracles
 from ..helpers import central_differences, first_of, name, relative
 from ..inference.test_likelihoods import LIKELIHOODS, UNTIL, certain
-from .test_observations import GRID, MASK, MATRIX, ROOT, SEEN, VALUES, given, joint, log_density, solver, start
+from .test_observations import GRID, MASK, MATRIX, ROOT, SEEN, VALUES, joint, solver, start
 
 
 COUNTS = np.array([[3.0, 1.0], [0.0, 2.0], [7.0, 4.0], [1.0, 0.0]])
@@ -77,7 +78,7 @@ def test_one_time_is_laplaces_method():
     data = po.Observations(GRID[-1:], COUNTS[:1], log_density=poisson)
     solution = made.solve_grid(start(made), GRID, data=data)
     mean, covariance, z, _, _ = joint(made)
-    x, p = given(mean, covariance, z, np.zeros(z.shape[0]))
+    x, p = oracles.condition(mean, covariance, z, z @ mean)
     # the last state without its derivatives
     x, p = x[-6:-4], p[-6:-4, -6:-4]
     x, p, evidence = laplace(x, p, *of_counts(np.eye(2), COUNTS[0]))
@@ -93,7 +94,7 @@ def test_the_iterated_smoother_is_laplaces_method_of_all_data():
     solution = po.solve_grid_iterated(made, start(made), GRID, data=data, tolerance=1e-12)
     assert solution.stats["num_iterations"] < 20
     mean, covariance, z, y, _ = joint(made, MASK)
-    x, p = given(mean, covariance, z, np.zeros(z.shape[0]))
+    x, p = oracles.condition(mean, covariance, z, z @ mean)
     # in coordinates: the covariance given the equation is singular
     values, vectors = np.linalg.eigh(p)
     root = vectors * np.sqrt(np.maximum(values, 0))
@@ -101,7 +102,7 @@ def test_the_iterated_smoother_is_laplaces_method_of_all_data():
     w, _, evidence = laplace(np.zeros(x.size), np.eye(x.size), *of_counts(seen, COUNTS[MASK], y @ x))
     assert relative(solution.marginals.mean[..., 0].ravel(), x + root @ w) < 1e-8
     # log p(z) + log p(y | z), in the order in which the filter sees them
-    total = log_density(np.zeros(z.shape[0]), z @ mean, z @ covariance @ z.T) + evidence
+    total = oracles.log_density(0, z @ mean, z @ covariance @ z.T) + evidence
     np.testing.assert_allclose(solution.log_likelihood + solution.data_log_likelihood, total, rtol=1e-8)
 
 

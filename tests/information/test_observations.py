@@ -7,6 +7,7 @@ import pytest
 
 import probode as po
 
+from .. import oracles
 from ..helpers import check_jacobians, first_of, lotka_volterra, name, relative
 
 
@@ -38,40 +39,15 @@ def solver(strategy=po.Filter(), nu=2, **parts):
 
 def joint(made, mask=None):
     """Mean and covariance of all states, ``z`` and ``y`` as linear maps of them, and the noise of ``y``."""
-    state, d, n = start(made), 2, 3
-    size, number = n * d, GRID.size
-    x0, root0 = np.concatenate(state.mean), np.asarray(state.factor)
-    covariance, transitions = [root0.T @ root0], []
-    for h in np.diff(GRID):
-        transitions.append(np.kron([[1, h, h**2 / 2], [0, 1, h], [0, 0, 1]], np.eye(d)))
-        q = [[h**5 / 20, h**4 / 8, h**3 / 6], [h**4 / 8, h**3 / 3, h**2 / 2], [h**3 / 6, h**2 / 2, h]]
-        covariance.append(np.kron(q, np.eye(d)))
-    lower = np.eye(number * size)
-    for i in range(1, number):
-        rows, before = slice(i * size, (i + 1) * size), slice((i - 1) * size, i * size)
-        lower[rows, : i * size] = transitions[i - 1] @ lower[before, : i * size]
-    noise = np.zeros((number * size, number * size))
-    for i, block in enumerate(covariance):
-        noise[i * size : (i + 1) * size, i * size : (i + 1) * size] = block
-    mean = lower[:, :size] @ x0
-    equation = np.concatenate([-MATRIX, np.eye(d), np.zeros((d, d))], axis=1)
-    z = np.kron(np.eye(number)[1:], equation)
-    y = np.kron(np.eye(number)[SEEN], np.eye(d, size))
+    state, root0 = start(made), np.asarray(start(made).factor)
+    transitions = [oracles.iwp_transition(2, h, 2) for h in np.diff(GRID)]
+    mean, covariance = oracles.joint_gaussian(np.concatenate(state.mean), root0.T @ root0, transitions)
+    z = np.kron(np.eye(GRID.size)[1:], np.concatenate([-MATRIX, np.eye(2), np.zeros((2, 2))], axis=1))
+    y = np.kron(np.eye(GRID.size)[SEEN], np.eye(2, 6))
     r = np.kron(np.eye(SEEN.size), ROOT.T @ ROOT)
     if mask is not None:
         y, r = y[mask.ravel()], r[np.ix_(mask.ravel(), mask.ravel())]
-    return mean, lower @ noise @ lower.T, z, y, r
-
-
-def given(mean, covariance, matrix, value, noise=None):
-    s = matrix @ covariance @ matrix.T + (0 if noise is None else noise)
-    gain = np.linalg.solve(s, matrix @ covariance).T
-    return mean + gain @ (value - matrix @ mean), covariance - gain @ matrix @ covariance
-
-
-def log_density(value, mean, covariance):
-    deviation = value - mean
-    return -(deviation @ np.linalg.solve(covariance, deviation) + np.linalg.slogdet(2 * np.pi * covariance)[1]) / 2
+    return mean, covariance, z, y, r
 
 
 MASK = np.array([[True, True], [False, True], [False, False], [True, True]])
@@ -84,8 +60,8 @@ def test_the_posterior_given_equation_and_data(mask):
     solution = made.solve_grid(start(made), GRID, data=data)
     mean, covariance, z, y, r = joint(made, mask)
     values = VALUES.ravel() if mask is None else VALUES[mask]
-    x, p = given(mean, covariance, z, np.zeros(z.shape[0]))
-    x, p = given(x, p, y, values, r)
+    x, p = oracles.condition(mean, covariance, z, z @ mean)
+    x, p = oracles.condition(x, p, y, y @ x - values, r)
     np.testing.assert_allclose(solution.marginals.mean[..., 0].ravel(), x, rtol=1e-9, atol=1e-10)
     std = np.sqrt(np.maximum(np.diag(p), 0)).reshape(GRID.size, 3, 2)
     np.testing.assert_allclose(solution.std, std[:, 0], rtol=1e-7)
@@ -94,7 +70,7 @@ def test_the_posterior_given_equation_and_data(mask):
     noise = np.zeros((both.shape[0],) * 2)
     noise[z.shape[0] :, z.shape[0] :] = r
     s = both @ covariance @ both.T + noise
-    expected = log_density(np.concatenate([np.zeros(z.shape[0]), values]), both @ mean, s)
+    expected = oracles.log_density(np.concatenate([np.zeros(z.shape[0]), values]), both @ mean, s)
     np.testing.assert_allclose(solution.log_likelihood + solution.data_log_likelihood, expected, rtol=1e-10)
 
 
@@ -108,11 +84,11 @@ def test_each_datum_given_those_before_it():
     for k, i in enumerate(SEEN):
         done = SEEN[k - 1] if k else 0
         rows = slice(2 * done, 2 * i)
-        x, p = given(x, p, z[rows], np.zeros(2 * (i - done)))
+        x, p = oracles.condition(x, p, z[rows], z[rows] @ x)
         seen = slice(2 * k, 2 * k + 2)
         s = y[seen] @ p @ y[seen].T + r[seen, seen]
-        total += log_density(VALUES[k], y[seen] @ x, s)
-        x, p = given(x, p, y[seen], VALUES[k], r[seen, seen])
+        total += oracles.log_density(VALUES[k], y[seen] @ x, s)
+        x, p = oracles.condition(x, p, y[seen], y[seen] @ x - VALUES[k], r[seen, seen])
     np.testing.assert_allclose(solution.data_log_likelihood, total, rtol=1e-10)
 
 

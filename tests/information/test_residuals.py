@@ -7,6 +7,7 @@ import pytest
 
 import probode as po
 
+from .. import oracles
 from ..helpers import FACTORISATIONS, check_jacobians, first_of, lotka_volterra, name, pendulum, relative
 
 
@@ -65,23 +66,13 @@ def test_of_second_order():
 
 
 def kalman(matrix_of, offset_of, noise, grid, derivatives):
-    """The filter for ``H(t) x = c(t)`` with covariances and inverses, prior IWP(2) in two components."""
-    d, n = 2, 3
-    mean = np.concatenate(derivatives)
-    covariance, evidence = np.zeros((n * d, n * d)), 0.0
-    factorial = np.array([1.0, 1.0, 2.0])
-    i, j = np.meshgrid(np.arange(n), np.arange(n), indexing="ij")
-    for t, dt in zip(grid[1:], np.diff(grid), strict=True):
-        transition = np.where(j >= i, dt ** np.maximum(j - i, 0) / factorial[np.maximum(j - i, 0)], 0)
-        process = dt ** (5 - i - j) / ((5 - i - j) * factorial[2 - i] * factorial[2 - j])
-        transition, process = np.kron(transition, np.eye(d)), np.kron(process, np.eye(d))
-        mean, covariance = transition @ mean, transition @ covariance @ transition.T + process
-        h, z = matrix_of(t), matrix_of(t) @ mean - offset_of(t)
-        s = h @ covariance @ h.T + noise * np.eye(len(h))
-        gain = covariance @ h.T @ np.linalg.inv(s)
-        mean, covariance = mean - gain @ z, covariance - gain @ s @ gain.T
-        evidence -= (z @ np.linalg.solve(s, z) + np.linalg.slogdet(2 * np.pi * s)[1]) / 2
-    return mean, covariance, evidence
+    """The filter for ``H(t) x = c(t)``, prior IWP(2) in two components."""
+
+    def linearise(i, mean):
+        return matrix_of(grid[i]), matrix_of(grid[i]) @ mean - offset_of(grid[i])
+
+    transitions = [oracles.iwp_transition(2, dt, 2) for dt in np.diff(grid)]
+    return oracles.kalman_filter(np.concatenate(derivatives), np.zeros((6, 6)), transitions, linearise, noise)
 
 
 def row(t):

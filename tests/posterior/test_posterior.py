@@ -27,32 +27,19 @@ factorisations = pytest.mark.parametrize("index", range(3), ids=NAMES)
 first_factorisation = pytest.mark.parametrize("index", first_of(*range(3)), ids=NAMES)
 
 
-def transition(h):
-    return tuple(np.kron(table, np.eye(2)) for table in oracles.iwp(NU, h))
-
-
 @functools.cache
 def joint(index):
     """Mean and covariance of the states at all times given u' = L u on the grid, and the evidence."""
     matrix, size, n = MATRICES[index], 2 * (NU + 1), len(TIMES)
-    mean, cov = np.zeros(n * size), np.zeros((n * size, n * size))
-    mean[:size] = np.concatenate([np.linalg.matrix_power(matrix, k) @ U0 for k in range(NU + 1)])
-    for i in range(1, n):
-        a, q = transition(TIMES[i] - TIMES[i - 1])
-        new, old = slice(i * size, (i + 1) * size), slice((i - 1) * size, i * size)
-        mean[new] = a @ mean[old]
-        cov[new, : i * size] = a @ cov[old, : i * size]
-        cov[: i * size, new] = cov[new, : i * size].T
-        cov[new, new] = a @ cov[old, old] @ a.T + q
+    start = np.concatenate([np.linalg.matrix_power(matrix, k) @ U0 for k in range(NU + 1)])
+    transitions = [oracles.iwp_transition(NU, h, 2) for h in np.diff(TIMES)]
+    mean, cov = oracles.joint_gaussian(start, np.zeros((size, size)), transitions)
     h = np.zeros((2 * (len(GRID) - 1), n * size))
     for row, t in enumerate(GRID[1:]):
         at = size * int(np.flatnonzero(TIMES == t)[0])
         h[2 * row : 2 * row + 2, at : at + 2] = -matrix
         h[2 * row : 2 * row + 2, at + 2 : at + 4] = np.eye(2)
-    z, s = h @ mean, h @ cov @ h.T
-    gain = np.linalg.solve(s, h @ cov).T
-    evidence = -0.5 * z @ np.linalg.solve(s, z) - 0.5 * np.linalg.slogdet(2 * np.pi * s)[1]
-    return mean - gain @ z, cov - gain @ s @ gain.T, evidence
+    return *oracles.condition(mean, cov, h, h @ mean), oracles.log_density(h @ mean, 0, h @ cov @ h.T)
 
 
 def solver(index, strategy, **parts):
@@ -214,3 +201,13 @@ def test_times_not_reached_have_no_answer():
         assert solution.result != po.Result.successful
         np.testing.assert_allclose(solution.mean[0], 2.0, rtol=1e-3)
         assert np.isnan(solution.mean[1]) and np.isnan(solution.std[1])
+
+
+@pytest.mark.parametrize("t1", [1.0, -1.0])
+def test_a_solve_without_an_accepted_step_has_no_answers(t1):
+    """Also where time runs backwards, which only the times asked for tell then."""
+    parts = {"strategy": po.FixedIntervalSmoother(), "loop": po.ForwardLoop(1)}
+    made = po.Solver(po.IWP(3), po.TS1(po.ODE(lambda t, u, args: -(u**3))), **parts)
+    solution = made.solve(5.0, 0.0, t1, save_at=[0.0, 0.5 * t1, t1], dt0=t1, throw=False)
+    assert solution.stats["num_accepted_steps"] == 0
+    assert solution.mean[0] == 5.0 and np.all(np.isnan(solution.mean[1:])) and np.all(np.isnan(solution.std[1:]))

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 import probode as po
 from probode.algebra.factorisations import Layout
 
+from .. import oracles
 from ..helpers import FACTORISATIONS, central_differences, covariance, first_of, logistic, name
 
 
@@ -626,21 +627,10 @@ def joint_covariance(prior, layout, times, initial):
     """Of ``u`` at all times, ``(time d, time d)``, written down with full matrices."""
     d, dim = layout.size, (layout.num_derivatives + 1) * layout.size
     moves = jax.jit(lambda dt: prior.transition(dt, layout))
-    p, rows = initial, [np.eye(dim)]
-    covariances = [p]
-    for dt in np.diff(times):
-        a, q = components(moves(jnp.asarray(dt)), layout)
-        p = a @ p @ a.T + q
-        covariances.append(p)
-        rows = [*rows, a]
-    out = np.zeros((len(times), d, len(times), d))
-    for i in range(len(times)):
-        cross = covariances[i]
-        for j in range(i, len(times)):
-            if j > i:
-                cross = rows[j] @ cross
-            out[j, :, i, :], out[i, :, j, :] = cross[:d, :d], cross[:d, :d].T
-    return out.reshape(len(times) * d, -1)
+    transitions = [components(moves(jnp.asarray(dt)), layout) for dt in np.diff(times)]
+    _, out = oracles.joint_gaussian(np.zeros(dim), initial, transitions)
+    of_u = [i * dim + c for i in range(len(times)) for c in range(d)]
+    return out[np.ix_(of_u, of_u)]
 
 
 SAMPLED = {

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 
 import equinox as eqx
 import jax
@@ -179,38 +178,24 @@ UNKNOWN = 0.7
 def joint(index, known):
     """Mean and covariance of the states at all times given u' = L u on the grid."""
     before, behind = MATRICES[index]
-    n = len(TIMES)
-    mean, cov = np.zeros(n * SIZE), np.zeros((n * SIZE, n * SIZE))
-    mean[:SIZE] = np.concatenate([np.linalg.matrix_power(before, k) @ U0 * (k <= known) for k in range(NU + 1)])
-    cov[SIZE - 2 : SIZE, SIZE - 2 : SIZE] = UNKNOWN**2 * np.eye(2) * (known < NU)
-    for i in range(1, n):
-        h = TIMES[i][0] - TIMES[i - 1][0]
-        a = [[h ** (j - r) / math.factorial(j - r) if j >= r else 0.0 for j in range(NU + 1)] for r in range(NU + 1)]
-        a, q = np.kron(a, np.eye(2)), np.kron(noise(h), np.eye(2))
-        if TIMES[i][1]:
-            powers = [np.linalg.matrix_power(behind, k) * (k <= known) for k in range(NU + 1)]
-            a, q = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE))
-            a[:, :2] = np.concatenate(powers)
-            q[SIZE - 2 :, SIZE - 2 :] = UNKNOWN**2 * np.eye(2) * (known < NU)
-        new, old = slice(i * SIZE, (i + 1) * SIZE), slice((i - 1) * SIZE, i * SIZE)
-        mean[new] = a @ mean[old]
-        cov[new, : i * SIZE] = a @ cov[old, : i * SIZE]
-        cov[: i * SIZE, new] = cov[new, : i * SIZE].T
-        cov[new, new] = a @ cov[old, old] @ a.T + q
-    h = np.zeros((2 * (len(GRID) - 1), n * SIZE))
+    known_before, known_behind = (
+        np.concatenate([np.linalg.matrix_power(matrix, k) * (k <= known) for k in range(NU + 1)])
+        for matrix in (before, behind)
+    )
+    unknown = UNKNOWN**2 * np.diag([0.0] * (SIZE - 2) + [1.0] * 2) * (known < NU)
+    start_anew = np.pad(known_behind, ((0, 0), (0, SIZE - 2))), unknown
+    transitions = [
+        start_anew if again else oracles.iwp_transition(NU, t - s, 2)
+        for (s, _), (t, again) in itertools.pairwise(TIMES)
+    ]
+    mean, cov = oracles.joint_gaussian(known_before @ U0, unknown, transitions)
+    h = np.zeros((2 * (len(GRID) - 1), len(mean)))
     for row, t in enumerate(GRID[1:]):
         # at the stop itself the equation is that before it
         at = SIZE * TIMES.index((t, 0))
         h[2 * row : 2 * row + 2, at : at + 2] = -(before if t <= STOP else behind)
         h[2 * row : 2 * row + 2, at + 2 : at + 4] = np.eye(2)
-    z, s = h @ mean, h @ cov @ h.T
-    gain = np.linalg.solve(s, h @ cov).T
-    evidence = -0.5 * z @ np.linalg.solve(s, z) - 0.5 * np.linalg.slogdet(2 * np.pi * s)[1]
-    return mean - gain @ z, cov - gain @ s @ gain.T, evidence
-
-
-def noise(h):
-    return oracles.iwp(NU, h)[1]
+    return *oracles.condition(mean, cov, h, h @ mean), oracles.log_density(h @ mean, 0, h @ cov @ h.T)
 
 
 @functools.cache

@@ -28,10 +28,6 @@ def field(t, u, args):
     return jnp.stack([jnp.sin(t) * u[1] - u[0] ** 2, u[0] * u[1] + t])
 
 
-def iwp(dt):
-    return tuple(np.kron(table, np.eye(2)) for table in oracles.iwp(NU, dt))
-
-
 def attempted(constraint):
     """A step of ``DT`` from derivatives that are not exact, with the residuals of the corrected mean."""
     layout = layout_of(U0, NU, po.Dense())
@@ -48,7 +44,7 @@ def attempted(constraint):
 def test_the_estimate_is_its_formula(constraint):
     """In plain NumPy, on full covariances: the corrected mean at both times, its residuals, and what they amount to."""
     got, innovation, estimate, mean = attempted(constraint(po.ODE(field)))
-    a, q = iwp(DT)
+    a, q = oracles.iwp_transition(NU, DT, 2)
     predicted = a @ mean
     jacobian = np.asarray(jax.jacfwd(field, 1)(T + DT, jnp.asarray(predicted[:2]), None))
     jacobian = jacobian if constraint is po.TS1 else np.zeros((2, 2))
@@ -59,8 +55,8 @@ def test_the_estimate_is_its_formula(constraint):
 
     z, s = residual(T + DT, predicted), h @ q @ h.T
     scale = np.sqrt(z @ np.linalg.solve(s, z) / 2)
-    a_in, q_in = iwp(INSIDE * DT)
-    a_out, _ = iwp((1 - INSIDE) * DT)
+    a_in, q_in = oracles.iwp_transition(NU, INSIDE * DT, 2)
+    a_out, _ = oracles.iwp_transition(NU, (1 - INSIDE) * DT, 2)
     inside = residual(T + INSIDE * DT, a_in @ mean - q_in @ a_out.T @ h.T @ np.linalg.solve(s, z))
     scale_inside = np.sqrt(inside @ np.linalg.solve(s, inside) / 2)
     got_inside = np.sqrt(np.mean(innovation.inside**2)) / np.asarray(got.transition.magnitude)
@@ -70,9 +66,9 @@ def test_the_estimate_is_its_formula(constraint):
         assert innovation.remainder is None
         np.testing.assert_allclose(estimate[0], DT * scale * np.sqrt(np.diag(s)), rtol=1e-9)
         return
-    remainder = residual(T + DT, predicted - q @ h.T @ np.linalg.solve(s, z))
-    left_out = np.abs(q @ h.T @ np.linalg.solve(s, remainder))[:2]
-    std = scale * np.sqrt(np.diag(q - q @ h.T @ np.linalg.solve(s, h @ q)))[:2]
+    corrected, rest = oracles.condition(predicted, q, h, z)
+    left_out = np.abs(q @ h.T @ np.linalg.solve(s, residual(T + DT, corrected)))[:2]
+    std = scale * np.sqrt(np.diag(rest))[:2]
     np.testing.assert_allclose(estimate[0], 5 * std + (2 ** (NU + 1) - 1) * left_out, rtol=1e-7)
 
 

@@ -9,25 +9,19 @@ import pytest
 import probode as po
 from probode.stepping.step_sizes import sustained_share
 
+from .. import oracles
 from ..helpers import first_of, left_to_nox
 
 
 def residuals_of_a_filter(m, steps):
     """Of an integrated Wiener process with ``m`` states, observed exactly in unit steps, on ``t^m / m!``."""
-    i, j = np.indices((m, m))
-    power = np.maximum(j - i, 0)
-    factorial = np.vectorize(math.factorial)
-    transition = np.where(j >= i, 1 / factorial(power), 0)
-    a, b = m - 1 - i, m - 1 - j
-    noise = 1 / ((a + b + 1) * factorial(a) * factorial(b))
+    a, q = oracles.iwp_transition(m - 1, 1.0)
+    missed = np.array([1 / math.factorial(m - i) for i in range(m)])
     error, covariance, residuals = np.zeros(m), np.zeros((m, m)), []
     for _ in range(steps):
-        error = transition @ error - 1 / factorial(m - np.arange(m))
-        covariance = transition @ covariance @ transition.T + noise
+        error, covariance = a @ error - missed, a @ covariance @ a.T + q
         residuals.append(error[0])
-        gain = covariance[:, 0] / covariance[0, 0]
-        error = error - gain * error[0]
-        covariance = covariance - np.outer(gain, covariance[0])
+        error, covariance = oracles.condition(error, covariance, np.eye(1, m), error[:1])
     return np.array(residuals)
 
 

@@ -1,1 +1,1 @@
-"""Derivatives of solutions in time, of any order."""
+"""Time derivatives of solutions, of any order."""

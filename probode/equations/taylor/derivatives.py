@@ -1,9 +1,10 @@
-"""Derivatives of the solution of an ODE at one point.
+"""Derivatives of the solution of a differential equation at one point.
 
-The one idea: ``u^(k+j)`` is the j-th derivative of ``tau -> f(t0 + tau, u(t0 + tau), ...)``, in which no derivative of
-``u`` past ``u^(k+j-1)`` occurs, so every pass over ``f`` makes one more of them exact. Taylor mode where JAX has the
-rules, nested forward mode otherwise. Griewank & Walther (2008, ch. 13); Bettencourt, Johnson & Duvenaud (2019);
-Kraemer & Hennig, "Stable implementation of probabilistic ODE solvers" (2020).
+``u^(k+j)`` is the j-th derivative of ``tau -> f(t0 + tau, u(t0 + tau), ...)``, in which no derivative of ``u`` past
+``u^(k+j-1)`` occurs, so every evaluation of ``f`` and its derivatives gives one more of them. They are computed by
+Taylor mode where all operations of ``f`` have rules (``rules``), by nested forward mode otherwise. Griewank & Walther
+(2008), "Evaluating derivatives", ch. 13; Bettencourt, Johnson & Duvenaud (2019), "Taylor-mode automatic differentiation
+for higher-order derivatives in JAX"; Kraemer & Hennig (2020), "Stable implementation of probabilistic ODE solvers".
 
 Axes: ``num+1`` derivatives ``u, ..., u^(num)`` (plain, not divided by factorials), ``k`` order of the ODE, ``d``
 components; ``depth = num - k`` is how often ``f`` is differentiated along the solution.
@@ -15,15 +16,17 @@ from math import factorial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
-from jaxtyping import Array, Float
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jaxtyping import Array, Float, PyTree
 
 from .rules import MissingRule, Series, compose
 
 
-_MORE_DERIVATIVES = 2  # of the unknown ones in a residual
+# So many derivatives more than are returned are solved for: enough for algebraic equations of an index up to three.
+_MORE_DERIVATIVES = 2
 _NEWTON_STEPS = 20
-MAX_NESTED = 8  # nested forward mode can double the work with every derivative
+# At most so many derivatives by nested forward mode, which can double the work with every one.
+MAX_NESTED = 8
 
 
 def taylor_derivatives(
@@ -34,7 +37,8 @@ def taylor_derivatives(
 ) -> Float[Array, "{num}+1 d"]:
     """``u, u', ..., u^(num)`` at ``t0`` for the solution of ``u^(k) = f(t, (u, ..., u^(k-1)))``, given the first ``k``.
 
-    A ``num`` above eight needs a rule for everything that ``f`` does, see ``taylor_rules``; ``ValueError`` otherwise.
+    Derivatives are plain, not divided by factorials. Raises ``ValueError`` for a ``num`` above eight if an operation of
+    ``f`` has no rule for Taylor series (see ``rules``).
     """
     k, d = u0.shape
     depth = num - k
@@ -44,7 +48,8 @@ def taylor_derivatives(
     along = _along(f, t0, u0, depth, num, "vector field")
     windows = np.arange(depth + 1)[:, None] + np.arange(k)
 
-    # What is not known yet is zero. Every pass is then the same program, and compile time does not multiply with num.
+    # Derivatives that are not known yet are zero, so that every pass is the same program: unrolled, compile time would
+    # grow with num.
     def one_more(derivatives, j):
         curve = derivatives[windows]
         return derivatives.at[k + j].set(along(curve)[j]), None
@@ -62,9 +67,11 @@ def consistent_derivatives(
 ) -> Float[Array, "{num}+1 d"]:
     """``u, u', ..., u^(num)`` at ``t0`` for a solution of ``r(t, (u, ..., u^(order))) = 0``, given the first ones.
 
-    The equation and its time derivatives are solved for all unknown derivatives at once. Algebraic equations tell about
-    a derivative only when they have been differentiated as often, so more are carried along (for an index up to three)
-    than are returned. NaN if the equation cannot be solved with the ``u`` given.
+    The equation and its time derivatives are solved for all unknown derivatives at once, by Newton's method, with the
+    smallest norm where they do not determine all of them. An algebraic equation determines a derivative only after as
+    many differentiations, so more derivatives are solved for than are returned, enough for an index up to three. NaN if
+    the equations have no solution with the given ``u0``. Raises ``ValueError`` as ``taylor_derivatives`` does, already
+    for a ``num`` above six.
     """
     known, d = u0.shape
     top = num + _MORE_DERIVATIVES
@@ -78,13 +85,15 @@ def consistent_derivatives(
     windows = np.arange(levels + 1)[:, None] + np.arange(order + 1)
 
     def residuals(unknown):
-        # Taylor coefficients are unknowns of like size where derivatives are not.
+        # The unknowns are Taylor coefficients, which are of similar size: derivatives differ by factorials, and the
+        # Newton system would be ill-conditioned.
         us = jnp.concatenate([u0, unknown.reshape(-1, d) * factorials[known:]])
         derivatives = along(us[windows])
         return (derivatives / factorials[: levels + 1]).ravel()
 
     def step(unknown):
-        # In a unit of time in which the coefficients found so far are of the size of u; with equations of like size.
+        # In a unit of time in which the coefficients found so far are no larger than u, and with rows of length one:
+        # otherwise the pseudo-inverse would drop equations and unknowns that are small in the user's units.
         exponents = jnp.repeat(jnp.arange(known, top + 1, dtype=u0.dtype), d)
         size = jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
         units = jnp.where(unknown == 0, jnp.inf, (size / jnp.abs(unknown)) ** (1 / exponents))
@@ -97,7 +106,7 @@ def consistent_derivatives(
 
     start = jnp.zeros((top + 1 - known) * d, u0.dtype)
     found, _ = jax.lax.scan(lambda unknown, _: (step(unknown), None), start, None, length=_NEWTON_STEPS)
-    # One more step, which has the derivative of the solution (implicit function theorem).
+    # One more step gives the result its derivative (implicit function theorem): the loop is not differentiated.
     found = step(jax.lax.stop_gradient(found))
     size = jax.lax.stop_gradient(jnp.abs(jax.jacfwd(residuals)(found)) @ jnp.abs(found))
     size = size + jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
@@ -108,8 +117,10 @@ def consistent_derivatives(
 # --- `along(curve)`: f and its derivatives in time, (depth+1, m), where its argument runs along `curve = [x, x', ...]`
 
 
-def _along(f, t0, x, depth, num, name) -> Callable[[Float[Array, "depth+1 k d"]], Float[Array, "depth+1 m"]]:
-    # Differentiate the jaxpr, not f, which is traced only once.
+def _along(
+    f: Callable, t0: Float[Array, ""], x: Float[Array, "k d"], depth: int, num: int, name: str
+) -> Callable[[Float[Array, "depth+1 k d"]], Float[Array, "depth+1 m"]]:
+    # The jaxpr is differentiated, not f: so f is traced only once.
     field = jax.make_jaxpr(f)(t0, x)
     try:
         return _along_by_series(field, t0, x, depth)
@@ -141,8 +152,10 @@ def _along_by_series(field: ClosedJaxpr, t: Float[Array, ""], x: Float[Array, "k
 def _along_by_jvp(
     field: ClosedJaxpr, t: Float[Array, ""], u: Float[Array, "k d"], depth: int
 ) -> Callable[..., Float[Array, "depth+1 d"]]:
-    """For whatever else JAX can differentiate. ``(x, ..., x^(j)) -> (g, ..., g^(j))`` is built up one j at a time:
-    as time passes, its arguments move in direction ``(x', ..., x^(j+1))``.
+    """``along`` by nested forward mode, for functions with operations that have no rule for Taylor series.
+
+    ``(x, ..., x^(j)) -> (g, ..., g^(j))`` is built up one j at a time: the time derivative of its arguments is
+    ``(x', ..., x^(j+1))``.
 
     Of the 2^j partial derivatives of a j-fold jvp all those of the same order are equal, and are computed by the same
     operations: sharing them after every level keeps the program polynomial in j (but for loops and branches in f).
@@ -162,14 +175,14 @@ def _along_by_jvp(
     return lambda curve: jnp.stack(values(*zip(times, curve, strict=True)))
 
 
-def _shared(fun: Callable[..., Sequence[Array]], *args) -> Callable[..., tuple[Array, ...]]:
-    """The same function (its arguments shaped like ``args``), with repeated operations done once."""
+def _shared(fun: Callable[..., Sequence[Array]], *args: PyTree) -> Callable[..., tuple[Array, ...]]:
+    """The same function, for arguments of the shapes of ``args``, with repeated operations computed only once."""
     closed = jax.make_jaxpr(fun)(*args)
 
     def fun_shared(*args):
         done = {}  # (operation, operands by identity) -> results; also keeps them alive, so that identities stay unique
 
-        def evaluate(jaxpr: Jaxpr, consts, args):
+        def evaluate(jaxpr, consts, args):
             env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
             for eqn in jaxpr.eqns:
                 operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
@@ -190,7 +203,7 @@ def _shared(fun: Callable[..., Sequence[Array]], *args) -> Callable[..., tuple[A
 
 
 def _operation(eqn: JaxprEqn, operands: Sequence) -> object:
-    """Equal for equations that compute the same thing."""
+    """A key for an operation of a jaxpr and its operands, equal for two that compute the same values."""
     names = [
         (str(v.aval), np.asarray(x).tobytes()) if isinstance(v, Literal) else id(x)
         for v, x in zip(eqn.invars, operands, strict=True)

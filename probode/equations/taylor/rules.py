@@ -1,11 +1,10 @@
-"""What every operation of a traced program makes of Taylor series.
+"""Propagation of Taylor series through a traced program (Taylor-mode differentiation): a rule for every operation.
 
-A value is a ``Series`` where it moves and an array where it does not. ``MissingRule`` names an operation that has no
-rule.
+A value that depends on time is a ``Series``, any other an array. ``MissingRule`` names an operation without a rule.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -18,24 +17,30 @@ from .series import ELEMENTWISE, constant, convolve, derivative, divide, exponen
 
 
 class MissingRule(Exception):
-    """There is no rule for the operation whose name it carries."""
+    """Raised for an operation without a rule for Taylor series; its message is the name of the operation."""
 
 
 class Series(eqx.Module):
-    """Something that moves: its first ``n`` Taylor coefficients, see ``series``."""
+    """A value that depends on time, as its first ``n`` Taylor coefficients; see the module ``series``."""
 
     c: Inexact[Array, "n *shape"]
 
 
 def compose(closed: ClosedJaxpr, *args: Series) -> list[Series]:
-    """The series of a traced function's results, from those of its arguments. Raises ``MissingRule``."""
+    """The series of a traced function's results, from those of its arguments; raises ``MissingRule``."""
     return [_promoted(out, len(args[0].c)) for out in _evaluate(closed.jaxpr, closed.consts, args)]
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence, args: Sequence) -> list:
-    """Series where something moves, arrays elsewhere. What no result needs is not computed."""
+    """The results of a jaxpr: series where they depend on time, arrays elsewhere.
+
+    Operations that no result needs are left out; they might have no rule.
+    """
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    read = lambda v: jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]  # noqa: E731
+
+    def read(v):
+        return jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]  # type: ignore[attr-defined]
+
     for eqn in _needed(jaxpr):
         operands = [read(v) for v in eqn.invars]
         env.update(zip(eqn.outvars, _apply(eqn, operands), strict=True))
@@ -60,7 +65,8 @@ def _apply(eqn: JaxprEqn, operands: list) -> list:
     if name in _LINEAR:
         return _linear(eqn, *operands)
     if name in ELEMENTWISE:
-        return [Series(ELEMENTWISE[name](*_alike(operands, eqn.outvars[0].aval.shape)))]
+        # (All values of such programs are arrays.)
+        return [Series(ELEMENTWISE[name](*_alike(operands, eqn.outvars[0].aval.shape)))]  # type: ignore[attr-defined]
     if name not in _RULES:
         raise MissingRule(name)
     return _RULES[name](eqn, *operands)
@@ -84,23 +90,23 @@ def _length(operands):
 
 
 def _promoted(x, n):
-    """A constant as a series; integers and flags stay what they are."""
+    """A floating-point constant as a series; series, integers and flags as they are."""
     moves = isinstance(x, Series) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     return x if moves else Series(constant(x, n))
 
 
 def _alike(operands, shape):
-    """The coefficients of all, of one shape."""
+    """The coefficients of all operands, constants among them, broadcast to one shape."""
     n = _length(operands)
     coefficients = [_promoted(x, n).c for x in operands]
     return [jnp.broadcast_to(c.reshape(*c.shape, *[1] * (1 + len(shape) - c.ndim)), (n, *shape)) for c in coefficients]
 
 
-# --- products and what is linear
+# --- linear and bilinear operations
 
 
 def _linear(eqn, *operands):
-    """Every coefficient by itself, all operands but indices and flags together."""
+    """A linear operation, applied to each coefficient; integers and flags among the operands have none."""
     return _each(eqn, *[_promoted(x, _length(operands)) for x in operands])
 
 
@@ -116,7 +122,7 @@ def _bilinear(eqn, x, y):
     return [Series(convolve(lambda a, b: _bind(eqn, [a, b])[0], x.c, y.c))]
 
 
-# --- rules that look at the equation
+# --- rules that depend on the parameters or the literals of the operation
 
 
 def _divided(eqn, x, y):
@@ -126,7 +132,10 @@ def _divided(eqn, x, y):
 
 
 def _powered(eqn, x, y):
-    """One of the two is a number in the program: whether the exponent is an integer decides what ``x <= 0`` means."""
+    """``x ** y`` where one of the two is a literal; raises ``MissingRule`` otherwise.
+
+    An exponent must be known: only for integers is the power of an ``x <= 0`` defined.
+    """
     base, exponent = (float(v.val) if isinstance(v, Literal) else None for v in eqn.invars)
     if exponent is not None:
         return [Series(power(x.c, exponent))]
@@ -136,7 +145,7 @@ def _powered(eqn, x, y):
 
 
 def _extreme(eqn, x):
-    """As in the rules of JAX, equal shares of all that are largest."""
+    """The maximum or minimum over axes; the mean of all entries that attain it, as in JAX's derivative."""
     axes, (top,) = eqn.params["axes"], _bind(eqn, [x.c[0]])
     share = (x.c[0] == jnp.expand_dims(top, axes)).astype(x.c.dtype)
     share = share / jnp.sum(share, axis=axes, keepdims=True)
@@ -156,7 +165,7 @@ def _absolute(eqn, x):
 
 
 def _by_own_derivative(eqn, *operands):
-    """What has a derivative of its own is differentiated by it: ``y' = jvp(x, x')``, to one order less."""
+    """A function with a custom derivative: ``y' = jvp(x, x')`` as a series of one coefficient less, integrated."""
     if not all(_is_float(v.aval) for v in eqn.outvars):
         raise MissingRule(eqn.primitive.name)
     moving = [i for i, x in enumerate(operands) if isinstance(x, Series)]
@@ -218,7 +227,7 @@ def _repeated(eqn, *operands):
 
 
 def _solved(eqn, *operands):
-    """``A x = b``: every coefficient from those before it, with the solver of ``A`` at the start."""
+    """The solution of ``A x = b``: ``A_0 x_k = b_k - sum_(i<k) A_(k-i) x_i``, by the solver for ``A_0``."""
     lengths, product, n = eqn.params["const_lengths"], eqn.params["jaxprs"].matvec, _length(operands)
     matrix, b = operands[: sum(lengths)], [_promoted(x, n).c for x in operands[sum(lengths) :]]
 
@@ -238,7 +247,7 @@ def _of_constant_matrix(eqn, matrix, b):
     return _each(eqn, matrix, b)
 
 
-# Steps: their derivative is zero wherever they have one.
+# Piecewise constant operations: their derivative is zero wherever they have one.
 _STEPS = {"sign", "floor", "ceil", "round", "stop_gradient"}
 _LINEAR = set(
     "add sub neg add_any reduce_sum cumsum reduce_window_sum select_n real imag complex conj fft "
@@ -246,7 +255,7 @@ _LINEAR = set(
     "slice dynamic_slice dynamic_update_slice gather scatter scatter-add scatter-sub "
     "convert_element_type reduce_precision copy copy_p device_put sharding_constraint layout_constraint name".split()
 )
-_RULES = {
+_RULES: dict[str, Callable] = {
     **dict.fromkeys(("mul", "dot_general", "conv_general_dilated"), _bilinear),
     **dict.fromkeys(("reduce_max", "reduce_min"), _extreme),
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_vjp_call"), _inlined),

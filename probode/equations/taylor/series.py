@@ -1,8 +1,8 @@
 """Truncated Taylor series: their products, and functions of them.
 
-A series is an array with the coefficients ``x_k = x^(k) / k!`` on its leading axis. Everything acts on that whole axis
-at once, so that a program has one size for all orders, but for large arrays (see ``convolve``). Griewank & Walther
-(2008), "Evaluating derivatives", ch. 13.
+A series is an array with the coefficients ``x_k = x^(k) / k!`` on its leading axis, where ``x`` is a function of time.
+Functions act on the whole axis at once, so that the size of a program does not depend on the order, except for large
+arrays (see ``convolve``). Griewank & Walther (2008), "Evaluating derivatives", ch. 13.
 
 Axes: ``n`` coefficients, those of degree 0 to ``n - 1``.
 """
@@ -18,27 +18,31 @@ from jaxtyping import Array, Inexact, PyTree
 
 Coefficients = Inexact[Array, "n ..."]
 
-_LARGE = 256  # elements of a coefficient
+# From so many elements of a coefficient on, sums and recursions over coefficients are unrolled (see `convolve`).
+_LARGE = 256
 
 
 def constant(x: Inexact[Array, "..."], n: int) -> Coefficients:
-    """What does not move."""
+    """The series of a constant, with ``n`` coefficients."""
     return jnp.zeros((n, *jnp.shape(x)), jnp.result_type(x)).at[0].set(x)
 
 
 def derivative(x: Coefficients) -> Coefficients:
-    """``x'``; its last coefficient is unknown, and zero."""
+    """The series of ``x'``. Its last coefficient is unknown and set to zero, so that the length stays the same."""
     return jnp.concatenate([_degrees(x) * x[1:], jnp.zeros_like(x[:1])])
 
 
 def integral(start: Inexact[Array, "..."], dx: Coefficients) -> Coefficients:
-    """``x`` from ``x_0`` and ``x'``."""
+    """The series of ``x`` from ``start``, its value ``x_0``, and ``dx``, the series of ``x'``."""
     return jnp.concatenate([start[None], dx[:-1] / _degrees(dx)])
 
 
 def convolve(product: Callable, x: Coefficients, y: Coefficients) -> Coefficients:
-    """``z_k = sum_i product(x_i, y_(k-i))``: as rows of a matrix, the same program for all orders; for large arrays,
-    where moving the rows would cost more than compiling, term by term."""
+    """The series of a bilinear product, ``z_k = sum_i product(x_i, y_(k-i))``.
+
+    The terms are rows of a matrix, so that the program has one size for all orders. For large arrays, where copying the
+    rows would cost more than compilation, they are unrolled.
+    """
     n = y.shape[0]
     if max(x.size, y.size) >= _LARGE * n:
         xs, ys = jnp.unstack(x), jnp.unstack(y)
@@ -48,23 +52,26 @@ def convolve(product: Callable, x: Coefficients, y: Coefficients) -> Coefficient
 
 
 def times(x: Coefficients, y: Coefficients) -> Coefficients:
-    """``x y``."""
+    """The series of ``x y``."""
     return convolve(jnp.multiply, x, y)
 
 
 def coefficient(x: Coefficients, y: Coefficients, k: int | Array) -> Inexact[Array, "..."]:
-    """The ``k``-th coefficient of ``x y``, alone."""
+    """The ``k``-th coefficient of ``x y`` without the others; ``k`` may be traced."""
     if isinstance(k, int):
         xs, ys = jnp.unstack(x), jnp.unstack(y)
-        return sum(xs[i] * ys[k - i] for i in range(k + 1))
+        return sum(xs[i] * ys[k - i] for i in range(k + 1))  # type: ignore[return-value]  # there are some
     n = y.shape[0]
     backwards = jnp.concatenate([y[::-1], jnp.zeros_like(y)])
     return jnp.sum(x * lax.dynamic_slice_in_dim(backwards, n - 1 - k, n), axis=0)
 
 
 def grown(start: PyTree, following: Callable, n: int) -> PyTree:
-    """Coefficients one after the other; ``following(y, k)`` is the next, of those so far, where the others are zero.
-    A loop, or unrolled for large arrays."""
+    """A tree of series, built up by a recursion: coefficient ``k`` is ``following(y, k)``.
+
+    ``start``: the coefficients of degree zero. ``y``: the series so far, zero from coefficient ``k`` on. The recursion
+    is a loop, and unrolled for large arrays.
+    """
     y = jax.tree.map(lambda x: constant(x, n), start)
 
     def one_more(y, k):
@@ -79,20 +86,22 @@ def grown(start: PyTree, following: Callable, n: int) -> PyTree:
 
 
 def divide(x: Coefficients, y: Coefficients) -> Coefficients:
-    """``x / y``."""
+    """The series of ``x / y``."""
     return grown(x[0] / y[0], lambda q, k: (x[k] - coefficient(q, y, k)) / y[0], x.shape[0])
 
 
 def power(x: Coefficients, exponent: float | int) -> Coefficients:
-    """``y = x^exponent`` from ``x y' = exponent y x'``, where ``x`` is not zero; any ``x`` if ``exponent`` is an
-    integer."""
+    """The series of ``y = x^exponent``, from ``x y' = exponent y x'``, for an ``x`` that is not zero.
+
+    An integer exponent from zero on takes products instead, and any ``x``.
+    """
     if float(exponent).is_integer():
         return _integer_power(x, int(exponent))
     return _power_from(x[0] ** exponent, x, exponent)
 
 
 def exponential_like(slope: Callable, start: Callable) -> Callable[[Coefficients], Coefficients]:
-    """The function ``y`` of ``x`` with ``y' = slope(y) x'``."""
+    """A function from the series of ``x`` to that of ``y``, with ``y' = slope(y) x'`` and ``y_0 = start(x_0)``."""
 
     def function(x):
         dx = derivative(x)
@@ -103,14 +112,14 @@ def exponential_like(slope: Callable, start: Callable) -> Callable[[Coefficients
 
 
 def _integral_like(slope: Callable, start: Callable) -> Callable[[Coefficients], Coefficients]:
-    """The function ``y`` of ``x`` with ``y' = slope(x, x')``."""
+    """A function from the series of ``x`` to that of ``y``, with ``y' = slope(x, x')`` and ``y_0 = start(x_0)``."""
     return lambda x: integral(start(x[0]), slope(x, derivative(x)))
 
 
 def _pair_like(
     sign: float, sine: Callable, cosine: Callable
 ) -> Callable[[Coefficients], tuple[Coefficients, Coefficients]]:
-    """The functions ``s`` and ``c`` of ``x`` with ``s' = c x'``, ``c' = sign s x'``."""
+    """A function from the series of ``x`` to those of ``s`` and ``c``, with ``s' = c x'`` and ``c' = sign s x'``."""
 
     def functions(x):
         dx = derivative(x)
@@ -133,9 +142,10 @@ def _over(x, k):
 
 
 def _shifted(y):
-    """``(i, k) -> y_(k-i)``, zero for ``k < i``: rows of one vector repeated, each beginning one place further on."""
+    """The matrix with the entry ``y_(k-i)`` in row ``i`` and column ``k``, zero for ``k < i``."""
     n = y.shape[0]
     padded = jnp.concatenate([y, jnp.zeros_like(y)])
+    # One vector of length 2n repeated: cut into rows of length 2n - 1 it begins one place further on in every row.
     rows = jnp.broadcast_to(padded, (n, *padded.shape)).reshape(2 * n * n, *y.shape[1:])
     return rows[: n * (2 * n - 1)].reshape(n, 2 * n - 1, *y.shape[1:])[:, :n]
 
@@ -181,7 +191,7 @@ def _arctangent(y, x):
 
 
 def _larger(x, y):
-    """As in the rules of JAX, half of each where both are equal."""
+    """The series whose value is larger; where both are equal their mean, as in JAX's derivative of a maximum."""
     return jnp.where(x[0] == y[0], (x + y) / 2, jnp.where(x[0] > y[0], x, y))
 
 
@@ -193,8 +203,8 @@ _exp = exponential_like(lambda y: y, jnp.exp)
 _circular = _pair_like(-1.0, jnp.sin, jnp.cos)
 _hyperbolic = _pair_like(1.0, jnp.sinh, jnp.cosh)
 
-# By the names of JAX's operations.
-ELEMENTWISE = {
+# Functions of series, by the names of JAX's elementwise operations.
+ELEMENTWISE: dict[str, Callable] = {
     "square": lambda x: times(x, x),
     "exp": _exp,
     "exp2": exponential_like(lambda y: math.log(2) * y, jnp.exp2),
