@@ -67,10 +67,10 @@ def test_a_solution_that_has_kept_its_steps_is_drawn_from_the_start(smoothed):
 
 def test_ellipses_of_a_subspace_are_those_of_its_components():
     """With as many columns as components, which are none."""
-    linear = probode.TS1(probode.ODE(lambda t, u, args: jnp.array([1.0, 10.0, 100.0]) * -u))
-    parts = {"factorisation": probode.Subspace(jnp.eye(3)[:, :2]), "loop": probode.BoundedLoop(256)}
-    solution = probode.Solver(probode.IWP(2), linear, **parts).solve(jnp.ones(3), 0.0, 0.1)
-    (ellipse,) = plots.plot_phase(solution, (0, 2), std=1.0).patches
+    linear = po.TS1(po.ODE(lambda t, u, args: jnp.array([1.0, 10.0, 100.0]) * -u))
+    parts = {"factorisation": po.Subspace(jnp.eye(3)[:, :2]), "loop": po.BoundedLoop(256)}
+    solution = po.Solver(po.IWP(2), linear, **parts).solve(jnp.ones(3), 0.0, 0.1)
+    (ellipse,) = plots.plot_phase(solution, components=(0, 2), std=1.0).patches
     expected = sorted(2 * np.asarray(solution.std[0])[[0, 2]])
     np.testing.assert_allclose(sorted([ellipse.width, ellipse.height]), expected, rtol=1e-12)
 

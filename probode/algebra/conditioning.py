@@ -1,5 +1,6 @@
 """The algebra of a step in square-root form: predict a Gaussian state, and condition it on a linearised equation."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -57,6 +58,7 @@ class Linearisation(eqx.Module):
     - ``whole``: whether ``matrix`` is the whole derivative of ``z``, so that the error of the linearisation is of
       second order. It is false where the vector field is taken as constant (``TS0``), or where only the diagonal of its
       Jacobian is kept.
+    - ``is_frozen``: whether ``matrix`` is known to be the identity on the derivatives given, and zero elsewhere.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -3 * u)))
@@ -72,6 +74,7 @@ class Linearisation(eqx.Module):
     noise: Float[Array, "*batch rows m"] | None = None
     left: Float[Array, "more k"] | None = None
     whole: bool = eqx.field(static=True, default=True)
+    is_frozen: bool = eqx.field(static=True, default=False)
 
     @staticmethod
     def explicit(
@@ -88,6 +91,17 @@ class Linearisation(eqx.Module):
         blocks = [zero if jacobian is None else -layout.project(jacobian) for jacobian in jacobians]
         matrix = jnp.concatenate([*blocks, layout.identity()], axis=-1)
         return Linearisation(matrix, layout.pack(residual[None]), range(k, k + 1), whole=whole and layout.keeps_all)
+
+    @staticmethod
+    def frozen(layout: Layout, order: int, residual: Float[Array, "levels d"]) -> "Linearisation":
+        """The equation ``u^(order + j) = c_j`` for ``j = 0, 1, ...``, whose right-hand sides do not depend on ``u``.
+
+        ``residual``: ``u^(order + j) - c_j`` at the point, a row for each derivative, for the flat ``u``.
+        """
+        size, levels = layout.identity().shape[-1], residual.shape[0]
+        unit = jnp.eye(levels * size, (order + levels) * size, order * size, dtype=residual.dtype)
+        gives = range(order, order + levels)
+        return Linearisation(layout.broadcast(unit), layout.pack(residual), gives, whole=False, is_frozen=True)
 
     @staticmethod
     def general(
@@ -197,6 +211,14 @@ def explained(
 ) -> Float[Array, "*batch dim cols"]:
     """``Q H^T (H Q H^T)^-1 z``: the mean of the noise of a step given the residual at its end, which is whitened."""
     return noise_mean(transition.noise, transition.noise, factor, smoothing_weights(equation, factor, whitened))
+
+
+def explained_by_leading(
+    transition: Transition, equation: Linearisation, factor: Float[Array, "*batch m m"], whitened: Array, rows: int
+) -> Float[Array, "*batch dim cols"]:
+    """What ``explained`` returns if the equation has its rows before ``rows`` alone."""
+    leading = dataclasses.replace(equation, matrix=equation.matrix[..., :rows, :])
+    return explained(transition, leading, factor[..., :rows, :rows], whitened[..., :rows, :])
 
 
 def _largest(factor):
@@ -401,12 +423,20 @@ def _replacement(equation, noise):
     return inverse, jnp.ones(dim, noise.dtype).at[chosen].set(0, mode="drop")
 
 
-@batched
 def residual_about(
-    mean: Float[Array, "dim cols"], point: Float[Array, "dim cols"], equation: Linearisation
-) -> Float[Array, "m cols"]:
+    mean: Float[Array, "*batch dim cols"], point: Float[Array, "*batch dim cols"], equation: Linearisation
+) -> Float[Array, "*batch m cols"]:
     """The residual at ``mean`` by the linearisation about ``point``: ``z + H (mean - point)``."""
-    return equation.residual + product(equation.matrix, (mean - point)[: equation.matrix.shape[1]])
+    if equation.is_frozen:
+        return equation.residual + given(equation, mean - point)
+    p = equation.matrix.shape[-1]
+    return equation.residual + batched(product)(equation.matrix, (mean - point)[..., :p, :])
+
+
+def given(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Float[Array, "*batch m cols"]:
+    """The rows of a mean that a frozen equation is about: the product with its matrix."""
+    m, p = equation.matrix.shape[-2:]
+    return mean[..., p - m : p, :]
 
 
 def _beside(upper, dense, past, more=None):

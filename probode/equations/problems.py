@@ -18,6 +18,7 @@ from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
 from ..util.checks import as_integer
 from .jacobians import AbstractJacobian, ExactJacobian, as_jacobian
+from .taylor.derivatives import taylor_derivatives
 
 
 def _jacobian_field() -> Any:
@@ -66,15 +67,17 @@ class AbstractProblem(eqx.Module):
     def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
         """The residual, a PyTree that is zero where the equation holds, at ``us = (u, u', ..., u^(order))``."""
 
-    def lifted(self, levels: Any) -> "Residual":
-        """The equation and its first ``levels`` time derivatives, as one ``Residual`` of order ``order + levels``.
+    def lifted(self, levels: Any) -> "AbstractProblem":
+        """The equation and its first ``levels`` time derivatives, which hold along a solution as well, as one equation.
 
-        The time derivatives also hold along a solution. Conditioning on them makes the steps more accurate, at a
-        slightly higher cost; the prior needs ``num_derivatives >= order + levels``. Raises ``ValueError`` unless
-        ``levels`` is an integer from zero on.
+        For an ``ODE`` a ``Lifted``, which gives the derivatives ``u^(order), ..., u^(order + levels)``; otherwise a
+        ``Residual`` of order ``order + levels``. Conditioning on them makes the steps longer; the prior needs
+        ``num_derivatives >= order + levels``. Raises ``ValueError`` unless ``levels`` is an integer from zero on.
         """
         levels = as_integer(levels, "lifted(levels)", 0)
-        return Residual(_Lifted(self, levels), order=self.order + levels)
+        if isinstance(self, ODE):
+            return Lifted(self, levels)
+        return Residual(_Derivatives(self, levels), order=self.order + levels)
 
     def split(self, u0: PyTree) -> tuple[PyTree, ...]:
         """The initial value as the tuple ``(u, u', ..., u^(k-1))`` of ``k = num_initial_values`` PyTrees.
@@ -191,7 +194,7 @@ class Residual(AbstractProblem):
 
     @property
     def num_initial_values(self) -> int:
-        return self.residual.num_initial_values if isinstance(self.residual, _Lifted) else max(self.order, 1)
+        return self.residual.num_initial_values if isinstance(self.residual, _Derivatives) else max(self.order, 1)
 
     def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
         return self.residual(t, *us[: self.order + 1], args)
@@ -213,7 +216,68 @@ class Residual(AbstractProblem):
         return Linearisation.general(layout, list(jacobian), value)
 
 
-class _Lifted(eqx.Module):
+class Lifted(AbstractProblem):
+    """An ``ODE`` together with its first ``levels`` time derivatives, as ``ODE.lifted(levels)`` returns it.
+
+    It gives the derivatives ``u^(k), ..., u^(k + levels)`` of a solution, for an ODE of order ``k``. In zeroth order
+    (``TS0``) they are those of the solution through the predicted ``u, ..., u^(k-1)``, by its Taylor series: a method
+    of Hermite and Obreshkov (Obreshkov 1940; Hairer, Norsett & Wanner 1993, "Solving ordinary differential equations
+    I", III.10), where all derivatives of the prior are given, with a posterior. In first order (``TS1``) they depend on
+    all lower derivatives of the state. ``order`` is that of the highest derivative, ``k + levels``.
+
+    >>> import probode
+    >>> probode.ODE(lambda t, u, args: -u).lifted(3).order
+    4
+    """
+
+    ode: ODE
+    levels: int = eqx.field(static=True)
+    is_explicit = True
+
+    @property
+    def order(self) -> int:
+        return self.ode.order + self.levels
+
+    @property
+    def num_initial_values(self) -> int:
+        return self.ode.order
+
+    @property
+    def vector_field(self) -> Callable:
+        """That of the ODE."""
+        return self.ode.vector_field
+
+    @property
+    def residual(self) -> Residual:
+        """The equation in implicit form: the residual of the ODE and its time derivatives."""
+        return Residual(_Derivatives(self.ode, self.levels), order=self.order)
+
+    def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree) -> None:
+        self.ode.check(t0, values, args)
+
+    def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
+        return self.residual.residual_of(t, us, args)
+
+    def derivatives(
+        self, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
+    ) -> Float[Array, "levels+1 d"]:
+        """``u^(k), ..., u^(k + levels)`` of the solution through ``u, ..., u^(k-1)`` at ``t``."""
+        return taylor_derivatives(flat_field(self, layout, args), t, us, self.order)[self.ode.order :]
+
+    def zeroth_order(
+        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
+    ) -> Linearisation:
+        """The Taylor linearisation of zeroth order: the derivatives of the solution through the point are constant."""
+        k = self.ode.order
+        return Linearisation.frozen(layout, k, us[k : self.order + 1] - self.derivatives(t, us[:k], layout, args))
+
+    def first_order(
+        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
+    ) -> Linearisation:
+        return self.residual.first_order(t, us, layout, args)
+
+
+class _Derivatives(eqx.Module):
     """The residual of a problem and its first ``levels`` time derivatives along a solution, as a function."""
 
     problem: AbstractProblem

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
 from ..algebra.normal import Normal, batched
-from ..equations.problems import ODE, AbstractProblem, Residual
+from ..equations.problems import ODE, AbstractProblem, Lifted, Residual
 from ..util.checks import as_scalar, require
 from .iteration import Iteration
 
@@ -74,13 +74,12 @@ class TS0(AbstractConstraint):
     1
     """
 
-    problem: ODE
+    problem: ODE | Lifted
     iteration: Iteration
     first_order = False
-    is_pointwise = True
 
     def __init__(self, problem: Any, *, evaluations: Any = 1):
-        self.problem = require_problem("TS0", problem, ODE, "an ODE")
+        self.problem = require_problem("TS0", problem, (ODE, Lifted), "an ODE")
         self.iteration = Iteration(evaluations)
 
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
@@ -227,7 +226,7 @@ class Stack(AbstractConstraint):
         return Linearisation(matrix, residual, noise=batched(jax.scipy.linalg.block_diag)(*noises), whole=whole)
 
 
-def require_problem(name: str, value: Any, kind: type, words: str) -> Any:
+def require_problem(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> Any:
     """The equation of a constraint of that name; raises ``TypeError``, with a hint, for one of another kind."""
     if isinstance(value, kind):
         return value

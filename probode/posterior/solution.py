@@ -13,6 +13,7 @@ from ..algebra.factorisations import Layout
 from ..algebra.linalg import compiled
 from ..algebra.marginals import Moments, Posterior, moments, widen
 from ..algebra.normal import Normal, spread
+from ..stepping.adaptive import AdaptiveState
 from ..stepping.result import Result
 from ..util import describe
 from ..util.checks import as_float, as_integer, is_traced, require
@@ -114,9 +115,9 @@ class Solution(eqx.Module):
     marginals: Normal
     output_scale: Float[Array, "time *batch"]
     log_likelihood: Float[Array, ""]
-    result: Any
+    result: Result
     stats: dict[str, Num[Array, ""]]
-    state: Any
+    state: AdaptiveState
     layout: Layout
     trajectory: Trajectory | None
     spread: Spread | None = None

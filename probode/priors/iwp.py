@@ -13,14 +13,15 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
 from ..algebra.conditioning import Transition
+from ..algebra.derivatives import NoiseSplit
 from ..algebra.factorisations import Layout
 from ..util.checks import as_integer
 from .output_scale import as_output_scale
-from .powers import exact_root, noise_units, powers_of_step
-from .prior import AbstractPrior
+from .powers import exact_inverse_root, exact_root, exact_solve, noise_units, powers, powers_of_step
+from .prior import AbstractSplitPrior
 
 
-class IWP(AbstractPrior):
+class IWP(AbstractSplitPrior):
     """The ``num_derivatives`` times integrated Wiener process: ``u^(nu)`` is a Wiener process times ``output_scale``.
 
     The usual prior of ODE filters: its mean over a step is the Taylor polynomial of degree ``nu``. Formulas: Kersting,
@@ -59,6 +60,24 @@ class IWP(AbstractPrior):
         noise = jnp.asarray(root, layout.dtype) * columns
         return Transition(layout.broadcast(matrix), layout.lift(noise, self.output_scale), magnitude)
 
+    def split(self, dt: Float[Array, ""], order: int, layout: Layout) -> NoiseSplit:
+        constants = [jnp.asarray(x, layout.dtype) for x in _split_constants(self.num_derivatives, order)]
+        gain, embedded, root, whitener, rest = constants
+        n = self.num_derivatives + 1
+        dt = jnp.asarray(dt, layout.dtype)
+        columns, _ = noise_units(dt, n)
+        # A derivative of order j counts dt^(j-i) in one of order i.
+        row = jnp.stack(powers(dt, n))
+        steps = jnp.stack([row[order - i : n - i] for i in range(order)])
+        return NoiseSplit(
+            gain * steps,
+            embedded * steps,
+            layout.lift(root * columns[order:], self.output_scale),
+            whitener / columns[order:],
+            layout.lift(jnp.ones((1, 1), layout.dtype), self.output_scale),
+            layout.lift(rest * columns[:order], self.output_scale),
+        )
+
 
 @ft.lru_cache
 def _iwp_constants(nu: int) -> tuple[np.ndarray, np.ndarray]:
@@ -70,5 +89,39 @@ def _iwp_constants(nu: int) -> tuple[np.ndarray, np.ndarray]:
     """
     n = nu + 1
     pascal = np.array([[1 / math.factorial(j - i) if j >= i else 0.0 for j in range(n)] for i in range(n)])
-    q = [[Fraction(1, 2 * nu + 1 - i - j) for j in range(n)] for i in range(n)]
-    return pascal, exact_root(q, [math.factorial(nu - j) for j in range(n)])
+    return pascal, exact_root(_scaled_covariance(nu), [math.factorial(nu - j) for j in range(n)])
+
+
+def _scaled_covariance(nu):
+    """``Qbar``, the covariance of the noise in units of ``sqrt(dt) dt^(nu-i) / (nu-i)!``."""
+    return [[Fraction(1, 2 * nu + 1 - i - j) for j in range(nu + 1)] for i in range(nu + 1)]
+
+
+@ft.lru_cache
+def _split_constants(nu: int, k: int) -> tuple[np.ndarray, ...]:
+    """The arrays of a ``NoiseSplit`` for a step of length one.
+
+    The gain is the two-point Hermite rule of which the embedded one leaves out the last derivative at the new end. Both
+    are exact for all powers ``t^p`` from ``p = nu + 1`` on for which there are weights: in units of ``dt^j / j!`` the
+    ``j``-th derivative of such a power at ``t = 1`` is the binomial coefficient ``C(p, j)``.
+    """
+    q, units = _scaled_covariance(nu), [math.factorial(nu - j) for j in range(nu + 1)]
+
+    def rule(number):
+        binomials = [[Fraction(math.comb(nu + i, k + j)) for j in range(number)] for i in range(1, number + 1)]
+        values = [[Fraction(math.comb(nu + i, low)) for low in range(k)] for i in range(1, number + 1)]
+        weights = exact_solve(binomials, values)
+        units = [[Fraction(math.factorial(low), math.factorial(k + j)) for low in range(k)] for j in range(number)]
+        exact = [[float(w * u) for w, u in zip(*row, strict=True)] for row in zip(weights, units, strict=True)]
+        return np.pad(np.array(exact).reshape(number, k).T, ((0, 0), (0, nu + 1 - k - number)))
+
+    high = [row[k:] for row in q[k:]]
+    gain = exact_solve(high, [row[:k] for row in q[k:]])
+    rest = [[q[i][j] - sum(gain[a][i] * q[k + a][j] for a in range(len(high))) for j in range(k)] for i in range(k)]
+    return (
+        rule(nu + 1 - k),
+        rule(nu - k),
+        exact_root(high, units[k:]),
+        exact_inverse_root(high, units[k:]),
+        exact_root(rest, units[:k]),
+    )

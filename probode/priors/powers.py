@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 
 def powers_of_step(dt: Float[Array, ""], n: int) -> Float[Array, "{n} {n}"]:
     """The matrix with ``dt^(j-i)`` on and above the diagonal, and one below it."""
-    shift = np.clip(np.arange(n)[None, :] - np.arange(n)[:, None], 0, None)
-    return jnp.stack(powers(dt, n))[shift]
+    # Rows cut from one vector: an array of indices would be looked up in every step.
+    row = jnp.stack([*[jnp.ones_like(dt)] * (n - 1), *powers(dt, n)])
+    return jnp.stack([row[n - 1 - i : 2 * n - 1 - i] for i in range(n)])
 
 
 def noise_units(dt: Float[Array, ""], n: int) -> tuple[Float[Array, "{n}"], Float[Array, ""]]:
@@ -47,3 +48,31 @@ def exact_root(q: list[list[Fraction]], units: list[int]) -> np.ndarray:
             for b in range(i + 1, n):
                 q[a][b] -= q[i][a] * q[i][b] / pivot
     return root
+
+
+def exact_solve(a: list[list[Fraction]], b: list[list[Fraction]]) -> list[list[Fraction]]:
+    """``A^-1 B`` in fractions, for a matrix ``A`` that needs no pivots."""
+    rows = [[*left, *right] for left, right in zip(a, b, strict=True)]
+    for i in range(len(rows)):
+        rows[i] = [x / rows[i][i] for x in rows[i]]
+        for j in range(len(rows)):
+            if j != i:
+                rows[j] = [x - rows[j][i] * y for x, y in zip(rows[j], rows[i], strict=True)]
+    return [row[len(a) :] for row in rows]
+
+
+def exact_inverse_root(q: list[list[Fraction]], units: list[int]) -> np.ndarray:
+    """``R^-T`` for the root ``R = exact_root(q, units)``: it whitens a variable whose covariance is ``R^T R``."""
+    n = len(q)
+    # L^-1 D^-1/2 of Q = L D L^T: every row is reduced by those before it, beside the identity.
+    rows = [[*q[i], *(Fraction(int(i == j)) for j in range(n))] for i in range(n)]
+    for i in range(n):
+        for j in range(i + 1, n):
+            ratio = rows[j][i] / rows[i][i]
+            rows[j] = [x - ratio * y for x, y in zip(rows[j], rows[i], strict=True)]
+    out = np.zeros((n, n))
+    for i in range(n):
+        for j in range(i + 1):
+            entry = rows[i][n + j] * units[j]
+            out[i, j] = math.copysign(math.sqrt(entry**2 / rows[i][i]), entry)
+    return out

@@ -6,6 +6,7 @@ import equinox as eqx
 from jaxtyping import Array, Float, PyTree, Real
 
 from ..algebra.conditioning import Transition
+from ..algebra.derivatives import NoiseSplit
 from ..algebra.factorisations import Layout
 from ..equations.problems import AbstractProblem
 
@@ -33,6 +34,22 @@ class AbstractPrior(eqx.Module):
         ``dt``: a scalar, which may be negative. For ``dt = 0`` the matrix has to be the identity, and the noise is not
         used. ``layout``: how the state is stored; all arrays have its dtype.
         """
+
+
+class AbstractSplitPrior(AbstractPrior):
+    """A prior that knows in closed form what its noise in the highest derivatives says of that in the others.
+
+    Conditioning on all derivatives from some order on (``ODE.lifted``) then needs no elimination. A subclass defines
+    ``split`` beside what an ``AbstractPrior`` does.
+
+    >>> import probode
+    >>> isinstance(probode.IWP(2), probode.AbstractSplitPrior)
+    True
+    """
+
+    @abstractmethod
+    def split(self, dt: Float[Array, ""], order: int, layout: Layout) -> NoiseSplit:
+        """The noise of ``transition(dt, layout)`` as that of ``u^(order), ..., u^(nu)``, and the rest given these."""
 
 
 class AbstractPriorFamily(eqx.Module):

@@ -5,6 +5,7 @@ those of the accepted steps, frozen, and nothing of a rejected or non-finite att
 """
 
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -145,7 +146,8 @@ class Stepper:
         self.harmless = interval.direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
         # Traced once; what the user's functions close over becomes an input that can be differentiated.
         times = [t1] * (2 if self.stops is None else 3)
-        self.attempt = eqx.filter_closure_convert(step.attempt, solve.current.distribution, *times)
+        attempt = ft.partial(step.attempt, known=solve.current.derivatives_known)
+        self.attempt = eqx.filter_closure_convert(attempt, solve.current.distribution, *times)
 
     def running(self, solve: AdaptiveState) -> Bool[Array, ""]:
         """Whether a solve goes on."""
@@ -172,7 +174,7 @@ class Stepper:
         leg = self.leg(solve, active)
         attempted = detach(self.attempt(*detach(self.inputs(before, leg))))
         norm, attempted, unseen = self.measure(solve, leg, attempted)
-        length, order = jnp.abs(detach(leg.dt)), self.layout.num_derivatives + 1
+        length, order = jnp.abs(detach(leg.dt)), self.step.order_of_error(attempted)
         good, proposed, memory = self.control.controller.propose(length, norm, order, solve.controller)
         good = good & jnp.isfinite(norm) & active
         rejected = lambda *_: Taken(before, past, influence, jnp.array(True), jnp.array(True))  # noqa: E731
@@ -217,7 +219,7 @@ class Stepper:
             return size(looked), scale_inside(looked.innovation, looked.equation, self.layout)
 
         nothing = jnp.zeros_like(attempted.innovation.scale)
-        if not control.error.needs_defects:
+        if not control.error.needs_defects or attempted.correction is not None:
             norm, inside = size(attempted), nothing
         elif attempted.equation.whole:
             norm, inside = seen(None)

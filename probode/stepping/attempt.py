@@ -4,7 +4,25 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from ..algebra.conditioning import Innovation, Linearisation, Transition, Update
+from ..algebra.derivatives import NoiseSplit
 from ..priors.prior import AbstractPrior
+
+
+class Correction(eqx.Module):
+    """What the evaluations of an equation that gives several derivatives make of ``u, ..., u^(k-1)`` in an attempt.
+
+    - ``last_move``: how far the last evaluation has moved them, under the noise of the step alone.
+    - ``embedded``: the difference to the rule that leaves out the last derivative at the new end.
+    - ``residual``: of the last evaluation, as the prediction has it.
+    - ``split``: where all highest derivatives are given, and nothing else was uncertain: the noise of the step as that
+      of these derivatives and the rest. The evaluations do not depend on covariances then, and are part of the attempt.
+      Otherwise ``None``.
+    """
+
+    last_move: Float[Array, "*batch ks cols"]
+    embedded: Float[Array, "*batch ks cols"]
+    residual: Float[Array, "*batch ms cols"]
+    split: NoiseSplit | None
 
 
 class Attempt(eqx.Module):
@@ -15,6 +33,7 @@ class Attempt(eqx.Module):
     - ``equation``: linearised about it.
     - ``innovation``: its residual under the noise of the step alone.
     - ``prior``: that of the step, where the solver's prior is a family; otherwise ``None``.
+    - ``correction``: where the equation gives several derivatives; otherwise ``None``.
     - ``update``: where the factorisation has an algebra of its own, and has conditioned already.
     - ``unexplained``: then the part of the update of the mean that the noise of the step does not explain.
 
@@ -28,5 +47,6 @@ class Attempt(eqx.Module):
     equation: Linearisation
     innovation: Innovation
     prior: AbstractPrior | None
+    correction: Correction | None = None
     update: Update | None = None
     unexplained: Float[Array, "*batch dim cols"] | None = None

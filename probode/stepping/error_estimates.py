@@ -98,6 +98,9 @@ class LocalError(AbstractErrorEstimate):
         self, attempt: Attempt, dt: Float[Array, ""], layout: Layout
     ) -> Float[Array, " d"] | Float[Array, "k d"]:
         transition, equation, innovation = attempt.transition, attempt.equation, attempt.innovation
+        if attempt.correction is not None:
+            moves = attempt.correction.last_move, attempt.correction.embedded
+            return jnp.maximum(*(jnp.abs(layout.unpack(move)) for move in moves))
         scale = innovation.scale
         if innovation.inside is not None:
             scale = jnp.maximum(scale, innovation.size_inside)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..algebra.conditioning import Innovation, Linearisation, noise_mean, smoothing_weights
+from ..algebra.conditioning import Innovation, Linearisation, given, noise_mean, smoothing_weights
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm, substitute
 from ..algebra.normal import Normal, batched, push
@@ -65,6 +65,8 @@ def terms(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Flo
 
     For a stiff field they are far larger than the derivative that they add up to, and so is their round-off.
     """
+    if equation.is_frozen:
+        return jnp.abs(given(equation, mean))
     p = equation.matrix.shape[-1]
     return batched(product)(jnp.abs(equation.matrix), jnp.abs(mean[..., :p, :]))
 

@@ -26,6 +26,7 @@ class State(eqx.Module):
     - ``last_move``: by how much the last iteration of a linearisation has moved an innovation, at most, in standard
       deviations (root mean square); zero where nothing is iterated.
     - ``data_evidence``: the log density of the data so far.
+    - ``derivatives_known``: whether nothing is uncertain but ``u, ..., u^(k-1)``, for an equation of order ``k``.
     - ``spread``: for solves from an uncertain initial value how the mean moves along the rows of its factor, which
       adds to the covariance.
 
@@ -46,6 +47,7 @@ class State(eqx.Module):
     last_move: Float[Array, ""]
     data_evidence: Float[Array, ""]
     calibration: type = eqx.field(static=True)
+    derivatives_known: bool = eqx.field(static=True)
     spread: Float[Array, "N *batch dim cols"] | None = None
 
     def __repr__(self) -> str:

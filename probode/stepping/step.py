@@ -7,6 +7,7 @@ solvers").
 """
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,16 +15,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..algebra.conditioning import Influence, Update, condition, innovate, join, residual_about
+from ..algebra.conditioning import (
+    Influence,
+    Update,
+    condition,
+    explained,
+    explained_by_leading,
+    innovate,
+    join,
+    residual_about,
+)
 from ..algebra.coordinates import Conditional, from_coordinates, in_coordinates, pad_noise
+from ..algebra.derivatives import condition_on_derivatives, innovate_derivatives, weighted
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import choose, detach
-from ..algebra.normal import Normal, pad, push
+from ..algebra.linalg import choose, detach, root_mean_square, substitute
+from ..algebra.normal import Normal, batched, pad, push
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
-from ..priors.prior import AbstractPrior, AbstractPriorFamily
-from .attempt import Attempt
+from ..priors.prior import AbstractPrior, AbstractPriorFamily, AbstractSplitPrior
+from .attempt import Attempt, Correction
 from .error_estimates import rms_norm
 from .residuals import informative, residual_at, with_floor, with_scale_inside, without_round_off
 from .spread import Ahead, push_moves, spread_after, spread_ahead
@@ -52,10 +63,12 @@ class Step(eqx.Module):
     def start(self, t: Float[Array, ""], distribution: Normal) -> State:
         """The state of a solver before its first step."""
         layout, shape, dtype = self.layout, self.layout.batch_shape, self.layout.dtype
+        known = False
         if layout.factorisation.own_algebra:
             distribution = layout.factorisation.start(distribution)  # type: ignore[attr-defined]
         else:
             equation = self._shape_of_equation(t, distribution)
+            known = equation.is_frozen and distribution.factor.shape[-2] == 0
             # As many rows as a step leaves.
             rows = distribution.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
             distribution = pad(distribution, rows)
@@ -74,6 +87,7 @@ class Step(eqx.Module):
             last_move=jnp.zeros((), dtype),
             data_evidence=evidence,
             calibration=type(self.calibration),
+            derivatives_known=known,
         )
 
     def resume(self, state: State) -> State:
@@ -88,22 +102,36 @@ class Step(eqx.Module):
         return self.prior.at(t, us, self.constraint.problem, self.layout, self.args)
 
     def attempt(
-        self, before: Normal, t: Float[Array, ""], dt: Float[Array, ""], since: Float[Array, ""] | None = None
+        self,
+        before: Normal,
+        t: Float[Array, ""],
+        dt: Float[Array, ""],
+        since: Float[Array, ""] | None = None,
+        *,
+        known: bool = False,
     ) -> Attempt:
         """Predict over ``dt`` to the time ``t``, and hold the prediction against the equation.
 
         ``before``: the state where the step starts. ``since``: the time there, where it matters on which side of it.
+        ``known``: whether nothing in that state is uncertain but ``u, ..., u^(k-1)``.
         """
         prior = self.own_prior(t - dt if since is None else since, before)
         # A family has made its prior.
-        transition = (self.prior if prior is None else prior).transition(dt, self.layout)  # type: ignore[union-attr]
+        stepping: Any = self.prior if prior is None else prior
+        transition = stepping.transition(dt, self.layout)
         predicted = push(before, transition.matrix)
         if self.layout.factorisation.own_algebra:
             return self.layout.factorisation.attempt(self, predicted, t, transition)  # type: ignore[attr-defined]
         equation = self._linearise(t, predicted)
         unit = jnp.broadcast_to(transition.magnitude, self.layout.batch_shape)
-        innovation = with_floor(innovate(equation, transition.noise, unit), equation, predicted.mean)
-        return Attempt(transition, predicted.mean, equation, innovation, prior)
+        split = self._split(stepping, dt, equation) if known else None
+        if split is None:
+            innovation = innovate(equation, transition.noise, unit)
+        else:
+            innovation = innovate_derivatives(split, equation.residual, unit)
+        innovation = with_floor(innovation, equation, predicted.mean)
+        correction = self._correct(t, predicted, transition, equation, innovation, split)
+        return Attempt(transition, predicted.mean, equation, innovation, prior, correction)
 
     def accept(
         self,
@@ -127,7 +155,9 @@ class Step(eqx.Module):
             anew = None if anew is None else anew & (ahead.scale == 0)
         innovation = attempted.innovation
         scale = self.calibration.scale(innovation, before.statistics)
-        if attempted.update is None:
+        if attempted.correction is not None and attempted.correction.split is not None:
+            update, equation, move = self._update(before, attempted, scale, past)
+        elif attempted.update is None:
             update, equation, move = self._condition(before, at, attempted, scale, past)
         else:
             update, equation, move = attempted.update, attempted.equation, jnp.zeros_like(before.last_move)
@@ -152,6 +182,7 @@ class Step(eqx.Module):
             jnp.maximum(before.last_move, move),
             data_evidence,
             before.calibration,
+            before.derivatives_known,
             spread,
         )
         return Stepped(state, past, dataclasses.replace(influence, weight=influence.weight * counts))
@@ -163,7 +194,7 @@ class Step(eqx.Module):
         short = jnp.abs(dt) <= shortest
         # A zero step must not reach the derivative of sqrt|dt|: the step that is thrown away has some length.
         some = jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt)
-        attempted = self.attempt(before.distribution, t, some)
+        attempted = self.attempt(before.distribution, t, some, known=before.derivatives_known)
         stepped = self.accept(before, attempted, t, past)
         prior = self.prior if attempted.prior is None else attempted.prior
         matrix = prior.transition(dt, self.layout).matrix  # type: ignore[union-attr]
@@ -195,14 +226,12 @@ class Step(eqx.Module):
         if past is None and not influence:
             return None, None
 
-        def step(x, past):
-            equation = self.constraint.linearise(before.t, x, self.layout, self.args)
-            *batch, dim, _ = x.mean.shape
-            noise, scale = jnp.zeros((*batch, dim, dim), x.mean.dtype), jnp.zeros(batch, x.mean.dtype)
-            update = condition(join(x, noise, scale, equation, past), x, equation, past)
-            return update.past, update.influence if influence else None
+        def step(before, past):
+            attempted = self.attempt(before.distribution, before.t, before.t, known=before.derivatives_known)
+            stepped = self.accept(before, attempted, before.t, past)
+            return stepped.past, stepped.influence if influence else None
 
-        shapes = eqx.filter_eval_shape(step, before.distribution, past)
+        shapes = eqx.filter_eval_shape(step, before, past)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def _shape_of_equation(self, t, x):
@@ -224,6 +253,74 @@ class Step(eqx.Module):
 
         i, seen = data.find(t)
         return lax.cond(seen, learn, lambda *same: same, x, past, evidence)
+
+    def order_of_error(self, attempted: Attempt) -> int:
+        """The power of the length of a step with which its estimated error falls."""
+        nu = self.layout.num_derivatives
+        if attempted.correction is None or attempted.correction.split is None:
+            return nu + 1
+        return min(nu + self.constraint.evaluations, 2 * nu)
+
+    def _split(self, prior, dt, equation):
+        """The noise of a step as that of the derivatives that an equation gives, and the rest; ``None`` elsewhere."""
+        if not (equation.is_frozen and isinstance(prior, AbstractSplitPrior)):
+            return None
+        gives = equation.gives
+        return prior.split(dt, gives.start, self.layout) if gives.stop == self.layout.num_derivatives + 1 else None
+
+    def _correct(self, t, predicted, transition, equation, innovation, split):
+        """The evaluations that follow the first one, of an equation that gives several derivatives."""
+        if not equation.is_frozen:
+            return None
+        size = self.layout.identity().shape[-1]
+        lower = equation.gives.start * size
+        if split is None:
+            explain = lambda z: explained(transition, equation, innovation.factor, z)  # noqa: E731
+            rows = equation.residual.shape[-2] - size
+            embedded = lambda z: explained_by_leading(transition, equation, innovation.factor, z, rows)  # noqa: E731
+            whiten = batched(substitute)
+
+            def move(z):
+                return explain(whiten(innovation.factor, z))
+
+            def difference(z):
+                z = whiten(innovation.factor, z)
+                return (explain(z) - embedded(z) if rows else explain(z))[..., :lower, :]
+        else:
+
+            def move(z):
+                return jnp.concatenate([weighted(z, self.layout.broadcast(split.gain)), z], axis=-2)
+
+            def difference(z):
+                return weighted(z, self.layout.broadcast(split.gain - split.embedded))
+
+        def again(carry):
+            z, _ = carry
+            point = Normal(predicted.mean - move(z), predicted.factor)
+            new = self.constraint.linearise(t, point, self.layout, self.args)
+            return residual_about(predicted.mean, point.mean, new), z
+
+        carry = equation.residual, jnp.zeros_like(equation.residual)
+        # Without elimination there is little to compile in an evaluation, and a loop costs more than it.
+        for _ in range(self.constraint.evaluations - 1):
+            carry = again(carry)
+        z, before = carry
+        return Correction(move(z - before)[..., :lower, :], difference(z), z, split)
+
+    def _update(self, before, attempted, scale, past):
+        """The update of an attempt that has been evaluated as often as it will be, its equation, and zero."""
+        correction = attempted.correction
+        predicted = Normal(attempted.mean, push(before.distribution, attempted.transition.matrix).factor)
+        frozen = self._error_of_freezing(predicted.mean, correction) if self.calibration.is_local else None
+        update = condition_on_derivatives(predicted, correction.split, scale, correction.residual, frozen, past)
+        equation = dataclasses.replace(attempted.equation, residual=correction.residual)
+        return update, equation, jnp.zeros_like(before.last_move)
+
+    def _error_of_freezing(self, mean, correction):
+        """Square root of a covariance: the moves that say how far ``u, ..., u^(k-1)`` are from where they converge."""
+        std = jnp.maximum(jnp.abs(correction.last_move), jnp.abs(correction.embedded))
+        std = std + jnp.finfo(std.dtype).eps * jnp.abs(mean[..., : std.shape[-2], :])
+        return _diagonal(root_mean_square(lax.stop_gradient(std), axis=(-1,)))
 
     def _condition(self, before, t, attempted, scale, past):
         """The update, the equation that it is about, and how far the last of several linearisations has moved it."""
@@ -259,6 +356,10 @@ class Step(eqx.Module):
             new = dataclasses.replace(equation, residual=residual)
         residual = residual_about(predicted.mean, point.mean, new)
         return without_round_off(dataclasses.replace(new, residual=residual), predicted.mean)
+
+
+def _diagonal(x):
+    return x[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype)
 
 
 def _unless_silent(update, silent, before, attempted, past):

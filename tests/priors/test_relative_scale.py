@@ -73,7 +73,7 @@ def test_sizes():
 
     def scale(us, **parts):
         prior = po.RelativeScale(po.IWP(1, **parts), 1e-2)
-        return prior.at(jnp.zeros(()), jnp.array(us), None, layout, None).output_scale
+        return prior.at(jnp.zeros(()), jnp.array(us), po.ODE(lambda t, u, args: -u), layout, None).output_scale
 
     # The smallest size is 0.01 times 3; rates of change are (0, 100), and 1 / tau = 100 / sqrt(2).
     own = scale([[3.0, 0.0], [0.0, 3.0]], output_scale=np.array([2.0, 3.0]))

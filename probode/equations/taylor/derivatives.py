@@ -19,12 +19,16 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jaxtyping import Array, Float, PyTree
 
+from . import recurrences
 from .rules import MissingRule, Series, compose
 
 
 # So many derivatives more than are returned are solved for: enough for algebraic equations of an index up to three.
 _MORE_DERIVATIVES = 2
 _NEWTON_STEPS = 20
+# Series are unrolled into at most about so many operations: faster than a loop over coefficients by a factor of ten
+# for small fields, and compiled faster.
+_UNROLLED = 6000
 # At most so many derivatives by nested forward mode, which can double the work with every one.
 MAX_NESTED = 8
 
@@ -45,7 +49,13 @@ def taylor_derivatives(
     if depth < 0:
         return u0[: num + 1]
     t0 = jnp.asarray(t0, u0.dtype)
-    along = _along(f, t0, u0, depth, num, "vector field")
+    field = jax.make_jaxpr(f)(t0, u0)
+    if recurrences.size(field) * (depth + 1) ** 2 <= _UNROLLED:
+        try:
+            return recurrences.solution(field, t0, u0, num)
+        except MissingRule:
+            pass
+    along = _along(field, t0, u0, depth, num, "vector field")
     windows = np.arange(depth + 1)[:, None] + np.arange(k)
 
     # Derivatives that are not known yet are zero, so that every pass is the same program: unrolled, compile time would
@@ -81,7 +91,8 @@ def consistent_derivatives(
         return jnp.concatenate([u0, jnp.zeros((max(0, num + 1 - known), d), u0.dtype)])[: num + 1]
     t0 = jnp.asarray(t0, u0.dtype)
 
-    along = _along(r, t0, jnp.zeros((order + 1, d), u0.dtype), levels, top, "residual")
+    point = jnp.zeros((order + 1, d), u0.dtype)
+    along = _along(jax.make_jaxpr(r)(t0, point), t0, point, levels, top, "residual")
     windows = np.arange(levels + 1)[:, None] + np.arange(order + 1)
 
     def residuals(unknown):
@@ -118,10 +129,8 @@ def consistent_derivatives(
 
 
 def _along(
-    f: Callable, t0: Float[Array, ""], x: Float[Array, "k d"], depth: int, num: int, name: str
+    field: ClosedJaxpr, t0: Float[Array, ""], x: Float[Array, "k d"], depth: int, num: int, name: str
 ) -> Callable[[Float[Array, "depth+1 k d"]], Float[Array, "depth+1 m"]]:
-    # The jaxpr is differentiated, not f: so f is traced only once.
-    field = jax.make_jaxpr(f)(t0, x)
     try:
         return _along_by_series(field, t0, x, depth)
     except MissingRule as missing:

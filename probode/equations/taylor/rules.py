@@ -4,7 +4,8 @@ A value that depends on time is a ``Series``, any other an array. ``MissingRule`
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -28,7 +29,7 @@ class Series(eqx.Module):
 
 def compose(closed: ClosedJaxpr, *args: Series) -> list[Series]:
     """The series of a traced function's results, from those of its arguments; raises ``MissingRule``."""
-    return [_promoted(out, len(args[0].c)) for out in _evaluate(closed.jaxpr, closed.consts, args)]
+    return [promoted(out, len(args[0].c)) for out in _evaluate(closed.jaxpr, closed.consts, args)]
 
 
 def _evaluate(jaxpr: Jaxpr, consts: Sequence, args: Sequence) -> list:
@@ -41,13 +42,14 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence, args: Sequence) -> list:
     def read(v):
         return jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]  # type: ignore[attr-defined]
 
-    for eqn in _needed(jaxpr):
+    for eqn in needed(jaxpr):
         operands = [read(v) for v in eqn.invars]
-        env.update(zip(eqn.outvars, _apply(eqn, operands), strict=True))
+        env.update(zip(eqn.outvars, apply(eqn, operands), strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _needed(jaxpr):
+def needed(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """The operations on which the results of a jaxpr depend, in order."""
     needed, eqns = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
     for eqn in reversed(jaxpr.eqns):
         if any(v in needed for v in eqn.outvars):
@@ -56,13 +58,14 @@ def _needed(jaxpr):
     return reversed(eqns)
 
 
-def _apply(eqn: JaxprEqn, operands: list) -> list:
+def apply(eqn: JaxprEqn, operands: list) -> list:
+    """The results of an operation of a jaxpr: series if they depend on time, arrays otherwise."""
     name = eqn.primitive.name
     if not any(isinstance(x, Series) for x in operands):
-        return _bind(eqn, operands)
-    if name in _STEPS or not any(_is_float(v.aval) for v in eqn.outvars):
-        return _bind(eqn, [_at_start(x) for x in operands])
-    if name in _LINEAR:
+        return bind(eqn, operands)
+    if is_constant(eqn):
+        return bind(eqn, [_at_start(x) for x in operands])
+    if is_linear(eqn):
         return _linear(eqn, *operands)
     if name in ELEMENTWISE:
         # (All values of such programs are arrays.)
@@ -72,7 +75,18 @@ def _apply(eqn: JaxprEqn, operands: list) -> list:
     return _RULES[name](eqn, *operands)
 
 
-def _bind(eqn, operands):
+def is_constant(eqn: JaxprEqn) -> bool:
+    """Whether the results of an operation do not move with its operands, but for jumps."""
+    return eqn.primitive.name in _STEPS or not any(_is_float(v.aval) for v in eqn.outvars)
+
+
+def is_linear(eqn: JaxprEqn) -> bool:
+    """Whether an operation is linear in its floating-point operands together."""
+    return eqn.primitive.name in _LINEAR
+
+
+def bind(eqn: JaxprEqn, operands: Sequence) -> list:
+    """The results of an operation of a jaxpr."""
     out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 
@@ -89,7 +103,7 @@ def _length(operands):
     return next(len(x.c) for x in operands if isinstance(x, Series))
 
 
-def _promoted(x, n):
+def promoted(x: Any, n: int) -> Any:
     """A floating-point constant as a series; series, integers and flags as they are."""
     moves = isinstance(x, Series) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     return x if moves else Series(constant(x, n))
@@ -98,7 +112,7 @@ def _promoted(x, n):
 def _alike(operands, shape):
     """The coefficients of all operands, constants among them, broadcast to one shape."""
     n = _length(operands)
-    coefficients = [_promoted(x, n).c for x in operands]
+    coefficients = [promoted(x, n).c for x in operands]
     return [jnp.broadcast_to(c.reshape(*c.shape, *[1] * (1 + len(shape) - c.ndim)), (n, *shape)) for c in coefficients]
 
 
@@ -107,19 +121,19 @@ def _alike(operands, shape):
 
 def _linear(eqn, *operands):
     """A linear operation, applied to each coefficient; integers and flags among the operands have none."""
-    return _each(eqn, *[_promoted(x, _length(operands)) for x in operands])
+    return _each(eqn, *[promoted(x, _length(operands)) for x in operands])
 
 
 def _each(eqn, *operands):
     axes = [0 if isinstance(x, Series) else None for x in operands]
     coefficients = [x.c if isinstance(x, Series) else x for x in operands]
-    return [Series(c) for c in jax.vmap(lambda *xs: _bind(eqn, xs), in_axes=axes)(*coefficients)]
+    return [Series(c) for c in jax.vmap(lambda *xs: bind(eqn, xs), in_axes=axes)(*coefficients)]
 
 
 def _bilinear(eqn, x, y):
     if not (isinstance(x, Series) and isinstance(y, Series)):
         return _each(eqn, x, y)
-    return [Series(convolve(lambda a, b: _bind(eqn, [a, b])[0], x.c, y.c))]
+    return [Series(convolve(lambda a, b: bind(eqn, [a, b])[0], x.c, y.c))]
 
 
 # --- rules that depend on the parameters or the literals of the operation
@@ -146,7 +160,7 @@ def _powered(eqn, x, y):
 
 def _extreme(eqn, x):
     """The maximum or minimum over axes; the mean of all entries that attain it, as in JAX's derivative."""
-    axes, (top,) = eqn.params["axes"], _bind(eqn, [x.c[0]])
+    axes, (top,) = eqn.params["axes"], bind(eqn, [x.c[0]])
     share = (x.c[0] == jnp.expand_dims(top, axes)).astype(x.c.dtype)
     share = share / jnp.sum(share, axis=axes, keepdims=True)
     return [Series(jnp.sum(share * x.c, axis=tuple(a + 1 for a in axes)))]
@@ -169,13 +183,13 @@ def _by_own_derivative(eqn, *operands):
     if not all(_is_float(v.aval) for v in eqn.outvars):
         raise MissingRule(eqn.primitive.name)
     moving = [i for i, x in enumerate(operands) if isinstance(x, Series)]
-    starts = _bind(eqn, [_at_start(x) for x in operands])
+    starts = bind(eqn, [_at_start(x) for x in operands])
     if _length(operands) == 1:
         return [Series(y[None]) for y in starts]
 
     def of_moving(*xs):
         given = dict(zip(moving, xs, strict=True))
-        return _bind(eqn, [given.get(i, x) for i, x in enumerate(operands)])
+        return bind(eqn, [given.get(i, x) for i, x in enumerate(operands)])
 
     at = [operands[i].c[0] for i in moving]
     tangent = jax.make_jaxpr(lambda xs, dxs: jax.jvp(of_moving, xs, dxs)[1])(at, at)
@@ -189,7 +203,7 @@ def _branches(eqn, index, *operands):
     n = _length(operands)
 
     def branch(closed):
-        return lambda *xs: [_promoted(y, n) for y in _evaluate(closed.jaxpr, closed.consts, xs)]
+        return lambda *xs: [promoted(y, n) for y in _evaluate(closed.jaxpr, closed.consts, xs)]
 
     return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *operands)
 
@@ -201,10 +215,10 @@ def _scanned(eqn, *operands):
 
     def step(carry, xs):
         outs = _evaluate(body.jaxpr, body.consts, [*operands[:consts], *carry, *xs])
-        outs = [_promoted(y, n) for y in outs]
+        outs = [promoted(y, n) for y in outs]
         return outs[: len(carry)], outs[len(carry) :]
 
-    start = [_promoted(x, n) for x in operands[consts:split]]
+    start = [promoted(x, n) for x in operands[consts:split]]
     xs = [inside(x) for x in operands[split:]]
     end, ys = lax.scan(step, start, xs, eqn.params["length"], eqn.params["reverse"], eqn.params["unroll"])
     return [*end, *map(inside, ys)]
@@ -221,22 +235,22 @@ def _repeated(eqn, *operands):
 
     def once_more(carry):
         outs = _evaluate(body.jaxpr, body.consts, [*operands[split:end], *carry])
-        return [_promoted(y, n) for y in outs]
+        return [promoted(y, n) for y in outs]
 
-    return lax.while_loop(go_on, once_more, [_promoted(x, n) for x in operands[end:]])
+    return lax.while_loop(go_on, once_more, [promoted(x, n) for x in operands[end:]])
 
 
 def _solved(eqn, *operands):
     """The solution of ``A x = b``: ``A_0 x_k = b_k - sum_(i<k) A_(k-i) x_i``, by the solver for ``A_0``."""
     lengths, product, n = eqn.params["const_lengths"], eqn.params["jaxprs"].matvec, _length(operands)
-    matrix, b = operands[: sum(lengths)], [_promoted(x, n).c for x in operands[sum(lengths) :]]
+    matrix, b = operands[: sum(lengths)], [promoted(x, n).c for x in operands[sum(lengths) :]]
 
     def solve(b):
-        return _bind(eqn, [*map(_at_start, matrix), *b])
+        return bind(eqn, [*map(_at_start, matrix), *b])
 
     def following(x, k):
         seen = _evaluate(product.jaxpr, product.consts, [*matrix[: lengths.matvec], *map(Series, x)])
-        return solve([c[k] - _promoted(y, n).c[k] for c, y in zip(b, seen, strict=True)])
+        return solve([c[k] - promoted(y, n).c[k] for c, y in zip(b, seen, strict=True)])
 
     return [Series(x) for x in grown(solve([c[0] for c in b]), following, n)]
 
