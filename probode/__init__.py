@@ -8,6 +8,7 @@ from .algebra.conditioning import Innovation as Innovation
 from .algebra.conditioning import Linearisation as Linearisation
 from .algebra.conditioning import Transition as Transition
 from .algebra.coordinates import Conditional as Conditional
+from .algebra.derivatives import NoiseSplit as NoiseSplit
 from .algebra.factorisations import AbstractFactorisation as AbstractFactorisation
 from .algebra.factorisations import BlockDiagonal as BlockDiagonal
 from .algebra.factorisations import Dense as Dense
@@ -28,6 +29,7 @@ from .equations.jacobians import HutchinsonDiagonal as HutchinsonDiagonal
 from .equations.jacobians import SparseJacobian as SparseJacobian
 from .equations.problems import ODE as ODE
 from .equations.problems import AbstractProblem as AbstractProblem
+from .equations.problems import Lifted as Lifted
 from .equations.problems import Residual as Residual
 from .equations.problems import flat_field as flat_field
 from .estimation.calibration import AbstractCalibration as AbstractCalibration
@@ -54,6 +56,7 @@ from .information.constraints import TS1 as TS1
 from .information.constraints import AbstractConstraint as AbstractConstraint
 from .information.constraints import Noisy as Noisy
 from .information.constraints import Stack as Stack
+from .information.iteration import Iteration as Iteration
 from .information.observations import Observations as Observations
 from .information.regression import SLR0 as SLR0
 from .information.regression import SLR1 as SLR1
@@ -71,6 +74,7 @@ from .priors.linear_sde import RosenbrockIOUP as RosenbrockIOUP
 from .priors.matern import Matern as Matern
 from .priors.prior import AbstractPrior as AbstractPrior
 from .priors.prior import AbstractPriorFamily as AbstractPriorFamily
+from .priors.prior import AbstractSplitPrior as AbstractSplitPrior
 from .priors.process import prior_marginals as prior_marginals
 from .priors.process import sample_prior as sample_prior
 from .priors.relative_scale import RelativeScale as RelativeScale

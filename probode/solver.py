@@ -355,7 +355,7 @@ def _begin(solver, request, args):
         dt = start.resumed.dt
     else:
         prior = solver.prior if state.prior is None else state.prior
-        dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint.order)
+        dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint)
     begun = begin(control, state, bounded_step(control, dt))
     if start.resumed is not None:
         begun = _go_on(step, control, begun, start.resumed, interval, choose_dt=request.dt0 is None)

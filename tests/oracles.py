@@ -59,12 +59,13 @@ def log_density(value, mean, covariance):
 def condition(mean, covariance, h, z, noise=0):
     """Mean and covariance given that ``z + H (x - mean)`` is zero, up to noise of covariance ``R``.
 
-    ``m - K z`` and ``P - K S K^T`` with ``S = H P H^T + R`` and ``K = P H^T S^-1``; ``H`` is ``(m, n d)``, ``z`` is
-    ``(m,)``, or ``(m, cols)`` for a mean ``(n d, cols)``.
+    ``m - K z`` and ``P - K H P`` with ``K = P H^T (H P H^T + R)^-1``; ``H`` is ``(m, n d)``, ``z`` is ``(m,)``, or
+    ``(m, cols)`` for a mean ``(n d, cols)``.
     """
-    s = h @ covariance @ h.T + noise
-    gain = solve(s, h @ covariance).T
-    return mean - gain @ z, covariance - gain @ s @ gain.T
+    cross = covariance @ h.T
+    # from the columns of P, not its rows: what round-off leaves unsymmetric would grow from step to step
+    gain = solve(h @ cross + noise, cross.T).T
+    return mean - gain @ z, covariance - gain @ (h @ covariance)
 
 
 def joint_gaussian(mean, covariance, transitions):

@@ -130,7 +130,7 @@ def test_there_are_few_modules_at_the_top():
 
 
 PARTS = {
-    "prior": (probode.AbstractPrior, probode.AbstractPriorFamily),
+    "prior": (probode.AbstractPrior, probode.AbstractSplitPrior, probode.AbstractPriorFamily),
     "constraint": (probode.AbstractConstraint,),
     "problem": (probode.AbstractProblem, probode.ODE),  # constraints of zeroth order take an ODE
     "jacobian": (probode.AbstractJacobian,),

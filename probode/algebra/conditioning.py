@@ -1,6 +1,5 @@
 """The algebra of a step in square-root form: predict a Gaussian state, and condition it on a linearised equation."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -217,7 +216,7 @@ def explained_by_leading(
     transition: Transition, equation: Linearisation, factor: Float[Array, "*batch m m"], whitened: Array, rows: int
 ) -> Float[Array, "*batch dim cols"]:
     """What ``explained`` returns if the equation has its rows before ``rows`` alone."""
-    leading = dataclasses.replace(equation, matrix=equation.matrix[..., :rows, :])
+    leading = Linearisation(equation.matrix[..., :rows, :], equation.residual[..., :rows, :])
     return explained(transition, leading, factor[..., :rows, :rows], whitened[..., :rows, :])
 
 

@@ -39,7 +39,9 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
 
     def one(layout, mean, factor):
         means, stds = layout.unpack(mean), layout.std(factor)
-        std = stds[k] if k == 0 else jnp.where(stds[k] > 0, stds[k], _std_through_the_field(means, stds[k - 1], k))
+        std = stds[0]
+        for j in range(1, k + 1):
+            std = jnp.where(stds[j] > 0, stds[j], _std_through_the_field(means, std, j))
         return Moments(layout.unravel(means[k]), layout.unravel(std))
 
     for axis in reversed(range(state.mean.ndim - 2 - len(layout.batch_shape))):

@@ -76,7 +76,7 @@ class AbstractProblem(eqx.Module):
         """
         levels = as_integer(levels, "lifted(levels)", 0)
         if isinstance(self, ODE):
-            return Lifted(self, levels)
+            return Lifted(self, levels)  # type: ignore[call-arg]  # its order is a property
         return Residual(_Derivatives(self, levels), order=self.order + levels)
 
     def split(self, u0: PyTree) -> tuple[PyTree, ...]:
@@ -234,8 +234,8 @@ class Lifted(AbstractProblem):
     levels: int = eqx.field(static=True)
     is_explicit = True
 
-    @property
-    def order(self) -> int:
+    @property  # type: ignore[misc]  # an abstract variable may be a property
+    def order(self) -> int:  # type: ignore[override]
         return self.ode.order + self.levels
 
     @property
@@ -260,7 +260,7 @@ class Lifted(AbstractProblem):
 
     def derivatives(
         self, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
-    ) -> Float[Array, "levels+1 d"]:
+    ) -> Float[Array, "given d"]:
         """``u^(k), ..., u^(k + levels)`` of the solution through ``u, ..., u^(k-1)`` at ``t``."""
         return taylor_derivatives(flat_field(self, layout, args), t, us, self.order)[self.ode.order :]
 

@@ -65,8 +65,16 @@ class TS0(AbstractConstraint):
 
     ``evaluations=2`` evaluates the vector field once more in every accepted step, at the corrected mean, and corrects
     again: the mode P(EC)^2 of multistep methods (Hairer, Norsett, Wanner 1993, III.1), an iterated filter update. It
-    makes stable steps two to ten times as long from order five on. 1 is EK0. Raises ``TypeError`` for anything but an
-    ``ODE``, ``ValueError`` for a number of evaluations below 1.
+    makes stable steps two to ten times as long from order five on. 1 is EK0.
+
+    Of a ``Lifted`` equation (``ode.lifted(levels)``) all derivatives that it gives are those of the solution through
+    the predicted ``u, ..., u^(k-1)``, and every evaluation is one of their Taylor series. If they are all that the
+    prior has (``levels = num_derivatives - order``) this is a one-step method, stable at any order: its gains are the
+    weights of the two-point Hermite rule, and ``evaluations=2`` or 3 make its order ``num_derivatives + evaluations``.
+    Then every attempt evaluates the equation as often.
+
+    Raises ``TypeError`` for anything but an ``ODE`` or a ``Lifted`` one, ``ValueError`` for a number of evaluations
+    below 1.
 
     >>> import probode
     >>> ode = probode.ODE(lambda t, u, args: -u)

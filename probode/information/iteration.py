@@ -23,7 +23,7 @@ class Iteration(eqx.Module):
 
     >>> import probode
     >>> probode.TS1(probode.ODE(lambda t, u, args: -u), evaluations=2).iteration
-    Iteration(evaluations=2, relinearise=False)
+    Iteration(evaluations=2)
     """
 
     evaluations: int = eqx.field(static=True, default=1, converter=lambda n: as_integer(n, "evaluations", 1))

@@ -19,12 +19,13 @@ from jaxtyping import Array, Bool, Float, Int
 from ..algebra.linalg import choose, detach, is_finite
 from .attempt import Attempt
 from .progress import tell
-from .residuals import scale_inside, with_defects, with_scale_inside
+from .residuals import defect_inside, scale_inside, with_defects, with_scale_inside
 from .result import Result
 from .state import State
 from .step import Step
 from .step_sizes import (
     Control,
+    defect_norm,
     error_norm,
     next_time,
     shortest_near_zero,
@@ -215,11 +216,15 @@ class Stepper:
             prior = step.prior if attempted.prior is None else attempted.prior
             constraint, prior, args = detach((step.constraint, prior, step.args))
             before, at, dt = detach((now.distribution, leg.seen_at, leg.dt))
+            if attempted.correction is not None:
+                defect = defect_inside(constraint, prior, before, at, dt, attempted, self.layout, args)
+                inside = defect_norm(control, self.layout, detach(now), dt, attempted, defect)
+                return jnp.maximum(size(attempted), inside), nothing
             looked = with_defects(constraint, prior, before, at, dt, attempted, self.layout, args)
             return size(looked), scale_inside(looked.innovation, looked.equation, self.layout)
 
         nothing = jnp.zeros_like(attempted.innovation.scale)
-        if not control.error.needs_defects or attempted.correction is not None:
+        if not control.error.needs_defects:
             norm, inside = size(attempted), nothing
         elif attempted.equation.whole:
             norm, inside = seen(None)

@@ -82,7 +82,12 @@ class LocalError(AbstractErrorEstimate):
     diagonal of the Jacobian) the residual itself, for ``u`` alone, ``|dt|^k / k! s sqrt(diag(H Q H^T))``: the errors
     of such steps add up with equal sign, and are near the tolerance in the end for this.
 
-    In both, ``s`` is the local scale that explains the residual of the prediction and the one that explains the
+    For a ``Lifted`` equation in zeroth order, component by component the larger of two numbers: how far the last
+    evaluation has moved ``u``, and the difference to the rule that leaves out the highest derivative at the new end.
+    The first alone is blind where further evaluations move nothing, as in a quadrature; the second alone does not see
+    that they have not converged. Where they are small the mean is held against the field inside the step.
+
+    In the others, ``s`` is the local scale that explains the residual of the prediction and the one that explains the
     residual of the corrected mean inside the step, whichever is larger: a solution that moves between two ends at which
     nothing happens is seen. ``norm`` as for ``ResidualError``.
 

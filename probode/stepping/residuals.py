@@ -19,7 +19,7 @@ from ..algebra.conditioning import Innovation, Linearisation, given, noise_mean,
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm, substitute
 from ..algebra.normal import Normal, batched, push
-from ..equations.problems import flat_residual
+from ..equations.problems import flat_field, flat_residual
 from ..information.constraints import AbstractConstraint
 from ..priors.prior import AbstractPrior
 from .attempt import Attempt
@@ -110,11 +110,7 @@ def with_defects(
         return _beyond_round_off(z, equation, mean)
 
     whiten = batched(substitute)
-    to_inside, to_end = prior.transition(INSIDE * dt, layout), prior.transition((1 - INSIDE) * dt, layout)
-    share = (to_inside.magnitude / transition.magnitude) ** 2
-    later = push(Normal(before.mean, to_inside.noise), to_end.matrix).factor
-    noise = noise_mean(to_inside.noise, later, innovation.factor, weights)
-    time_inside, mean_inside = t - (1 - INSIDE) * dt, push(before, to_inside.matrix).mean - share * noise
+    time_inside, mean_inside = _mean_inside(prior, before, t, dt, transition, innovation, weights, layout)
     if not equation.whole:
         inside = whiten(innovation.factor, residual(time_inside, mean_inside))
         return dataclasses.replace(attempt, innovation=dataclasses.replace(innovation, inside=inside))
@@ -135,6 +131,43 @@ def with_defects(
     _, remainder = constraint.iteration.repeat(again, (corrected, remainder))
     innovation = dataclasses.replace(innovation, inside=inside, remainder=remainder)
     return dataclasses.replace(attempt, innovation=innovation)
+
+
+def defect_inside(
+    constraint: AbstractConstraint,
+    prior: AbstractPrior,
+    before: Normal,
+    t: Float[Array, ""],
+    dt: Float[Array, ""],
+    attempt: Attempt,
+    layout: Layout,
+    args: PyTree,
+) -> Float[Array, " d"]:
+    """By how much ``u^(k)`` of the corrected mean inside a step of length ``dt`` to ``t`` differs from the field there.
+
+    For attempts with a correction: the mean inside is what the prior makes of the noise given the last residual.
+    """
+    transition, equation, innovation, correction = (
+        attempt.transition,
+        attempt.equation,
+        attempt.innovation,
+        attempt.correction,
+    )
+    assert correction is not None and equation.gives is not None
+    whitened = batched(substitute)(innovation.factor, correction.residual)
+    weights = smoothing_weights(equation, innovation.factor, whitened)
+    time, mean = _mean_inside(prior, before, t, dt, transition, innovation, weights, layout)
+    k, us = equation.gives.start, layout.unpack(mean)
+    return us[k] - flat_field(constraint.problem, layout, args)(time, us[:k])
+
+
+def _mean_inside(prior, before, t, dt, transition, innovation, weights, layout):
+    """The time inside a step, and the mean there given the residual at its end that has these smoothing weights."""
+    to_inside, to_end = prior.transition(INSIDE * dt, layout), prior.transition((1 - INSIDE) * dt, layout)
+    share = (to_inside.magnitude / transition.magnitude) ** 2
+    later = push(Normal(before.mean, to_inside.noise), to_end.matrix).factor
+    noise = noise_mean(to_inside.noise, later, innovation.factor, weights)
+    return t - (1 - INSIDE) * dt, push(before, to_inside.matrix).mean - share * noise
 
 
 def scale_inside(innovation: Innovation, equation: Linearisation, layout: Layout) -> Float[Array, "*batch"]:

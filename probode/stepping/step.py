@@ -320,7 +320,7 @@ class Step(eqx.Module):
         """Square root of a covariance: the moves that say how far ``u, ..., u^(k-1)`` are from where they converge."""
         std = jnp.maximum(jnp.abs(correction.last_move), jnp.abs(correction.embedded))
         std = std + jnp.finfo(std.dtype).eps * jnp.abs(mean[..., : std.shape[-2], :])
-        return _diagonal(root_mean_square(lax.stop_gradient(std), axis=(-1,)))
+        return _diagonal(root_mean_square(std, axis=(-1,)))
 
     def _condition(self, before, t, attempted, scale, past):
         """The update, the equation that it is about, and how far the last of several linearisations has moved it."""

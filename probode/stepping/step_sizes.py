@@ -21,6 +21,7 @@ from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm
 from ..algebra.normal import batched, push
 from ..estimation.initialisation import AbstractInitialisation
+from ..information.constraints import AbstractConstraint
 from ..priors.prior import AbstractPrior
 from .attempt import Attempt
 from .controllers import AbstractController
@@ -88,9 +89,9 @@ def sustained_share(num_derivatives: int, order: int) -> float:
 
 
 def first_step(
-    control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], order: int
+    control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], constraint: AbstractConstraint
 ) -> Float[Array, ""]:
-    """A first step, in any unit of time, from the derivatives at hand, for an equation of that order; ``span``: the
+    """A first step, in any unit of time, from the derivatives at hand; ``span``: the
     signed time to the next stop, or to the end.
 
     With ``c_k`` the size of ``u^(k) / k!`` against the tolerances, the first term that the Taylor polynomial leaves out
@@ -99,6 +100,8 @@ def first_step(
     own size, and a share of the span: derivatives at one point do not know what happens elsewhere. A prior that does
     not extrapolate by the polynomial, but returns to its mean, is followed no further than it agrees with it.
     """
+    # The lowest derivative that the equation gives.
+    order = min(constraint.order, constraint.problem.num_initial_values)
     nu, (u0, *_) = state.layout.num_derivatives, (u := state.layout.unpack(state.distribution.mean))
     weight = control.controller.tolerances.weight(jnp.abs(u0))
     weight = jnp.where(weight > 0, weight, jnp.max(weight))
@@ -109,7 +112,8 @@ def first_step(
     term = jnp.maximum(extrapolated, kept)
     # The residual of the term h^(nu+1) is as many times larger.
     residual = math.comb(nu + 1, order) ** (1 / (nu + 1))
-    term = term * sustained_share(nu, order) / residual
+    # Where all derivatives are observed there is nothing to recover.
+    term = term * (1 if state.derivatives_known else sustained_share(nu, order)) / residual
     candidates = jnp.stack([term, safe_divide(c[0], c[1])])
     dt = jnp.min(jnp.where((candidates > 0) & jnp.isfinite(candidates), candidates, span))
     moves = sum(c[k] * span**k for k in range(1, nu + 1)) > 1
@@ -188,6 +192,17 @@ def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempte
     return jnp.where(finite, norm, jnp.inf)
 
 
+def defect_norm(
+    control: Control, layout: Layout, now: State, dt: Array, attempted: Attempt, defect: Float[Array, " d"]
+) -> Float[Array, ""]:
+    """The size of what a defect of ``u^(k)`` inside a step does to ``u`` if it stays so, against the tolerances."""
+    assert attempted.equation.gives is not None
+    k = attempted.equation.gives.start
+    error = jnp.abs(dt) ** k / math.factorial(k) * jnp.abs(defect)[None]
+    norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error)
+    return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
+
+
 def surprise(
     control: Control, layout: Layout, now: State, attempted: Attempt, influence: Influence
 ) -> Float[Array, ""]:
@@ -220,7 +235,14 @@ def spread_norm(
         if control.error.needs_defects:
             nothing = jnp.zeros_like(whitened)
             innovation = dataclasses.replace(innovation, inside=nothing, remainder=nothing)
-        return _estimated(control, layout, dt, dataclasses.replace(attempted, innovation=innovation))
+        attempt = dataclasses.replace(attempted, innovation=innovation)
+        if attempted.correction is not None:
+            # The whole correction: how far further evaluations would move a direction is not known.
+            move = explained(attempted.transition, attempted.equation, innovation.factor, whitened)
+            move = move[..., : attempted.correction.last_move.shape[-2], :]
+            corrected = dataclasses.replace(attempted.correction, last_move=move, embedded=jnp.zeros_like(move))
+            attempt = dataclasses.replace(attempt, correction=corrected)
+        return _estimated(control, layout, dt, attempt)
 
     def std(spread):
         return safe_norm(jax.vmap(layout.unpack)(spread), axis=0)

@@ -61,7 +61,7 @@ def starting_anew(step: Step, control: Control, solve: AdaptiveState, interval: 
         until = interval.nearest(stops, now.t) - now.t
         prior = step.prior if current.prior is None else current.prior
         # As in a solve that starts here: so one with stops takes the steps of its pieces.
-        dt = first_step(control, detach(current), detach(prior), until, constraint.order)
+        dt = first_step(control, detach(current), detach(prior), until, constraint)
         dt = bounded_step(control, dt)
         new = dataclasses.replace(
             solve,

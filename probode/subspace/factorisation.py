@@ -265,7 +265,7 @@ class Subspace(AbstractOwnAlgebra):
         update = Update(state, None, Influence(whitened, nothing, nothing, jnp.ones_like(own)), unknown)
         equation = dataclasses.replace(equation, left=left)
         innovation = dataclasses.replace(innovation, scale=jnp.where(jnp.isfinite(whitened[0, 0]), own, jnp.inf))
-        return Attempt(transition, mean, equation, innovation, None, update, shift - explained)
+        return Attempt(transition, mean, equation, innovation, None, update=update, unexplained=shift - explained)
 
 
 def _left_of(root, slope, norm):

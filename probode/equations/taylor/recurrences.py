@@ -25,7 +25,8 @@ class Lazy:
     """A series whose coefficients are computed when they are asked for, each of them once."""
 
     def __init__(self, coefficient: Callable[[int], Coefficient]):
-        self._coefficient, self._known = coefficient, []
+        self._coefficient = coefficient
+        self._known: list[Coefficient] = []
 
     def __call__(self, k: int) -> Coefficient:
         while len(self._known) <= k:
@@ -74,7 +75,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence, args: Sequence) -> list:
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(v):
-        return jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]
+        return jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]  # type: ignore[attr-defined]
 
     for eqn in rules.needed(jaxpr):
         env.update(zip(eqn.outvars, _apply(eqn, [read(v) for v in eqn.invars]), strict=True))
@@ -88,15 +89,19 @@ def _apply(eqn: JaxprEqn, operands: list) -> list:
     if rules.is_constant(eqn):
         return rules.bind(eqn, [x(0) if isinstance(x, Lazy) else x for x in operands])
     if rules.is_linear(eqn) or (name in _BILINEAR and not all(isinstance(x, Lazy) for x in operands)):
-        of_degree = ft.cache(lambda k: rules.bind(eqn, [_at(x, k, name not in _BILINEAR) for x in operands]))
-        return [Lazy(lambda k, i=i: of_degree(k)[i]) for i in range(len(eqn.outvars))]
+
+        @ft.cache
+        def of_degree(k):
+            return rules.bind(eqn, [_at(x, k, name not in _BILINEAR) for x in operands])
+
+        return [Lazy(ft.partial(lambda i, k: of_degree(k)[i], i)) for i in range(len(eqn.outvars))]
     if name in _BILINEAR:
         return [_product(lambda a, b: rules.bind(eqn, [a, b])[0], *operands)]
     if name in _INLINED:
         inner = eqn.params["jaxpr"]
         return _evaluate(inner.jaxpr, inner.consts, operands)
     if name in _RECURRENCES:
-        shape = eqn.outvars[0].aval.shape
+        shape = eqn.outvars[0].aval.shape  # type: ignore[attr-defined]  # all values of such programs are arrays
         return [_RECURRENCES[name](eqn, *(_broadcast(_promoted(x), shape) for x in operands))]
     return _by_rule(eqn, operands)
 

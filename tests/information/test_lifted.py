@@ -1,0 +1,304 @@
+"""Lifted equations in zeroth order, against textbook filters in forty digits, quadrature rules, and each other."""
+
+import functools as ft
+import itertools
+import math
+from fractions import Fraction
+
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+
+import probode as po
+
+from .. import oracles
+from ..helpers import check_jacobians, first_of, lotka_volterra, relative
+
+
+FACTORISATIONS = [po.Dense(), po.BlockDiagonal(), po.Isotropic()]
+D = 2
+
+
+# --- A quadratic field, and its series in any numbers that Python multiplies
+
+
+def coefficients(seed):
+    rng = np.random.default_rng(seed)
+    return [0.3 * rng.normal(size=shape) for shape in (D, (D, D), (D, D), (D, D))]
+
+
+def quadratic(seed, order):
+    a, b, c, e = (jnp.asarray(x) for x in coefficients(seed))
+    if order == 1:
+        return po.ODE(lambda t, u, args: a + b @ u + u * (c @ u))
+    return po.ODE(lambda t, u, du, args: a + b @ u + e @ du + u * (c @ u), order=2)
+
+
+def series(seed, order, us, num):
+    """``u, u', ..., u^(num)`` from ``u, ..., u^(order-1)``, by the recurrence of the quadratic field."""
+    a, b, c, e = (oracles.precise(x) for x in coefficients(seed))
+    taylor = [us[i] / math.factorial(i) for i in range(order)]
+    for k in range(num + 1 - order):
+        f = b @ taylor[k] + sum(taylor[i] * (c @ taylor[k - i]) for i in range(k + 1)) + (a if k == 0 else 0)
+        if order == 2:
+            f = f + e @ taylor[k + 1] * (k + 1)
+        taylor.append(f * math.factorial(k) / math.factorial(k + order))
+    return np.stack([x * math.factorial(i) for i, x in enumerate(taylor)])
+
+
+def textbook(seed, order, nu, levels, evaluations, u0, grid):
+    """The filter that conditions on all levels in every step, on full covariances: means ``(nu+1, d)`` and stds."""
+    n = nu + 1
+    mean = series(seed, order, oracles.precise(u0), nu).ravel()
+    covariance = 0 * np.outer(mean, mean)
+    h = oracles.precise(np.kron(np.eye(n)[order : order + levels + 1], np.eye(D)))
+    for t0, t1 in itertools.pairwise(grid):
+        a, q = (
+            oracles.precise(x) for x in oracles.iwp_transition(nu, mpmath.mpf(float(t1)) - mpmath.mpf(float(t0)), D)
+        )
+        predicted, covariance = a @ mean, a @ covariance @ a.T + q
+        mean, posterior = predicted, covariance
+        for _ in range(evaluations):
+            right = series(seed, order, mean.reshape(n, D)[:order], order + levels)[order:].ravel()
+            mean, posterior = oracles.condition(predicted, covariance, h, h @ predicted - right)
+        covariance = posterior
+    variances = np.diagonal(covariance).reshape(n, D)
+    return mean.reshape(n, D).astype(float), np.array([[float(mpmath.sqrt(abs(v))) for v in row] for row in variances])
+
+
+GRID = np.array([0.0, 0.3, 0.5, 1.1])
+U0 = {1: np.array([[1.0, -0.5]]), 2: np.array([[1.0, -0.5], [0.2, 0.7]])}
+
+
+def solver(nu, problem, *, evaluations=1, factorisation=FACTORISATIONS[0], **parts):
+    return po.Solver(po.IWP(nu), po.TS0(problem, evaluations=evaluations), factorisation=factorisation, **parts)
+
+
+def initial(order, dtype=jnp.float64):
+    values = tuple(jnp.asarray(u, dtype) for u in U0[order])
+    return values if order > 1 else values[0]
+
+
+CASES = [
+    (order, nu, levels, evaluations)
+    for order in (1, 2)
+    for nu in (order, 3, 5)
+    for levels in range(nu + 1 - order)
+    for evaluations in (1, 3)
+]
+QUICK = [(1, 3, 2, 3), (1, 3, 1, 1), (2, 3, 1, 3), (1, 5, 4, 1)]
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.thorough) for c in CASES])
+def test_equal_to_a_textbook_filter(case):
+    order, nu, levels, evaluations = case
+    problem = quadratic(7 * order + nu, order).lifted(levels)
+    with mpmath.workdps(40):
+        mean, std = textbook(7 * order + nu, order, nu, levels, evaluations, U0[order], GRID)
+    for factorisation in FACTORISATIONS:
+        made = solver(nu, problem, evaluations=evaluations, factorisation=factorisation, calibration=po.NoCalibration())
+        solution = made.solve_grid(initial(order), jnp.asarray(GRID))
+        for j in range(nu + 1):
+            got = solution.derivative(j).mean[-1]
+            np.testing.assert_allclose(got, mean[j], rtol=1e-10, atol=1e-10 * np.max(np.abs(mean[j])))
+        # (``derivative(j).std`` adds what freezing the field leaves out.)
+        got = solution.layout.std(solution.marginals.factor[-1])
+        np.testing.assert_allclose(got, std, rtol=1e-9, atol=1e-14)
+
+
+# --- Rules of quadrature
+
+
+def test_the_gains_are_those_of_the_two_point_hermite_rule():
+    weights = {
+        1: ["1/2"],
+        2: ["1/2", "-1/6"],
+        3: ["1/2", "-1/5", "1/20"],
+        4: ["1/2", "-3/14", "1/14", "-1/70"],
+        5: ["1/2", "-2/9", "1/12", "-1/42", "1/252"],
+    }
+    embedded = {2: ["1/3"], 3: ["2/5", "-1/10"], 4: ["3/7", "-1/7", "1/35"], 5: ["4/9", "-1/6", "1/21", "-1/126"]}
+    for nu, expected in weights.items():
+        split = po.IWP(nu).split(jnp.array(1.0), 1, solver(nu, po.ODE(lotka_volterra)).init(jnp.ones(2), 0.0).layout)
+        factorials = np.array([math.factorial(j) for j in range(1, nu + 1)])
+        np.testing.assert_allclose(split.gain[0] * factorials, [float(Fraction(w)) for w in expected], rtol=1e-15)
+        lower = [float(Fraction(w)) for w in embedded.get(nu, [])]
+        np.testing.assert_allclose(split.embedded[0] * factorials, [*lower, 0.0], rtol=1e-15)
+        variance = math.factorial(nu) ** 2 / (math.factorial(2 * nu) * math.factorial(2 * nu + 1))
+        np.testing.assert_allclose(split.rest[0, 0] ** 2, variance, rtol=1e-14)
+    of_second_order = po.IWP(3).split(jnp.array(1.0), 2, solver(3, po.ODE(lotka_volterra)).init(U0[1][0], 0.0).layout)
+    np.testing.assert_allclose(of_second_order.gain, [[3 / 20, -1 / 30], [1 / 2, -1 / 12]], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dt", [0.3, -2.0, 1e-3])
+@pytest.mark.parametrize(("nu", "order"), [(1, 1), (5, 1), (11, 1), (4, 2), (7, 3)])
+def test_a_split_is_that_of_the_covariance_of_the_noise(nu, order, dt):
+    layout = solver(nu, po.ODE(lambda t, u, args: -u)).init(1.0, 0.0).layout
+    prior = po.IWP(nu, output_scale=3.0)
+    split, transition = prior.split(jnp.array(dt), order, layout), prior.transition(jnp.array(dt), layout)
+    root, rest, gain = (np.asarray(x) for x in (split.root, split.rest, split.gain))
+    q = np.asarray(transition.noise.T @ transition.noise)
+    size = np.sqrt(np.diagonal(q))
+    made = np.block([[rest.T @ rest + gain @ root.T @ root @ gain.T, gain @ root.T @ root],
+                     [root.T @ root @ gain.T, root.T @ root]])  # fmt: skip
+    np.testing.assert_allclose(made / np.outer(size, size), q / np.outer(size, size), rtol=0, atol=1e-13)
+    z = np.random.default_rng(0).normal(size=(nu + 1 - order, 1)) * size[order:, None]
+    np.testing.assert_allclose(
+        root.T @ split.whiten(jnp.asarray(z)) / size[order:, None], z / size[order:, None], rtol=1e-9
+    )
+
+
+def test_with_one_derivative_it_is_the_trapezoidal_rule():
+    """As Schober, Sarkka and Hennig (2019) have shown for EK0."""
+    grid = jnp.linspace(0.0, 1.0, 6)
+    solution = solver(1, po.ODE(lotka_volterra).lifted(0), calibration=po.NoCalibration()).solve_grid(
+        jnp.array([20.0, 20.0]), grid
+    )
+    field = ft.partial(lotka_volterra, 0.0, args=None)
+    u = jnp.array([20.0, 20.0])
+    f = field(u)
+    for i, h in enumerate(np.diff(grid), start=1):
+        f_new = field(u + h * f)
+        u = u + h / 2 * (f + f_new)
+        f = f_new
+        np.testing.assert_allclose(solution.mean[i], u, rtol=1e-13)
+
+
+@pytest.mark.parametrize(("nu", "evaluations"), [(3, 1), (3, 2), (4, 3), (2, 2)])
+def test_orders_of_convergence(nu, evaluations):
+    """``min(nu + evaluations + 1, 2 nu + 1)`` in a step, one less at the end."""
+    made = solver(nu, po.ODE(lambda t, u, args: -(u**2)).lifted(nu - 1), evaluations=evaluations)
+    errors = []
+    for number in (8, 16):
+        grid = jnp.linspace(0.0, 2.0, number + 1)
+        errors.append(abs(float(made.solve_grid(1.0, grid).mean[-1]) - 1 / 3))
+    order = np.log2(errors[0] / errors[1])
+    assert abs(order - min(nu + evaluations, 2 * nu)) < 0.6, order
+
+
+# --- Adaptive solves
+
+
+def chain(t, u, args):
+    """Quadratures of quadratures: further evaluations move nothing from the third on."""
+    return jnp.stack([jnp.cos(3 * t), 0.1 * u[0], u[1]])
+
+
+@pytest.mark.parametrize(("nu", "evaluations"), [(3, 1), (3, 3), (5, 3), (5, 5)])
+def test_chains_of_quadratures_are_neither_wrong_nor_certain(nu, evaluations):
+    """Where the last move of an iteration is zero the embedded rule is not."""
+    t1, rtol = 5.0, 1e-6
+    controller = po.IntegralController(rtol, rtol)
+    made = solver(nu, po.ODE(chain).lifted(nu - 1), evaluations=evaluations, controller=controller)
+
+    def exact(t):
+        t = np.asarray(t)
+        return np.stack([np.sin(3 * t) / 3, (1 - np.cos(3 * t)) / 90, (t - np.sin(3 * t) / 3) / 90], axis=1)
+
+    solution = made.solve(jnp.zeros(3), 0.0, t1, save_at=po.SaveAt(steps=True))
+    number = int(solution.stats["num_accepted_steps"])
+    error = np.asarray(solution.mean - exact(solution.t))[:number]
+    assert np.all(np.abs(error) < 10 * rtol * (1 + np.abs(exact(solution.t)[:number])))
+    assert np.all(solution.std[:number] > 0)
+    assert np.max(np.mean((error / np.asarray(solution.std)[:number]) ** 2, axis=1)) < 10
+    # Between the steps a filter predicts by the prior alone, and its uncertainty has to say so.
+    between = made.solve(jnp.zeros(3), 0.0, t1, save_at=jnp.linspace(0.5, t1, 10))
+    error = np.asarray(between.mean - exact(between.t))
+    assert np.max(np.mean((error / np.asarray(between.std)) ** 2, axis=1)) < 20
+
+
+@pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS[::-1]))
+def test_strategies_agree(factorisation):
+    parts = {"factorisation": factorisation, "controller": po.IntegralController(1e-5, 1e-6)}
+    problem, times = po.ODE(lotka_volterra).lifted(3), jnp.linspace(0.5, 5.0, 7)
+    u0 = jnp.array([20.0, 20.0])
+    ends = [solver(4, problem, evaluations=2, strategy=s, **parts).solve(u0, 0.0, 5.0, save_at=times)
+            for s in (po.FixedPointSmoother(), po.FixedIntervalSmoother())]  # fmt: skip
+    filtered = solver(4, problem, evaluations=2, **parts).solve(u0, 0.0, 5.0, save_at=times)
+    np.testing.assert_allclose(ends[0].mean, ends[1].mean, rtol=1e-10)
+    np.testing.assert_allclose(ends[0].std, ends[1].std, rtol=1e-7)
+    np.testing.assert_allclose(filtered.mean[-1], ends[0].mean[-1], rtol=1e-12)
+
+
+def test_a_smoothed_posterior_is_that_of_the_joint_gaussian():
+    """The states of three steps given all equations, on full covariances."""
+    nu, order, seed, grid = 3, 1, 5, GRID
+    with mpmath.workdps(40):
+        states, cov = [series(seed, order, oracles.precise(U0[order]), nu).ravel()], None
+        transitions = [
+            tuple(
+                oracles.precise(x) for x in oracles.iwp_transition(nu, mpmath.mpf(float(b)) - mpmath.mpf(float(a)), D)
+            )
+            for a, b in itertools.pairwise(grid)
+        ]
+        size, h = (nu + 1) * D, oracles.precise(np.kron(np.eye(nu + 1)[order:], np.eye(D)))
+        mean, cov = oracles.joint_gaussian(states[0], 0 * np.outer(states[0], states[0]), transitions)
+        for i in range(1, len(grid)):
+            here = slice(i * size, (i + 1) * size)
+            select = oracles.precise(np.zeros((size, len(mean))))
+            select[:, here] = oracles.precise(np.eye(size))
+            right = series(seed, order, (select @ mean).reshape(-1, D)[:order], nu)[order:].ravel()
+            mean, cov = oracles.condition(mean, cov, h @ select, h @ select @ mean - right)
+        first = slice(size, 2 * size)
+        expected = mean[first].reshape(-1, D).astype(float), cov[first, first]
+        std = np.array([float(mpmath.sqrt(abs(v))) for v in np.diagonal(expected[1])]).reshape(-1, D)
+    made = solver(
+        nu, quadratic(seed, 1).lifted(2), calibration=po.NoCalibration(), strategy=po.FixedIntervalSmoother()
+    ).solve_grid(initial(1), jnp.asarray(grid))
+    np.testing.assert_allclose(made.mean[1], expected[0][0], rtol=1e-10)
+    np.testing.assert_allclose(made.layout.std(made.marginals.factor[1]), std, rtol=1e-8, atol=1e-13)
+
+
+def test_backwards_in_time_and_going_on():
+    made = solver(5, po.ODE(lotka_volterra).lifted(4), evaluations=2, controller=po.IntegralController(1e-9, 1e-9))
+    u0 = jnp.array([20.0, 20.0])
+    there = made.solve(u0, 0.0, 2.0)
+    back = made.solve(there.mean[-1], 2.0, 0.0)
+    assert relative(back.mean[-1], u0) < 1e-7
+    half = made.solve(u0, 0.0, 1.0)
+    whole = made.solve(half.state, 1.0, 2.0)
+    assert relative(whole.mean[-1], there.mean[-1]) < 1e-8
+
+
+def test_from_a_state_that_is_uncertain_and_from_one_of_another_method():
+    """Then derivatives are no functions of ``u``: gains depend on covariances, and the general algebra takes over."""
+    ode, u0 = po.ODE(lotka_volterra), jnp.array([20.0, 20.0])
+    parts = {"controller": po.IntegralController(1e-7, 1e-7)}
+    exact = solver(5, ode.lifted(4), evaluations=3, **parts).solve(u0, 0.0, 2.0)
+    diffuse = solver(5, ode.lifted(4), evaluations=3, initialisation=po.Diffuse(1, scale=100.0), **parts)
+    assert relative(diffuse.solve(u0, 0.0, 2.0).mean[-1], exact.mean[-1]) < 1e-5
+    first = po.Solver(po.IWP(5), po.TS1(ode), **parts).solve(u0, 0.0, 1.0)
+    second = solver(5, ode.lifted(4), evaluations=3, **parts).solve(first.state, 1.0, 2.0)
+    assert relative(second.mean[-1], exact.mean[-1]) < 1e-5
+    start = solver(5, ode.lifted(4), **parts).initialise(u0, 0.0)
+    assert relative(solver(5, ode.lifted(4), **parts).solve(start, 0.0, 2.0).mean[-1], exact.mean[-1]) < 1e-5
+
+
+def test_the_derivatives_have_standard_deviations():
+    made = solver(4, po.ODE(lotka_volterra).lifted(3), evaluations=2)
+    solution = made.solve(jnp.array([20.0, 20.0]), 0.0, 3.0)
+    for j in range(5):
+        assert np.all(solution.derivative(j).std > 0)
+
+
+def test_gradients():
+    made = solver(
+        4, po.ODE(lotka_volterra).lifted(3), evaluations=2, loop=po.BoundedLoop(32), factorisation=po.BlockDiagonal()
+    )
+
+    def value(u0):
+        solution = made.solve_grid(u0, jnp.linspace(0.0, 1.0, 5))
+        return jnp.concatenate([solution.mean[-1], solution.std[-1], solution.log_likelihood[None]])
+
+    check_jacobians(value, jnp.array([20.0, 10.0]))
+
+
+def test_wrong_use():
+    ode = po.ODE(lotka_volterra)
+    with pytest.raises(ValueError, match="equation of order 6 needs a prior"):
+        solver(5, ode.lifted(5))
+    with pytest.raises(TypeError, match="TS0 linearises an ODE, not a Residual"):
+        po.TS0(po.Residual(lambda t, u, du, args: du + u).lifted(2))
+    with pytest.raises(ValueError, match="lifted"):
+        ode.lifted(-1)
