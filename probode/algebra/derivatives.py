@@ -9,6 +9,8 @@ model for the numerical solution of initial value problems").
 Axes: ``k`` lower derivatives, ``m = nu + 1 - k`` highest, ``s`` rows of the layout for each.
 """
 
+import math
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -23,15 +25,22 @@ class NoiseSplit(eqx.Module):
     """The noise of a step, under an output scale of one, as that of the highest derivatives and the rest given these.
 
     - ``gain``: the regression of ``u, ..., u^(k-1)`` on the highest derivatives, the same for all components.
-    - ``embedded``: likewise on all of these but the last, whose column is zero.
+    - ``embedded``: the weights of a rule without the last of these, whose column is zero; ``coarser``: without the last
+      two.
     - ``root``: upper triangular right square root of the covariance of the highest derivatives.
     - ``whitener``: a matrix ``W`` such that ``kron(W, F^-T) z`` is ``root^-T z``.
     - ``scale``: the right square root ``F`` of the covariance between components.
     - ``rest``: upper triangular right square root of the covariance of the lower derivatives given the highest.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS0(probode.ODE(lambda t, u, args: -u).lifted(1)))
+    >>> probode.IWP(2).split(jnp.array(1.0), 1, solver.init(1.0, 0.0).layout).gain  # h / 2 and -h^2 / 12
+    Array([[ 0.5       , -0.08333333]], dtype=float64)
     """
 
     gain: Float[Array, "k m"]
     embedded: Float[Array, "k m"]
+    coarser: Float[Array, "k m"]
     root: Float[Array, "*batch ms ms"]
     whitener: Float[Array, "m m"]
     scale: Float[Array, "*batch s s"]
@@ -63,32 +72,104 @@ def condition_on_derivatives(
     split: NoiseSplit,
     scale: Float[Array, "*batch"],
     residual: Float[Array, "*batch ms cols"],
-    extra: Float[Array, "*batch ks ks"] | None,
     past: Conditional | None = None,
 ) -> Update:
     """The update of a step whose highest derivatives are all observed, with the ``residual`` that they have.
 
     ``predicted``: without the noise of the step, its factor with zeros in the columns of the highest derivatives.
-    ``scale``: the output scale. ``extra``: right square root of a covariance that is added to that of the lower
-    derivatives, if any.
+    ``scale``: the output scale.
     """
-    whitened = split.whiten(residual)
 
     @batched
-    def of_one(x, root, rest, scale, residual, whitened, extra, past):
-        ms, ks = root.shape[0], rest.shape[0]
-        lower = kron_apply_rows(split.gain, residual)
-        mean = x.mean - jnp.concatenate([lower, residual])
-        noise = scale * rest if extra is None else triangularise(scale * rest, extra)
-        at, past = predict(Normal(mean[:ks], x.factor[:, :ks]), noise, jnp.ones_like(scale), past)
+    def of_one(x, rest, scale, residual, past):
+        ms, ks = residual.shape[0], rest.shape[0]
+        mean = x.mean - jnp.concatenate([kron_apply_rows(split.gain, residual), residual])
+        at, past = predict(Normal(mean[:ks], x.factor[:, :ks]), rest, scale, past)
         factor = pad_rows(jnp.pad(at.factor, ((0, 0), (0, ms))), x.factor.shape[0])
+        return Normal(mean, factor), past
+
+    state, past = of_one(predicted, split.rest, scale, residual, past)
+    return Update(state, past, influence_of_derivatives(split, scale, residual), _pivots(split, scale))
+
+
+def influence_of_derivatives(
+    split: NoiseSplit, scale: Float[Array, "*batch"], residual: Float[Array, "*batch ms cols"]
+) -> Influence:
+    """The ``Influence`` of the residual of the highest derivatives."""
+
+    @batched
+    def of_one(root, scale, whitened):
+        ms = root.shape[0]
+        ks = ms // split.gain.shape[1] * split.gain.shape[0]
         gain = scale * jnp.concatenate([kron_apply_rows(split.gain, root.T).T, root], axis=1)
         observed = substitute(root, jnp.eye(ms, dtype=root.dtype))
         observed = jnp.pad(observed, ((0, 0), (ks, 0)))
-        influence = Influence(safe_divide(whitened, scale), gain, safe_divide(observed, scale), jnp.ones_like(scale))
-        return Update(Normal(mean, factor), past, influence, scale * jnp.diagonal(root))
+        return Influence(safe_divide(whitened, scale), gain, safe_divide(observed, scale), jnp.ones_like(scale))
 
-    return of_one(predicted, split.root, split.rest, scale, residual, whitened, extra, past)
+    return of_one(split.root, scale, split.whiten(residual))
+
+
+def _pivots(split, scale):
+    return scale[..., None] * jnp.diagonal(split.root, axis1=-2, axis2=-1)
+
+
+class Remainder(eqx.Module):
+    """What a step leaves wrong in ``u, ..., u^(k-1)``: estimated with its sign, and the size of what is not known.
+
+    ``error``: the error; ``std``: a standard deviation, both for each component.
+    """
+
+    error: Float[Array, "*batch ks cols"]
+    std: Float[Array, "*batch ks cols"]
+
+
+def condition_with_remainder(
+    predicted: Normal,
+    split: NoiseSplit,
+    scale: Float[Array, "*batch"],
+    residual: Float[Array, "*batch ms cols"],
+    remainder: Remainder,
+    error: Float[Array, "*batch dim cols"] | None,
+    growth: Float[Array, ""],
+    past: Conditional | None = None,
+) -> Update:
+    """The update of a step as in ``condition_on_derivatives``, with a covariance from the errors of its evaluations.
+
+    The noise of the prior does not contain what taking the field for frozen leaves out. So the lower derivatives have
+    the covariance ``F^T F + e e^T`` instead: ``e`` is the ``error`` of all steps so far, carried along the solution;
+    ``F`` is the factor of what is not known of it, which has grown by the factor ``growth`` in the step, and a standard
+    deviation of this step is added. In ``predicted`` the rows of ``F`` come first, and those of ``e`` behind them.
+    """
+
+    @batched
+    def of_one(x, rest, residual, std, error, past):
+        ms, ks = residual.shape[0], rest.shape[0]
+        mean = x.mean - jnp.concatenate([kron_apply_rows(split.gain, residual), residual])
+        known = past
+        if past is not None and error is not None:
+            known = Conditional(past.shift, past.cross[:ks], past.noise)
+        noise = jnp.diag(root_mean_square(std, axis=(-1,)))
+        rows = x.factor.shape[0] if error is None else ks
+        at, known = predict(Normal(mean[:ks], growth * x.factor[:rows, :ks]), noise, jnp.ones_like(growth), known)
+        factor = at.factor
+        if error is not None:
+            factor = jnp.concatenate([factor, error_rows(error[:ks])])
+            if past is not None and known is not None:
+                known = Conditional(known.shift, jnp.concatenate([known.cross, past.cross[ks:]]), known.noise)
+        factor = pad_rows(jnp.pad(factor, ((0, 0), (0, ms))), x.factor.shape[0])
+        return Normal(mean, factor), known
+
+    state, past = of_one(predicted, split.rest, residual, remainder.std, error, past)
+    return Update(state, past, influence_of_derivatives(split, scale, residual), _pivots(split, scale))
+
+
+def error_rows(error: Float[Array, "ks cols"]) -> Float[Array, "rows ks"]:
+    """Rows whose outer product is ``e e^T``, or its mean over columns that share a covariance."""
+    ks, cols = error.shape
+    if cols == 1:
+        return error.T
+    rows = error.T / math.sqrt(cols)
+    return root_mean_square(error, axis=(-1,))[None] if ks == 1 else triangularise(None, rows)
 
 
 @batched

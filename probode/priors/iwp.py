@@ -62,7 +62,7 @@ class IWP(AbstractSplitPrior):
 
     def split(self, dt: Float[Array, ""], order: int, layout: Layout) -> NoiseSplit:
         constants = [jnp.asarray(x, layout.dtype) for x in _split_constants(self.num_derivatives, order)]
-        gain, embedded, root, whitener, rest = constants
+        gain, embedded, coarser, root, whitener, rest = constants
         n = self.num_derivatives + 1
         dt = jnp.asarray(dt, layout.dtype)
         columns, _ = noise_units(dt, n)
@@ -72,6 +72,7 @@ class IWP(AbstractSplitPrior):
         return NoiseSplit(
             gain * steps,
             embedded * steps,
+            coarser * steps,
             layout.lift(root * columns[order:], self.output_scale),
             whitener / columns[order:],
             layout.lift(jnp.ones((1, 1), layout.dtype), self.output_scale),
@@ -101,13 +102,15 @@ def _scaled_covariance(nu):
 def _split_constants(nu: int, k: int) -> tuple[np.ndarray, ...]:
     """The arrays of a ``NoiseSplit`` for a step of length one.
 
-    The gain is the two-point Hermite rule of which the embedded one leaves out the last derivative at the new end. Both
-    are exact for all powers ``t^p`` from ``p = nu + 1`` on for which there are weights: in units of ``dt^j / j!`` the
-    ``j``-th derivative of such a power at ``t = 1`` is the binomial coefficient ``C(p, j)``.
+    The gain is the two-point Hermite rule, of which the embedded ones leave out the last derivative at the new end, or
+    the last two. All are exact for as many powers ``t^p``, from ``p = nu + 1`` on, as they have weights: in units of
+    ``dt^j / j!`` the ``j``-th derivative of such a power at ``t = 1`` is the binomial coefficient ``C(p, j)``.
     """
     q, units = _scaled_covariance(nu), [math.factorial(nu - j) for j in range(nu + 1)]
 
     def rule(number):
+        if number == 0:
+            return np.zeros((k, nu + 1 - k))
         binomials = [[Fraction(math.comb(nu + i, k + j)) for j in range(number)] for i in range(1, number + 1)]
         values = [[Fraction(math.comb(nu + i, low)) for low in range(k)] for i in range(1, number + 1)]
         weights = exact_solve(binomials, values)
@@ -121,6 +124,7 @@ def _split_constants(nu: int, k: int) -> tuple[np.ndarray, ...]:
     return (
         rule(nu + 1 - k),
         rule(nu - k),
+        rule(max(0, nu - k - 1)),
         exact_root(high, units[k:]),
         exact_inverse_root(high, units[k:]),
         exact_root(rest, units[:k]),

@@ -26,10 +26,17 @@ from ..algebra.conditioning import (
     residual_about,
 )
 from ..algebra.coordinates import Conditional, from_coordinates, in_coordinates, pad_noise
-from ..algebra.derivatives import condition_on_derivatives, innovate_derivatives, weighted
+from ..algebra.derivatives import (
+    Remainder,
+    condition_on_derivatives,
+    condition_with_remainder,
+    error_rows,
+    innovate_derivatives,
+    weighted,
+)
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import choose, detach, root_mean_square, substitute
-from ..algebra.normal import Normal, batched, pad, push
+from ..algebra.linalg import choose, detach, safe_divide, safe_norm, substitute
+from ..algebra.normal import Normal, batched, certain, pad, push
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
@@ -63,14 +70,17 @@ class Step(eqx.Module):
     def start(self, t: Float[Array, ""], distribution: Normal) -> State:
         """The state of a solver before its first step."""
         layout, shape, dtype = self.layout, self.layout.batch_shape, self.layout.dtype
-        known = False
+        prior, known, error = self.own_prior(t, distribution), False, None
         if layout.factorisation.own_algebra:
             distribution = layout.factorisation.start(distribution)  # type: ignore[attr-defined]
         else:
             equation = self._shape_of_equation(t, distribution)
-            known = equation.is_frozen and distribution.factor.shape[-2] == 0
+            known = distribution.factor.shape[-2] == 0 and self._splits(equation, prior)
             # As many rows as a step leaves.
             rows = distribution.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
+            if known and self.calibration.is_local and self.data is None:
+                error = jnp.zeros_like(distribution.mean)
+                rows += jax.eval_shape(batched(error_rows), error[..., :rows, :]).shape[-2]
             distribution = pad(distribution, rows)
         evidence = jnp.zeros((), dtype)
         if self.data is not None:
@@ -83,16 +93,24 @@ class Step(eqx.Module):
             statistics=self.calibration.init(shape, dtype),
             evidence=Evidence.zero(shape, dtype),
             layout=layout,
-            prior=self.own_prior(t, distribution),
+            prior=prior,
             last_move=jnp.zeros((), dtype),
             data_evidence=evidence,
             calibration=type(self.calibration),
             derivatives_known=known,
+            error=error,
         )
 
     def resume(self, state: State) -> State:
         """A state from ``start`` or another solve, prepared for the steps of these parts."""
-        return dataclasses.replace(state, prior=self.own_prior(state.t, state.distribution))
+        prior = self.own_prior(state.t, state.distribution)
+        state = dataclasses.replace(state, prior=prior)
+        if not state.derivatives_known:
+            return state
+        known = self._splits(self._shape_of_equation(state.t, state.distribution), prior)
+        # The error is among the rows of the factor: data may be learnt from the state, and then it has no place alone.
+        error = state.error if known and self.data is None else None
+        return dataclasses.replace(state, derivatives_known=known, error=error)
 
     def own_prior(self, t: Float[Array, ""], distribution: Normal) -> AbstractPrior | None:
         """The prior of the next step from a state where priors differ from step to step; ``None`` elsewhere."""
@@ -130,7 +148,7 @@ class Step(eqx.Module):
         else:
             innovation = innovate_derivatives(split, equation.residual, unit)
         innovation = with_floor(innovation, equation, predicted.mean)
-        correction = self._correct(t, predicted, transition, equation, innovation, split)
+        correction = self._correct(t, dt, predicted, transition, equation, innovation, split)
         return Attempt(transition, predicted.mean, equation, innovation, prior, correction)
 
     def accept(
@@ -153,10 +171,11 @@ class Step(eqx.Module):
             ahead = self.ahead(before, at, attempted)
             attempted = dataclasses.replace(attempted, innovation=with_scale_inside(attempted.innovation, ahead.scale))
             anew = None if anew is None else anew & (ahead.scale == 0)
-        innovation = attempted.innovation
+        innovation, error = attempted.innovation, before.error
         scale = self.calibration.scale(innovation, before.statistics)
         if attempted.correction is not None and attempted.correction.split is not None:
-            update, equation, move = self._update(before, attempted, scale, past)
+            update, equation, error = self._update(before, at, attempted, scale, past)
+            move = jnp.zeros_like(before.last_move)
         elif attempted.update is None:
             update, equation, move = self._condition(before, at, attempted, scale, past)
         else:
@@ -183,6 +202,7 @@ class Step(eqx.Module):
             data_evidence,
             before.calibration,
             before.derivatives_known,
+            error,
             spread,
         )
         return Stepped(state, past, dataclasses.replace(influence, weight=influence.weight * counts))
@@ -263,12 +283,18 @@ class Step(eqx.Module):
 
     def _split(self, prior, dt, equation):
         """The noise of a step as that of the derivatives that an equation gives, and the rest; ``None`` elsewhere."""
-        if not (equation.is_frozen and isinstance(prior, AbstractSplitPrior)):
-            return None
-        gives = equation.gives
-        return prior.split(dt, gives.start, self.layout) if gives.stop == self.layout.num_derivatives + 1 else None
+        return prior.split(dt, equation.gives.start, self.layout) if self._splits(equation, prior) else None
 
-    def _correct(self, t, predicted, transition, equation, innovation, split):
+    def _splits(self, equation, prior):
+        """Whether an equation gives all highest derivatives, and the prior knows what their noise says of the others.
+
+        ``prior``: that of the step, if every step has its own.
+        """
+        prior = self.prior if prior is None else prior
+        gives_all = equation.is_frozen and equation.gives.stop == self.layout.num_derivatives + 1
+        return gives_all and isinstance(prior, AbstractSplitPrior)
+
+    def _correct(self, t, dt, predicted, transition, equation, innovation, split):
         """The evaluations that follow the first one, of an equation that gives several derivatives."""
         if not equation.is_frozen:
             return None
@@ -295,32 +321,76 @@ class Step(eqx.Module):
                 return weighted(z, self.layout.broadcast(split.gain - split.embedded))
 
         def again(carry):
-            z, _ = carry
+            z, before, _ = carry
             point = Normal(predicted.mean - move(z), predicted.factor)
             new = self.constraint.linearise(t, point, self.layout, self.args)
-            return residual_about(predicted.mean, point.mean, new), z
+            return residual_about(predicted.mean, point.mean, new), z, before
 
-        carry = equation.residual, jnp.zeros_like(equation.residual)
+        nothing = jnp.zeros_like(equation.residual)
+        carry = equation.residual, nothing, nothing
         # Without elimination there is little to compile in an evaluation, and a loop costs more than it.
         for _ in range(self.constraint.evaluations - 1):
             carry = again(carry)
-        z, before = carry
-        return Correction(move(z - before)[..., :lower, :], difference(z), z, split)
+        z, before, earliest = carry
+        last = move(z - before)[..., :lower, :]
+        remainder = None
+        if split is not None:
+            coarser = weighted(z, self.layout.broadcast(split.gain - split.coarser))
+            earlier = move(before - earliest)[..., :lower, :]
+            remainder = self._remainder(predicted.mean, dt, last, earlier, difference(z), coarser)
+        return Correction(last, difference(z), z, split, remainder)
 
-    def _update(self, before, attempted, scale, past):
-        """The update of an attempt that has been evaluated as often as it will be, its equation, and zero."""
-        correction = attempted.correction
-        predicted = Normal(attempted.mean, push(before.distribution, attempted.transition.matrix).factor)
-        frozen = self._error_of_freezing(predicted.mean, correction) if self.calibration.is_local else None
-        update = condition_on_derivatives(predicted, correction.split, scale, correction.residual, frozen, past)
+    def _remainder(self, mean, dt, last, earlier, embedded, coarser):
+        """What an attempt leaves wrong in the lower derivatives: the iteration, extrapolated, and the rule."""
+        size = self._size(mean, last.shape[-2], dt)
+
+        def ratio(a, b, largest):
+            a, b = (safe_norm(safe_divide(x, size)) for x in (a, b))
+            return jnp.minimum(safe_divide(a, b), largest)
+
+        # The moves fall geometrically; their sum beyond the last is known if the last two are.
+        rate = ratio(last, earlier, 0.5) if self.constraint.evaluations > 1 else 0.5
+        iteration = rate / (1 - rate) * last
+        # Rules of one order more each: their differences fall likewise, and the sign is that of the last.
+        rule = ratio(embedded, coarser, 1.0) * embedded
+        lowest = jnp.finfo(size.dtype).eps * jnp.abs(mean[..., : last.shape[-2], :])
+        return Remainder(iteration + rule, jnp.sqrt(iteration**2 + rule**2 + lowest**2))
+
+    def _size(self, mean, lower, dt):
+        """The size of ``u, ..., u^(k-1)``: of their values, or of their change in a step."""
+        size = self.layout.identity().shape[-1]
+        return jnp.abs(mean[..., :lower, :]) + jnp.abs(dt * mean[..., size : size + lower, :])
+
+    def _update(self, before, t, attempted, scale, past):
+        """The update of an attempt whose evaluations are done, its equation, and the error of all steps so far."""
+        correction, matrix = attempted.correction, attempted.transition.matrix
+        predicted = Normal(attempted.mean, push(before.distribution, matrix).factor)
         equation = dataclasses.replace(attempted.equation, residual=correction.residual)
-        return update, equation, jnp.zeros_like(before.last_move)
+        to = predicted, correction.split, scale, correction.residual
+        if not self.calibration.is_local:
+            return condition_on_derivatives(*to, past), equation, None
+        if before.error is None:
+            remainder = correction.remainder
+            remainder = Remainder(remainder.error, jnp.hypot(remainder.std, remainder.error))
+            return condition_with_remainder(*to, remainder, None, jnp.ones((), scale.dtype), past), equation, None
+        lower = correction.last_move.shape[-2]
+        error = push(certain(before.error), matrix).mean
 
-    def _error_of_freezing(self, mean, correction):
-        """Square root of a covariance: the moves that say how far ``u, ..., u^(k-1)`` are from where they converge."""
-        std = jnp.maximum(jnp.abs(correction.last_move), jnp.abs(correction.embedded))
-        std = std + jnp.finfo(std.dtype).eps * jnp.abs(mean[..., : std.shape[-2], :])
-        return _diagonal(root_mean_square(std, axis=(-1,)))
+        def residual(mean):
+            return self.constraint.linearise(t, Normal(mean, predicted.factor), self.layout, self.args).residual
+
+        moved = jax.jvp(residual, (predicted.mean,), (error,))[1]
+        error = error - jnp.concatenate([weighted(moved, self.layout.broadcast(correction.split.gain)), moved], axis=-2)
+        # By how much it has grown in the step, in units of the solution: so does what is not known of it.
+        sizes = [self._size(x, lower, t - before.t) for x in (before.distribution.mean, predicted.mean)]
+        old, new = (
+            safe_norm(safe_divide(x[..., :lower, :], size))
+            for x, size in zip((before.error, error), sizes, strict=True)
+        )
+        growth = jnp.where(old > 0, safe_divide(new, old), 1)
+        step = jnp.zeros_like(error).at[..., :lower, :].set(correction.remainder.error)
+        error = error + step
+        return condition_with_remainder(*to, correction.remainder, error, growth, past), equation, error
 
     def _condition(self, before, t, attempted, scale, past):
         """The update, the equation that it is about, and how far the last of several linearisations has moved it."""
@@ -356,10 +426,6 @@ class Step(eqx.Module):
             new = dataclasses.replace(equation, residual=residual)
         residual = residual_about(predicted.mean, point.mean, new)
         return without_round_off(dataclasses.replace(new, residual=residual), predicted.mean)
-
-
-def _diagonal(x):
-    return x[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype)
 
 
 def _unless_silent(update, silent, before, attempted, past):

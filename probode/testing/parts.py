@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from ..algebra.conditioning import innovate
 from ..algebra.factorisations import AbstractFactorisation, BlockDiagonal, Dense, Isotropic, layout_of
-from ..algebra.normal import Normal, push
+from ..algebra.normal import Normal, batched, push
 from ..equations.jacobians import AbstractJacobian
 from ..equations.problems import ODE, AbstractProblem
 from ..estimation.calibration import AbstractCalibration, NoCalibration
@@ -19,7 +19,7 @@ from ..estimation.strategies import AbstractStrategy, Filter, FixedIntervalSmoot
 from ..information.constraints import TS0, TS1, AbstractConstraint
 from ..information.regression import AbstractCubature
 from ..priors.iwp import IWP
-from ..priors.prior import AbstractPrior, AbstractPriorFamily
+from ..priors.prior import AbstractPrior, AbstractPriorFamily, AbstractSplitPrior
 from ..solver import Solver
 from ..stepping.attempt import Attempt
 from ..stepping.controllers import AbstractController
@@ -59,7 +59,8 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
     - Two transitions in a row are the one over both steps (Chapman-Kolmogorov); a step back undoes a step; a step of
       length zero is the identity.
     - The derivative of ``u^(i)`` is ``u^(i+1)``.
-    - The square root of the noise is upper triangular, with noise in every derivative.
+    - The square root of the noise is upper triangular, with noise in every derivative; the parts of an
+      ``AbstractSplitPrior`` make up its covariance.
     - Transitions have the dtype of the state, and work under the transformations of JAX.
 
     These laws are checked in every factorisation that takes the prior's parameters. ``u0``: a PyTree with the shapes of
@@ -80,6 +81,8 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
             continue
         done += 1
         _check_transitions(prior, layout)
+        if isinstance(prior, AbstractSplitPrior):
+            _check_split(prior, layout)
     hold(done, "A prior has transitions in some factorisation", str(refused[:1]))
     single = layout_of(in_single(example), prior.num_derivatives, Dense())
     transition = in_single(prior).transition(jnp.asarray(0.1, jnp.float32), single)
@@ -91,6 +94,26 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
         return jnp.concatenate([a.ravel(), q.ravel()])
 
     survives(everything, prior, jnp.asarray(0.3), "a transition, as a function of the step,")
+
+
+def _check_split(prior, layout):
+    """Checks the law of an ``AbstractSplitPrior``: its two parts make up the noise of a step."""
+    for order, dt in ((1, 0.3), (min(2, prior.num_derivatives), -0.7)):
+        split, transition = prior.split(jnp.asarray(dt), order, layout), prior.transition(jnp.asarray(dt), layout)
+        size = layout.identity().shape[-1]
+
+        @batched
+        def covariance(root, rest, gain=split.gain, size=size):
+            gain = jnp.kron(gain, jnp.eye(size, dtype=gain.dtype))
+            factor = jnp.block([[root @ gain.T, root], [rest, jnp.zeros((rest.shape[0], root.shape[0]), rest.dtype)]])
+            return factor.T @ factor
+
+        expected = batched(lambda noise: noise.T @ noise)(transition.noise)
+        law = f"{type(prior).__name__}: the split noise has the covariance of the transition's"
+        equal(covariance(split.root, split.rest), expected, law, 1e-10)
+        z = jnp.ones((*layout.batch_shape, split.root.shape[-1], 1), layout.dtype)
+        back = batched(lambda root, white: root.T @ white)(split.root, split.whiten(z))
+        equal(back, z, f"{type(prior).__name__}: split.whiten inverts split.root", 1e-6)
 
 
 def _moments(transition, layout):

@@ -138,7 +138,7 @@ def test_it_obeys_the_laws_of_its_kind(check, part):
 def test_there_is_one_of_each_kind():
     kinds = {cls for _, part in KINDS for cls in type(part).__mro__ if cls.__name__.startswith("Abstract")}
     asked = {value for key, value in vars(po).items() if key.startswith("Abstract")}
-    special = {po.AbstractPriorFamily, po.AbstractLeaveOneOut, po.AbstractOwnAlgebra}
+    special = {po.AbstractPriorFamily, po.AbstractSplitPrior, po.AbstractLeaveOneOut, po.AbstractOwnAlgebra}
     assert kinds == asked - special
 
 

@@ -185,6 +185,11 @@ def chain(t, u, args):
     return jnp.stack([jnp.cos(3 * t), 0.1 * u[0], u[1]])
 
 
+def typical_chi2(error, std):
+    """The geometric mean along a trajectory of ``chi^2 / d``."""
+    return np.exp(np.mean(np.log(np.mean((error / np.asarray(std)) ** 2, axis=1))))
+
+
 @pytest.mark.parametrize(("nu", "evaluations"), [(3, 1), (3, 3), (5, 3), (5, 5)])
 def test_chains_of_quadratures_are_neither_wrong_nor_certain(nu, evaluations):
     """Where the last move of an iteration is zero the embedded rule is not."""
@@ -201,11 +206,11 @@ def test_chains_of_quadratures_are_neither_wrong_nor_certain(nu, evaluations):
     error = np.asarray(solution.mean - exact(solution.t))[:number]
     assert np.all(np.abs(error) < 10 * rtol * (1 + np.abs(exact(solution.t)[:number])))
     assert np.all(solution.std[:number] > 0)
-    assert np.max(np.mean((error / np.asarray(solution.std)[:number]) ** 2, axis=1)) < 10
+    assert typical_chi2(error, solution.std[:number]) < 10
     # Between the steps a filter predicts by the prior alone, and its uncertainty has to say so.
     between = made.solve(jnp.zeros(3), 0.0, t1, save_at=jnp.linspace(0.5, t1, 10))
     error = np.asarray(between.mean - exact(between.t))
-    assert np.max(np.mean((error / np.asarray(between.std)) ** 2, axis=1)) < 20
+    assert typical_chi2(error, between.std) < 10
 
 
 @pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS[::-1]))
@@ -280,6 +285,28 @@ def test_the_derivatives_have_standard_deviations():
     solution = made.solve(jnp.array([20.0, 20.0]), 0.0, 3.0)
     for j in range(5):
         assert np.all(solution.derivative(j).std > 0)
+
+
+@pytest.mark.parametrize("nu", first_of(5, 3, 7))
+@pytest.mark.parametrize("rtol", [1e-3, 1e-8])
+def test_a_filter_alone_is_about_right(nu, rtol):
+    """Its uncertainty is the error of its own evaluations, carried along the solution."""
+    made = solver(
+        nu,
+        po.ODE(lotka_volterra).lifted(nu - 1),
+        evaluations=3,
+        factorisation=po.BlockDiagonal(),
+        controller=po.IntegralController(rtol, rtol / 1000),
+    )
+    u0, t = jnp.array([20.0, 20.0]), jnp.linspace(0.3, 15.0, 50)
+    solution = made.solve(u0, 0.0, 15.0, save_at=t)
+    smooth = po.Solver(
+        po.IWP(8),
+        po.TS0(po.ODE(lotka_volterra).lifted(7), evaluations=3),
+        controller=po.IntegralController(1e-12, 1e-12),
+        strategy=po.FixedPointSmoother(),
+    ).solve(u0, 0.0, 15.0, save_at=t)
+    assert 0.01 < typical_chi2(np.asarray(solution.mean - smooth.mean), solution.std) < 10
 
 
 def test_gradients():
