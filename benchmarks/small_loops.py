@@ -161,12 +161,12 @@ def workloads() -> dict:
         return lambda x: lax.fori_loop(0, 200, lambda i, x: jnp.sin(x) + 0.1 * jnp.roll(x, 1), x), jnp.ones(n)
 
     cases = {
-        "diffrax Tsit5, Lotka-Volterra": (lambda u: solve(diffrax.Tsit5(), lotka_volterra, 50.0, u), jnp.full(2, 20.0)),
+        "diffrax Tsit5, Lotka-Volterra": (solve(diffrax.Tsit5(), lotka_volterra, 50.0), jnp.full(2, 20.0)),
         "diffrax Dopri8, Lotka-Volterra": (
-            lambda u: solve(diffrax.Dopri8(), lotka_volterra, 50.0, u),
+            solve(diffrax.Dopri8(), lotka_volterra, 50.0),
             jnp.full(2, 20.0),
         ),
-        "diffrax Kvaerno5, Van der Pol": (lambda u: solve(diffrax.Kvaerno5(), stiff, 2.1, u), jnp.array([2.0, 0.0])),
+        "diffrax Kvaerno5, Van der Pol": (solve(diffrax.Kvaerno5(), stiff, 2.1), jnp.array([2.0, 0.0])),
         "optax Adam, width 8, batch 32": adam(8, 32),
         "optax Adam, width 64, batch 128": adam(64, 128),
         "optax Adam, width 256, batch 256": adam(256, 256),

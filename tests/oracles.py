@@ -35,7 +35,7 @@ def solve(a, b):
 
     Of any numbers that NumPy multiplies, as are ``condition`` and ``rts_smoother``: floats, complex steps, mpmath's.
     """
-    a, b = a.copy(), b.copy()
+    a, b = np.array(a), np.array(b)
     for i in range(len(a)):
         for j in range(i + 1, len(a)):
             ratio = a[j, i] / a[i, i]
@@ -59,13 +59,14 @@ def log_density(value, mean, covariance):
 def condition(mean, covariance, h, z, noise=0):
     """Mean and covariance given that ``z + H (x - mean)`` is zero, up to noise of covariance ``R``.
 
-    ``m - K z`` and ``P - K H P`` with ``K = P H^T (H P H^T + R)^-1``; ``H`` is ``(m, n d)``, ``z`` is ``(m,)``, or
-    ``(m, cols)`` for a mean ``(n d, cols)``.
+    ``m - K z`` and ``(I - K H) P (I - K H)^T + K R K^T`` with ``K = P H^T (H P H^T + R)^-1``; ``H`` is ``(m, n d)``,
+    ``z`` is ``(m,)``, or ``(m, cols)`` for a mean ``(n d, cols)``. Joseph's form: round-off does not grow over steps.
     """
-    cross = covariance @ h.T
-    # from the columns of P, not its rows: what round-off leaves unsymmetric would grow from step to step
-    gain = solve(h @ cross + noise, cross.T).T
-    return mean - gain @ z, covariance - gain @ (h @ covariance)
+    s = h @ covariance @ h.T
+    noise = noise + np.zeros(s.shape)
+    gain = solve(s + noise, h @ covariance).T
+    rest = np.eye(len(covariance)) - gain @ h
+    return mean - gain @ z, rest @ covariance @ rest.T + gain @ noise @ gain.T
 
 
 def joint_gaussian(mean, covariance, transitions):

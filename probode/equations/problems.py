@@ -18,7 +18,7 @@ from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
 from ..util.checks import as_integer
 from .jacobians import AbstractJacobian, ExactJacobian, as_jacobian
-from .taylor.derivatives import taylor_derivatives
+from .taylor.derivatives import unrolled_derivatives
 
 
 def _jacobian_field() -> Any:
@@ -262,7 +262,7 @@ class Lifted(AbstractProblem):
         self, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
     ) -> Float[Array, "given d"]:
         """``u^(k), ..., u^(k + levels)`` of the solution through ``u, ..., u^(k-1)`` at ``t``."""
-        return taylor_derivatives(flat_field(self, layout, args), t, us, self.order)[self.ode.order :]
+        return unrolled_derivatives(flat_field(self, layout, args), t, us, self.order)[self.ode.order :]
 
     def zeroth_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree

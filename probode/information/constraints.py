@@ -5,6 +5,7 @@ filter they make the methods known as EK0 and EK1 (Schober et al. 2019; Tronarp 
 """
 
 from abc import abstractmethod
+from types import UnionType
 from typing import Any
 
 import equinox as eqx
@@ -71,7 +72,9 @@ class TS0(AbstractConstraint):
     the predicted ``u, ..., u^(k-1)``, and every evaluation is one of their Taylor series. If they are all that the
     prior has (``levels = num_derivatives - order``) this is a one-step method, stable at any order: its gains are the
     weights of the two-point Hermite rule, and ``evaluations=2`` or 3 make its order ``num_derivatives + evaluations``.
-    Then every attempt evaluates the equation as often.
+    Then every attempt evaluates the equation as often, and under ``DynamicCalibration`` the covariance of ``u`` is that
+    of what these evaluations have left wrong so far. With fewer levels, or from an uncertain state, it is that of the
+    prior's noise alone, which does not contain this. ``Stack`` and ``Noisy`` refuse it.
 
     Raises ``TypeError`` for anything but an ``ODE`` or a ``Lifted`` one, ``ValueError`` for a number of evaluations
     below 1.
@@ -87,7 +90,7 @@ class TS0(AbstractConstraint):
     first_order = False
 
     def __init__(self, problem: Any, *, evaluations: Any = 1):
-        self.problem = require_problem("TS0", problem, (ODE, Lifted), "an ODE")
+        self.problem = require_problem("TS0", problem, ODE | Lifted, "an ODE")
         self.iteration = Iteration(evaluations)
 
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
@@ -141,6 +144,7 @@ class Noisy(AbstractConstraint):
     def __init__(self, constraint: Any, std: Any):
         if not isinstance(constraint, AbstractConstraint):
             raise TypeError(f"Noisy({constraint!r}): the first argument is a constraint, like TS1(probode.ODE(f)).")
+        _refuse_frozen_derivatives("Noisy", constraint)
         std = as_scalar(std, "Noisy(std)")
         self.constraint = constraint
         self.std = jnp.asarray(
@@ -199,6 +203,7 @@ class Stack(AbstractConstraint):
         for constraint in constraints:
             if not isinstance(constraint, AbstractConstraint):
                 raise TypeError(f"Stack({constraint!r}): members are constraints, like TS1(probode.Residual(r)).")
+            _refuse_frozen_derivatives("Stack", constraint)
         own = [constraint.iteration for constraint in constraints]
         evaluations = max(one.evaluations for one in own) if evaluations is None else evaluations
         relinearise = any(one.relinearise for one in own) if relinearise is None else relinearise
@@ -234,13 +239,22 @@ class Stack(AbstractConstraint):
         return Linearisation(matrix, residual, noise=batched(jax.scipy.linalg.block_diag)(*noises), whole=whole)
 
 
-def require_problem(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> Any:
+def require_problem(name: str, value: Any, kind: type | UnionType, words: str) -> Any:
     """The equation of a constraint of that name; raises ``TypeError``, with a hint, for one of another kind."""
     if isinstance(value, kind):
         return value
     if isinstance(value, AbstractProblem):
         raise TypeError(f"{name} linearises {words}, not a {type(value).__name__}: use TS1 or SLR1.")
     raise TypeError(f"{name} linearises {words}: write {name}(probode.ODE(f)), not {name}({value!r}).")
+
+
+def _refuse_frozen_derivatives(name, constraint):
+    """Raises ``ValueError`` where the error of a frozen field would be missing in the covariance."""
+    if isinstance(constraint.problem, Lifted) and not constraint.first_order:
+        raise ValueError(
+            f"{name} has no estimate of what {type(constraint).__name__} of a lifted equation leaves out, and would "
+            "report too little uncertainty. Use TS1 of it, or the constraint alone."
+        )
 
 
 class _Together(eqx.Module):

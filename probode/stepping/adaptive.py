@@ -226,7 +226,7 @@ class Stepper:
         nothing = jnp.zeros_like(attempted.innovation.scale)
         if not control.error.needs_defects:
             norm, inside = size(attempted), nothing
-        elif attempted.equation.whole:
+        elif attempted.equation.whole or attempted.equation.gives is None:
             norm, inside = seen(None)
         else:
             # Without a Jacobian evaluations are most of the cost: the residual inside is looked at only where the error

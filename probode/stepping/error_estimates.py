@@ -73,7 +73,8 @@ class AbstractErrorEstimate(eqx.Module):
 class LocalError(AbstractErrorEstimate):
     """The local error of a step in ``u, ..., u^(k-1)``, for an equation of order ``k``. The default.
 
-    Where the linearisation is the whole derivative of the equation (``TS1`` or ``SLR1`` under ``Dense``, any residual):
+    Where the linearisation is the whole derivative of the equation (``TS1`` or ``SLR1`` under ``Dense``), and of any
+    equation that is not explicit (residuals, a ``Stack``, ``Noisy``):
     ``5 s sqrt(diag(Cov(u | z))) + (2^(nu+1) - 1) |Q H^T (H Q H^T)^-1 r|``. The first term is the standard deviation of
     ``u`` after the step under its noise alone, as in ``StateError``: damped as the method is, so that stiff components
     at rest do not hold up the solve. In the second, ``r`` is the residual of the corrected mean at the end of the step,

@@ -98,8 +98,9 @@ def with_defects(
     """The attempt of a step of length ``dt`` to ``t`` with the residuals of the corrected mean in its innovation.
 
     Corrected under the noise of the step alone: ``m - Q H^T (H Q H^T)^-1 z`` at the end, and inside what the prior
-    makes of the same noise (one evaluation of the equation each). At the end only where the linearisation is ``whole``,
-    and as many times as the constraint evaluates the equation (Newton's method with the Jacobian of the prediction).
+    makes of the same noise (one evaluation of the equation each). At the end not where an explicit equation is
+    linearised in part, and as many times as the constraint evaluates it (Newton's method with the Jacobian of the
+    prediction).
     """
     transition, equation, innovation = attempt.transition, attempt.equation, attempt.innovation
     predicted = push(before, transition.matrix)
@@ -111,7 +112,7 @@ def with_defects(
 
     whiten = batched(substitute)
     time_inside, mean_inside = _mean_inside(prior, before, t, dt, transition, innovation, weights, layout)
-    if not equation.whole:
+    if not equation.whole and equation.gives is not None:
         inside = whiten(innovation.factor, residual(time_inside, mean_inside))
         return dataclasses.replace(attempt, innovation=dataclasses.replace(innovation, inside=inside))
 

@@ -27,8 +27,8 @@ class State(eqx.Module):
       deviations (root mean square); zero where nothing is iterated.
     - ``data_evidence``: the log density of the data so far.
     - ``derivatives_known``: whether nothing is uncertain but ``u, ..., u^(k-1)``, for an equation of order ``k``.
-    - ``error``: where a calibration of single steps meets an equation that gives all highest derivatives: what the
-      evaluations of all steps so far have left wrong in the mean, to first order; part of the covariance.
+    - ``global_error``: where a calibration of single steps meets an equation that gives all highest derivatives: what
+      the evaluations of all steps so far have left wrong in the mean, to first order; part of the covariance.
     - ``spread``: for solves from an uncertain initial value how the mean moves along the rows of its factor, which
       adds to the covariance.
 
@@ -50,7 +50,7 @@ class State(eqx.Module):
     data_evidence: Float[Array, ""]
     calibration: type = eqx.field(static=True)
     derivatives_known: bool = eqx.field(static=True)
-    error: Float[Array, "*batch dim cols"] | None = None
+    global_error: Float[Array, "*batch dim cols"] | None = None
     spread: Float[Array, "N *batch dim cols"] | None = None
 
     def __repr__(self) -> str:

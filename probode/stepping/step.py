@@ -98,7 +98,7 @@ class Step(eqx.Module):
             data_evidence=evidence,
             calibration=type(self.calibration),
             derivatives_known=known,
-            error=error,
+            global_error=error,
         )
 
     def resume(self, state: State) -> State:
@@ -109,8 +109,8 @@ class Step(eqx.Module):
             return state
         known = self._splits(self._shape_of_equation(state.t, state.distribution), prior)
         # The error is among the rows of the factor: data may be learnt from the state, and then it has no place alone.
-        error = state.error if known and self.data is None else None
-        return dataclasses.replace(state, derivatives_known=known, error=error)
+        error = state.global_error if known and self.data is None else None
+        return dataclasses.replace(state, derivatives_known=known, global_error=error)
 
     def own_prior(self, t: Float[Array, ""], distribution: Normal) -> AbstractPrior | None:
         """The prior of the next step from a state where priors differ from step to step; ``None`` elsewhere."""
@@ -171,7 +171,7 @@ class Step(eqx.Module):
             ahead = self.ahead(before, at, attempted)
             attempted = dataclasses.replace(attempted, innovation=with_scale_inside(attempted.innovation, ahead.scale))
             anew = None if anew is None else anew & (ahead.scale == 0)
-        innovation, error = attempted.innovation, before.error
+        innovation, error = attempted.innovation, before.global_error
         scale = self.calibration.scale(innovation, before.statistics)
         if attempted.correction is not None and attempted.correction.split is not None:
             update, equation, error = self._update(before, at, attempted, scale, past)
@@ -269,10 +269,21 @@ class Step(eqx.Module):
         def learn(x, past, evidence):
             coordinates, log_density = data.condition(i, x, self.layout, self.args)
             past = None if past is None else in_coordinates(past, coordinates)
-            return from_coordinates(coordinates, x), past, evidence + log_density
+            return self._with_given(t, from_coordinates(coordinates, x)), past, evidence + log_density
 
         i, seen = data.find(t)
         return lax.cond(seen, learn, lambda *same: same, x, past, evidence)
+
+    def _with_given(self, t, x):
+        """A state that data have moved, with the derivatives that a frozen equation gives at its new ``u``.
+
+        These are not uncertain to the filter, so that data do not move them, and they would belong to the old ``u``.
+        """
+        equation = self.constraint.linearise(t, x, self.layout, self.args)
+        if not equation.is_frozen:
+            return x
+        p, m = equation.matrix.shape[-1], equation.matrix.shape[-2]
+        return Normal(x.mean.at[..., p - m : p, :].add(-equation.residual), x.factor)
 
     def order_of_error(self, attempted: Attempt) -> int:
         """The power of the length of a step with which its estimated error falls."""
@@ -301,17 +312,17 @@ class Step(eqx.Module):
         size = self.layout.identity().shape[-1]
         lower = equation.gives.start * size
         if split is None:
-            explain = lambda z: explained(transition, equation, innovation.factor, z)  # noqa: E731
-            rows = equation.residual.shape[-2] - size
-            embedded = lambda z: explained_by_leading(transition, equation, innovation.factor, z, rows)  # noqa: E731
-            whiten = batched(substitute)
+            rows, factor = equation.residual.shape[-2] - size, innovation.factor
 
             def move(z):
-                return explain(whiten(innovation.factor, z))
+                return explained(transition, equation, factor, batched(substitute)(factor, z))
 
             def difference(z):
-                z = whiten(innovation.factor, z)
-                return (explain(z) - embedded(z) if rows else explain(z))[..., :lower, :]
+                if rows == 0:
+                    return move(z)[..., :lower, :]
+                z = batched(substitute)(factor, z)
+                coarser = explained_by_leading(transition, equation, factor, z, rows)
+                return (explained(transition, equation, factor, z) - coarser)[..., :lower, :]
         else:
 
             def move(z):
@@ -320,25 +331,19 @@ class Step(eqx.Module):
             def difference(z):
                 return weighted(z, self.layout.broadcast(split.gain - split.embedded))
 
-        def again(carry):
-            z, before, _ = carry
-            point = Normal(predicted.mean - move(z), predicted.factor)
-            new = self.constraint.linearise(t, point, self.layout, self.args)
-            return residual_about(predicted.mean, point.mean, new), z, before
-
         nothing = jnp.zeros_like(equation.residual)
-        carry = equation.residual, nothing, nothing
+        z, before, earliest, point, at_point = equation.residual, nothing, nothing, predicted.mean, equation.residual
         # Without elimination there is little to compile in an evaluation, and a loop costs more than it.
         for _ in range(self.constraint.evaluations - 1):
-            carry = again(carry)
-        z, before, earliest = carry
-        last = move(z - before)[..., :lower, :]
-        remainder = None
+            point = predicted.mean - move(z)
+            new = self.constraint.linearise(t, Normal(point, predicted.factor), self.layout, self.args)
+            z, before, earliest, at_point = residual_about(predicted.mean, point, new), z, before, new.residual
+        last, embedded, remainder = move(z - before)[..., :lower, :], difference(z), None
         if split is not None:
             coarser = weighted(z, self.layout.broadcast(split.gain - split.coarser))
             earlier = move(before - earliest)[..., :lower, :]
-            remainder = self._remainder(predicted.mean, dt, last, earlier, difference(z), coarser)
-        return Correction(last, difference(z), z, split, remainder)
+            remainder = self._remainder(predicted.mean, dt, last, earlier, embedded, coarser)
+        return Correction(last, embedded, z, point, at_point, split, remainder)
 
     def _remainder(self, mean, dt, last, earlier, embedded, coarser):
         """What an attempt leaves wrong in the lower derivatives: the iteration, extrapolated, and the rule."""
@@ -369,28 +374,39 @@ class Step(eqx.Module):
         to = predicted, correction.split, scale, correction.residual
         if not self.calibration.is_local:
             return condition_on_derivatives(*to, past), equation, None
-        if before.error is None:
+        if before.global_error is None:
             remainder = correction.remainder
             remainder = Remainder(remainder.error, jnp.hypot(remainder.std, remainder.error))
             return condition_with_remainder(*to, remainder, None, jnp.ones((), scale.dtype), past), equation, None
         lower = correction.last_move.shape[-2]
-        error = push(certain(before.error), matrix).mean
+        error = push(certain(before.global_error), matrix).mean
+        moved_alone = push(certain(before.global_error.at[..., lower:, :].set(0)), matrix).mean
 
-        def residual(mean):
-            return self.constraint.linearise(t, Normal(mean, predicted.factor), self.layout, self.args).residual
-
-        moved = jax.jvp(residual, (predicted.mean,), (error,))[1]
+        moved = self._residual_along(error, t, t - before.t, correction, predicted.factor)
         error = error - jnp.concatenate([weighted(moved, self.layout.broadcast(correction.split.gain)), moved], axis=-2)
-        # By how much it has grown in the step, in units of the solution: so does what is not known of it.
+        # By how much it has grown in the step, in units of the solution: so does what is not known of it. (The
+        # transition has moved that, too, for an equation of higher order.)
         sizes = [self._size(x, lower, t - before.t) for x in (before.distribution.mean, predicted.mean)]
         old, new = (
-            safe_norm(safe_divide(x[..., :lower, :], size))
-            for x, size in zip((before.error, error), sizes, strict=True)
+            safe_norm(safe_divide(x[..., :lower, :], size)) for x, size in zip((moved_alone, error), sizes, strict=True)
         )
         growth = jnp.where(old > 0, safe_divide(new, old), 1)
         step = jnp.zeros_like(error).at[..., :lower, :].set(correction.remainder.error)
         error = error + step
         return condition_with_remainder(*to, correction.remainder, error, growth, past), equation, error
+
+    def _residual_along(self, direction, t, dt, correction, factor):
+        """How the residual of the last evaluation moves along a direction: a difference quotient.
+
+        One more evaluation, where a derivative takes two or three, and whose own derivatives are of first order.
+        """
+        size = self._size(correction.point, correction.last_move.shape[-2], dt)
+        share = jnp.max(safe_divide(jnp.abs(direction[..., : size.shape[-2], :]), size))
+        length = jnp.full_like(share, jnp.finfo(share.dtype).eps ** 0.4)
+        step = lax.stop_gradient(jnp.where(share > 0, safe_divide(length, share), 1))
+        beside = Normal(correction.point + step * direction, factor)
+        moved = self.constraint.linearise(t, beside, self.layout, self.args).residual
+        return (moved - correction.at_point) / step
 
     def _condition(self, before, t, attempted, scale, past):
         """The update, the equation that it is about, and how far the last of several linearisations has moved it."""

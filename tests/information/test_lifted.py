@@ -329,3 +329,6 @@ def test_wrong_use():
         po.TS0(po.Residual(lambda t, u, du, args: du + u).lifted(2))
     with pytest.raises(ValueError, match="lifted"):
         ode.lifted(-1)
+    for compose in (po.Stack, ft.partial(po.Noisy, std=1e-3)):
+        with pytest.raises(ValueError, match="too little uncertainty"):
+            compose(po.TS0(ode.lifted(2)))
