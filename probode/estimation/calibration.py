@@ -222,9 +222,9 @@ class DynamicCalibration(AbstractCalibration):
     has its own. (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value
     problems".)
 
-    For ``TS0`` of a ``Lifted`` equation that gives all derivatives of the prior, the covariance of ``u`` after a step is
-    not that of the prior's noise, which does not contain what a frozen field leaves out, but comes from the moves of the
-    evaluations: they are extrapolated, carried along the solution, and those of all steps add up with their signs.
+    For ``TS0`` of a ``Lifted`` equation that gives all derivatives of the prior, the covariance of ``u`` after a step
+    is not that of the prior's noise, which does not contain what a frozen field leaves out. It comes from the moves of
+    the evaluations: they are extrapolated, carried along the solution, and those of all steps add up with their signs.
 
     - ``relinearise``: whether the equation is linearised again with the noise of the estimated scale, for
       linearisations that depend on the covariance.
