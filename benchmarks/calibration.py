@@ -1,8 +1,8 @@
 """Calibration of the uncertainty on a set of problems: `python -m benchmarks.calibration` writes and prints the table.
 
 `--further` writes a second table: an equation of second order, a stiff equation, EK1 with block-diagonal covariances,
-and output scales with a memory. Reference solutions are computed in extended precision by extrapolation (Gragg,
-Bulirsch & Stoer), from each saved time to the next.
+and output scales with a memory. `--lifted` writes a third: filters that observe all derivatives. Reference solutions
+are computed in extended precision by extrapolation (Gragg, Bulirsch & Stoer), from each saved time to the next.
 """
 
 from __future__ import annotations
@@ -150,8 +150,25 @@ def solvers(nu):
     }
 
 
-def cases(further):
+def lifted_solvers(nu):
+    """Functions from an ODE to a filter that observes all derivatives of the prior, by name."""
+    import probode
+
+    def taylor(evaluations):
+        return lambda ode: probode.Solver(
+            probode.IWP(nu),
+            probode.TS0(ode.lifted(nu - ode.order), evaluations=evaluations),
+            factorisation=probode.BlockDiagonal(),
+            loop=probode.ForwardLoop(max_steps=2**13),
+        )
+
+    return {"Taylor, two evaluations": taylor(2), "Taylor, three evaluations": taylor(3)}
+
+
+def cases(further, lifted):
     """The names of the configurations for each problem, by the name of the problem."""
+    if lifted:
+        return dict.fromkeys([*PROBLEMS, "henon_heiles"], tuple(lifted_solvers(3)))
     neglecting = ("EK1 dynamic, per component", "EK1 leave one out, per component")
     remembering = ("EK1 leave one out, memory", "EK1 dynamic, memory")
     if not further:
@@ -166,21 +183,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="orders 3 and 5, three tolerances")
     parser.add_argument("--problem", action="append", choices=[*PROBLEMS, *FURTHER])
     parser.add_argument("--further", action="store_true", help="second order, stiff, EK1 per component, memory")
+    parser.add_argument("--lifted", action="store_true", help="filters that observe all derivatives, nu 3 to 8")
     options = parse(parser)
 
     import probode
 
     jax.config.update("jax_enable_x64", True)
     entries = []
-    for name, labels in cases(options.further).items():
+    orders = (3, 4, 5, 6, 7, 8) if options.lifted else (2, 3, 4, 5)
+    for name, labels in cases(options.further, options.lifted).items():
         if options.problem and name not in options.problem:
             continue
         problem = (PROBLEMS | FURTHER)[name]
         ode, u0 = problem.equation()
-        for nu in (3, 5) if options.quick else (2, 3, 4, 5):
+        for nu in (3, 5) if options.quick else orders:
             for label in labels:
                 report = probode.calibration_report(
-                    solvers(nu)[label](ode),
+                    (solvers(nu) | lifted_solvers(nu))[label](ode),
                     problem.reference,
                     u0=u0,
                     t0=0.0,
@@ -192,6 +211,7 @@ def main() -> None:
                 entries += [(name, label, nu, *row) for row in _rows(report)]
     options.output.mkdir(parents=True, exist_ok=True)
     table = "calibration_further.csv" if options.further else "calibration.csv"
+    table = "calibration_lifted.csv" if options.lifted else table
     with (options.output / table).open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
@@ -208,16 +228,19 @@ def _rows(report):
 
 
 def _summary(entries):
-    print(f"\n{'method':34} {'cases':>5} {'in [1e-2, 10]':>14} {'in [1e-2, 100]':>15}   5 % .. 95 % (trajectory)")
+    head = f"{'in [0.1, 10]':>13} {'in [1e-2, 10]':>14} {'in [1e-2, 100]':>15}"
+    print(f"\n{'method':34} {'cases':>5} {head}   5 % .. 95 % (trajectory)")
     groups = {}
     for problem, method, *_, trajectory, _, _, _ in entries:
         group = f"{method}, {problem}" if problem in FURTHER else method
         groups.setdefault(group, []).append(float(trajectory))
     for group, chi in groups.items():
         chi = np.array(chi)
-        shares = [np.mean((chi >= 1e-2) & (chi <= top)) for top in (10, 100)]
+        shares = [np.mean((chi >= least) & (chi <= top)) for least, top in ((0.1, 10), (1e-2, 10), (1e-2, 100))]
         low, high = np.nanquantile(chi, [0.05, 0.95])
-        print(f"{group:34} {chi.size:5d} {shares[0]:14.2f} {shares[1]:15.2f}   {low:.1e} .. {high:.1e}")
+        print(
+            f"{group:34} {chi.size:5d} {shares[0]:13.2f} {shares[1]:14.2f} {shares[2]:15.2f}   {low:.1e} .. {high:.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -76,8 +76,7 @@ class Step(eqx.Module):
         else:
             equation = self._shape_of_equation(t, distribution)
             known = distribution.factor.shape[-2] == 0 and self._splits(equation, prior)
-            # As many rows as a step leaves.
-            rows = distribution.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
+            rows = self._rows_left(distribution, equation)
             if known and self.calibration.is_local and self.data is None:
                 error = jnp.zeros_like(distribution.mean)
                 rows += jax.eval_shape(batched(error_rows), error[..., :rows, :]).shape[-2]
@@ -107,10 +106,16 @@ class Step(eqx.Module):
         state = dataclasses.replace(state, prior=prior)
         if not state.derivatives_known:
             return state
-        known = self._splits(self._shape_of_equation(state.t, state.distribution), prior)
+        equation = self._shape_of_equation(state.t, state.distribution)
+        known = self._splits(equation, prior)
         # The error is among the rows of the factor: data may be learnt from the state, and then it has no place alone.
         error = state.global_error if known and self.data is None else None
-        return dataclasses.replace(state, derivatives_known=known, global_error=error)
+        distribution = pad(state.distribution, self._rows_left(state.distribution, equation))
+        return dataclasses.replace(state, distribution=distribution, derivatives_known=known, global_error=error)
+
+    def _rows_left(self, x, equation):
+        """How many rows the factor of a state has after a step: the loop needs as many before it."""
+        return x.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
 
     def own_prior(self, t: Float[Array, ""], distribution: Normal) -> AbstractPrior | None:
         """The prior of the next step from a state where priors differ from step to step; ``None`` elsewhere."""

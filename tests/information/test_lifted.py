@@ -87,7 +87,7 @@ CASES = [
     for levels in range(nu + 1 - order)
     for evaluations in (1, 3)
 ]
-QUICK = [(1, 3, 2, 3), (1, 3, 1, 1), (2, 3, 1, 3), (1, 5, 4, 1)]
+QUICK = [(1, 3, 1, 1), (2, 3, 1, 3)]
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.thorough) for c in CASES])
@@ -165,7 +165,7 @@ def test_with_one_derivative_it_is_the_trapezoidal_rule():
         np.testing.assert_allclose(solution.mean[i], u, rtol=1e-13)
 
 
-@pytest.mark.parametrize(("nu", "evaluations"), [(3, 1), (3, 2), (4, 3), (2, 2)])
+@pytest.mark.parametrize(("nu", "evaluations"), first_of((3, 2), (3, 1), (4, 3), (2, 2)))
 def test_orders_of_convergence(nu, evaluations):
     """``min(nu + evaluations + 1, 2 nu + 1)`` in a step, one less at the end."""
     made = solver(nu, po.ODE(lambda t, u, args: -(u**2)).lifted(nu - 1), evaluations=evaluations)
@@ -190,7 +190,7 @@ def typical_chi2(error, std):
     return np.exp(np.mean(np.log(np.mean((error / np.asarray(std)) ** 2, axis=1))))
 
 
-@pytest.mark.parametrize(("nu", "evaluations"), [(3, 1), (3, 3), (5, 3), (5, 5)])
+@pytest.mark.parametrize(("nu", "evaluations"), first_of((5, 3), (3, 1), (3, 3), (5, 5)))
 def test_chains_of_quadratures_are_neither_wrong_nor_certain(nu, evaluations):
     """Where the last move of an iteration is zero the embedded rule is not."""
     t1, rtol = 5.0, 1e-6
@@ -266,6 +266,7 @@ def test_backwards_in_time_and_going_on():
     assert relative(whole.mean[-1], there.mean[-1]) < 1e-8
 
 
+@pytest.mark.thorough
 def test_from_a_state_that_is_uncertain_and_from_one_of_another_method():
     """Then derivatives are no functions of ``u``: gains depend on covariances, and the general algebra takes over."""
     ode, u0 = po.ODE(lotka_volterra), jnp.array([20.0, 20.0])
@@ -276,6 +277,9 @@ def test_from_a_state_that_is_uncertain_and_from_one_of_another_method():
     first = po.Solver(po.IWP(5), po.TS1(ode), **parts).solve(u0, 0.0, 1.0)
     second = solver(5, ode.lifted(4), evaluations=3, **parts).solve(first.state, 1.0, 2.0)
     assert relative(second.mean[-1], exact.mean[-1]) < 1e-5
+    back = po.Solver(po.IWP(5), po.TS1(ode), **parts)
+    half = solver(5, ode.lifted(4), evaluations=3, **parts).solve(u0, 0.0, 1.0)
+    assert relative(back.solve(half.state, 1.0, 2.0).mean[-1], exact.mean[-1]) < 1e-5
     start = solver(5, ode.lifted(4), **parts).initialise(u0, 0.0)
     assert relative(solver(5, ode.lifted(4), **parts).solve(start, 0.0, 2.0).mean[-1], exact.mean[-1]) < 1e-5
 
@@ -288,7 +292,7 @@ def test_the_derivatives_have_standard_deviations():
 
 
 @pytest.mark.parametrize("nu", first_of(5, 3, 7))
-@pytest.mark.parametrize("rtol", [1e-3, 1e-8])
+@pytest.mark.parametrize("rtol", first_of(1e-8, 1e-3))
 def test_a_filter_alone_is_about_right(nu, rtol):
     """Its uncertainty is the error of its own evaluations, carried along the solution."""
     made = solver(

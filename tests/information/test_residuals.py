@@ -437,7 +437,7 @@ def test_the_iterated_update_is_the_most_probable_state():
     solution = solver.solve_grid(u0, jnp.array([0.0, dt]))
     velocity = field(0.0, u0, None)
     mean = jnp.concatenate([u0 + dt * velocity, velocity])
-    precision = jnp.linalg.inv(jnp.kron(jnp.array([[dt**3 / 3, dt**2 / 2], [dt**2 / 2, dt]]), jnp.eye(2)))
+    precision = jnp.linalg.inv(oracles.iwp_transition(1, dt, 2)[1])
 
     def lagrangian(y):
         x, multiplier = y[:4], y[4:]
