@@ -42,8 +42,8 @@ def solve_ensemble(
     """The ``Solution`` of the same equation for many initial values, intervals or parameters, with a leading axis.
 
     - ``solver``: shared by all lanes.
-    - ``u0s``, ``t0``, ``t1``, ``args``: as in ``Solver.solve``, with an axis of lanes where ``in_axes`` says so. An
-      uncertain initial value (``Normal``) is refused.
+    - ``u0s``, ``t0``, ``t1``, ``args``: as in ``Solver.solve``, with an axis of lanes where ``in_axes`` says so; for
+      an uncertain initial value (``Normal``) in its mean and its factor.
     - ``in_axes``: the axes of lanes of ``(u0s, t0, t1, args)``, as in ``jax.vmap``; by default the first axis of
       ``u0s`` alone.
     - ``save_at``, ``dt0``: as in ``Solver.solve``, shared by all lanes.

@@ -147,7 +147,7 @@ class Innovation(eqx.Module):
 
     @property
     def is_zero(self) -> Bool[Array, "*batch"]:
-        """Whether the residual is zero; a step sets residuals no larger than round-off to zero."""
+        """True for each batch element whose residual is zero; a step sets those no larger than round-off to zero."""
         return jnp.all(self.whitened == 0, axis=(-2, -1))
 
     @property

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from .conditioning import Influence, Innovation, Update, predict
 from .coordinates import Conditional
-from .linalg import kron_apply, product, root_mean_square, safe_divide, substitute, triangularise
+from .linalg import kron_apply, root_mean_square, safe_divide, substitute, triangularise
 from .normal import Normal, batched, pad_rows
 
 
@@ -83,7 +83,7 @@ def condition_on_derivatives(
     @batched
     def of_one(x, rest, scale, residual, past):
         ms, ks = residual.shape[0], rest.shape[0]
-        mean = x.mean - jnp.concatenate([kron_apply_rows(split.gain, residual), residual])
+        mean = x.mean - moved_by(split, residual)
         at, past = predict(Normal(mean[:ks], x.factor[:, :ks]), rest, scale, past)
         factor = pad_rows(jnp.pad(at.factor, ((0, 0), (0, ms))), x.factor.shape[0])
         return Normal(mean, factor), past
@@ -101,7 +101,7 @@ def influence_of_derivatives(
     def of_one(root, scale, whitened):
         ms = root.shape[0]
         ks = ms // split.gain.shape[1] * split.gain.shape[0]
-        gain = scale * jnp.concatenate([kron_apply_rows(split.gain, root.T).T, root], axis=1)
+        gain = scale * jnp.concatenate([kron_apply(split.gain, root.T).T, root], axis=1)
         observed = substitute(root, jnp.eye(ms, dtype=root.dtype))
         observed = jnp.pad(observed, ((0, 0), (ks, 0)))
         return Influence(safe_divide(whitened, scale), gain, safe_divide(observed, scale), jnp.ones_like(scale))
@@ -144,7 +144,7 @@ def condition_with_remainder(
     @batched
     def of_one(x, rest, residual, std, error, past):
         ms, ks = residual.shape[0], rest.shape[0]
-        mean = x.mean - jnp.concatenate([kron_apply_rows(split.gain, residual), residual])
+        mean = x.mean - moved_by(split, residual)
         known = past
         if past is not None and error is not None:
             known = Conditional(past.shift, past.cross[:ks], past.noise)
@@ -172,13 +172,11 @@ def error_rows(error: Float[Array, "ks cols"]) -> Float[Array, "rows ks"]:
     return root_mean_square(error, axis=(-1,))[None] if ks == 1 else triangularise(None, rows)
 
 
-@batched
-def weighted(z: Float[Array, "ms cols"], weights: Float[Array, "k m"]) -> Float[Array, "ks cols"]:
-    """The sum over derivatives ``kron(weights, I) z``."""
-    return kron_apply_rows(weights, z)
+def weighted(z: Float[Array, "*batch ms cols"], weights: Float[Array, "k m"]) -> Float[Array, "*batch ks cols"]:
+    """The sums over derivatives ``kron(weights, I) z``, with the same weights for all components."""
+    return batched(lambda z: kron_apply(weights, z))(z)
 
 
-def kron_apply_rows(a: Float[Array, "k m"], x: Float[Array, "ms cols"]) -> Float[Array, "ks cols"]:
-    """``kron(a, I) x`` for a matrix that need not be square."""
-    blocks = jnp.reshape(x, (a.shape[1], -1, x.shape[1]))
-    return jnp.reshape(product(a, blocks), (-1, x.shape[1]))
+def moved_by(split: NoiseSplit, z: Float[Array, "*batch ms cols"]) -> Float[Array, "*batch dim cols"]:
+    """The noise of a step that explains the residual ``z`` of its highest derivatives: its conditional mean."""
+    return jnp.concatenate([weighted(z, split.gain), z], axis=-2)

@@ -111,10 +111,10 @@ def product(a: Float[Array, "i j"], x: Float[Array, "j *rest"]) -> Float[Array, 
     return jnp.tensordot(a, x, axes=1)
 
 
-def kron_apply(a: Float[Array, "p p"], x: Float[Array, "dim cols"]) -> Float[Array, "dim cols"]:
+def kron_apply(a: Float[Array, "q p"], x: Float[Array, "dim cols"]) -> Float[Array, "more cols"]:
     """``kron(a, I) @ x`` with the identity that makes the sizes fit; with ``p = dim`` this is ``a @ x``."""
-    blocks = jnp.reshape(x, (a.shape[0], x.shape[0] // a.shape[0], x.shape[1]))
-    return jnp.reshape(product(a, blocks), x.shape)
+    blocks = jnp.reshape(x, (a.shape[1], x.shape[0] // a.shape[1], x.shape[1]))
+    return jnp.reshape(product(a, blocks), (-1, x.shape[1]))
 
 
 def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -> Float[Array, "rows dim"]:

@@ -50,7 +50,7 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
 
 
 def _std_through_the_field(means, std, k):
-    """An estimate of the standard deviation of ``u^(k)``, ``(d,)``, from ``std``, that of ``u^(k-1)``.
+    """The standard deviations of ``u^(k)``, ``(d,)``, estimated from ``std``, those of ``u^(k-1)``.
 
     A constraint that takes the vector field as constant gives ``u^(k)`` no variance. The Jacobian that would relate the
     two deviations is not known here; its size is taken to be the rate at which the field changes along the solution,

@@ -147,7 +147,7 @@ class ODE(AbstractProblem):
     def zeroth_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
-        """The Taylor linearisation of zeroth order: the vector field is taken as constant, its value at the point."""
+        """The equation ``u^(k) = c``, with ``c`` the vector field at a point: its linearisation of order zero."""
         k = self.order
         residual = us[k] - flat_field(self, layout, args)(t, us[:k])
         return Linearisation.explicit(layout, [None] * k, residual, whole=False)
@@ -217,7 +217,7 @@ class Residual(AbstractProblem):
 
 
 class Lifted(AbstractProblem):
-    """An ``ODE`` together with its first ``levels`` time derivatives, as ``ODE.lifted(levels)`` returns it.
+    """The system of an ODE and its first ``levels`` derivatives in time, as ``ODE.lifted(levels)`` returns it.
 
     It gives the derivatives ``u^(k), ..., u^(k + levels)`` of a solution, for an ODE of order ``k``. In zeroth order
     (``TS0``) they are those of the solution through the predicted ``u, ..., u^(k-1)``, by its Taylor series: a method
@@ -267,7 +267,7 @@ class Lifted(AbstractProblem):
     def zeroth_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
-        """The Taylor linearisation of zeroth order: the derivatives of the solution through the point are constant."""
+        """The equations ``u^(k+j) = c_j``, with ``c_j`` the derivatives of the solution through a point."""
         k = self.ode.order
         return Linearisation.frozen(layout, k, us[k : self.order + 1] - self.derivatives(t, us[:k], layout, args))
 

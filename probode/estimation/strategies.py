@@ -40,7 +40,7 @@ class AbstractStrategy(eqx.Module):
 
 
 class Filter(AbstractStrategy):
-    """A filter: the solution at each time is conditioned on the equation up to that time, not later.
+    """The strategy of a Kalman filter: the solution at each time given the equation up to that time, not later.
 
     Memory is constant, and steps are the cheapest. Between two steps the solution is the prediction from the earlier
     one. For the solution at the end, or where the uncertainty at earlier times does not matter.

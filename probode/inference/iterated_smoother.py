@@ -28,7 +28,7 @@ from ..util.checks import as_integer, as_scalar, require
 
 
 class Along(AbstractConstraint):
-    """A constraint that is linearised about given means instead of the prediction.
+    """A constraint whose linearisations are about given means instead of about predictions.
 
     - ``constraint``: the constraint itself.
     - ``ts``: the times of the means.

@@ -240,7 +240,10 @@ class Stack(AbstractConstraint):
 
 
 def require_problem(name: str, value: Any, kind: type | UnionType, words: str) -> Any:
-    """The equation of a constraint of that name; raises ``TypeError``, with a hint, for one of another kind."""
+    """``value`` itself, if the constraint ``name`` can linearise it: an equation of this ``kind``.
+
+    Otherwise raises ``TypeError`` with a hint, in which ``words`` say what it linearises.
+    """
     if isinstance(value, kind):
         return value
     if isinstance(value, AbstractProblem):

@@ -133,7 +133,7 @@ class Solution(eqx.Module):
 
     @property
     def is_dense(self) -> bool:
-        """Whether every step was kept, as ``evaluate`` at any time of the interval needs it."""
+        """True if every step was kept, so that ``evaluate`` returns the solution at any time of the interval."""
         return self.trajectory is not None and self.trajectory.dense
 
     @property

@@ -32,6 +32,7 @@ from ..algebra.derivatives import (
     condition_with_remainder,
     error_rows,
     innovate_derivatives,
+    moved_by,
     weighted,
 )
 from ..algebra.factorisations import Layout
@@ -284,6 +285,9 @@ class Step(eqx.Module):
 
         These are not uncertain to the filter, so that data do not move them, and they would belong to the old ``u``.
         """
+        # No frozen equation is of first order: nothing is traced for these.
+        if self.constraint.first_order:
+            return x
         equation = self.constraint.linearise(t, x, self.layout, self.args)
         if not equation.is_frozen:
             return x
@@ -331,10 +335,10 @@ class Step(eqx.Module):
         else:
 
             def move(z):
-                return jnp.concatenate([weighted(z, self.layout.broadcast(split.gain)), z], axis=-2)
+                return moved_by(split, z)
 
             def difference(z):
-                return weighted(z, self.layout.broadcast(split.gain - split.embedded))
+                return weighted(z, split.gain - split.embedded)
 
         nothing = jnp.zeros_like(equation.residual)
         z, before, earliest, point, at_point = equation.residual, nothing, nothing, predicted.mean, equation.residual
@@ -345,7 +349,7 @@ class Step(eqx.Module):
             z, before, earliest, at_point = residual_about(predicted.mean, point, new), z, before, new.residual
         last, embedded, remainder = move(z - before)[..., :lower, :], difference(z), None
         if split is not None:
-            coarser = weighted(z, self.layout.broadcast(split.gain - split.coarser))
+            coarser = weighted(z, split.gain - split.coarser)
             earlier = move(before - earliest)[..., :lower, :]
             remainder = self._remainder(predicted.mean, dt, last, earlier, embedded, coarser)
         return Correction(last, embedded, z, point, at_point, split, remainder)
@@ -388,7 +392,7 @@ class Step(eqx.Module):
         moved_alone = push(certain(before.global_error.at[..., lower:, :].set(0)), matrix).mean
 
         moved = self._residual_along(error, t, t - before.t, correction, predicted.factor)
-        error = error - jnp.concatenate([weighted(moved, self.layout.broadcast(correction.split.gain)), moved], axis=-2)
+        error = error - moved_by(correction.split, moved)
         # By how much it has grown in the step, in units of the solution: so does what is not known of it. (The
         # transition has moved that, too, for an equation of higher order.)
         sizes = [self._size(x, lower, t - before.t) for x in (before.distribution.mean, predicted.mean)]

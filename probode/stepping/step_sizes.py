@@ -91,8 +91,9 @@ def sustained_share(num_derivatives: int, order: int) -> float:
 def first_step(
     control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], constraint: AbstractConstraint
 ) -> Float[Array, ""]:
-    """A first step, in any unit of time, from the derivatives at hand; ``span``: the
-    signed time to the next stop, or to the end.
+    """A first step, in any unit of time, from the derivatives at hand.
+
+    ``span``: the signed time to the next stop, or to the end.
 
     With ``c_k`` the size of ``u^(k) / k!`` against the tolerances, the first term that the Taylor polynomial leaves out
     is extrapolated geometrically, ``c_(nu+1) = c_nu^2 / c_(nu-1)``; its residual reaches the tolerance in a step that

@@ -64,13 +64,6 @@ def size(closed: ClosedJaxpr) -> int:
     return len(closed.jaxpr.eqns) + sum(size(jaxpr) for jaxpr in inner)
 
 
-def along(f: ClosedJaxpr, t0: Float[Array, ""], curve: Sequence[Float[Array, "k d"]]) -> list[Float[Array, " m"]]:
-    """The derivatives of ``f(t, x(t))`` at ``t0``, where ``curve`` holds ``x, x', ...``: as many."""
-    time = Lazy(lambda i: t0 if i == 0 else jnp.ones_like(t0) if i == 1 else jnp.zeros_like(t0))
-    (values,) = compose(f, time, Lazy(lambda i: curve[i] / math.factorial(i)))
-    return [math.factorial(i) * values(i) for i in range(len(curve))]
-
-
 def _evaluate(jaxpr: Jaxpr, consts: Sequence, args: Sequence) -> list:
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
