@@ -1,9 +1,12 @@
 """The algebra of a step in square-root form: predict a Gaussian state, and condition it on a linearised equation."""
 
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -48,8 +51,9 @@ class Linearisation(eqx.Module):
     - ``matrix``: ``H``, for the leading ``p <= dim`` rows of the state, ``(*batch, m, p)``.
     - ``residual``: ``z`` at the point, ``(*batch, m, cols)``.
     - ``gives``: the derivatives that the equation gives explicitly, as a ``range``. ``range(1, 2)``: it has the form
-      ``u' - f(t, u) = 0``, so the last ``m`` columns of ``H`` are the identity on ``u'``, and conditioning needs no
-      extra columns. ``None``: an equation of general form.
+      ``u' - f(t, u) = 0``, so the last ``m`` columns of ``H`` are the identity on ``u'``. ``range(1, 4)``: equations
+      for ``u'``, ``u''`` and ``u^(3)``, each in terms of lower derivatives, so the last ``m`` columns are lower
+      triangular with ones on the diagonal. ``None``: an equation of general form.
     - ``noise``: right square root of the covariance of the equation's error, ``(*batch, rows, m)``; ``None`` if the
       equation holds exactly. With noise ``gives`` has to be ``None``.
     - ``left``: right square root of the covariance of ``u`` given the equation under the noise of the step alone,
@@ -92,6 +96,35 @@ class Linearisation(eqx.Module):
         return Linearisation(matrix, layout.pack(residual[None]), range(k, k + 1), whole=whole and layout.keeps_all)
 
     @staticmethod
+    def lifted(
+        layout: Layout,
+        jacobians: Sequence[Float[Array, "levels *jacobian"]],
+        residual: Float[Array, "levels d"],
+        *,
+        whole: bool = True,
+    ) -> "Linearisation":
+        """The linearisation of ``u^(k) - f = 0`` with ``k = len(jacobians)`` and of its time derivatives.
+
+        ``jacobians``: the derivative of ``f`` with respect to each of ``u, ..., u^(k-1)`` as for ``explicit``, with its
+        time derivatives along the solution in front: ``(levels, d, d)`` or ``(levels, d)``. By Leibniz' rule that of
+        ``d^j f / dt^j`` with respect to ``u^(i)`` is made of these. ``residual``: ``u^(k+j) - d^j f / dt^j`` at the
+        point, a row for each ``j``.
+        """
+        k, levels = len(jacobians), residual.shape[0]
+        blocks = [[layout.project(level) for level in jacobian] for jacobian in jacobians]
+        nothing, one = jnp.zeros_like(layout.identity()), layout.identity()
+
+        def block(j, i):
+            if i == k + j:
+                return one
+            parts = [math.comb(j, i - a) * blocks[a][j - i + a] for a in range(k) if 0 <= i - a <= j]
+            return -sum(parts[1:], parts[0]) if parts else nothing
+
+        rows = [jnp.concatenate([block(j, i) for i in range(k + levels)], axis=-1) for j in range(levels)]
+        matrix = jnp.concatenate(rows, axis=-2)
+        return Linearisation(matrix, layout.pack(residual), range(k, k + levels), whole=whole and layout.keeps_all)
+
+    @staticmethod
     def frozen(layout: Layout, order: int, residual: Float[Array, "levels d"]) -> "Linearisation":
         """The equation ``u^(order + j) = c_j`` for ``j = 0, 1, ...``, whose right-hand sides do not depend on ``u``.
 
@@ -101,6 +134,18 @@ class Linearisation(eqx.Module):
         unit = jnp.eye(levels * size, (order + levels) * size, order * size, dtype=residual.dtype)
         gives = range(order, order + levels)
         return Linearisation(layout.broadcast(unit), layout.pack(residual), gives, whole=False, is_frozen=True)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether it gives several derivatives, each in terms of the lower ones."""
+        return self.gives is not None and len(self.gives) > 1 and not self.is_frozen
+
+    def solve_for_given(self, z: Float[Array, "m cols"]) -> Float[Array, "m cols"]:
+        """``T^-1 z``, where the columns of the derivatives given are ``T``: lower triangular, with a unit diagonal."""
+        if not self.is_coupled:
+            return z
+        triangle = self.matrix[:, self.matrix.shape[1] - self.matrix.shape[0] :]
+        return jax.scipy.linalg.solve_triangular(triangle, z, lower=True, unit_diagonal=True)
 
     @staticmethod
     def general(
@@ -234,7 +279,7 @@ def _observed(equation, noise, columns=0):
     leading = noise[:p, :p]
     observed = jnp.concatenate([product(leading, equation.matrix.T), leading[:, :columns]], axis=1)
     if equation.gives is not None:
-        # H ends with the identity: the noise of that derivative itself is upper triangular in the columns of z.
+        # H ends with a unit triangle: the noise of those derivatives is upper triangular in the columns of z.
         return observed[p - m :], observed[: p - m]
     return jnp.zeros((m, m + columns), noise.dtype), observed
 
@@ -310,13 +355,17 @@ class Joint(eqx.Module):
         [    0     posterior   ...  ]
         [    0         0      noise ]   left
 
-    ``inverse``: the matrix from ``z`` to the entries that it replaces; ``None`` if they are a derivative that the
-    equation gives explicitly.
+    Where the equation gives several derivatives in terms of each other, ``x'`` has sums of ``u, ..., u^(k+L)`` instead
+    of these, and their own columns stand between ``x'`` and ``w``, of the posterior and of the gain alike.
+
+    ``inverse``: the matrix from ``z`` to the entries that it replaces; ``None`` if they are derivatives that the
+    equation gives explicitly. ``carried``: how many columns there are between ``x'`` and ``w``.
     """
 
     triangle: Float[Array, "*batch n width"]
     left: Float[Array, "*batch rows extra"]
     inverse: Float[Array, "*batch dim m"] | None
+    carried: int = eqx.field(static=True, default=0)
 
 
 @batched
@@ -349,16 +398,20 @@ def join(
         return Joint(*eliminate(upper, dense), inverse)
 
     k = p - m
+    mix, carried = _mixture(equation, noise) if equation.is_coupled else (None, 0)
 
     def change_columns(factor):
-        return jnp.concatenate([product(factor[:, :p], h.T), factor[:, :k], factor[:, p:]], axis=1)
+        leading = factor[:, :p]
+        kept = leading[:, :k] if mix is None else product(leading, mix)
+        return jnp.concatenate([product(leading, h.T), kept, factor[:, p:], leading[:, :carried]], axis=1)
 
     changed = change_columns(noise)
-    # Noise of derivatives above u^(k) does not enter z and stays triangular; that of derivatives below it is dense in
-    # the columns of z, and would break the triangle.
-    upper = jnp.concatenate([changed[k:p], jnp.zeros((k, dim), noise.dtype), changed[p:]])
+    # Noise of derivatives above those given does not enter z and stays triangular; that of derivatives below them is
+    # dense in the columns of z, and would break the triangle.
+    upper = jnp.concatenate([changed[k:p], jnp.zeros((k, dim + carried), noise.dtype), changed[p:]])
     upper, dense = _beside(upper, change_columns(x.factor), past, changed[:k])
-    return Joint(*eliminate(upper, dense), None)
+    triangle, left = eliminate(upper, dense)
+    return Joint(triangle, left[:, carried:], None, carried)
 
 
 @batched
@@ -374,23 +427,47 @@ def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditiona
 
     def all_columns(rows, own):
         # The entries that z replaces follow from z = H x. `own` are the columns of z in the same rows.
+        if joint.carried:
+            return jnp.concatenate([rows[:, dim - m :], rows[:, p - m : dim - m]], axis=1)
         if joint.inverse is not None:
             missing = own - product(rows[:, :p], h.T)
             return rows + product(missing, joint.inverse.T)
         k = p - m
         return jnp.concatenate([rows[:, :k], own - product(rows[:, :k], h[:, :k].T), rows[:, k:]], axis=1)
 
+    end = n + joint.carried
     whitened = substitute(triangle[:m, :m], equation.residual)
-    gain = all_columns(triangle[:m, m:n], triangle[:m, :m])
-    factor = all_columns(triangle[m:, m:n], jnp.zeros((n - m, m), gain.dtype))
+    gain = all_columns(triangle[:m, m:end], triangle[:m, :m])
+    factor = all_columns(triangle[m:, m:end], jnp.zeros((n - m, m), gain.dtype))
     state = Normal(x.mean - product(gain.T, whitened), factor)
     if past is not None:
-        shift = past.shift - product(triangle[:m, n:].T, whitened)
-        cross = pad_rows(triangle[m:, n:], x.factor.shape[0])
+        shift = past.shift - product(triangle[:m, end:].T, whitened)
+        cross = pad_rows(triangle[m:, end:], x.factor.shape[0])
         past = Conditional(shift, cross, updated_noise(past, joint.left))
     observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - p)))
     influence = Influence(whitened, gain, observed, jnp.ones((), gain.dtype))
     return Update(pad(state, x.factor.shape[0]), past, influence, jnp.diagonal(triangle)[:m])
+
+
+def _mixture(equation, noise):
+    """Weights of sums of ``u, ..., u^(k+L)`` that know all of these, given an equation between them, and their number.
+
+    Given ``z`` they are determined by ``u, ..., u^(k-1)``, but not in floating-point numbers: a stiff field multiplies
+    round-off in ``u`` by ``J`` again with every derivative. So the elimination has the sums, ``k`` for each component,
+    in which every derivative counts by its noise, and carries the columns of the derivatives themselves along. What it
+    leaves of these below its triangle is round-off then: in a stiff direction ``u`` is, and the highest derivative is
+    not.
+    """
+    m, p = equation.matrix.shape
+    blocks = p // (m // len(equation.gives))
+    size, k = p // blocks, blocks - len(equation.gives)
+    std = lax.stop_gradient(safe_norm(noise[:, :p], axis=0))
+    weights = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1), 1)
+    # The powers of an eigenvalue with negative real part alternate in sign, and so their sum does not cancel.
+    j = np.arange(blocks)
+    signs = (-1.0) ** j * np.cos(np.pi * np.arange(k)[:, None] * (j + 0.5) / blocks)
+    mix = jnp.kron(jnp.asarray(signs.T, noise.dtype), jnp.eye(size, dtype=noise.dtype))
+    return weights[:, None] * mix, p
 
 
 def _replacement(equation, noise):

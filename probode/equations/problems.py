@@ -12,13 +12,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
 from ..util.checks import as_integer
 from .jacobians import AbstractJacobian, ExactJacobian, as_jacobian
-from .taylor.derivatives import unrolled_derivatives
+from .taylor.derivatives import derivatives_along, unrolled_derivatives
 
 
 def _jacobian_field() -> Any:
@@ -66,6 +68,16 @@ class AbstractProblem(eqx.Module):
     @abstractmethod
     def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
         """The residual, a PyTree that is zero where the equation holds, at ``us = (u, u', ..., u^(order))``."""
+
+    def flat_residual(
+        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
+    ) -> Float[Array, "rows m"]:
+        """``residual_of`` on flat arrays: one row, or one for each derivative that the equation gives.
+
+        ``us``: the derivatives ``u, u', ...`` up to ``u^(order)`` or beyond, ravelled.
+        """
+        values = tuple(layout.unravel(u) for u in us[: self.order + 1])
+        return layout.ravel(self.residual_of(t, values, args))[None]
 
     def lifted(self, levels: Any) -> "AbstractProblem":
         """The equation and its first ``levels`` time derivatives, which hold along a solution as well, as one equation.
@@ -212,7 +224,8 @@ class Residual(AbstractProblem):
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
         us = us[: self.order + 1]
-        value, jacobian = self.jacobian.evaluate(flat_residual(self, layout, args), t, us, layout, args)
+        residual = lambda t, us: self.flat_residual(t, us, layout, args)[0]  # noqa: E731
+        value, jacobian = self.jacobian.evaluate(residual, t, us, layout, args)
         return Linearisation.general(layout, list(jacobian), value)
 
 
@@ -255,8 +268,22 @@ class Lifted(AbstractProblem):
     def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree) -> None:
         self.ode.check(t0, values, args)
 
+    @property
+    def num_linearised(self) -> int:
+        return self.order
+
     def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
         return self.residual.residual_of(t, us, args)
+
+    def flat_residual(
+        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
+    ) -> Float[Array, "rows m"]:
+        field = derivatives_along(flat_field(self, layout, args), t, self._curve(us))
+        return us[self.ode.order : self.order + 1] - field
+
+    def _curve(self, us):
+        """The arguments of the field, and their time derivatives."""
+        return us[np.arange(self.levels + 1)[:, None] + np.arange(self.ode.order)]
 
     def derivatives(
         self, t: Float[Array, ""], us: Float[Array, "k d"], layout: Layout, args: PyTree
@@ -274,7 +301,22 @@ class Lifted(AbstractProblem):
     def first_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
-        return self.residual.first_order(t, us, layout, args)
+        """The equations ``u^(k+j) - d^j f / dt^j = 0``, where the time derivatives are those along ``us``.
+
+        Not along the solution through ``u, ..., u^(k-1)``: in first order these are the same, but in terms of ``u``
+        alone ``H`` has powers of the Jacobian, in which a stiff field loses all that is not stiff.
+        """
+        k = self.ode.order
+
+        def evaluate(t, us):
+            return self.ode.jacobian.evaluate(flat_field(self, layout, args), t, us, layout, args)
+
+        curve = self._curve(us)
+        _, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, jax.eval_shape(evaluate, t, curve[0])))
+        flat = derivatives_along(lambda t, us: ravel_pytree(evaluate(t, us))[0], t, curve)
+        field, jacobians = jax.vmap(unravel)(flat)
+        residual = us[k : self.order + 1] - field
+        return Linearisation.lifted(layout, list(jnp.moveaxis(jacobians, 1, 0)), residual)
 
 
 class _Derivatives(eqx.Module):
@@ -322,15 +364,6 @@ def flat_field(ode: AbstractProblem, layout: Layout, args: PyTree) -> Callable:
         return layout.ravel(ode.vector_field(t, *(layout.unravel(u) for u in us), args))  # type: ignore[attr-defined]
 
     return field
-
-
-def flat_residual(problem: AbstractProblem, layout: Layout, args: PyTree) -> Callable:
-    """The residual of a problem as a function ``r(t, us)`` of flat arrays, from ``(order+1, d)`` to ``(m,)``."""
-
-    def residual(t: Float[Array, ""], us: Float[Array, "derivatives d"]) -> Float[Array, " m"]:
-        return layout.ravel(problem.residual_of(t, tuple(layout.unravel(u) for u in us), args))
-
-    return residual
 
 
 def _require_signature(fn, name, letter, t0, values, args):

@@ -79,7 +79,9 @@ class LocalError(AbstractErrorEstimate):
     ``u`` after the step under its noise alone, as in ``StateError``: damped as the method is, so that stiff components
     at rest do not hold up the solve. In the second, ``r`` is the residual of the corrected mean at the end of the step,
     which the linearisation left out; what it does to ``u`` enters the derivatives too, and a polynomial of degree
-    ``nu`` extrapolates an error in equidistant values with up to that factor. Elsewhere (``TS0``, or ``TS1`` with the
+    ``nu`` extrapolates an error in equidistant values with up to that factor. (Of a ``Lifted`` equation every state
+    knows several derivatives; there it is what the remainder does to the state, extrapolated over one more step of the
+    same length, in absolute values.) Elsewhere (``TS0``, or ``TS1`` with the
     diagonal of the Jacobian) the residual itself, for ``u`` alone, ``|dt|^k / k! s sqrt(diag(H Q H^T))``: the errors
     of such steps add up with equal sign, and are near the tolerance in the end for this.
 
@@ -112,14 +114,25 @@ class LocalError(AbstractErrorEstimate):
             scale = jnp.maximum(scale, innovation.size_inside)
         scale = scale[..., None, None]
         size = layout.identity().shape[-1]
-        order = max(1, equation.matrix.shape[-1] // size - 1)
+        order = max(1, equation.matrix.shape[-1] // size - 1) if equation.gives is None else equation.gives.start
         if equation.gives is not None and not equation.whole:
             return jnp.abs(dt) ** order / math.factorial(order) * layout.std(scale * innovation.factor)[0]
         left = posterior_noise(equation, transition.noise, order * size)
         if innovation.remainder is None:
             return _SAFETY * layout.std(scale * left)
-        left_out = layout.unpack(explained(transition, equation, innovation.factor, innovation.remainder))[:order]
-        return _SAFETY * layout.std(scale * left) + (2 ** (layout.num_derivatives + 1) - 1) * jnp.abs(left_out)
+        left_out = layout.unpack(explained(transition, equation, innovation.factor, innovation.remainder))
+        if equation.is_coupled:
+            left_out = _ahead(jnp.abs(left_out), jnp.abs(dt), order)
+        else:
+            left_out = (2 ** (layout.num_derivatives + 1) - 1) * jnp.abs(left_out[:order])
+        return _SAFETY * layout.std(scale * left) + left_out
+
+
+def _ahead(errors, dt, order):
+    """The sums ``|e_i| + dt |e_(i+1)| + dt^2 / 2 |e_(i+2)| + ...`` of errors in derivatives, for the first ones."""
+    n = errors.shape[0]
+    powers = jnp.stack([dt**j / math.factorial(j) for j in range(n)])[:, None]
+    return jnp.stack([jnp.sum(powers[: n - i] * errors[i:], axis=0) for i in range(order)])
 
 
 class ResidualError(AbstractErrorEstimate):

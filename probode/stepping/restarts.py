@@ -71,15 +71,18 @@ def _start_and_moves(constraint, initialisation, t, x, layout, args):
     certain = Normal(state.mean, jnp.zeros((*state.mean.shape[:-1], dim), u.dtype))
     equation = constraint.linearise(t, certain, layout, args)
     known = jnp.all(layout.std(state.factor) == 0, axis=1)
-    moves = batched(lambda matrix: _powers(matrix, dim, cols, k, exact=equation.gives is not None))(equation.matrix)
+    moves = batched(lambda equation: _powers(equation, dim, cols, k))(equation)
     return state, moves * jnp.repeat(known, cols)[:, None]
 
 
-def _powers(matrix, dim, cols, k, *, exact):
-    """How all derivatives move with the first ``k`` if ``matrix x = 0`` holds at all times."""
-    width = k * cols
+def _powers(equation, dim, cols, k):
+    """How all derivatives move with the first ``k`` if the equation holds at all times."""
+    width, matrix = k * cols, equation.matrix
     rows = jnp.eye(width, dtype=matrix.dtype)
-    told = -matrix[:, :width] if exact else -product(jnp.linalg.pinv(matrix[:, width:]), matrix[:, :width])
+    if equation.gives is None:
+        told = -product(jnp.linalg.pinv(matrix[:, width:]), matrix[:, :width])
+    else:
+        told = -equation.solve_for_given(matrix[:, :width])
     rows = jnp.concatenate([rows, told])[:dim]
     while told.shape[0] and rows.shape[0] < dim:
         rows = jnp.concatenate([rows, product(told[:cols], rows[-width:])])

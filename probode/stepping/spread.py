@@ -79,18 +79,20 @@ def push_moves(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) ->
 
 def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float[Array, "N *state"]:
     """The directions after an update: each moves by the gain of the mean times its own residual."""
-    influence, whole, explicit = update.influence, equation.whole, equation.gives is not None
+    influence = update.influence
 
     @batched
-    def after(move, z, gain, matrix, h):
-        m, p = h.shape
-        if whole:
+    def after(move, z, gain, matrix, equation):
+        m, p = equation.matrix.shape
+        if equation.whole:
             told = product(matrix, move)
         else:
             # S^(-1/2) from S^(-1/2) H, where H says nothing about how the field moves.
-            root = matrix[:, p - m : p] if explicit else product(matrix[:, :p], jnp.linalg.pinv(h))
-            told = product(root, z)
+            if equation.gives is None:
+                told = product(product(matrix[:, :p], jnp.linalg.pinv(equation.matrix)), z)
+            else:
+                told = product(matrix[:, p - m : p], equation.solve_for_given(z))
         return move - product(gain.T, told)
 
     along = jax.vmap(after, in_axes=(0, 0, None, None, None))
-    return along(ahead.moves, ahead.residuals, influence.gain, influence.matrix, equation.matrix)
+    return along(ahead.moves, ahead.residuals, influence.gain, influence.matrix, equation)

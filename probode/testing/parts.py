@@ -257,9 +257,11 @@ def check_constraint(
     hold(equation.residual.shape[-2] == m, f"{name}: matrix and residual have the same number of rows")
     hold(p <= layout.pack(stack).shape[-2], f"{name}: the matrix has no more columns than the state")
     if equation.gives is not None:
-        law = f"{name}: where the equation gives a derivative the matrix is the identity on it and ends there"
+        law = f"{name}: where the equation gives derivatives the matrix ends with them, as a unit lower triangle"
         hold(p * len(equation.gives) == equation.gives.stop * m, law, f"{p} columns for gives={equation.gives}")
-        equal(equation.matrix[..., -m:], jnp.broadcast_to(jnp.eye(m), (*equation.matrix.shape[:-2], m, m)), law, 1e-15)
+        own = equation.matrix[..., -m:]
+        own = jnp.triu(own) if equation.is_coupled else own
+        equal(own, jnp.broadcast_to(jnp.eye(m), own.shape), law, 1e-15)
     if first_order and layout.couples:
         residual = lambda x: linearise(constraint, jnp.asarray(t + 0.4), x.reshape(stack.shape)).residual[:, 0]  # noqa: E731
         derivative = jax.jacfwd(residual)(stack.ravel())[:, :p]

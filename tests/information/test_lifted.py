@@ -1,4 +1,4 @@
-"""Lifted equations in zeroth order, against textbook filters in forty digits, quadrature rules, and each other."""
+"""Lifted equations, against textbook filters in forty digits, quadrature rules, and each other."""
 
 import functools as ft
 import itertools
@@ -67,6 +67,58 @@ def textbook(seed, order, nu, levels, evaluations, u0, grid):
     return mean.reshape(n, D).astype(float), np.array([[float(mpmath.sqrt(abs(v))) for v in row] for row in variances])
 
 
+def total_derivatives(seed, order, levels, x):
+    """``f`` and its time derivatives along the state's own derivatives ``x``, ``(levels+1, d)``, and their derivative
+    with respect to all of these, ``(levels+1, d, nu+1, d)``.
+    """
+    a, b, c, e = (oracles.precise(v) for v in coefficients(seed))
+    values, jacobian = [], oracles.precise(np.zeros((levels + 1, D, len(x), D)))
+    for j in range(levels + 1):
+        f = b @ x[j] + sum(math.comb(j, i) * x[i] * (c @ x[j - i]) for i in range(j + 1)) + (a if j == 0 else 0)
+        jacobian[j, :, j] += b
+        if order == 2:
+            f = f + e @ x[j + 1]
+            jacobian[j, :, j + 1] += e
+        for i in range(j + 1):
+            jacobian[j, :, i] += math.comb(j, i) * (np.diag(c @ x[j - i]) + np.diag(x[j - i]) @ c)
+        values.append(f)
+    return np.stack(values), jacobian
+
+
+def kept(factorisation, jacobian):
+    """The part of a Jacobian ``(levels, d, derivatives, d)`` that a factorisation keeps."""
+    if isinstance(factorisation, po.Dense):
+        return jacobian
+    eye = np.eye(D, dtype=int)[:, None, :]
+    if isinstance(factorisation, po.BlockDiagonal):
+        return jacobian * eye
+    mean = sum(jacobian[:, i, :, i] for i in range(D)) / D
+    return mean[:, None, :, None] * eye
+
+
+def textbook_first_order(seed, order, nu, levels, evaluations, factorisation, u0, grid):
+    """As ``textbook``, with the derivative of all levels with respect to the state at the prediction."""
+    n, rows = nu + 1, (levels + 1) * D
+    mean = series(seed, order, oracles.precise(u0), nu).ravel()
+    covariance = 0 * np.outer(mean, mean)
+    own = oracles.precise(np.kron(np.eye(n)[order : order + levels + 1], np.eye(D)))
+    for t0, t1 in itertools.pairwise(grid):
+        a, q = (
+            oracles.precise(x) for x in oracles.iwp_transition(nu, mpmath.mpf(float(t1)) - mpmath.mpf(float(t0)), D)
+        )
+        predicted, covariance = a @ mean, a @ covariance @ a.T + q
+        right, jacobian = total_derivatives(seed, order, levels, predicted.reshape(n, D))
+        h = own - kept(factorisation, jacobian).reshape(rows, n * D)
+        mean, posterior = oracles.condition(predicted, covariance, h, own @ predicted - right.ravel())
+        for _ in range(evaluations - 1):
+            right, _ = total_derivatives(seed, order, levels, mean.reshape(n, D))
+            z = own @ mean - right.ravel() + h @ (predicted - mean)
+            mean, posterior = oracles.condition(predicted, covariance, h, z)
+        covariance = posterior
+    variances = np.diagonal(covariance).reshape(n, D)
+    return mean.reshape(n, D).astype(float), np.array([[float(mpmath.sqrt(abs(v))) for v in row] for row in variances])
+
+
 GRID = np.array([0.0, 0.3, 0.5, 1.1])
 U0 = {1: np.array([[1.0, -0.5]]), 2: np.array([[1.0, -0.5], [0.2, 0.7]])}
 
@@ -105,6 +157,83 @@ def test_equal_to_a_textbook_filter(case):
         # (``derivative(j).std`` adds what freezing the field leaves out.)
         got = solution.layout.std(solution.marginals.factor[-1])
         np.testing.assert_allclose(got, std, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.thorough) for c in CASES])
+def test_first_order_is_equal_to_a_textbook_filter(case):
+    order, nu, levels, evaluations = case
+    seed = 7 * order + nu
+    for factorisation in FACTORISATIONS:
+        with mpmath.workdps(40):
+            inputs = seed, order, nu, levels, evaluations, factorisation, U0[order], GRID
+            mean, std = textbook_first_order(*inputs)
+        constraint = po.TS1(quadratic(seed, order).lifted(levels), evaluations=evaluations)
+        parts = {"factorisation": factorisation, "calibration": po.NoCalibration()}
+        solution = po.Solver(po.IWP(nu), constraint, **parts).solve_grid(initial(order), jnp.asarray(GRID))
+        for j in range(nu + 1):
+            got = solution.derivative(j)
+            np.testing.assert_allclose(got.mean[-1], mean[j], rtol=1e-10, atol=1e-10 * np.max(np.abs(mean[j])))
+            np.testing.assert_allclose(got.std[-1], std[j], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("strategy", first_of(po.FixedIntervalSmoother(), po.FixedPointSmoother()))
+@pytest.mark.parametrize(("order", "levels"), first_of((1, 2), (2, 1), (1, 4)))
+def test_first_order_is_that_of_the_general_algebra(order, levels, strategy):
+    """A ``Stack`` of the one equation is conditioned on as an equation of any form."""
+    problem = quadratic(3, order).lifted(levels)
+    ends = []
+    for constraint in (po.TS1(problem), po.Stack(po.TS1(problem))):
+        made = po.Solver(po.IWP(5), constraint, calibration=po.NoCalibration(), strategy=strategy)
+        ends.append(made.solve_grid(initial(order), jnp.asarray(GRID)))
+    for j in range(6):
+        one, other = (end.derivative(j) for end in ends)
+        np.testing.assert_allclose(one.mean, other.mean, rtol=1e-10, atol=1e-12 * np.max(np.abs(one.mean)))
+        np.testing.assert_allclose(one.std, other.std, rtol=1e-8, atol=1e-14)
+    np.testing.assert_allclose(ends[0].log_likelihood, ends[1].log_likelihood, rtol=1e-8)
+
+
+@pytest.mark.parametrize("levels", first_of(2, 1, 4))
+@pytest.mark.parametrize("stiffness", first_of(1e9, 1e3, 1e6))
+def test_stiff_covariances_survive_round_off(levels, stiffness):
+    """``u = (J^-1)^j u^(j)``: recovered one from the other, powers of the Jacobian would multiply round-off."""
+    nu, grid = 5, 0.1 * np.arange(5)
+    rotation = np.array([[np.cos(0.7), -np.sin(0.7)], [np.sin(0.7), np.cos(0.7)]])
+    matrix = rotation @ np.diag([-1.0, -stiffness]) @ rotation.T
+    problem = po.ODE(lambda t, u, args: jnp.asarray(matrix) @ u).lifted(levels)
+    made = po.Solver(po.IWP(nu), po.TS1(problem), calibration=po.NoCalibration())
+    solution = made.solve_grid(jnp.zeros(2), jnp.asarray(grid))
+    with mpmath.workdps(120):
+        own, covariance = oracles.precise(np.kron(np.eye(nu + 1)[1 : levels + 2], np.eye(D))), 0
+        lower = oracles.precise(np.kron(np.eye(nu + 1)[: levels + 1], matrix))
+        for t0, t1 in itertools.pairwise(grid):
+            step = mpmath.mpf(float(t1)) - mpmath.mpf(float(t0))
+            a, q = (oracles.precise(x) for x in oracles.iwp_transition(nu, step, D))
+            covariance = q if t0 == 0 else a @ covariance @ a.T + q
+            nothing = covariance[0] * 0
+            _, covariance = oracles.condition(nothing, covariance, own - lower, (own - lower) @ nothing)
+        std = np.array([float(mpmath.sqrt(v)) for v in np.diagonal(covariance)]).reshape(nu + 1, D)
+    # What remains is the round-off of the Jacobian's entries in its slow direction, in which derivatives are small.
+    for j in range(nu + 1):
+        accuracy = (1e-14 if j == 0 else 2e-11) * stiffness
+        np.testing.assert_allclose(solution.derivative(j).std[-1], std[j], rtol=accuracy)
+
+
+@pytest.mark.parametrize("levels", first_of(2, 3))
+def test_first_order_takes_long_steps_in_stiff_systems(levels):
+    """Van der Pol's oscillator with mu = 1000; its value at t = 2 is that of Hairer and Wanner (1996)."""
+
+    def field(t, u, mu):
+        return jnp.stack([u[1], mu * ((1 - u[0] ** 2) * u[1] - u[0])])
+
+    ode, mu, end = po.ODE(field), 1e3, np.array([1.7632345402034444, -0.8356886816777198])
+    attempts = {}
+    for problem in (ode, ode.lifted(levels)):
+        constraint = po.TS1(problem, evaluations=2)
+        made = po.Solver(po.RelativeScale(po.IWP(5)), constraint, controller=po.IntegralController(1e-6, 1e-9))
+        solution = made.solve(jnp.array([2.0, 0.0]), 0.0, 2.0, args=mu)
+        assert np.max(np.abs(solution.mean[-1] - end)) < 1e-5
+        attempts[problem.order] = int(solution.stats["num_steps"])
+    assert attempts[1 + levels] < 0.6 * attempts[1]
 
 
 # --- Rules of quadrature

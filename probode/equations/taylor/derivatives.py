@@ -81,6 +81,25 @@ def unrolled_derivatives(
     return taylor_derivatives(f, t0, u0, num)
 
 
+def derivatives_along(
+    fn: Callable[[Float[Array, ""], Float[Array, "k d"]], Float[Array, " m"]],
+    t: Float[Array, ""],
+    curve: Float[Array, "levels k d"],
+) -> Float[Array, "levels m"]:
+    """``fn(t, x)`` and its total time derivatives where ``x`` moves along ``curve = [x, x', ...]``.
+
+    For functions that are called in every step, by recurrences as in ``unrolled_derivatives``. Raises ``ValueError`` as
+    ``taylor_derivatives`` does.
+    """
+    depth, closed = curve.shape[0] - 1, jax.make_jaxpr(fn)(t, curve[0])
+    if recurrences.size(closed) * (depth + 1) ** 2 <= _UNROLLED:
+        try:
+            return recurrences.along(closed, t, curve)
+        except MissingRule:
+            pass
+    return _along(closed, t, curve[0], depth, depth, "vector field")(curve)
+
+
 def consistent_derivatives(
     r: Callable[[Float[Array, ""], Float[Array, "k+1 d"]], Float[Array, " m"]],
     t0: Float[Array, ""],

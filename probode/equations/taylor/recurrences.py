@@ -53,9 +53,21 @@ def solution(field: ClosedJaxpr, t0: Float[Array, ""], u0: Float[Array, "k d"], 
         return jnp.stack([u(i + j) for j in range(k)]) / math.factorial(i)
 
     u = Lazy(derivative)
-    time = Lazy(lambda i: t0 if i == 0 else jnp.ones_like(t0) if i == 1 else jnp.zeros_like(t0))
-    (f,) = compose(field, time, Lazy(of_arguments))
+    (f,) = compose(field, _time(t0), Lazy(of_arguments))
     return jnp.stack([u(i) for i in range(num + 1)])
+
+
+def along(closed: ClosedJaxpr, t: Float[Array, ""], curve: Float[Array, "levels *x"]) -> Float[Array, "levels *out"]:
+    """A traced function of time and ``x``, and its time derivatives, where ``x`` moves along ``curve = [x, x', ...]``.
+
+    Derivatives are plain, not divided by factorials.
+    """
+    (out,) = compose(closed, _time(t), Lazy(lambda i: curve[i] / math.factorial(i)))
+    return jnp.stack([math.factorial(i) * out(i) for i in range(curve.shape[0])])
+
+
+def _time(t):
+    return Lazy(lambda i: t if i == 0 else jnp.ones_like(t) if i == 1 else jnp.zeros_like(t))
 
 
 def size(closed: ClosedJaxpr) -> int:
