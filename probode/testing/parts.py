@@ -213,8 +213,10 @@ def check_constraint(
     """Raises ``LawBroken`` unless a constraint linearises its equation consistently.
 
     - Where the state is certain, the residual is that of ``problem`` at the time and state passed; there may be further
-      rows, as of a ``Stack``.
-    - Matrix and residual have matching shapes. If ``gives`` is set, the last columns of the matrix are the identity.
+      rows, as of a ``Stack``. In zeroth order, where an equation gives several derivatives, this is asked for a state
+      whose derivatives are those of a solution.
+    - Matrix and residual have matching shapes. If ``gives`` is set, the last columns of the matrix are the identity, or
+      lower triangular with ones on the diagonal where it gives several derivatives in terms of each other.
     - With ``first_order`` and under ``Dense``, the matrix is the derivative of the residual.
     - Solutions on a grid converge with order one at least.
     - Single precision is kept, and linearisations work under the transformations of JAX.
@@ -240,13 +242,18 @@ def check_constraint(
     known = jnp.stack([layout.ravel(u) for u in u0])
     stack = jnp.concatenate([known, 0.3 * jnp.asarray(rng.normal(size=(nu + 1 - known.shape[0], layout.size)))])
 
-    def linearise(constraint, t, stack=stack, layout=layout):
+    def linearise(constraint, t, stack, layout=layout):
         certain = layout.lift(jnp.zeros((nu + 1, nu + 1), layout.dtype), 1.0)
         return constraint.linearise(t, Normal(layout.pack(stack), certain), layout, args)
 
     for time in (t, t + 0.4):
-        equation = linearise(constraint, jnp.asarray(time))
+        equation = linearise(constraint, jnp.asarray(time), stack)
         finite(equation, f"{name}: the linearisation is finite where nothing is uncertain yet")
+        if equation.is_frozen:
+            # In zeroth order the derivatives are those of a solution: the others have to be so, too.
+            given = layout.unpack(-equation.residual)[:-1]
+            stack = stack.at[jnp.asarray(equation.gives[:-1], int)].add(given)
+            equation = linearise(constraint, jnp.asarray(time), stack)
         us = tuple(layout.unravel(u) for u in stack)
         expected, _ = ravel_pytree(problem.residual_of(jnp.asarray(time), us, args))
         told = jnp.ravel(equation.residual)
@@ -269,7 +276,7 @@ def check_constraint(
     narrow = layout_of(in_single(u0[0]), nu, factorisation)
     single = linearise(in_single(constraint), jnp.asarray(t, jnp.float32), stack.astype(jnp.float32), narrow)
     has_dtype(single, jnp.float32, f"{name}: a linearisation has the dtype of the state")
-    survives(lambda c, x: jnp.ravel(linearise(c, x).residual), constraint, jnp.asarray(t), "a linearisation, in time,")
+    survives(lambda c, x: jnp.ravel(linearise(c, x, stack).residual), constraint, jnp.asarray(t), "a linearisation, in time,")
     span = 0.5
 
     def error(steps):
