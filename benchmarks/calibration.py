@@ -49,6 +49,39 @@ def henon_heiles(u):
     return dx, dy, -x - 2 * x * y, -y - x**2 + y**2
 
 
+def three_body(u):
+    """The restricted three-body problem of Arenstorf's orbit, with a light third body."""
+    (x, y, dx, dy), mu = u, 0.012277471
+    to_first = ((x + mu) ** 2 + y**2) ** 1.5
+    to_second = ((x - 1 + mu) ** 2 + y**2) ** 1.5
+    ddx = x + 2 * dy - (1 - mu) * (x + mu) / to_first - mu * (x - 1 + mu) / to_second
+    return dx, dy, ddx, y - 2 * dx - (1 - mu) * y / to_first - mu * y / to_second
+
+
+def pleiades(u):
+    """Seven bodies of masses 1 to 7 in the plane: 28 components, positions before velocities."""
+    masses, (x, y) = np.arange(1.0, 8.0), (u[:7], u[7:14])
+    dx, dy = (z[None, :] - z[:, None] for z in (x, y))
+    pull = masses / (dx**2 + dy**2 + np.eye(7)) ** 1.5
+    return (*u[14:], *(pull * dx).sum(axis=1), *(pull * dy).sum(axis=1))
+
+
+def driven_pendulum(u):
+    x, v, t = u
+    return v, -_elementary("sin", x) - 0.2 * v + 1.2 * _elementary("cos", 2 * t / 3), 1.0
+
+
+def quadratures(u):
+    """A chain of quadratures: nothing but the time enters the first, and that the others."""
+    *x, t = u
+    return _elementary("cos", 3 * t), 0.1 * x[0], x[1], 1.0
+
+
+def _elementary(name, x):
+    # JAX has no extended precision, and NumPy does not trace.
+    return getattr(np if isinstance(x, np.floating) else jnp, name)(x)
+
+
 def stiff_van_der_pol(u):
     return u[1], 50.0 * (1 - u[0] ** 2) * u[1] - u[0]
 
@@ -57,7 +90,8 @@ class Problem(NamedTuple):
     """An initial value problem `u' = field(u)`, `u(0) = start`, on `[0, end]`.
 
     `second_order`: the second half of `u` is the derivative of the first half, and the problem is solved as an equation
-    of second order for the first half. `longest`: the longest step of the reference.
+    of second order for the first half. `clock`: the last component of `u` is the time, and the problem is solved
+    without it. `longest`: the longest step of the reference.
     """
 
     field: Callable
@@ -65,12 +99,16 @@ class Problem(NamedTuple):
     end: float
     second_order: bool = False
     longest: float = 0.05
+    clock: bool = False
 
     def equation(self):
         """The `probode.ODE` and its initial value."""
         import probode
 
         start, half = jnp.array(self.start), len(self.start) // 2
+        if self.clock:
+            field = lambda t, u, args: jnp.stack(self.field((*u, t))[:-1])  # noqa: E731
+            return probode.ODE(field), start[:-1]
         if not self.second_order:
             return probode.ODE(lambda t, u, args: jnp.stack(self.field(u))), start
         ode = probode.ODE(lambda t, u, du, args: jnp.stack(self.field(jnp.concatenate([u, du]))[half:]), order=2)
@@ -84,7 +122,7 @@ class Problem(NamedTuple):
             for _ in range(parts):
                 u = _extrapolated(self.field, u, (np.longdouble(b) - np.longdouble(a)) / parts)
             out.append(u.astype(float))
-        return np.array(out)[:, : len(self.start) // 2 if self.second_order else None]
+        return np.array(out)[:, : len(self.start) // 2 if self.second_order else -1 if self.clock else None]
 
 
 PROBLEMS = {
@@ -97,6 +135,16 @@ PROBLEMS = {
 FURTHER = {
     "henon_heiles": Problem(henon_heiles, (0.0, 0.1, 0.5, 0.0), 50.0, second_order=True),
     "van_der_pol_50": Problem(stiff_van_der_pol, (2.0, 0.0), 45.0, longest=0.01),
+}
+PLEIADES_START = (
+    *(3.0, 3.0, -1.0, -3.0, 2.0, -2.0, 2.0, 3.0, -3.0, 2.0, 0.0, 0.0, -4.0, 4.0),
+    *(0.0, 0.0, 0.0, 0.0, 0.0, 1.75, -1.5, 0.0, 0.0, 0.0, -1.25, 1.0, 0.0, 0.0),
+)
+LIFTED = {
+    "three_body": Problem(three_body, (0.994, 0.0, 0.0, -2.00158510637908252), 0.5, longest=0.001),
+    "pleiades": Problem(pleiades, PLEIADES_START, 3.0, longest=0.005),
+    "driven_pendulum": Problem(driven_pendulum, (0.2, 0.0, 0.0), 20.0, clock=True),
+    "quadratures": Problem(quadratures, (0.0, 0.0, 0.0, 0.0), 10.0, clock=True),
 }
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 
@@ -168,7 +216,7 @@ def lifted_solvers(nu):
 def cases(further, lifted):
     """The names of the configurations for each problem, by the name of the problem."""
     if lifted:
-        return dict.fromkeys([*PROBLEMS, "henon_heiles"], tuple(lifted_solvers(3)))
+        return dict.fromkeys([*PROBLEMS, "henon_heiles", *LIFTED], tuple(lifted_solvers(3)))
     neglecting = ("EK1 dynamic, per component", "EK1 leave one out, per component")
     remembering = ("EK1 leave one out, memory", "EK1 dynamic, memory")
     if not further:
@@ -181,7 +229,7 @@ def main() -> None:
     """Solve all problems with all configurations, write the table, print a summary."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="orders 3 and 5, three tolerances")
-    parser.add_argument("--problem", action="append", choices=[*PROBLEMS, *FURTHER])
+    parser.add_argument("--problem", action="append", choices=[*PROBLEMS, *FURTHER, *LIFTED])
     parser.add_argument("--further", action="store_true", help="second order, stiff, EK1 per component, memory")
     parser.add_argument("--lifted", action="store_true", help="filters that observe all derivatives, nu 3 to 8")
     options = parse(parser)
@@ -194,7 +242,7 @@ def main() -> None:
     for name, labels in cases(options.further, options.lifted).items():
         if options.problem and name not in options.problem:
             continue
-        problem = (PROBLEMS | FURTHER)[name]
+        problem = (PROBLEMS | FURTHER | LIFTED)[name]
         ode, u0 = problem.equation()
         for nu in (3, 5) if options.quick else orders:
             for label in labels:

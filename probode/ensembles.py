@@ -106,9 +106,9 @@ def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
         if block == 1:
             return lax.map(lambda lane: solve(lane, shared), mapped)
         together = jax.vmap(solve, in_axes=(0, None))
-        blocks = jax.tree.map(lambda x: jnp.reshape(x, (-1, block, *x.shape[1:])), mapped)
+        blocks = jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] // block, block, *x.shape[1:])), mapped)
         solutions = lax.map(lambda lanes: together(lanes, shared), blocks)
-        return jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), solutions)
+        return jax.tree.map(lambda x: jnp.reshape(x, (x.shape[0] * block, *x.shape[2:])), solutions)
 
     # Lanes sorted by cost, in blocks that go to the devices in turn: contiguous shares would have very different costs.
     # Copies of the last lane fill up the last blocks.

@@ -125,7 +125,7 @@ def _iterate(solver, u0, grid, args, data, first, tolerance, number):
         seen = data
         if data is not None:
             points = jax.vmap(lambda t: _nearest(means, solution.t, t))(data.ts)
-            seen = eqx.tree_at(lambda d: d.points, data, points, is_leaf=lambda x: x is None)
+            seen = eqx.tree_at(lambda d: d.points, data, points)
         new = along.solve_grid(u0, grid, args=args, data=seen)
         move = jnp.max(safe_divide(sizes(new.marginals.mean - means), sizes(means)))
         return new, lax.stop_gradient(move), iterations + 1

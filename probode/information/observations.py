@@ -62,7 +62,7 @@ class Observations(eqx.Module):
     mask: Bool[Array, "times m"]
     observe: Callable | None
     log_density: Callable | None
-    points: Float[Array, "times *state"] | None
+    points: Float[Array, "points *state"]
     order: int = eqx.field(static=True)
     structure: Any = eqx.field(static=True)
     whole_times: bool = eqx.field(static=True)
@@ -104,7 +104,7 @@ class Observations(eqx.Module):
             raise TypeError(f"Observations(log_density) must be callable, got {log_density!r}.")
         like = jax.tree.map(lambda x: x[0], values)
         self.noise = None if noise is None else _as_noise(noise, like, flat.shape[1])
-        self.log_density, self.points = log_density, None
+        self.log_density, self.points = log_density, jnp.zeros((0,), self.ts.dtype)
         if observe is not None and not callable(observe):
             raise TypeError(f"Observations(observe) must be callable as h(t, u, args), got {observe!r}.")
         self.observe, self.order = observe, as_integer(order, "Observations(order)", 0)
@@ -143,7 +143,7 @@ class Observations(eqx.Module):
 
     def condition(self, i: Array, x: Normal, layout: Layout, args: PyTree) -> tuple[Normal, Float[Array, ""]]:
         """The coordinates of ``x``, so far standard normal, given the ``i``-th observation; and its log density."""
-        if self.points is not None:
+        if self.points.size > 0:
             point = self.points[i]
         elif self.log_density is None:
             point = x.mean

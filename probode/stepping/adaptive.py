@@ -235,7 +235,7 @@ class Stepper:
             norm, inside = lax.cond(blind < _QUIET, seen, lambda _: (blind, nothing), None)
         norm, inside = detach((norm, inside))
         unseen = None if solve.anew is None else solve.anew.unseen
-        if now.spread is not None:
+        if now.is_spread:
             ahead = step.ahead(now, leg.seen_at, attempted)
             norm = jnp.maximum(norm, detach(spread_norm(control, self.layout, now, leg.dt, attempted, ahead)))
             unseen = None if unseen is None else unseen & (ahead.scale == 0)

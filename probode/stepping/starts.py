@@ -137,7 +137,8 @@ class Resumed(AbstractStart):
 
     @property
     def directions(self) -> PyTree:
-        return self.solve.current.spread
+        current = self.solve.current
+        return current.spread if current.is_spread else None
 
     @property
     def mean(self) -> PyTree:

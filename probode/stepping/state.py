@@ -29,8 +29,9 @@ class State(eqx.Module):
     - ``derivatives_known``: whether nothing is uncertain but ``u, ..., u^(k-1)``, for an equation of order ``k``.
     - ``global_error``: where a calibration of single steps meets an equation that gives all highest derivatives: what
       the evaluations of all steps so far have left wrong in the mean, to first order; part of the covariance.
-    - ``spread``: for solves from an uncertain initial value how the mean moves along the rows of its factor, which
-      adds to the covariance.
+      Elsewhere it has no rows.
+    - ``spread``: for solves from an uncertain initial value how the mean moves along the ``N`` rows of its factor,
+      which adds to the covariance; from a certain one ``N`` is zero.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)))
@@ -50,11 +51,21 @@ class State(eqx.Module):
     data_evidence: Float[Array, ""]
     calibration: type = eqx.field(static=True)
     derivatives_known: bool = eqx.field(static=True)
-    global_error: Float[Array, "*batch dim cols"] | None = None
-    spread: Float[Array, "N *batch dim cols"] | None = None
+    global_error: Float[Array, "*batch rows cols"]
+    spread: Float[Array, "N *batch dim cols"]
 
     def __repr__(self) -> str:
         return f"State(t={brief(self.t)}, u={shape_of_u(self.layout)}, layout={self.layout!r})"
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the initial value was uncertain."""
+        return self.spread.shape[-len(self.layout.batch_shape) - 3] > 0
+
+    @property
+    def carries_error(self) -> bool:
+        """Whether the error of all steps so far is known, and part of the covariance."""
+        return self.global_error.shape[-2] > 0
 
     @property
     def mean(self) -> PyTree:
@@ -69,5 +80,5 @@ class State(eqx.Module):
     def derivative(self, k: Any) -> Moments:
         """Mean and standard deviation of ``u^(k)``."""
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
-        whole = self.distribution if self.spread is None else widen(self.distribution, self.spread)
+        whole = widen(self.distribution, self.spread) if self.is_spread else self.distribution
         return moments(self.layout, whole, k)

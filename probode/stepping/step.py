@@ -71,7 +71,8 @@ class Step(eqx.Module):
     def start(self, t: Float[Array, ""], distribution: Normal) -> State:
         """The state of a solver before its first step."""
         layout, shape, dtype = self.layout, self.layout.batch_shape, self.layout.dtype
-        prior, known, error = self.own_prior(t, distribution), False, None
+        prior, known = self.own_prior(t, distribution), False
+        error = distribution.mean[..., :0, :]
         if layout.factorisation.own_algebra:
             distribution = layout.factorisation.start(distribution)  # type: ignore[attr-defined]
         else:
@@ -99,6 +100,7 @@ class Step(eqx.Module):
             calibration=type(self.calibration),
             derivatives_known=known,
             global_error=error,
+            spread=jnp.zeros((0, *distribution.mean.shape), dtype),
         )
 
     def resume(self, state: State) -> State:
@@ -110,7 +112,7 @@ class Step(eqx.Module):
         equation = self._shape_of_equation(state.t, state.distribution)
         known = self._splits(equation, prior)
         # The error is among the rows of the factor: data may be learnt from the state, and then it has no place alone.
-        error = state.global_error if known and self.data is None else None
+        error = state.global_error if known and self.data is None else state.global_error[..., :0, :]
         distribution = pad(state.distribution, self._rows_left(state.distribution, equation))
         return dataclasses.replace(state, distribution=distribution, derivatives_known=known, global_error=error)
 
@@ -172,7 +174,7 @@ class Step(eqx.Module):
         it matters on which side of ``t``. ``anew``: whether all residuals since the last restart at a jump were zero.
         """
         at, spread = t if seen_at is None else seen_at, before.spread
-        if spread is not None:
+        if before.is_spread:
             # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
             ahead = self.ahead(before, at, attempted)
             attempted = dataclasses.replace(attempted, innovation=with_scale_inside(attempted.innovation, ahead.scale))
@@ -191,7 +193,7 @@ class Step(eqx.Module):
         influence, output_scale = update.influence, scale / innovation.unit
         counts = informative(equation, attempted.mean)
         statistics = self.calibration.update(before.statistics, output_scale, influence.whitened, counts)
-        if spread is not None:
+        if before.is_spread:
             spread = spread_after(*detach((ahead, update, equation)))
         distribution, past, data_evidence = update.state, update.past, before.data_evidence
         if self.data is not None:
@@ -229,7 +231,7 @@ class Step(eqx.Module):
             t=t,
             distribution=push(before.distribution, matrix),
             prior=attempted.prior,
-            spread=None if before.spread is None else detach(push_moves(before.spread, matrix)),
+            spread=detach(push_moves(before.spread, matrix)) if before.is_spread else before.spread,
         )
         if past is not None:
             assert stepped.past is not None
@@ -382,11 +384,12 @@ class Step(eqx.Module):
         equation = dataclasses.replace(attempted.equation, residual=correction.residual)
         to = predicted, correction.split, scale, correction.residual
         if not self.calibration.is_local:
-            return condition_on_derivatives(*to, past), equation, None
-        if before.global_error is None:
+            return condition_on_derivatives(*to, past), equation, before.global_error
+        if not before.carries_error:
             remainder = correction.remainder
             remainder = Remainder(remainder.error, jnp.hypot(remainder.std, remainder.error))
-            return condition_with_remainder(*to, remainder, None, jnp.ones((), scale.dtype), past), equation, None
+            update = condition_with_remainder(*to, remainder, None, jnp.ones((), scale.dtype), past)
+            return update, equation, before.global_error
         lower = correction.last_move.shape[-2]
         error = push(certain(before.global_error), matrix).mean
         moved_alone = push(certain(before.global_error.at[..., lower:, :].set(0)), matrix).mean

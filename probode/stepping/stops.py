@@ -55,7 +55,7 @@ def starting_anew(step: Step, control: Control, solve: AdaptiveState, interval: 
         forgotten = step.calibration.update(now.statistics, *nothing, jnp.zeros((), bool))
         statistics = choose(anew, forgotten, now.statistics)
         current = dataclasses.replace(now, distribution=x, statistics=statistics)
-        if now.spread is not None:
+        if now.is_spread:
             spread = jnp.where(anew, spread_anew(*detach((now, beside(now.t, direction, stops)))), now.spread)
             current = dataclasses.replace(current, spread=spread)
         until = interval.nearest(stops, now.t) - now.t

@@ -276,7 +276,9 @@ def check_constraint(
     narrow = layout_of(in_single(u0[0]), nu, factorisation)
     single = linearise(in_single(constraint), jnp.asarray(t, jnp.float32), stack.astype(jnp.float32), narrow)
     has_dtype(single, jnp.float32, f"{name}: a linearisation has the dtype of the state")
-    survives(lambda c, x: jnp.ravel(linearise(c, x, stack).residual), constraint, jnp.asarray(t), "a linearisation, in time,")
+    survives(
+        lambda c, x: jnp.ravel(linearise(c, x, stack).residual), constraint, jnp.asarray(t), "a linearisation, in time,"
+    )
     span = 0.5
 
     def error(steps):

@@ -35,7 +35,9 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
         (testing.check_prior, po.IWP(1, output_scale=jnp.array([1.0, 2.0]))),
         pytest.param(testing.check_factorisation, Grouped(2), marks=pytest.mark.thorough),
         pytest.param(lambda part: testing.check_constraint(part, U0), po.TS0(ODE), marks=pytest.mark.thorough),
-        pytest.param(lambda part: testing.check_constraint(part, U0), po.TS0(ODE.lifted(2)), marks=pytest.mark.thorough),
+        pytest.param(
+            lambda part: testing.check_constraint(part, U0), po.TS0(ODE.lifted(2)), marks=pytest.mark.thorough
+        ),
         pytest.param(lambda part: testing.check_problem(part, U0), ODE.lifted(2), marks=pytest.mark.thorough),
         pytest.param(
             lambda part: testing.check_constraint(part, U0, first_order=True),
