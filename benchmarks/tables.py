@@ -179,6 +179,24 @@ def _quoted_calibration(results):
         f"{' and '.join(solve(further, plain, *heiles))}, with memory {' and '.join(solve(further, memory, *heiles))}",
         f"{share(remembering, 10)} instead of {share(left_out, 10)} of the {len(left_out)} solves",
         f"{spread(neglecting[0])} on these problems (5 % .. 95 %), leaving one out {spread(neglecting[1])}",
+        *_quoted_filters(results),
+    ]
+
+
+def _quoted_filters(results):
+    """Of filters that observe all derivatives: at the steps, and at equidistant times."""
+    shares, largest = {}, {}
+    for method in ("two", "three"):
+        rows = [row for row in summary.read("calibration_lifted", results) if f"{method} " in row["method"]]
+        ratios = [np.array([float(row[column]) for row in rows]) for column in ("trajectory", "between")]
+        shares[method] = [f"{100 * np.mean((x >= least) & (x <= 10)):.0f} %" for x in ratios for least in (0.1, 0.01)]
+        largest[method] = max(np.max(x) for x in ratios)
+    (at, at_all, between, between_all), two = shares["three"], shares["two"]
+    return [
+        f"{at} have a `chi^2 / d` in [0.1, 10] at the steps and {at_all} in [0.01, 10], and",
+        f"{between} and {between_all} at a hundred equidistant times",
+        f"the largest is {largest['three']:.0f}",
+        f"{', '.join(two[:3])} and {two[3]}, and up to {significant(largest['two'])} on Pleiades",
     ]
 
 

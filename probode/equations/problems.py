@@ -69,15 +69,10 @@ class AbstractProblem(eqx.Module):
     def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
         """The residual, a PyTree that is zero where the equation holds, at ``us = (u, u', ..., u^(order))``."""
 
-    def flat_residual(
-        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
-    ) -> Float[Array, "rows m"]:
-        """``residual_of`` on flat arrays: one row, or one for each derivative that the equation gives.
-
-        ``us``: the derivatives ``u, u', ...`` up to ``u^(order)`` or beyond, ravelled.
-        """
-        values = tuple(layout.unravel(u) for u in us[: self.order + 1])
-        return layout.ravel(self.residual_of(t, values, args))[None]
+    @property
+    def num_rows(self) -> int:
+        """How many derivatives of ``u`` the equation is solved for, each with as many equations; one for all others."""
+        return 1
 
     def lifted(self, levels: Any) -> "AbstractProblem":
         """The equation and its first ``levels`` time derivatives, which hold along a solution as well, as one equation.
@@ -224,8 +219,7 @@ class Residual(AbstractProblem):
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
         us = us[: self.order + 1]
-        residual = lambda t, us: self.flat_residual(t, us, layout, args)[0]  # noqa: E731
-        value, jacobian = self.jacobian.evaluate(residual, t, us, layout, args)
+        value, jacobian = self.jacobian.evaluate(flat_residual(self, layout, args), t, us, layout, args)
         return Linearisation.general(layout, list(jacobian), value)
 
 
@@ -236,7 +230,8 @@ class Lifted(AbstractProblem):
     (``TS0``) they are those of the solution through the predicted ``u, ..., u^(k-1)``, by its Taylor series: a method
     of Hermite and Obreshkov (Obreshkov 1940; Hairer, Norsett & Wanner 1993, "Solving ordinary differential equations
     I", III.10), where all derivatives of the prior are given, with a posterior. In first order (``TS1``) they depend on
-    all lower derivatives of the state. ``order`` is that of the highest derivative, ``k + levels``.
+    all lower derivatives of the state, as Obreshkov's methods for stiff problems have it. ``order`` is that of the
+    highest derivative, ``k + levels``.
 
     >>> import probode
     >>> probode.ODE(lambda t, u, args: -u).lifted(3).order
@@ -260,11 +255,6 @@ class Lifted(AbstractProblem):
         """That of the ODE."""
         return self.ode.vector_field
 
-    @property
-    def residual(self) -> Residual:
-        """The equation in implicit form: the residual of the ODE and its time derivatives."""
-        return Residual(_Derivatives(self.ode, self.levels), order=self.order)
-
     def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree) -> None:
         self.ode.check(t0, values, args)
 
@@ -272,14 +262,18 @@ class Lifted(AbstractProblem):
     def num_linearised(self) -> int:
         return self.order
 
-    def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
-        return self.residual.residual_of(t, us, args)
+    @property
+    def num_rows(self) -> int:
+        return self.levels + 1
 
-    def flat_residual(
-        self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
-    ) -> Float[Array, "rows m"]:
-        field = derivatives_along(flat_field(self, layout, args), t, self._curve(us))
-        return us[self.ode.order : self.order + 1] - field
+    def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
+        (_, unravel), flat = ravel_pytree(us[0]), jnp.stack([ravel_pytree(u)[0] for u in us])
+
+        def field(t, us):
+            return ravel_pytree(self.vector_field(t, *(unravel(u) for u in us), args))[0]
+
+        given = flat[self.ode.order : self.order + 1] - derivatives_along(field, t, self._curve(flat))
+        return [unravel(u) for u in given]
 
     def _curve(self, us):
         """The arguments of the field, and their time derivatives."""
@@ -364,6 +358,18 @@ def flat_field(ode: AbstractProblem, layout: Layout, args: PyTree) -> Callable:
         return layout.ravel(ode.vector_field(t, *(layout.unravel(u) for u in us), args))  # type: ignore[attr-defined]
 
     return field
+
+
+def flat_residual(problem: AbstractProblem, layout: Layout, args: PyTree) -> Callable:
+    """The residual of a problem as a function ``r(t, us)`` of flat arrays, from ``(derivatives, d)`` to ``(m,)``.
+
+    ``us``: the derivatives ``u, u', ...`` up to ``u^(order)`` or beyond.
+    """
+
+    def residual(t: Float[Array, ""], us: Float[Array, "derivatives d"]) -> Float[Array, " m"]:
+        return layout.ravel(problem.residual_of(t, tuple(layout.unravel(u) for u in us[: problem.order + 1]), args))
+
+    return residual
 
 
 def _require_signature(fn, name, letter, t0, values, args):

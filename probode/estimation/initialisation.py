@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from ..algebra.conditioning import condition, join, residual_about
 from ..algebra.factorisations import Layout
 from ..algebra.normal import Normal, certain
-from ..equations.problems import AbstractProblem, flat_field
+from ..equations.problems import AbstractProblem, flat_field, flat_residual
 from ..equations.taylor.derivatives import consistent_derivatives, taylor_derivatives
 from ..util.checks import as_integer, as_scalar, require
 
@@ -155,8 +155,7 @@ def _derivatives(problem, t0, u0, layout, args, num):
         return u0
     if problem.is_explicit:
         return taylor_derivatives(flat_field(problem, layout, args), t0, u0, num)
-    residual = lambda t, us: jnp.ravel(problem.flat_residual(t, us, layout, args))  # noqa: E731
-    return consistent_derivatives(residual, t0, u0, num, problem.order)
+    return consistent_derivatives(flat_residual(problem, layout, args), t0, u0, num, problem.order)
 
 
 def _as_scale(x):

@@ -74,7 +74,8 @@ class TS0(AbstractConstraint):
     weights of the two-point Hermite rule, and ``evaluations=2`` or 3 make its order ``num_derivatives + evaluations``.
     Then every attempt evaluates the equation as often, and under ``DynamicCalibration`` the covariance of ``u`` is that
     of what these evaluations have left wrong so far. With fewer levels, or from an uncertain state, it is that of the
-    prior's noise alone, which does not contain this. ``Stack`` and ``Noisy`` refuse it.
+    prior's noise alone: on seven problems about right with two evaluations, too small by a factor of up to 600 with
+    one. ``Stack`` and ``Noisy`` refuse it.
 
     Raises ``TypeError`` for anything but an ``ODE`` or a ``Lifted`` one, ``ValueError`` for a number of evaluations
     below 1.
@@ -104,8 +105,16 @@ class TS1(AbstractConstraint):
     ``Isotropic``. ``evaluations`` as for ``TS0``; the Jacobian stays that of the prediction, or with
     ``relinearise=True`` is taken anew every time: the iterated extended Kalman filter, whose limit is the most probable
     state given the past and the equation (Bell & Cathey 1993); ``Solution.stats["last_move"]`` says whether the
-    iterations have converged. Raises ``TypeError`` for anything but an ``ODE`` or a
-    ``Residual``, ``ValueError`` for a number of evaluations below 1.
+    iterations have converged.
+
+    Of a ``Lifted`` equation (``ode.lifted(levels)``) the derivatives that it gives are time derivatives of the field
+    along the state's own derivatives, and ``H`` holds the Jacobian and its time derivatives. For stiff problems: steps
+    are two to three times as long with two levels and ``IWP(5)``, at the price of about the same elimination. An error
+    in the direction of a real eigenvalue is damped however negative this is: in the limit by a factor of 0.66, 0.44,
+    0.29, 0.18, 0.08 in a step (``IWP(5)``, 0 to 4 levels). Take ``evaluations=2``: derivatives of the field are far
+    from linear, and what one linearisation leaves in them is extrapolated by the next step.
+
+    Raises ``TypeError`` for anything but an equation, ``ValueError`` for a number of evaluations below 1.
 
     >>> import probode
     >>> ode = probode.ODE(lambda t, u, args: -u)

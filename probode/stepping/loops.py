@@ -115,20 +115,25 @@ def repeat(loop: AbstractLoop, cond: Callable, body: Callable, init: PyTree, row
 
 
 def _scalars_together(like):
-    """A function that puts the numbers of a tree like this one into one array for every dtype, and its inverse."""
+    """A function that puts the numbers of a tree like this one into one array for every dtype, and its inverse.
+
+    Arrays without any numbers are left out.
+    """
     leaves, tree = jax.tree.flatten(like)
     places: dict[Any, list[int]] = {}
     alone: list[int] = []
+    empty = {i: leaf for i, leaf in enumerate(leaves) if eqx.is_array(leaf) and leaf.size == 0}
     for i, leaf in enumerate(leaves):
         number = eqx.is_array(leaf) and leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.number)
-        (places.setdefault(leaf.dtype, []) if number else alone).append(i)
+        if i not in empty:
+            (places.setdefault(leaf.dtype, []) if number else alone).append(i)
 
     def pack(carry):
         leaves = jax.tree.leaves(carry)
         return [jnp.stack([leaves[i] for i in group]) for group in places.values()], [leaves[i] for i in alone]
 
     def unpack(packed):
-        leaves = dict(zip(alone, packed[1], strict=True))
+        leaves = empty | dict(zip(alone, packed[1], strict=True))
         for group, numbers in zip(places.values(), packed[0], strict=True):
             leaves |= {i: numbers[k] for k, i in enumerate(group)}
         return jax.tree.unflatten(tree, [leaves[i] for i in sorted(leaves)])

@@ -19,7 +19,7 @@ from ..algebra.conditioning import Innovation, Linearisation, given, noise_mean,
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm, substitute
 from ..algebra.normal import Normal, batched, push
-from ..equations.problems import flat_field
+from ..equations.problems import flat_field, flat_residual
 from ..information.constraints import AbstractConstraint
 from ..priors.prior import AbstractPrior
 from .attempt import Attempt
@@ -38,7 +38,9 @@ def residual_at(
     """The residual that ``linearise`` has at a point, without a Jacobian where none is needed for it."""
     if not constraint.is_pointwise:
         return constraint.linearise(t, point, layout, args).residual
-    return layout.pack(constraint.problem.flat_residual(t, layout.unpack(point.mean), layout, args))
+    problem = constraint.problem
+    residual = flat_residual(problem, layout, args)(t, layout.unpack(point.mean))
+    return layout.pack(jnp.reshape(residual, (problem.num_rows, -1)))
 
 
 def without_round_off(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Linearisation:

@@ -1,5 +1,7 @@
 """The adaptive loop: which times are kept, which steps are taken, how it ends."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,21 @@ def test_the_loop_carries_few_arrays(strategy):
     program = jax.make_jaxpr(lambda u0: solver.solve(u0, 0.0, 2.0, save_at=[0.5, 1.0], throw=False).mean)(U0)
     loops = [equation for equation in equations(program.jaxpr) if equation.primitive.name == "while"]
     assert max(len(loop.outvars) for loop in loops) <= 10
+
+
+@pytest.mark.parametrize("levels", [0, 2])
+def test_a_state_has_all_its_numbers(levels):
+    """Only the prior of a family is in some states alone."""
+    ode = po.ODE(lotka_volterra)
+    constraint = po.TS0(ode.lifted(levels)) if levels else po.TS1(ode)
+    for start in (jnp.array([20.0, 20.0]), po.Normal((20.0, 20.0), (1.0, 1.0))):
+        if isinstance(start, po.Normal):
+            constraint = po.TS1(po.ODE(lambda t, u, args: tuple(lotka_volterra(t, jnp.stack(u), args))))
+        state = po.Solver(po.IWP(3), constraint).solve(start, 0.0, 0.1).state.current
+        missing = {field.name for field in dataclasses.fields(state) if getattr(state, field.name) is None}
+        # What a calibration collects is its own business, and may be nothing.
+        assert missing <= {"prior", "statistics"}
+    assert po.Solver(po.RelativeScale(po.IWP(3)), po.TS1(ode)).init(jnp.ones(2), 0.0).prior is not None
 
 
 def test_steps_are_kept_and_padded():
