@@ -31,6 +31,14 @@ def adaptive_solver(
     )
 
 
+def zeroth_order_lifted(ode):
+    return po.TS0(ode.lifted(1), evaluations=2)
+
+
+def first_order_lifted(ode):
+    return po.TS1(ode.lifted(1))
+
+
 # Compiles twice as fast as more steps, and is enough for seven of them and three rejections.
 FEW = {"loop": po.BoundedLoop(16), "rtol": 1e-3}
 
@@ -47,6 +55,8 @@ def frozen_times(solver, x):
         (po.TS0, po.DynamicCalibration()),
         (po.TS0, po.NoCalibration()),
         (po.TS1, po.DynamicCalibration()),
+        (zeroth_order_lifted, po.DynamicCalibration()),
+        (first_order_lifted, po.DynamicCalibration()),
     ),
     ids=name,
 )

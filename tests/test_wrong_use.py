@@ -115,6 +115,32 @@ CASES = [
     ),
     ("initialise-at-another-time", lambda: solver().initialise(solve().state, 0.5), ValueError, "time of its state"),
     ("u0-normal-init", lambda: solver().init(po.Normal(U, U), 0.0), TypeError, "u0 is a Normal.*InitialState"),
+    # lifted equations
+    (
+        "lifted-beyond-the-prior",
+        lambda: solver(nu=3, constraint=lambda ode: po.TS1(ode.lifted(3))),
+        ValueError,
+        "equation of order 4 needs a prior",
+    ),
+    ("lifted-negative", lambda: po.ODE(logistic).lifted(-1), ValueError, r"lifted\(levels\).*0"),
+    (
+        "lifted-residual-in-zeroth-order",
+        lambda: po.TS0(po.Residual(lambda t, u, du, args: du + u).lifted(1)),
+        TypeError,
+        "TS0 linearises an ODE, not a Residual.*TS1",
+    ),
+    (
+        "lifted-without-a-series",
+        lambda: solve(f=lambda t, u, args: -jnp.sort(u), nu=10, constraint=lambda ode: po.TS0(ode.lifted(9))),
+        ValueError,
+        "`sort`.*at most 8.*fewer levels",
+    ),
+    (
+        "lifted-residual-without-a-series",
+        lambda: solve(nu=7, constraint=lambda _: po.TS1(po.Residual(lambda t, u, du, args: du + jnp.sort(u)))),
+        ValueError,
+        "7 exact derivatives.*residual uses `sort`.*at most 6",
+    ),
     # times
     ("times-equal", lambda: solve(t0=1.0, t1=1.0), ValueError, "t0 and t1 are the same time.*t0=1.0"),
     ("times-equal-in-float32", lambda: solve(U.astype(jnp.float32), 1e9, 1e9 + 1), ValueError, "t0 and t1.*float32"),

@@ -442,9 +442,18 @@ def test_a_filter_alone_is_about_right(nu, rtol):
     assert 0.01 < typical_chi2(np.asarray(solution.mean - smooth.mean), solution.std) < 10
 
 
-def test_gradients():
-    made = solver(
-        4, po.ODE(lotka_volterra).lifted(3), evaluations=2, loop=po.BoundedLoop(32), factorisation=po.BlockDiagonal()
+@pytest.mark.parametrize(
+    ("constraint", "factorisation"),
+    first_of(
+        (po.TS0, po.BlockDiagonal()), (po.TS1, po.Dense()), (po.TS1, po.BlockDiagonal()), (po.TS1, po.Isotropic())
+    ),
+)
+def test_gradients(constraint, factorisation):
+    made = po.Solver(
+        po.IWP(4),
+        constraint(po.ODE(lotka_volterra).lifted(3 if constraint is po.TS0 else 2), evaluations=2),
+        loop=po.BoundedLoop(32),
+        factorisation=factorisation,
     )
 
     def value(u0):

@@ -48,7 +48,7 @@ def taylor_derivatives(
     if depth < 0:
         return u0[: num + 1]
     t0 = jnp.asarray(t0, u0.dtype)
-    along = _along(jax.make_jaxpr(f)(t0, u0), t0, u0, depth, num, "vector field")
+    along = _along(jax.make_jaxpr(f)(t0, u0), t0, u0, depth, num, "vector field", MAX_NESTED)
     windows = np.arange(depth + 1)[:, None] + np.arange(k)
 
     # Derivatives that are not known yet are zero, so that every pass is the same program: unrolled, compile time would
@@ -97,7 +97,7 @@ def derivatives_along(
             return recurrences.along(closed, t, curve)
         except MissingRule:
             pass
-    return _along(closed, t, curve[0], depth, depth, "vector field")(curve)
+    return _along(closed, t, curve[0], depth, depth, "vector field", MAX_NESTED)(curve)
 
 
 def consistent_derivatives(
@@ -112,8 +112,8 @@ def consistent_derivatives(
     The equation and its time derivatives are solved for all unknown derivatives at once, by Newton's method, with the
     smallest norm where they do not determine all of them. An algebraic equation determines a derivative only after as
     many differentiations, so more derivatives are solved for than are returned, enough for an index up to three. NaN if
-    the equations have no solution with the given ``u0``. Raises ``ValueError`` as ``taylor_derivatives`` does, already
-    for a ``num`` above six.
+    the equations have no solution with the given ``u0``. Raises ``ValueError`` as ``taylor_derivatives`` does, but
+    already for a ``num`` above six.
     """
     known, d = u0.shape
     top = num + _MORE_DERIVATIVES
@@ -124,7 +124,8 @@ def consistent_derivatives(
     t0 = jnp.asarray(t0, u0.dtype)
 
     point = jnp.zeros((order + 1, d), u0.dtype)
-    along = _along(jax.make_jaxpr(r)(t0, point), t0, point, levels, top, "residual")
+    most = MAX_NESTED - _MORE_DERIVATIVES
+    along = _along(jax.make_jaxpr(r)(t0, point), t0, point, levels, num, "residual", most)
     windows = np.arange(levels + 1)[:, None] + np.arange(order + 1)
 
     def residuals(unknown):
@@ -161,18 +162,18 @@ def consistent_derivatives(
 
 
 def _along(
-    field: ClosedJaxpr, t0: Float[Array, ""], x: Float[Array, "k d"], depth: int, num: int, name: str
+    field: ClosedJaxpr, t0: Float[Array, ""], x: Float[Array, "k d"], depth: int, num: int, name: str, most: int
 ) -> Callable[[Float[Array, "depth+1 k d"]], Float[Array, "depth+1 m"]]:
     try:
         return _along_by_series(field, t0, x, depth)
     except MissingRule as missing:
-        if num > MAX_NESTED:
+        if num > most:
             raise ValueError(
-                f"{num} exact derivatives of the solution are needed at t0, but the {name} uses `{missing}`, for which "
+                f"{num} exact derivatives of the solution are needed, but the {name} uses `{missing}`, for which "
                 f"there is no rule for Taylor series; without one every derivative may double the cost, and at most "
-                f"{MAX_NESTED} are computed. Use a smaller num_derivatives (at most {MAX_NESTED}), or the "
-                f"initialisation `Diffuse`, which leaves high derivatives unknown, or write the {name} without "
-                f"`{missing}`."
+                f"{most} are computed. Use a smaller num_derivatives (at most {most}), and fewer levels if the "
+                f"equation is lifted, or the initialisation `Diffuse`, which leaves high derivatives unknown, or write "
+                f"the {name} without `{missing}`."
             ) from None
     return _along_by_jvp(field, t0, x, depth)
 
