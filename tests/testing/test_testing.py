@@ -256,7 +256,7 @@ class TurnsOver(po.AbstractJacobian):
             FrozenInTime(),
             "residual is that of the equation",
         ),
-        (lambda part: testing.check_constraint(part, U0), FalsePromise(), "gives a derivative"),
+        (lambda part: testing.check_constraint(part, U0), FalsePromise(), "gives derivatives"),
         (
             lambda part: testing.check_constraint(part, U0, first_order=True),
             WrongJacobian(),
