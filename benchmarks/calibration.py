@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import problems
 from .timing import parse
 
 
@@ -137,13 +138,9 @@ FURTHER = {
     "henon_heiles": Problem(henon_heiles, (0.0, 0.1, 0.5, 0.0), 50.0, second_order=True),
     "van_der_pol_50": Problem(stiff_van_der_pol, (2.0, 0.0), 45.0, longest=0.01),
 }
-PLEIADES_START = (
-    *(3.0, 3.0, -1.0, -3.0, 2.0, -2.0, 2.0, 3.0, -3.0, 2.0, 0.0, 0.0, -4.0, 4.0),
-    *(0.0, 0.0, 0.0, 0.0, 0.0, 1.75, -1.5, 0.0, 0.0, 0.0, -1.25, 1.0, 0.0, 0.0),
-)
 LIFTED = {
     "three_body": Problem(three_body, (0.994, 0.0, 0.0, -2.00158510637908252), 0.5, longest=0.001),
-    "pleiades": Problem(pleiades, PLEIADES_START, 3.0, longest=0.005),
+    "pleiades": Problem(pleiades, tuple(problems.PROBLEMS["pleiades"].u0), 3.0, longest=0.005),
     "driven_pendulum": Problem(driven_pendulum, (0.2, 0.0, 0.0), 20.0, clock=True),
     "quadratures": Problem(quadratures, (0.0, 0.0, 0.0, 0.0), 10.0, clock=True),
 }
@@ -217,18 +214,16 @@ def lifted_solvers(nu):
 def between(solver, problem, u0, rtol, times=100):
     """The geometric mean of `chi^2 / d` at equidistant times, most of them between the steps."""
     ts = np.linspace(0.0, problem.end, times + 1)
-    tolerances = jnp.array(rtol), jnp.array(rtol / 100)
-    mean, std = _at(solver, u0, jnp.asarray(ts[1:]), tolerances)
+    mean, std = _at(solver, u0, jnp.asarray(ts[1:]), jnp.array(rtol))
     error = np.asarray(mean) - _reference(problem, times)
     return float(np.exp(np.mean(np.log(np.mean((error / np.asarray(std)) ** 2, axis=1)))))
 
 
 @eqx.filter_jit
-def _at(solver, u0, ts, tolerances):
+def _at(solver, u0, ts, rtol):
     import probode
 
-    controller = probode.IntegralController(*tolerances)
-    solver = eqx.tree_at(lambda s: s.controller.tolerances, solver, controller.tolerances)
+    solver = eqx.tree_at(lambda s: s.controller, solver, probode.IntegralController(rtol, rtol / 100))
     solution = solver.solve(u0, 0.0, ts[-1], save_at=ts)
     return solution.mean, solution.std
 
@@ -271,8 +266,9 @@ def main() -> None:
         ode, u0 = problem.equation()
         for nu in (3, 5) if options.quick else orders:
             for label in labels:
+                solver = (solvers(nu) | lifted_solvers(nu))[label](ode)
                 report = probode.calibration_report(
-                    (solvers(nu) | lifted_solvers(nu))[label](ode),
+                    solver,
                     problem.reference,
                     u0=u0,
                     t0=0.0,
@@ -283,8 +279,7 @@ def main() -> None:
                 print(f"\n{name}, {label}, nu = {nu}\n{report}", flush=True)
                 rows = _rows(report)
                 if options.lifted:
-                    made = lifted_solvers(nu)[label](ode)
-                    rows = [[*row, f"{between(made, problem, u0, float(row[0])):.4g}"] for row in rows]
+                    rows = [[*row, f"{between(solver, problem, u0, float(row[0])):.4g}"] for row in rows]
                 entries += [(name, label, nu, *row) for row in rows]
     options.output.mkdir(parents=True, exist_ok=True)
     table = "calibration_further.csv" if options.further else "calibration.csv"

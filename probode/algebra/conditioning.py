@@ -90,15 +90,13 @@ class Linearisation(eqx.Module):
         ``u^(k) - f`` at the point for the ravelled ``u``, ``(d,)``. ``whole``: whether ``jacobians`` holds the whole
         derivative of ``f``; a factorisation that keeps only diagonals makes it false.
         """
-        zero, k = jnp.zeros_like(layout.identity()), len(jacobians)
-        blocks = [zero if jacobian is None else -layout.project(jacobian) for jacobian in jacobians]
-        matrix = jnp.concatenate([*blocks, layout.identity()], axis=-1)
-        return Linearisation(matrix, layout.pack(residual[None]), range(k, k + 1), whole=whole and layout.keeps_all)
+        level = [None if jacobian is None else jacobian[None] for jacobian in jacobians]
+        return Linearisation.lifted(layout, level, residual[None], whole=whole)
 
     @staticmethod
     def lifted(
         layout: Layout,
-        jacobians: Sequence[Float[Array, "levels *jacobian"]],
+        jacobians: Sequence[Float[Array, "levels *jacobian"] | None],
         residual: Float[Array, "levels d"],
         *,
         whole: bool = True,
@@ -111,13 +109,13 @@ class Linearisation(eqx.Module):
         point, a row for each ``j``.
         """
         k, levels = len(jacobians), residual.shape[0]
-        blocks = [[layout.project(level) for level in jacobian] for jacobian in jacobians]
+        blocks = [[] if jacobian is None else [layout.project(level) for level in jacobian] for jacobian in jacobians]
         nothing, one = jnp.zeros_like(layout.identity()), layout.identity()
 
         def block(j, i):
             if i == k + j:
                 return one
-            parts = [math.comb(j, i - a) * blocks[a][j - i + a] for a in range(k) if 0 <= i - a <= j]
+            parts = [math.comb(j, i - a) * blocks[a][j - i + a] for a in range(k) if blocks[a] and 0 <= i - a <= j]
             return -sum(parts[1:], parts[0]) if parts else nothing
 
         rows = [jnp.concatenate([block(j, i) for i in range(k + levels)], axis=-1) for j in range(levels)]
@@ -192,7 +190,7 @@ class Innovation(eqx.Module):
 
     @property
     def is_zero(self) -> Bool[Array, "*batch"]:
-        """True for each batch element whose residual is zero; a step sets those no larger than round-off to zero."""
+        """A flag for each batch element: true where the residual is zero, as steps set it if it is round-off."""
         return jnp.all(self.whitened == 0, axis=(-2, -1))
 
     @property
@@ -398,7 +396,7 @@ def join(
         return Joint(*eliminate(upper, dense), inverse)
 
     k = p - m
-    mix, carried = _mixture(equation, noise) if equation.is_coupled else (None, 0)
+    mix, carried = (_mixture(equation, noise), p) if equation.is_coupled else (None, 0)
 
     def change_columns(factor):
         leading = factor[:, :p]
@@ -416,7 +414,7 @@ def join(
 
 @batched
 def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditional | None = None) -> Update:
-    """The posterior of a state given an equation linearised about its mean, by substitution in the triangle ``joint``.
+    """The posterior distribution of a state given that a linearised equation holds, from their joint square root.
 
     ``x``: the prediction, of which the mean is used. The posterior's factor has ``dim - m`` rows, or ``dim`` if
     ``equation.gives`` is ``None``; zeros are appended where ``x.factor`` has more, so that loops keep their shapes.
@@ -450,7 +448,7 @@ def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditiona
 
 
 def _mixture(equation, noise):
-    """Weights of sums of ``u, ..., u^(k+L)`` that know all of these, given an equation between them, and their number.
+    """Weights of sums of ``u, ..., u^(k+L)`` that determine all of these, given an equation between them.
 
     Given ``z`` they are determined by ``u, ..., u^(k-1)``, but not in floating-point numbers: a stiff field multiplies
     round-off in ``u`` by ``J`` again with every derivative. So the elimination has the sums, ``k`` for each component,
@@ -467,7 +465,7 @@ def _mixture(equation, noise):
     j = np.arange(blocks)
     signs = (-1.0) ** j * np.cos(np.pi * np.arange(k)[:, None] * (j + 0.5) / blocks)
     mix = jnp.kron(jnp.asarray(signs.T, noise.dtype), jnp.eye(size, dtype=noise.dtype))
-    return weights[:, None] * mix, p
+    return weights[:, None] * mix
 
 
 def _replacement(equation, noise):

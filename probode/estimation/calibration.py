@@ -27,7 +27,7 @@ _REMEMBERED = 10.0
 
 
 class Evidence(eqx.Module):
-    """The statistics of the log marginal likelihood of the equation holding at the steps, per batch element.
+    """The sums that the log marginal likelihood of the equation at the steps is made of, for each batch element.
 
     ``sums``: sums over the steps of the squared whitened residuals, of ``log det`` of the square roots of their
     covariances, and of the number of residuals. One array, since every array that a loop carries costs time.
@@ -216,7 +216,7 @@ class MLECalibration(AbstractCalibration):
 
 
 class DynamicCalibration(AbstractCalibration):
-    """An output scale for every step: the local quasi-maximum-likelihood estimate, ``Innovation.scale``.
+    """A calibration that estimates an output scale in every step, by quasi-maximum likelihood: ``Innovation.scale``.
 
     The default. It adapts to problems whose stiffness or activity changes; under ``BlockDiagonal()`` every component
     has its own. (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value
@@ -341,7 +341,7 @@ class LeaveOneOutCalibration(AbstractLeaveOneOut):
 
 
 class MeanSquare(eqx.Module):
-    """A running mean of squared whitened residuals: ``total``, per batch element, over ``number`` steps."""
+    """The mean of the squared whitened residuals so far: ``total``, for each batch element, over ``number`` steps."""
 
     total: Float[Array, "*batch"]
     number: Float[Array, ""]

@@ -75,7 +75,7 @@ class FixedPointSmoother(AbstractStrategy):
 
 
 class FixedIntervalSmoother(AbstractStrategy):
-    """A fixed-interval smoother: every accepted step is kept, and conditioned on the whole solve.
+    """A smoother over a fixed interval: it keeps all accepted steps, and conditions each of them on the whole solve.
 
     Memory is that for ``max_steps`` states. For dense output, ``Solution.evaluate`` and samples at any time. (Rauch,
     Tung & Striebel 1965, "Maximum likelihood estimates of linear dynamic systems".)

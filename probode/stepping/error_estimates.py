@@ -44,7 +44,7 @@ def max_norm(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 class AbstractErrorEstimate(eqx.Module):
-    """What one attempted step does wrong, per component of ``u``, and its norm.
+    """An estimate of the local error of an attempted step, for each component of ``u``, and the norm to measure it in.
 
     A subclass has the field ``norm``, a function of the errors over the tolerances that returns a number, and defines
     ``estimate``. ``needs_defects``: whether the attempt's innovation has ``inside`` and ``remainder``, the residuals of

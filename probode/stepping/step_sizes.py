@@ -186,7 +186,7 @@ def next_time(
 
 
 def error_norm(control: Control, layout: Layout, now: State, dt: Array, attempted: Attempt) -> Float[Array, ""]:
-    """The size of an attempt's error against the tolerances; infinite where anything is not finite."""
+    """The norm of an attempt's estimated error over the tolerances; infinite where anything is not finite."""
     error = _estimated(control, layout, dt, attempted)
     norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error)
     finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(attempted.mean))

@@ -47,26 +47,6 @@ def series(seed, order, us, num):
     return np.stack([x * math.factorial(i) for i, x in enumerate(taylor)])
 
 
-def textbook(seed, order, nu, levels, evaluations, u0, grid):
-    """The filter that conditions on all levels in every step, on full covariances: means ``(nu+1, d)`` and stds."""
-    n = nu + 1
-    mean = series(seed, order, oracles.precise(u0), nu).ravel()
-    covariance = 0 * np.outer(mean, mean)
-    h = oracles.precise(np.kron(np.eye(n)[order : order + levels + 1], np.eye(D)))
-    for t0, t1 in itertools.pairwise(grid):
-        a, q = (
-            oracles.precise(x) for x in oracles.iwp_transition(nu, mpmath.mpf(float(t1)) - mpmath.mpf(float(t0)), D)
-        )
-        predicted, covariance = a @ mean, a @ covariance @ a.T + q
-        mean, posterior = predicted, covariance
-        for _ in range(evaluations):
-            right = series(seed, order, mean.reshape(n, D)[:order], order + levels)[order:].ravel()
-            mean, posterior = oracles.condition(predicted, covariance, h, h @ predicted - right)
-        covariance = posterior
-    variances = np.diagonal(covariance).reshape(n, D)
-    return mean.reshape(n, D).astype(float), np.array([[float(mpmath.sqrt(abs(v))) for v in row] for row in variances])
-
-
 def total_derivatives(seed, order, levels, x):
     """``f`` and its time derivatives along the state's own derivatives ``x``, ``(levels+1, d)``, and their derivative
     with respect to all of these, ``(levels+1, d, nu+1, d)``.
@@ -96,8 +76,17 @@ def kept(factorisation, jacobian):
     return mean[:, None, :, None] * eye
 
 
-def textbook_first_order(seed, order, nu, levels, evaluations, factorisation, u0, grid):
-    """As ``textbook``, with the derivative of all levels with respect to the state at the prediction."""
+def frozen(seed, order, levels, x):
+    """The derivatives of the solution through the first of ``x``, and their derivative: zero."""
+    nothing = oracles.precise(np.zeros((levels + 1, D, len(x), D)))
+    return series(seed, order, x[:order], order + levels)[order:], nothing
+
+
+def textbook(seed, order, nu, levels, evaluations, u0, grid, linearise=frozen, factorisation=FACTORISATIONS[0]):
+    """The filter that conditions on all levels in every step, on full covariances: means ``(nu+1, d)`` and stds.
+
+    ``linearise``: what the derivatives are at a state, and their derivative with respect to it.
+    """
     n, rows = nu + 1, (levels + 1) * D
     mean = series(seed, order, oracles.precise(u0), nu).ravel()
     covariance = 0 * np.outer(mean, mean)
@@ -107,11 +96,11 @@ def textbook_first_order(seed, order, nu, levels, evaluations, factorisation, u0
             oracles.precise(x) for x in oracles.iwp_transition(nu, mpmath.mpf(float(t1)) - mpmath.mpf(float(t0)), D)
         )
         predicted, covariance = a @ mean, a @ covariance @ a.T + q
-        right, jacobian = total_derivatives(seed, order, levels, predicted.reshape(n, D))
+        _, jacobian = linearise(seed, order, levels, predicted.reshape(n, D))
         h = own - kept(factorisation, jacobian).reshape(rows, n * D)
-        mean, posterior = oracles.condition(predicted, covariance, h, own @ predicted - right.ravel())
-        for _ in range(evaluations - 1):
-            right, _ = total_derivatives(seed, order, levels, mean.reshape(n, D))
+        mean, posterior = predicted, covariance
+        for _ in range(evaluations):
+            right, _ = linearise(seed, order, levels, mean.reshape(n, D))
             z = own @ mean - right.ravel() + h @ (predicted - mean)
             mean, posterior = oracles.condition(predicted, covariance, h, z)
         covariance = posterior
@@ -165,8 +154,8 @@ def test_first_order_is_equal_to_a_textbook_filter(case):
     seed = 7 * order + nu
     for factorisation in FACTORISATIONS:
         with mpmath.workdps(40):
-            inputs = seed, order, nu, levels, evaluations, factorisation, U0[order], GRID
-            mean, std = textbook_first_order(*inputs)
+            inputs = seed, order, nu, levels, evaluations, U0[order], GRID
+            mean, std = textbook(*inputs, total_derivatives, factorisation)
         constraint = po.TS1(quadratic(seed, order).lifted(levels), evaluations=evaluations)
         parts = {"factorisation": factorisation, "calibration": po.NoCalibration()}
         solution = po.Solver(po.IWP(nu), constraint, **parts).solve_grid(initial(order), jnp.asarray(GRID))

@@ -73,12 +73,8 @@ def unrolled_derivatives(
     """
     t0 = jnp.asarray(t0, u0.dtype)
     field = jax.make_jaxpr(f)(t0, u0)
-    if recurrences.size(field) * (num + 1) ** 2 <= _UNROLLED:
-        try:
-            return recurrences.solution(field, t0, u0, num)
-        except MissingRule:
-            pass
-    return taylor_derivatives(f, t0, u0, num)
+    unrolled = _if_small(field, num, lambda: recurrences.solution(field, t0, u0, num))
+    return taylor_derivatives(f, t0, u0, num) if unrolled is None else unrolled
 
 
 def derivatives_along(
@@ -92,12 +88,20 @@ def derivatives_along(
     ``taylor_derivatives`` does.
     """
     depth, closed = curve.shape[0] - 1, jax.make_jaxpr(fn)(t, curve[0])
-    if recurrences.size(closed) * (depth + 1) ** 2 <= _UNROLLED:
-        try:
-            return recurrences.along(closed, t, curve)
-        except MissingRule:
-            pass
+    unrolled = _if_small(closed, depth, lambda: recurrences.along(closed, t, curve))
+    if unrolled is not None:
+        return unrolled
     return _along(closed, t, curve[0], depth, depth, "vector field", MAX_NESTED)(curve)
+
+
+def _if_small(closed, num, series):
+    """``series()``, ``num`` coefficients of a program by recurrences; ``None`` if it gets too large or lacks a rule."""
+    if recurrences.size(closed) * (num + 1) ** 2 > _UNROLLED:
+        return None
+    try:
+        return series()
+    except MissingRule:
+        return None
 
 
 def consistent_derivatives(
