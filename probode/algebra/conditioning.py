@@ -227,6 +227,8 @@ def smoothing_weights(
     factor = factor / _largest(factor)
     # ``substitute`` solves with the transpose; that of ``factor`` is upper triangular in reverse order of its indices.
     solution = substitute(factor[::-1, ::-1].T, whitened[::-1])[::-1]
+    if equation.is_frozen:
+        return jnp.pad(solution, ((equation.matrix.shape[1] - solution.shape[0], 0), (0, 0)))
     return product(equation.matrix.T, solution)
 
 
@@ -333,13 +335,15 @@ class Update(eqx.Module):
     """The result of conditioning a state on an equation, with ``S`` the covariance of the innovation ``z``.
 
     ``state``: the posterior; ``past``: an earlier state given it, or ``None``; ``influence``: the effect of the
-    equation; ``pivots``: the diagonal of the triangular ``S^(1/2)``, zero where ``z`` has no variance.
+    equation. ``log_det``: the logarithm of the determinant of ``S^(1/2)`` in the directions in which ``z`` has a
+    variance, and ``rank``, how many these are: where there is no noise there is no density.
     """
 
     state: Normal
     past: Conditional | None
     influence: Influence
-    pivots: Float[Array, "*batch m"]
+    log_det: Float[Array, "*batch"]
+    rank: Float[Array, "*batch"]
 
 
 class Joint(eqx.Module):
@@ -444,7 +448,11 @@ def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditiona
         past = Conditional(shift, cross, updated_noise(past, joint.left))
     observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - p)))
     influence = Influence(whitened, gain, observed, jnp.ones((), gain.dtype))
-    return Update(pad(state, x.factor.shape[0]), past, influence, jnp.diagonal(triangle)[:m])
+    pivots = jnp.diagonal(triangle)[:m]
+    has_density = pivots != 0
+    log_det = jnp.sum(jnp.log(jnp.where(has_density, jnp.abs(pivots), 1)))
+    rank = jnp.sum(has_density, dtype=log_det.dtype)
+    return Update(pad(state, x.factor.shape[0]), past, influence, log_det, rank)
 
 
 def _mixture(equation, noise):

@@ -27,7 +27,8 @@ class NoiseSplit(eqx.Module):
     - ``gain``: the regression of ``u, ..., u^(k-1)`` on the highest derivatives, the same for all components.
     - ``embedded``: the weights of a rule without the last of these, whose column is zero; ``coarser``: without the last
       two.
-    - ``root``: upper triangular right square root of the covariance of the highest derivatives.
+    - ``root``: upper triangular right square root of the covariance of the highest derivatives; ``log_det``: the
+      logarithm of its determinant.
     - ``whitener``: a matrix ``W`` such that ``kron(W, F^-T) z`` is ``root^-T z``.
     - ``scale``: the right square root ``F`` of the covariance between components.
     - ``rest``: upper triangular right square root of the covariance of the lower derivatives given the highest.
@@ -42,6 +43,7 @@ class NoiseSplit(eqx.Module):
     embedded: Float[Array, "k m"]
     coarser: Float[Array, "k m"]
     root: Float[Array, "*batch ms ms"]
+    log_det: Float[Array, "*batch"]
     whitener: Float[Array, "m m"]
     scale: Float[Array, "*batch s s"]
     rest: Float[Array, "*batch ks ks"]
@@ -68,7 +70,8 @@ def innovate_derivatives(
 
 
 def condition_on_derivatives(
-    predicted: Normal,
+    mean: Float[Array, "*batch dim cols"],
+    factor: Float[Array, "*batch rows ks"],
     split: NoiseSplit,
     scale: Float[Array, "*batch"],
     residual: Float[Array, "*batch ms cols"],
@@ -76,20 +79,19 @@ def condition_on_derivatives(
 ) -> Update:
     """The update of a step whose highest derivatives are all observed, with the ``residual`` that they have.
 
-    ``predicted``: without the noise of the step, its factor with zeros in the columns of the highest derivatives.
-    ``scale``: the output scale.
+    ``mean``: as predicted; ``factor``: of the lower derivatives, in which alone the state before the step was
+    uncertain, without the noise of the step. ``scale``: the output scale.
     """
 
     @batched
-    def of_one(x, rest, scale, residual, past):
+    def of_one(mean, factor, rest, scale, residual, past):
         ms, ks = residual.shape[0], rest.shape[0]
-        mean = x.mean - moved_by(split, residual)
-        at, past = predict(Normal(mean[:ks], x.factor[:, :ks]), rest, scale, past)
-        factor = pad_rows(jnp.pad(at.factor, ((0, 0), (0, ms))), x.factor.shape[0])
-        return Normal(mean, factor), past
+        mean = mean - moved_by(split, residual)
+        at, past = predict(Normal(mean[:ks], factor), rest, scale, past)
+        return Normal(mean, pad_rows(jnp.pad(at.factor, ((0, 0), (0, ms))), factor.shape[0])), past
 
-    state, past = of_one(predicted, split.rest, scale, residual, past)
-    return Update(state, past, influence_of_derivatives(split, scale, residual), _pivots(split, scale))
+    state, past = of_one(mean, factor, split.rest, scale, residual, past)
+    return _update(state, past, split, scale, residual)
 
 
 def influence_of_derivatives(
@@ -109,8 +111,12 @@ def influence_of_derivatives(
     return of_one(split.root, scale, split.whiten(residual))
 
 
-def _pivots(split, scale):
-    return scale[..., None] * jnp.diagonal(split.root, axis1=-2, axis2=-1)
+def _update(state, past, split, scale, residual):
+    rows, has_noise = residual.shape[-2], scale != 0
+    # Nothing is asked of the root itself: in a solve that keeps no influence it is not computed.
+    log_det = split.log_det + rows * jnp.log(jnp.where(has_noise, jnp.abs(scale), 1))
+    influence = influence_of_derivatives(split, scale, residual)
+    return Update(state, past, influence, jnp.where(has_noise, log_det, 0), rows * has_noise.astype(scale.dtype))
 
 
 class Remainder(eqx.Module):
@@ -124,7 +130,8 @@ class Remainder(eqx.Module):
 
 
 def condition_with_remainder(
-    predicted: Normal,
+    mean: Float[Array, "*batch dim cols"],
+    factor: Float[Array, "*batch rows ks"],
     split: NoiseSplit,
     scale: Float[Array, "*batch"],
     residual: Float[Array, "*batch ms cols"],
@@ -138,29 +145,29 @@ def condition_with_remainder(
     The noise of the prior does not contain what taking the field for frozen leaves out. So the lower derivatives have
     the covariance ``F^T F + e e^T`` instead: ``e`` is the ``error`` of all steps so far, carried along the solution;
     ``F`` is the factor of what is not known of it, which has grown by the factor ``growth`` in the step, and a standard
-    deviation of this step is added. In ``predicted`` the rows of ``F`` come first, and those of ``e`` behind them.
+    deviation of this step is added. In ``factor`` the rows of ``F`` come first, and those of ``e`` behind them.
     """
 
     @batched
-    def of_one(x, rest, residual, std, error, past):
+    def of_one(mean, before, rest, residual, std, error, past):
         ms, ks = residual.shape[0], rest.shape[0]
-        mean = x.mean - moved_by(split, residual)
+        mean = mean - moved_by(split, residual)
         known = past
         if past is not None and error is not None:
             known = Conditional(past.shift, past.cross[:ks], past.noise)
         noise = jnp.diag(root_mean_square(std, axis=(-1,)))
-        rows = x.factor.shape[0] if error is None else ks
-        at, known = predict(Normal(mean[:ks], growth * x.factor[:rows, :ks]), noise, jnp.ones_like(growth), known)
+        rows = before.shape[0] if error is None else ks
+        at, known = predict(Normal(mean[:ks], growth * before[:rows]), noise, jnp.ones_like(growth), known)
         factor = at.factor
         if error is not None:
             factor = jnp.concatenate([factor, error_rows(error[:ks])])
             if past is not None and known is not None:
                 known = Conditional(known.shift, jnp.concatenate([known.cross, past.cross[ks:]]), known.noise)
-        factor = pad_rows(jnp.pad(factor, ((0, 0), (0, ms))), x.factor.shape[0])
+        factor = pad_rows(jnp.pad(factor, ((0, 0), (0, ms))), before.shape[0])
         return Normal(mean, factor), known
 
-    state, past = of_one(predicted, split.rest, residual, remainder.std, error, past)
-    return Update(state, past, influence_of_derivatives(split, scale, residual), _pivots(split, scale))
+    state, past = of_one(mean, factor, split.rest, residual, remainder.std, error, past)
+    return _update(state, past, split, scale, residual)
 
 
 def error_rows(error: Float[Array, "ks cols"]) -> Float[Array, "rows ks"]:

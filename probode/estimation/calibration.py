@@ -40,13 +40,12 @@ class Evidence(eqx.Module):
         """The statistics before the first step, for the batch shape ``shape``."""
         return Evidence(jnp.zeros((*shape, 3), dtype))
 
-    def update(self, whitened: Float[Array, "*batch m cols"], pivots: Float[Array, "*batch m"]) -> "Evidence":
-        """The statistics after one more step; ``whitened``: ``S^(-1/2) z``, ``pivots``: the diagonal of ``S^(1/2)``."""
-        # A direction without noise has no density, and the logarithm of its pivot is infinite: it is left out.
-        positive, cols = pivots != 0, whitened.shape[-1]
-        log_det = jnp.log(jnp.where(positive, jnp.abs(pivots), 1))
-        terms = jnp.stack([jnp.sum(whitened**2, axis=-1), cols * log_det, cols * positive], axis=-1)
-        return Evidence(self.sums + jnp.sum(terms, axis=-2))
+    def update(
+        self, whitened: Float[Array, "*batch m cols"], log_det: Float[Array, "*batch"], rank: Float[Array, "*batch"]
+    ) -> "Evidence":
+        """The statistics after one more step; ``whitened``: ``S^(-1/2) z``, the others as in ``Update``."""
+        cols = whitened.shape[-1]
+        return Evidence(self.sums + jnp.stack([jnp.sum(whitened**2, axis=(-2, -1)), cols * log_det, cols * rank], -1))
 
     @property
     def number(self) -> Float[Array, "*batch"]:

@@ -17,7 +17,7 @@ from ..algebra.derivatives import NoiseSplit
 from ..algebra.factorisations import Layout
 from ..util.checks import as_integer
 from .output_scale import as_output_scale
-from .powers import exact_inverse_root, exact_root, exact_solve, noise_units, powers, powers_of_step
+from .powers import exact_inverse_root, exact_root, exact_solve, exponents_of_units, noise_units, powers, powers_of_step
 from .prior import AbstractSplitPrior
 
 
@@ -61,11 +61,16 @@ class IWP(AbstractSplitPrior):
         return Transition(layout.broadcast(matrix), layout.lift(noise, self.output_scale), magnitude)
 
     def split(self, dt: Float[Array, ""], order: int, layout: Layout) -> NoiseSplit:
-        constants = [jnp.asarray(x, layout.dtype) for x in _split_constants(self.num_derivatives, order)]
-        gain, embedded, coarser, root, whitener, rest = constants
-        n = self.num_derivatives + 1
+        exact = _split_constants(self.num_derivatives, order)
+        gain, embedded, coarser, root, whitener, rest = (jnp.asarray(x, layout.dtype) for x in exact)
+        n, m = self.num_derivatives + 1, self.num_derivatives + 1 - order
         dt = jnp.asarray(dt, layout.dtype)
         columns, _ = noise_units(dt, n)
+        scale = layout.lift(jnp.ones((1, 1), layout.dtype), self.output_scale)
+        # Of the product of all columns one logarithm: the product itself may underflow.
+        exponent = sum(exponents_of_units(n)[order:])
+        log_det = np.sum(np.log(np.abs(np.diagonal(exact[3])))).item() + exponent * jnp.log(jnp.abs(dt))
+        log_scale = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(scale, axis1=-2, axis2=-1))), axis=-1)
         # A derivative of order j counts dt^(j-i) in one of order i.
         row = jnp.stack(powers(dt, n))
         steps = jnp.stack([row[order - i : n - i] for i in range(order)])
@@ -74,8 +79,9 @@ class IWP(AbstractSplitPrior):
             embedded * steps,
             coarser * steps,
             layout.lift(root * columns[order:], self.output_scale),
+            scale.shape[-1] * log_det + m * log_scale,
             whitener / columns[order:],
-            layout.lift(jnp.ones((1, 1), layout.dtype), self.output_scale),
+            scale,
             layout.lift(rest * columns[:order], self.output_scale),
         )
 

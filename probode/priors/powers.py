@@ -26,6 +26,11 @@ def noise_units(dt: Float[Array, ""], n: int) -> tuple[Float[Array, "{n}"], Floa
     return columns, jnp.sqrt(jnp.abs(dt)) * jnp.abs(powers(dt, middle + 1)[-1])
 
 
+def exponents_of_units(n: int) -> list[int]:
+    """The exponents of ``dt`` in the array of ``noise_units``."""
+    return [n - 1 - n // 2 - i for i in range(n)]
+
+
 def powers(x: Float[Array, "*shape"], number: int) -> list[Float[Array, "*shape"]]:
     """The powers ``1, x, x^2, ...``, ``number`` of them, by products: exponents in an array would take a logarithm."""
     out = [jnp.ones_like(x)]

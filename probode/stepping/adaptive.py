@@ -37,8 +37,8 @@ from .step_sizes import (
 from .times import Interval, beside
 
 
-# An error so far below the tolerance is followed by a step that is longer by half or more.
-_QUIET = 0.1
+# By which factor the error lets the next step grow where the residual is looked at inside this one, too.
+_LONGER = 1.5
 # How many tolerances the mean may move beyond what the noise of a step explains, under a scale that does not follow.
 _SURPRISE = 10.0
 
@@ -230,9 +230,10 @@ class Stepper:
             norm, inside = seen(None)
         else:
             # Without a Jacobian evaluations are most of the cost: the residual inside is looked at only where the error
-            # is so small that the next step will be longer, and might skip over something.
+            # is so small that the next step will be longer by half or more, and might skip over something.
             blind = size(attempted)
-            norm, inside = lax.cond(blind < _QUIET, seen, lambda _: (blind, nothing), None)
+            quiet = blind < _LONGER ** -step.order_of_error(attempted)
+            norm, inside = lax.cond(quiet, seen, lambda _: (blind, nothing), None)
         norm, inside = detach((norm, inside))
         unseen = None if solve.anew is None else solve.anew.unseen
         if now.is_spread:
@@ -293,7 +294,7 @@ class Stepper:
         (proposed, memory), length = proposal, jnp.abs(detach(leg.dt))
         usable = taken.fine & taken.likely
         spoilt, good, finite = good & ~usable, good & usable, jnp.isfinite(norm) & taken.fine
-        proposed = trusted(proposed, length)
+        proposed = trusted(self.step.caution(attempted) * proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
         kept = jnp.where(leg.clipped, jnp.maximum(proposed, solve.dt), proposed)
         # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.

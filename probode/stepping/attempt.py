@@ -14,7 +14,7 @@ class Correction(eqx.Module):
     - ``last_move``: how far the last evaluation has moved them, under the noise of the step alone.
     - ``embedded``: the difference to the rule that leaves out the last derivative at the new end.
     - ``residual``: of the last evaluation, as the prediction has it.
-    - ``point``: the mean at which the last evaluation was made, and ``at_point`` its residual there.
+    - ``point``: where this was made: the prediction, with the lower derivatives as corrected before.
     - ``remainder``: what the last evaluation leaves wrong in them; ``None`` without ``split``.
     - ``split``: where all highest derivatives are given, and nothing else was uncertain: the noise of the step as that
       of these derivatives and the rest. The evaluations do not depend on covariances then, and are part of the attempt.
@@ -25,7 +25,6 @@ class Correction(eqx.Module):
     embedded: Float[Array, "*batch ks cols"]
     residual: Float[Array, "*batch ms cols"]
     point: Float[Array, "*batch dim cols"]
-    at_point: Float[Array, "*batch ms cols"]
     split: NoiseSplit | None
     remainder: Remainder | None
 

@@ -21,7 +21,7 @@ from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm, 
 from ..algebra.normal import Normal, batched, push
 from ..equations.problems import flat_field, flat_residual
 from ..information.constraints import AbstractConstraint
-from ..priors.prior import AbstractPrior
+from ..priors.prior import AbstractPrior, AbstractSplitPrior
 from .attempt import Attempt
 
 
@@ -156,10 +156,15 @@ def defect_inside(
         attempt.correction,
     )
     assert correction is not None and equation.gives is not None
+    k = equation.gives.start
+    if correction.split is not None:
+        # Made here, where few attempts come: outside it would be computed in all of them.
+        assert isinstance(prior, AbstractSplitPrior)
+        innovation = dataclasses.replace(innovation, factor=prior.split(dt, k, layout).root)
     whitened = batched(substitute)(innovation.factor, correction.residual)
     weights = smoothing_weights(equation, innovation.factor, whitened)
     time, mean = _mean_inside(prior, before, t, dt, transition, innovation, weights, layout)
-    k, us = equation.gives.start, layout.unpack(mean)
+    us = layout.unpack(mean)
     return us[k] - flat_field(constraint.problem, layout, args)(time, us[:k])
 
 

@@ -7,6 +7,7 @@ solvers").
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import equinox as eqx
@@ -53,6 +54,8 @@ from .times import round_off
 # What is not known of an error that has been estimated by extrapolation, as a share of it (chosen on the problems of
 # ``benchmarks.calibration --lifted``).
 _DOUBT = 0.5
+# See ``Step.caution``; chosen on Lotka-Volterra, FitzHugh-Nagumo and Van der Pol, orders 3 to 9.
+_CAUTION = 0.9
 
 
 class Stepped(eqx.Module):
@@ -157,10 +160,10 @@ class Step(eqx.Module):
         unit = jnp.broadcast_to(transition.magnitude, self.layout.batch_shape)
         split = self._split(stepping, dt, equation) if known else None
         if split is None:
-            innovation = innovate(equation, transition.noise, unit)
+            innovation = with_floor(innovate(equation, transition.noise, unit), equation, predicted.mean)
         else:
+            # No covariance is made of this scale, so that it may be zero.
             innovation = innovate_derivatives(split, equation.residual, unit)
-        innovation = with_floor(innovation, equation, predicted.mean)
         correction = self._correct(t, dt, predicted, transition, equation, innovation, split)
         return Attempt(transition, predicted.mean, equation, innovation, prior, correction)
 
@@ -208,7 +211,7 @@ class Step(eqx.Module):
             distribution,
             output_scale,
             statistics,
-            before.evidence.update(influence.whitened, update.pivots),
+            before.evidence.update(influence.whitened, update.log_det, update.rank),
             self.layout,
             attempted.prior,
             jnp.maximum(before.last_move, move),
@@ -308,6 +311,14 @@ class Step(eqx.Module):
             return nu + 1
         return min(nu + self.constraint.evaluations, 2 * nu)
 
+    def caution(self, attempted: Attempt) -> float:
+        """A factor of the length that a controller proposes for the next step.
+
+        Steps that observe all derivatives are long, and their error grows with a high power of the length: what the
+        next one allows differs more from what this one has allowed, and without the factor a fifth is rejected.
+        """
+        return 1.0 if attempted.correction is None or attempted.correction.split is None else _CAUTION
+
     def _split(self, prior, dt, equation):
         """The noise of a step as that of the derivatives that an equation gives, and the rest; ``None`` elsewhere."""
         return prior.split(dt, equation.gives.start, self.layout) if self._splits(equation, prior) else None
@@ -331,49 +342,51 @@ class Step(eqx.Module):
             rows, factor = equation.residual.shape[-2] - size, innovation.factor
 
             def move(z):
-                return explained(transition, equation, factor, batched(substitute)(factor, z))
+                return explained(transition, equation, factor, batched(substitute)(factor, z))[..., :lower, :]
 
-            def difference(z):
+            def rules(z):
+                moved = move(z)
                 if rows == 0:
-                    return move(z)[..., :lower, :]
+                    return moved, moved, None
                 z = batched(substitute)(factor, z)
-                coarser = explained_by_leading(transition, equation, factor, z, rows)
-                return (explained(transition, equation, factor, z) - coarser)[..., :lower, :]
+                return moved, moved - explained_by_leading(transition, equation, factor, z, rows)[..., :lower, :], None
         else:
 
             def move(z):
-                return moved_by(split, z)
+                return weighted(z, split.gain)
 
-            def difference(z):
-                return weighted(z, split.gain - split.embedded)
+            def rules(z):
+                # All at once: the price of an attempt is that of its instructions.
+                weights = split.gain, split.gain - split.embedded, split.gain - split.coarser
+                return jnp.split(weighted(z, jnp.concatenate(weights)), 3, axis=-2)
 
-        nothing = jnp.zeros_like(equation.residual)
-        z, before, earliest, point, at_point = equation.residual, nothing, nothing, predicted.mean, equation.residual
+        z, point, moves = equation.residual, predicted.mean, [jnp.zeros((), predicted.mean.dtype)]
         # Without elimination there is little to compile in an evaluation, and a loop costs more than it.
         for _ in range(self.constraint.evaluations - 1):
-            point = predicted.mean - move(z)
-            new = self.constraint.linearise(t, Normal(point, predicted.factor), self.layout, self.args)
-            z, before, earliest, at_point = residual_about(predicted.mean, point, new), z, before, new.residual
-        last, embedded, remainder = move(z - before)[..., :lower, :], difference(z), None
-        if split is not None:
-            coarser = weighted(z, split.gain - split.coarser)
-            earlier = move(before - earliest)[..., :lower, :]
-            remainder = self._remainder(predicted.mean, dt, last, earlier, embedded, coarser)
-        return Correction(last, embedded, z, point, at_point, split, remainder)
+            moves.append(move(z))
+            # The series depends on the lower derivatives alone. With the others as predicted its residual is that of
+            # the prediction.
+            point = jnp.concatenate([predicted.mean[..., :lower, :] - moves[-1], predicted.mean[..., lower:, :]], -2)
+            z = self.constraint.linearise(t, Normal(point, predicted.factor), self.layout, self.args).residual
+        moved, embedded, coarser = rules(z)
+        steps = [b - a for a, b in itertools.pairwise([*moves, moved])]
+        remainder = None if split is None else self._remainder(predicted.mean, dt, steps, embedded, coarser)
+        return Correction(steps[-1], embedded, z, point, split, remainder)
 
-    def _remainder(self, mean, dt, last, earlier, embedded, coarser):
-        """What an attempt leaves wrong in the lower derivatives: the iteration, extrapolated, and the rule."""
+    def _remainder(self, mean, dt, moves, embedded, coarser):
+        """What an attempt leaves wrong in the lower derivatives: the iteration, extrapolated, and the rule.
+
+        ``moves``: by which each evaluation has moved them.
+        """
+        last = moves[-1]
         size = self._size(mean, last.shape[-2], dt)
-
-        def ratio(a, b, largest):
-            a, b = (safe_norm(safe_divide(x, size)) for x in (a, b))
-            return jnp.minimum(safe_divide(a, b), largest)
-
+        sizes = safe_divide(jnp.stack([*moves[-2:], embedded, coarser]), size)
+        norms = safe_norm(sizes, tuple(range(1, sizes.ndim)))
         # The moves fall geometrically; their sum beyond the last is known if the last two are.
-        rate = ratio(last, earlier, 0.5) if self.constraint.evaluations > 1 else 0.5
+        rate = jnp.minimum(safe_divide(norms[1], norms[0]), 0.5) if len(moves) > 1 else 0.5
         iteration = rate / (1 - rate) * last
         # Rules of one order more each: their differences fall likewise, and the sign is that of the last.
-        rule = ratio(embedded, coarser, 1.0) * embedded
+        rule = jnp.minimum(safe_divide(norms[-2], norms[-1]), 1) * embedded
         lowest = jnp.finfo(size.dtype).eps * jnp.abs(mean[..., : last.shape[-2], :])
         # Two moves of the iteration itself are known from the third evaluation on, and its rate with them.
         doubt = _DOUBT if self.constraint.evaluations > 2 else 1.0
@@ -386,10 +399,17 @@ class Step(eqx.Module):
 
     def _update(self, before, t, attempted, scale, past):
         """The update of an attempt whose evaluations are done, its equation, and the error of all steps so far."""
-        correction, matrix = attempted.correction, attempted.transition.matrix
-        predicted = Normal(attempted.mean, push(before.distribution, matrix).factor)
+        correction = attempted.correction
+        # Made anew: kept from the attempt it would be written out for every component, in every attempt.
+        prior: Any = self.prior if attempted.prior is None else attempted.prior
+        matrix = prior.transition(t - before.t, self.layout).matrix
+        # What was uncertain lies in the lower derivatives, and only they move these.
+        lower, k = correction.last_move.shape[-2], correction.split.gain.shape[-2]
+        block = k * matrix.shape[-1] // (self.layout.num_derivatives + 1)
+        start = Normal(before.distribution.mean[..., :lower, :], before.distribution.factor[..., :lower])
+        factor = push(start, matrix[..., :block, :block]).factor
         equation = dataclasses.replace(attempted.equation, residual=correction.residual)
-        to = predicted, correction.split, scale, correction.residual
+        to = attempted.mean, factor, correction.split, scale, correction.residual
         if not self.calibration.is_local:
             return condition_on_derivatives(*to, past), equation, before.global_error
         if not before.carries_error:
@@ -397,17 +417,16 @@ class Step(eqx.Module):
             remainder = Remainder(remainder.error, jnp.hypot(remainder.std, remainder.error))
             update = condition_with_remainder(*to, remainder, None, jnp.ones((), scale.dtype), past)
             return update, equation, before.global_error
-        lower = correction.last_move.shape[-2]
         error = push(certain(before.global_error), matrix).mean
-        moved_alone = push(certain(before.global_error.at[..., lower:, :].set(0)), matrix).mean
+        alone = push(certain(before.global_error[..., :lower, :]), matrix[..., :block, :block]).mean
 
-        moved = self._residual_along(error, t, t - before.t, correction, predicted.factor)
+        moved = self._residual_along(error, t, t - before.t, correction, before.distribution.factor)
         error = error - moved_by(correction.split, moved)
         # By how much it has grown in the step, in units of the solution: so does what is not known of it. (The
         # transition has moved that, too, for an equation of higher order.)
-        sizes = [self._size(x, lower, t - before.t) for x in (before.distribution.mean, predicted.mean)]
+        sizes = [self._size(x, lower, t - before.t) for x in (before.distribution.mean, attempted.mean)]
         old, new = (
-            safe_norm(safe_divide(x[..., :lower, :], size)) for x, size in zip((moved_alone, error), sizes, strict=True)
+            safe_norm(safe_divide(x[..., :lower, :], size)) for x, size in zip((alone, error), sizes, strict=True)
         )
         growth = jnp.where(old > 0, safe_divide(new, old), 1)
         step = jnp.zeros_like(error).at[..., :lower, :].set(correction.remainder.error)
@@ -425,7 +444,7 @@ class Step(eqx.Module):
         step = lax.stop_gradient(jnp.where(share > 0, safe_divide(length, share), 1))
         beside = Normal(correction.point + step * direction, factor)
         moved = self.constraint.linearise(t, beside, self.layout, self.args).residual
-        return (moved - correction.at_point) / step
+        return (moved - correction.residual) / step
 
     def _condition(self, before, t, attempted, scale, past):
         """The update, the equation that it is about, and how far the last of several linearisations has moved it."""
@@ -473,7 +492,8 @@ def _unless_silent(update, silent, before, attempted, past):
     if past is not None:
         past = pad_noise(past, update.past.noise.shape[-2])
     influence = jax.tree.map(jnp.zeros_like, update.influence)
-    nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, jnp.zeros_like(update.pivots))
+    none = jnp.zeros_like(update.rank)
+    nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, none, none)
     axes = jnp.ndim(silent)
     return jax.tree.map(
         lambda a, b: jnp.where(jnp.reshape(silent, silent.shape + (1,) * (a.ndim - axes)), a, b), nothing, update

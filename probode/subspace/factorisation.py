@@ -261,8 +261,9 @@ class Subspace(AbstractOwnAlgebra):
 
         # A Krylov solve that has not converged is NaN. The scale is then infinite, so that the step is rejected.
         state = Normal(mean - shift, _together(new_a, new_c, n))
-        nothing, unknown = jnp.zeros((1, 0), z.dtype), jnp.full(1, jnp.nan, z.dtype)
-        update = Update(state, None, Influence(whitened, nothing, nothing, jnp.ones_like(own)), unknown)
+        nothing, unknown = jnp.zeros((1, 0), z.dtype), jnp.full_like(own, jnp.nan)
+        influence = Influence(whitened, nothing, nothing, jnp.ones_like(own))
+        update = Update(state, None, influence, log_det=unknown, rank=jnp.ones_like(own))
         equation = dataclasses.replace(equation, left=left)
         innovation = dataclasses.replace(innovation, scale=jnp.where(jnp.isfinite(whitened[0, 0]), own, jnp.inf))
         return Attempt(transition, mean, equation, innovation, None, update=update, unexplained=shift - explained)

@@ -111,6 +111,8 @@ def _check_split(prior, layout):
         expected = batched(lambda noise: noise.T @ noise)(transition.noise)
         law = f"{type(prior).__name__}: the split noise has the covariance of the transition's"
         equal(covariance(split.root, split.rest), expected, law, 1e-10)
+        log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(split.root, axis1=-2, axis2=-1))), axis=-1)
+        equal(split.log_det, log_det, f"{type(prior).__name__}: split.log_det is that of split.root", 1e-10)
         z = jnp.ones((*layout.batch_shape, split.root.shape[-1], 1), layout.dtype)
         back = batched(lambda root, white: root.T @ white)(split.root, split.whiten(z))
         equal(back, z, f"{type(prior).__name__}: split.whiten inverts split.root", 1e-6)
