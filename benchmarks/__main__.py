@@ -23,6 +23,8 @@ PARTS = [
     ["dimension"],
     ["calibration"],
     ["calibration", "--further"],
+    ["calibration", "--lifted"],
+    ["stability"],
     ["inference"],
     ["tempering"],
     ["fuzz"],

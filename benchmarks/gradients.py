@@ -62,6 +62,7 @@ _OURS = [
     ("EK0(3)", "EK0", 3, "residual", 256),
     ("EK0 twice(4)", "EK0 twice", 4, "residual", 256),
     ("EK0 twice(5)", "EK0 twice", 5, "residual", 256),
+    ("Taylor twice(4)", "Taylor twice", 4, "local", 256),
     ("EK1(3)", "EK1", 3, "residual", 256),
     ("EK1(4) StateError", "EK1", 4, "state", 256),
 ]
@@ -71,12 +72,12 @@ def _probode(problem, t1, rtol, method, nu, error, max_steps, loop=None):
     import probode
 
     ode = probode.ODE(problem.vector_field)
-    constraint, factorisation = peers.probode_method(method, ode)
+    prior, constraint, factorisation = peers.probode_method(method, ode, nu)
     solver = probode.Solver(
-        probode.IWP(nu),
+        prior,
         constraint,
         factorisation=factorisation,
-        error={"residual": probode.ResidualError(), "state": probode.StateError()}[error],
+        error={"residual": probode.ResidualError, "state": probode.StateError, "local": probode.LocalError}[error](),
         controller=probode.IntegralController(rtol, rtol * 1e-2),
         loop=probode.BoundedLoop(max_steps) if loop is None else loop,
     )

@@ -63,9 +63,9 @@ def _ours(values):
     problem = PROBLEMS["lotka_volterra"]
     data = probode.Observations(TIMES, values, NOISE)
     for method, nu in (("EK0", 3), ("EK0 twice", 4), ("EK1", 3)):
-        constraint, factorisation = peers.probode_method(method, probode.ODE(problem.vector_field))
+        prior, constraint, factorisation = peers.probode_method(method, probode.ODE(problem.vector_field), nu)
         solver = probode.Solver(
-            probode.IWP(nu),
+            prior,
             constraint,
             factorisation=factorisation,
             controller=probode.IntegralController(TOLERANCE, TOLERANCE),

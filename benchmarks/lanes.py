@@ -27,12 +27,14 @@ def uniform(lanes: int, dtype) -> dict:
     args = jax.tree.map(lambda x: jnp.asarray(x, dtype), problem.args)
     u0s = jnp.asarray(20.0 + np.linspace(0.0, 1.0, lanes)[:, None] * np.ones(2), dtype)
     programs, accelerator = {}, jax.default_backend() != "cpu"
-    for label, evaluations, nu in (("EK0(3)", 1, 3), ("EK0 twice(3)", 2, 3), ("EK0 twice(4)", 2, 4)):
-        constraint = probode.TS0(probode.ODE(problem.vector_field), evaluations=evaluations)
+    ode = probode.ODE(problem.vector_field)
+    for method, nu in (("EK0", 3), ("EK0 twice", 3), ("EK0 twice", 4), ("Taylor twice", 3), ("Taylor", 4)):
+        label = f"{method}({nu})"
+        prior, constraint, factorisation = peers.probode_method(method, ode, nu)
         solver = probode.Solver(
-            probode.IWP(nu),
+            prior,
             constraint,
-            factorisation=probode.Isotropic(),
+            factorisation=factorisation,
             controller=probode.IntegralController(1e-5, 1e-7),
             loop=probode.ForwardLoop(2000),
         )

@@ -43,23 +43,34 @@ def probode(
     safety: float = 0.95,
     loop: str = "forward",
 ) -> Callable[[], Outcome]:
-    """A callable that solves with probode: EK0 (isotropic) or EK1 (dense), a filter with an integrated Wiener process.
+    """A callable that solves with probode, by a filter with an integrated Wiener process: see `probode_method`.
 
-    "EK0 twice" evaluates the vector field twice in each accepted step; "2nd EK0" solves the problem as an equation of
-    second order, where it is one. The default loop is a plain while loop, like the loops of the peers.
+    "2nd EK0" solves the problem as an equation of second order, where it is one. The default loop is a plain while
+    loop, like the loops of the peers.
     """
     solve = probode_function(problem, method, num_derivatives, error, control, safety, loop)
     return lambda: jax.block_until_ready(solve(problem.u0, problem.args, rtol, atol))
 
 
-def probode_method(name: str, ode: Any) -> tuple[Any, Any]:
-    """The constraint and the factorisation of "EK0", "EK0 twice" or "EK1"."""
+def probode_method(name: str, ode: Any, num_derivatives: int) -> tuple[Any, Any, Any]:
+    """The prior, the constraint and the factorisation of a method.
+
+    "EK0" and "EK1"; "EK0 twice" evaluates the vector field twice in each accepted step. "Taylor" observes all
+    derivatives in every step, with three evaluations of their series, "Taylor twice" with two; "EK1 lifted" observes
+    the first three, with the Jacobian.
+    """
     import probode
 
+    prior = probode.IWP(num_derivatives)
+    if name.startswith("Taylor"):
+        evaluations = 2 if name.endswith("twice") else 3
+        lifted = ode.lifted(num_derivatives - ode.order)
+        return prior, probode.TS0(lifted, evaluations=evaluations), probode.BlockDiagonal()
     return {
-        "EK0": (probode.TS0(ode), probode.Isotropic()),
-        "EK0 twice": (probode.TS0(ode, evaluations=2), probode.Isotropic()),
-        "EK1": (probode.TS1(ode), probode.Dense()),
+        "EK0": (prior, probode.TS0(ode), probode.Isotropic()),
+        "EK0 twice": (prior, probode.TS0(ode, evaluations=2), probode.Isotropic()),
+        "EK1": (prior, probode.TS1(ode), probode.Dense()),
+        "EK1 lifted": (probode.RelativeScale(prior), probode.TS1(ode.lifted(2), evaluations=2), probode.Dense()),
     }[name]
 
 
@@ -69,8 +80,8 @@ def probode_function(problem, method, num_derivatives, error, control, safety, l
 
     second = method.startswith("2nd ")
     ode = probode.ODE(problem.acceleration, order=2) if second else probode.ODE(problem.vector_field)
-    constraint, factorisation = probode_method(method.removeprefix("2nd "), ode)
-    errors = {"residual": probode.ResidualError, "state": probode.StateError}
+    prior, constraint, factorisation = probode_method(method.removeprefix("2nd "), ode, num_derivatives)
+    errors = {"residual": probode.ResidualError, "state": probode.StateError, "local": probode.LocalError}
     controllers = {
         "integral": probode.IntegralController,
         "pi": probode.PIController,
@@ -81,7 +92,7 @@ def probode_function(problem, method, num_derivatives, error, control, safety, l
     @jax.jit
     def solve(u0, args, rtol, atol):
         solver = probode.Solver(
-            prior=probode.IWP(num_derivatives),
+            prior=prior,
             constraint=constraint,
             factorisation=factorisation,
             error=errors[error](),
@@ -284,6 +295,16 @@ def _probode_configurations():
         ("2nd EK0 twice", 8, "residual", "integral", 0.95, True),
         ("2nd EK0 twice", 8, "residual", "pi", 0.9, False),
         ("2nd EK0 twice", 9, "residual", "integral", 0.95, False),
+        ("Taylor", 5, "local", "integral", 0.95, True),
+        ("Taylor", 6, "local", "integral", 0.95, False),
+        ("Taylor", 7, "local", "integral", 0.95, False),
+        ("Taylor twice", 5, "local", "integral", 0.95, False),
+        ("Taylor twice", 7, "local", "integral", 0.95, False),
+        ("2nd Taylor", 7, "local", "integral", 0.95, True),
+        ("2nd Taylor", 9, "local", "integral", 0.95, False),
+        ("2nd Taylor twice", 8, "local", "integral", 0.95, False),
+        ("EK1 lifted", 5, "local", "integral", 0.95, True),
+        ("EK1 lifted", 7, "local", "integral", 0.95, False),
         ("EK1", 5, "residual", "integral", 0.95, True),
         ("EK1", 5, "residual", "pi", 0.9, True),
         ("EK1", 5, "residual", "brisk pi", 0.9, False),
@@ -343,7 +364,7 @@ def _others():
 
 
 def _purpose(method):
-    dense = method in ("EK1", "TS1")
+    dense = method in ("EK1", "EK1 lifted", "TS1")
     return None if dense else False, dense, method.startswith("2nd ")
 
 

@@ -52,12 +52,13 @@ def _ours():
         ("EK0 twice", 4, probode.StateError(), pi),
         ("EK0 twice", 5, probode.StateError(), pi),
         ("EK1", 4, probode.ResidualError(), integral),
+        ("Taylor", 5, probode.LocalError(), integral),
     ):
-        constraint, factorisation = peers.probode_method(method, ode)
+        prior, constraint, factorisation = peers.probode_method(method, ode, nu)
         label = f"probode {method}({nu}) {'state ' if isinstance(error, probode.StateError) else ''}"
         for strategy in strategies:
             solver = probode.Solver(
-                probode.IWP(nu),
+                prior,
                 constraint,
                 factorisation=factorisation,
                 strategy=strategy,

@@ -36,8 +36,9 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """The method alone, as in `EK0(5) twice evaluated`."""
-        method, twice, order = re.match(r"(?:2nd )?(\w+)( twice)?(\(\d+\))?", self.parts).groups(default="")
-        return f"{method}{order}{twice and ' twice evaluated'}"
+        found = re.match(r"(?:2nd )?(\w+)( lifted)?( twice)?(\(\d+\))?", self.parts)
+        method, lifted, twice, order = found.groups(default="")
+        return f"{method}{lifted}{order}{twice and ' twice evaluated'}"
 
 
 class Race(NamedTuple):
@@ -74,6 +75,7 @@ CALIBRATED = {
     "EK0 twice dynamic, per component": "the same, `DynamicCalibration()`",
     "EK0 dynamic, per component": "`TS0(ode)`, `BlockDiagonal()`, `DynamicCalibration()`",
 }
+SENSITIVE = ("pleiades", "arenstorf_three_body")
 FITS = {"pendulum": "pendulum, length", "lotka_volterra": "Lotka-Volterra, two rates"}
 
 
@@ -84,6 +86,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "gpu": gpu(results),
         "calibration": calibration(results),
         "tempering": tempering(results),
+        "stability": stability(results),
     }
 
 
@@ -133,6 +136,22 @@ def tempering(results: pathlib.Path = RESULTS) -> str:
         lost = {row["method"]: float(row["error"]) for row in summary.read(f"tempering_{problem}", results)}
         rows.append([words, *(f"{1 - lost[method]:.2f}" for method in methods)])
     return _table(["", *methods], rows)
+
+
+def stability(results: pathlib.Path = RESULTS) -> str:
+    """The table of rejected attempts and of errors in units of the tolerance, for every order of a filter."""
+    every, rows = summary.read("stability", results), []
+    for nu in sorted({int(row["num_derivatives"]) for row in every}):
+        here = [row for row in every if int(row["num_derivatives"]) == nu]
+        rejected = [float(row["rejected"]) for row in here if float(row["rtol"]) <= 1e-6]
+        off = {row["problem"]: [] for row in here}
+        for row in here:
+            off[row["problem"]].append(float(row["error"]) / float(row["rtol"]))
+        sensitive = [off.pop(name) for name in SENSITIVE]
+        others = np.concatenate(list(off.values()))
+        shown = np.median(others), np.max(others), np.max(sensitive)
+        rows.append([str(nu), f"{100 * np.median(rejected):.0f} %", *(significant(x) for x in shown)])
+    return _table(["derivatives", "rejected", "error, median", "largest", "on the two"], rows)
 
 
 def quoted(results: pathlib.Path = RESULTS) -> list[str]:

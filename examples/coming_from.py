@@ -9,6 +9,7 @@
 # | `solve_ivp(f, (t0, t1), y0)` | `diffeqsolve(ODETerm(f), solver, t0, t1, dt0, y0)` | `solve_adaptive_save_at(...)` | `solve(ODEProblem(f, y0, tspan), EK1())` | `solve_ivp(f, (t0, t1), u0)`, `Solver(...).solve(u0, t0, t1)` |
 # | `f(t, y)` | `f(t, y, args)` | `f(u, *, t)` | `f(du, u, p, t)` | `f(t, u, args)` |
 # | `method="RK45"` | `Tsit5()` | `constraint_ode_ts0` | `EK0(order=4)` | `TS0(ode, evaluations=2)`, `IWP(4)` |
+# | `method="DOP853"` | `Dopri8()` | | | `TS0(ode.lifted(4), evaluations=3)`, `IWP(5)`, `BlockDiagonal()` |
 # | `method="Radau"` | `Kvaerno5()` | `constraint_ode_ts1` | `EK1(order=4)` | `TS1(ode)`, `IWP(4)` |
 # | `rtol, atol` | `PIDController(rtol, atol)` | `rtol, atol` | `reltol, abstol` | `IntegralController(rtol, atol)`, `PIController` |
 # | `t_eval` | `SaveAt(ts=ts)` | `save_at` | `saveat` | `save_at=ts` |

@@ -2,7 +2,7 @@
 # # What the uncertainty means
 #
 # If the standard deviations that a solver reports are right, errors are about as large. This notebook shows how to
-# check this against a reference solution, and how the result depends on the calibration.
+# check this against a reference solution, and how the result depends on the calibration and on what a step observes.
 
 # %%
 import os
@@ -64,6 +64,18 @@ for ax, (name, solver) in zip(axes, solvers.items(), strict=True):
 plt.show()
 
 # %% [markdown]
+# Both are smoothers. A filter alone, which needs no second pass and no steps to be kept, has about the right
+# uncertainty if every step observes all derivatives of the solution, as the notebook `observing_derivatives` explains.
+
+# %%
+solvers["filter, all derivatives"] = probode.Solver(
+    probode.IWP(5),
+    probode.TS0(ode.lifted(4), evaluations=3),
+    factorisation=probode.BlockDiagonal(),
+    controller=probode.IntegralController(1e-3, 1e-5),
+)
+
+# %% [markdown]
 # `calibration_report` does this for several tolerances. `chi^2 / d` is the squared error over the reported variance: 1
 # is right, much less means that standard deviations are too large, much more that they are too small. The shares of
 # errors within one, two and three standard deviations (`std`) would be 68, 95 and 99.7 % for a perfect Gaussian.
@@ -78,7 +90,8 @@ for name, solver in solvers.items():
 # %%
 figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
 for name, report in reports.items():
-    ax.loglog(report.rtol, report.smoothed, "o-", label=name)
+    ratio = report.trajectory if name.startswith("filter") else report.smoothed
+    ax.loglog(report.rtol, ratio, "o-", label=name)
 ax.axhspan(0.1, 10, color="0.9", zorder=0)
 ax.axhline(1, color="0.6", linewidth=1)
 ax.invert_xaxis()

@@ -4,9 +4,6 @@ from importlib.metadata import PackageNotFoundError as _NotInstalled
 from importlib.metadata import version as _version
 
 from . import testing as testing
-from .algebra.conditioning import Innovation as Innovation
-from .algebra.conditioning import Linearisation as Linearisation
-from .algebra.conditioning import Transition as Transition
 from .algebra.coordinates import Conditional as Conditional
 from .algebra.derivatives import NoiseSplit as NoiseSplit
 from .algebra.factorisations import AbstractFactorisation as AbstractFactorisation
@@ -14,9 +11,12 @@ from .algebra.factorisations import BlockDiagonal as BlockDiagonal
 from .algebra.factorisations import Dense as Dense
 from .algebra.factorisations import Isotropic as Isotropic
 from .algebra.factorisations import Layout as Layout
+from .algebra.innovation import Innovation as Innovation
+from .algebra.linearisation import Linearisation as Linearisation
 from .algebra.marginals import Moments as Moments
 from .algebra.marginals import Posterior as Posterior
 from .algebra.normal import Normal as Normal
+from .algebra.transition import Transition as Transition
 from .diagnostics import plots as plots
 from .diagnostics.calibration_report import CalibrationReport as CalibrationReport
 from .diagnostics.calibration_report import calibration_report as calibration_report

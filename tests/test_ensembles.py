@@ -204,6 +204,7 @@ def test_wrong_times_are_found_under_jit_too():
         solve(jnp.linspace(0.0, 2.0, LANES)[::-1])
 
 
+@pytest.mark.thorough
 def test_uncertain_lanes_and_going_on_from_them():
     solver = probode.Solver(
         probode.IWP(3),

@@ -51,8 +51,8 @@ def frozen_times(solver, x):
 @pytest.mark.parametrize(
     ("constraint", "calibration"),
     first_of(
-        (po.TS1, po.NoCalibration()),
         (po.TS0, po.DynamicCalibration()),
+        (po.TS1, po.NoCalibration()),
         (po.TS0, po.NoCalibration()),
         (po.TS1, po.DynamicCalibration()),
         (zeroth_order_lifted, po.DynamicCalibration()),

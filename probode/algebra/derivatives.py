@@ -15,8 +15,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .conditioning import Influence, Innovation, Update, predict
+from .conditioning import Influence, Update, predict
 from .coordinates import Conditional
+from .innovation import Innovation
 from .linalg import kron_apply, root_mean_square, safe_divide, substitute, triangularise
 from .normal import Normal, batched, pad_rows
 

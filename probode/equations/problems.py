@@ -16,8 +16,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
+from ..algebra.linearisation import Linearisation
 from ..util.checks import as_integer
 from .jacobians import AbstractJacobian, ExactJacobian, as_jacobian
 from .taylor.derivatives import derivatives_along, unrolled_derivatives

@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..algebra.conditioning import Innovation
+from ..algebra.innovation import Innovation
 from ..algebra.linalg import safe_sqrt
 
 

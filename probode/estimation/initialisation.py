@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import condition, join, residual_about
+from ..algebra.conditioning import condition, join
 from ..algebra.factorisations import Layout
+from ..algebra.linearisation import residual_about
 from ..algebra.normal import Normal, certain
 from ..equations.problems import AbstractProblem, flat_field, flat_residual
 from ..equations.taylor.derivatives import consistent_derivatives, taylor_derivatives

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import Linearisation, residual_about
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import compiled, safe_divide
+from ..algebra.linearisation import Linearisation, residual_about
 from ..algebra.normal import Normal
 from ..equations.problems import AbstractProblem
 from ..information.constraints import AbstractConstraint

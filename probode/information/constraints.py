@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
+from ..algebra.linearisation import Linearisation
 from ..algebra.normal import Normal, batched
 from ..equations.problems import ODE, AbstractProblem, Lifted, Residual
 from ..util.checks import as_scalar, require

@@ -17,10 +17,10 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..algebra.conditioning import Linearisation, residual_about
 from ..algebra.coordinates import from_coordinates, standard
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import detach, eliminate, product, safe_divide, safe_sqrt, substitute
+from ..algebra.linearisation import Linearisation, residual_about
 from ..algebra.normal import Normal, batched
 from ..equations.jacobians import ExactJacobian
 from ..util.checks import as_float, as_integer, require

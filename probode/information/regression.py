@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import Linearisation
 from ..algebra.factorisations import Layout
+from ..algebra.linearisation import Linearisation
 from ..algebra.normal import Normal, spread, square
 from ..equations.problems import ODE, AbstractProblem
 from ..util.checks import as_integer

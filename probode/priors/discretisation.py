@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, Real
 
-from ..algebra.conditioning import Transition
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import kron_apply_right, product, triangularise
+from ..algebra.transition import Transition
 from .powers import noise_units, powers_of_step
 
 

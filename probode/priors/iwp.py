@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
-from ..algebra.conditioning import Transition
 from ..algebra.derivatives import NoiseSplit
 from ..algebra.factorisations import Layout
+from ..algebra.transition import Transition
 from ..util.checks import as_integer
 from .output_scale import as_output_scale
 from .powers import exact_inverse_root, exact_root, exact_solve, exponents_of_units, noise_units, powers, powers_of_step

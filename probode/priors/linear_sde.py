@@ -12,8 +12,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Real
 
-from ..algebra.conditioning import Transition
 from ..algebra.factorisations import Layout
+from ..algebra.transition import Transition
 from ..equations.problems import ODE, AbstractProblem
 from ..util.checks import as_integer
 from .discretisation import companion_transition

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
-from ..algebra.conditioning import Transition
 from ..algebra.factorisations import Layout
 from ..algebra.normal import Normal
+from ..algebra.transition import Transition
 from ..util.checks import as_integer
 from .discretisation import companion_transition, lift_blocks
 from .drifts import uncoupled_blocks_of

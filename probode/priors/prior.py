@@ -5,9 +5,9 @@ from abc import abstractmethod
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree, Real
 
-from ..algebra.conditioning import Transition
 from ..algebra.derivatives import NoiseSplit
 from ..algebra.factorisations import Layout
+from ..algebra.transition import Transition
 from ..equations.problems import AbstractProblem
 
 

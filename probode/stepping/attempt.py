@@ -3,8 +3,11 @@
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from ..algebra.conditioning import Innovation, Linearisation, Transition, Update
+from ..algebra.conditioning import Update
 from ..algebra.derivatives import NoiseSplit, Remainder
+from ..algebra.innovation import Innovation
+from ..algebra.linearisation import Linearisation
+from ..algebra.transition import Transition
 from ..priors.prior import AbstractPrior
 
 

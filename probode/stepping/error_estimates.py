@@ -12,8 +12,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..algebra.conditioning import explained, posterior_noise
 from ..algebra.factorisations import Layout
+from ..algebra.innovation import explained, posterior_noise
 from ..algebra.linalg import root_mean_square
 from .attempt import Attempt
 

@@ -6,9 +6,9 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from ..algebra.conditioning import Transition
 from ..algebra.factorisations import AbstractFactorisation
 from ..algebra.normal import Normal
+from ..algebra.transition import Transition
 from .attempt import Attempt
 
 

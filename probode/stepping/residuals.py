@@ -15,9 +15,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..algebra.conditioning import Innovation, Linearisation, given, noise_mean, smoothing_weights
 from ..algebra.factorisations import Layout
+from ..algebra.innovation import Innovation, noise_mean, smoothing_weights
 from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm, substitute
+from ..algebra.linearisation import Linearisation, given
 from ..algebra.normal import Normal, batched, push
 from ..equations.problems import flat_field, flat_residual
 from ..information.constraints import AbstractConstraint

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import Linearisation, Update
+from ..algebra.conditioning import Update
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, root_mean_square, safe_norm, substitute
+from ..algebra.linearisation import Linearisation
 from ..algebra.normal import Normal, batched, certain, push
 from ..information.constraints import AbstractConstraint
 from .attempt import Attempt

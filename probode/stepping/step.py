@@ -7,7 +7,6 @@ solvers").
 """
 
 import dataclasses
-import itertools
 from typing import Any
 
 import equinox as eqx
@@ -16,34 +15,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..algebra.conditioning import (
-    Influence,
-    Update,
-    condition,
-    explained,
-    explained_by_leading,
-    innovate,
-    join,
-    residual_about,
-)
+from ..algebra.conditioning import Influence, Update, condition, join
 from ..algebra.coordinates import Conditional, from_coordinates, in_coordinates, pad_noise
-from ..algebra.derivatives import (
-    Remainder,
-    condition_on_derivatives,
-    condition_with_remainder,
-    error_rows,
-    innovate_derivatives,
-    moved_by,
-    weighted,
-)
+from ..algebra.derivatives import error_rows, innovate_derivatives
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import choose, detach, safe_divide, safe_norm, substitute
-from ..algebra.normal import Normal, batched, certain, pad, push
+from ..algebra.innovation import innovate
+from ..algebra.linalg import choose, detach
+from ..algebra.linearisation import residual_about
+from ..algebra.normal import Normal, batched, pad, push
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
 from ..priors.prior import AbstractPrior, AbstractPriorFamily, AbstractSplitPrior
-from .attempt import Attempt, Correction
+from .attempt import Attempt
+from .corrections import condition_corrected, correct
 from .error_estimates import rms_norm
 from .residuals import informative, residual_at, with_floor, with_scale_inside, without_round_off
 from .spread import Ahead, push_moves, spread_after, spread_ahead
@@ -51,9 +36,6 @@ from .state import State
 from .times import round_off
 
 
-# What is not known of an error that has been estimated by extrapolation, as a share of it (chosen on the problems of
-# ``benchmarks.calibration --lifted``).
-_DOUBT = 0.5
 # See ``Step.caution``; chosen on Lotka-Volterra, FitzHugh-Nagumo and Van der Pol, orders 3 to 9.
 _CAUTION = 0.9
 
@@ -164,7 +146,11 @@ class Step(eqx.Module):
         else:
             # No covariance is made of this scale, so that it may be zero.
             innovation = innovate_derivatives(split, equation.residual, unit)
-        correction = self._correct(t, dt, predicted, transition, equation, innovation, split)
+        correction = None
+        if equation.is_frozen:
+            evaluations = self.constraint.evaluations
+            evaluate, seen = self._evaluate(t), (predicted, transition, equation, innovation, split)
+            correction = correct(evaluate, evaluations, dt, *seen)
         return Attempt(transition, predicted.mean, equation, innovation, prior, correction)
 
     def accept(
@@ -190,7 +176,13 @@ class Step(eqx.Module):
         innovation, error = attempted.innovation, before.global_error
         scale = self.calibration.scale(innovation, before.statistics)
         if attempted.correction is not None and attempted.correction.split is not None:
-            update, equation, error = self._update(before, at, attempted, scale, past)
+            prior: Any = self.prior if attempted.prior is None else attempted.prior
+            # Made anew: kept from the attempt it would be written out for every component, in every attempt.
+            matrix = prior.transition(at - before.t, self.layout).matrix
+            given = matrix, before, at - before.t, attempted, scale, past
+            update, equation, error = condition_corrected(
+                self._evaluate(at), *given, is_local=self.calibration.is_local
+            )
             move = jnp.zeros_like(before.last_move)
         elif attempted.update is None:
             update, equation, move = self._condition(before, at, attempted, scale, past)
@@ -332,119 +324,9 @@ class Step(eqx.Module):
         gives_all = equation.is_frozen and equation.gives.stop == self.layout.num_derivatives + 1
         return gives_all and isinstance(prior, AbstractSplitPrior)
 
-    def _correct(self, t, dt, predicted, transition, equation, innovation, split):
-        """The evaluations that follow the first one, of an equation that gives several derivatives."""
-        if not equation.is_frozen:
-            return None
-        size = self.layout.identity().shape[-1]
-        lower = equation.gives.start * size
-        if split is None:
-            rows, factor = equation.residual.shape[-2] - size, innovation.factor
-
-            def move(z):
-                return explained(transition, equation, factor, batched(substitute)(factor, z))[..., :lower, :]
-
-            def rules(z):
-                moved = move(z)
-                if rows == 0:
-                    return moved, moved, None
-                z = batched(substitute)(factor, z)
-                return moved, moved - explained_by_leading(transition, equation, factor, z, rows)[..., :lower, :], None
-        else:
-
-            def move(z):
-                return weighted(z, split.gain)
-
-            def rules(z):
-                # All at once: the price of an attempt is that of its instructions.
-                weights = split.gain, split.gain - split.embedded, split.gain - split.coarser
-                return jnp.split(weighted(z, jnp.concatenate(weights)), 3, axis=-2)
-
-        z, point, moves = equation.residual, predicted.mean, [jnp.zeros((), predicted.mean.dtype)]
-        # Without elimination there is little to compile in an evaluation, and a loop costs more than it.
-        for _ in range(self.constraint.evaluations - 1):
-            moves.append(move(z))
-            # The series depends on the lower derivatives alone. With the others as predicted its residual is that of
-            # the prediction.
-            point = jnp.concatenate([predicted.mean[..., :lower, :] - moves[-1], predicted.mean[..., lower:, :]], -2)
-            z = self.constraint.linearise(t, Normal(point, predicted.factor), self.layout, self.args).residual
-        moved, embedded, coarser = rules(z)
-        steps = [b - a for a, b in itertools.pairwise([*moves, moved])]
-        remainder = None if split is None else self._remainder(predicted.mean, dt, steps, embedded, coarser)
-        return Correction(steps[-1], embedded, z, point, split, remainder)
-
-    def _remainder(self, mean, dt, moves, embedded, coarser):
-        """What an attempt leaves wrong in the lower derivatives: the iteration, extrapolated, and the rule.
-
-        ``moves``: by which each evaluation has moved them.
-        """
-        last = moves[-1]
-        size = self._size(mean, last.shape[-2], dt)
-        sizes = safe_divide(jnp.stack([*moves[-2:], embedded, coarser]), size)
-        norms = safe_norm(sizes, tuple(range(1, sizes.ndim)))
-        # The moves fall geometrically; their sum beyond the last is known if the last two are.
-        rate = jnp.minimum(safe_divide(norms[1], norms[0]), 0.5) if len(moves) > 1 else 0.5
-        iteration = rate / (1 - rate) * last
-        # Rules of one order more each: their differences fall likewise, and the sign is that of the last.
-        rule = jnp.minimum(safe_divide(norms[-2], norms[-1]), 1) * embedded
-        lowest = jnp.finfo(size.dtype).eps * jnp.abs(mean[..., : last.shape[-2], :])
-        # Two moves of the iteration itself are known from the third evaluation on, and its rate with them.
-        doubt = _DOUBT if self.constraint.evaluations > 2 else 1.0
-        return Remainder(iteration + rule, jnp.sqrt(doubt**2 * (iteration**2 + rule**2) + lowest**2))
-
-    def _size(self, mean, lower, dt):
-        """The size of ``u, ..., u^(k-1)``: of their values, or of their change in a step."""
-        size = self.layout.identity().shape[-1]
-        return jnp.abs(mean[..., :lower, :]) + jnp.abs(dt * mean[..., size : size + lower, :])
-
-    def _update(self, before, t, attempted, scale, past):
-        """The update of an attempt whose evaluations are done, its equation, and the error of all steps so far."""
-        correction = attempted.correction
-        # Made anew: kept from the attempt it would be written out for every component, in every attempt.
-        prior: Any = self.prior if attempted.prior is None else attempted.prior
-        matrix = prior.transition(t - before.t, self.layout).matrix
-        # What was uncertain lies in the lower derivatives, and only they move these.
-        lower, k = correction.last_move.shape[-2], correction.split.gain.shape[-2]
-        block = k * matrix.shape[-1] // (self.layout.num_derivatives + 1)
-        start = Normal(before.distribution.mean[..., :lower, :], before.distribution.factor[..., :lower])
-        factor = push(start, matrix[..., :block, :block]).factor
-        equation = dataclasses.replace(attempted.equation, residual=correction.residual)
-        to = attempted.mean, factor, correction.split, scale, correction.residual
-        if not self.calibration.is_local:
-            return condition_on_derivatives(*to, past), equation, before.global_error
-        if not before.carries_error:
-            remainder = correction.remainder
-            remainder = Remainder(remainder.error, jnp.hypot(remainder.std, remainder.error))
-            update = condition_with_remainder(*to, remainder, None, jnp.ones((), scale.dtype), past)
-            return update, equation, before.global_error
-        error = push(certain(before.global_error), matrix).mean
-        alone = push(certain(before.global_error[..., :lower, :]), matrix[..., :block, :block]).mean
-
-        moved = self._residual_along(error, t, t - before.t, correction, before.distribution.factor)
-        error = error - moved_by(correction.split, moved)
-        # By how much it has grown in the step, in units of the solution: so does what is not known of it. (The
-        # transition has moved that, too, for an equation of higher order.)
-        sizes = [self._size(x, lower, t - before.t) for x in (before.distribution.mean, attempted.mean)]
-        old, new = (
-            safe_norm(safe_divide(x[..., :lower, :], size)) for x, size in zip((alone, error), sizes, strict=True)
-        )
-        growth = jnp.where(old > 0, safe_divide(new, old), 1)
-        step = jnp.zeros_like(error).at[..., :lower, :].set(correction.remainder.error)
-        error = error + step
-        return condition_with_remainder(*to, correction.remainder, error, growth, past), equation, error
-
-    def _residual_along(self, direction, t, dt, correction, factor):
-        """How the residual of the last evaluation moves along a direction: a difference quotient.
-
-        One more evaluation, where a derivative takes two or three, and whose own derivatives are of first order.
-        """
-        size = self._size(correction.point, correction.last_move.shape[-2], dt)
-        share = jnp.max(safe_divide(jnp.abs(direction[..., : size.shape[-2], :]), size))
-        length = jnp.full_like(share, jnp.finfo(share.dtype).eps ** 0.4)
-        step = lax.stop_gradient(jnp.where(share > 0, safe_divide(length, share), 1))
-        beside = Normal(correction.point + step * direction, factor)
-        moved = self.constraint.linearise(t, beside, self.layout, self.args).residual
-        return (moved - correction.residual) / step
+    def _evaluate(self, t):
+        """The residual of the equation at ``t``, as a function of the point."""
+        return lambda x: self.constraint.linearise(t, x, self.layout, self.args).residual
 
     def _condition(self, before, t, attempted, scale, past):
         """The update, the equation that it is about, and how far the last of several linearisations has moved it."""

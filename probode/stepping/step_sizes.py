@@ -16,8 +16,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from ..algebra.conditioning import Influence, explained
+from ..algebra.conditioning import Influence
 from ..algebra.factorisations import Layout
+from ..algebra.innovation import explained
 from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm
 from ..algebra.normal import batched, push
 from ..estimation.initialisation import AbstractInitialisation

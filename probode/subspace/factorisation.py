@@ -20,19 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..algebra.conditioning import (
-    Influence,
-    Innovation,
-    Linearisation,
-    Transition,
-    Update,
-    condition,
-    innovate,
-    join,
-    posterior_noise,
-)
+from ..algebra.conditioning import Influence, Update, condition, join
+from ..algebra.innovation import Innovation, innovate, posterior_noise
 from ..algebra.linalg import safe_divide, safe_norm, safe_sqrt, triangularise
+from ..algebra.linearisation import Linearisation
 from ..algebra.normal import Normal, pad
+from ..algebra.transition import Transition
 from ..equations.jacobians import ExactJacobian
 from ..equations.problems import ODE, flat_field
 from ..estimation.calibration import AbstractCalibration, AbstractLeaveOneOut

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from ..algebra.conditioning import innovate
 from ..algebra.factorisations import AbstractFactorisation, BlockDiagonal, Dense, Isotropic, layout_of
+from ..algebra.innovation import innovate
 from ..algebra.normal import Normal, batched, push
 from ..equations.jacobians import AbstractJacobian
 from ..equations.problems import ODE, AbstractProblem

@@ -16,8 +16,9 @@ import mpmath
 import numpy as np
 import pytest
 
-from probode.algebra.conditioning import Linearisation, predict
+from probode.algebra.conditioning import predict
 from probode.algebra.coordinates import Conditional, coordinates_of, from_coordinates, marginalise, standard
+from probode.algebra.linearisation import Linearisation
 from probode.algebra.normal import Normal, push
 
 from .. import oracles

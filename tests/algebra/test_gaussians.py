@@ -12,7 +12,9 @@ import mpmath
 import numpy as np
 import pytest
 
-from probode.algebra.conditioning import Linearisation, innovate, predict
+from probode.algebra.conditioning import predict
+from probode.algebra.innovation import innovate
+from probode.algebra.linearisation import Linearisation
 from probode.algebra.normal import Normal, push
 
 from .. import oracles

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import probode as po
-from probode.algebra.conditioning import innovate
+from probode.algebra.innovation import innovate
 from probode.algebra.normal import push
 
 from .. import oracles

@@ -123,7 +123,7 @@ KINDS = [
     (po.testing.check_initialisation, Velocity()),
     (po.testing.check_progress, Recorder()),
 ]
-IN_EVERY_RUN = (MassMatrix, ReverseMode, Corners, Halving, Recorder)
+IN_EVERY_RUN = (ReverseMode, Corners, Halving, Recorder)
 
 
 @pytest.mark.parametrize(

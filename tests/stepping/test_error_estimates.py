@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import probode as po
-from probode.algebra.conditioning import Linearisation, innovate
 from probode.algebra.factorisations import Layout
+from probode.algebra.innovation import innovate
+from probode.algebra.linearisation import Linearisation
 from probode.stepping.error_estimates import max_norm, rms_norm
 
 from .. import oracles

@@ -12,8 +12,9 @@ from hypothesis import given
 
 import probode as po
 from probode import testing
-from probode.algebra.conditioning import Linearisation, Transition
+from probode.algebra.linearisation import Linearisation
 from probode.algebra.normal import Normal
+from probode.algebra.transition import Transition
 
 from ..extending.test_calibration import MaximumLikelihood
 from ..extending.test_controller import Constant

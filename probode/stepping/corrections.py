@@ -1,0 +1,182 @@
+"""The evaluations of a step whose equation gives several derivatives, and the error that they leave.
+
+Such an equation takes its right-hand sides for frozen at a point, first at the prediction. The residual there moves
+``u, ..., u^(k-1)``; further evaluations, at the corrected point, make the residual of the solution out of that of the
+prediction. The moves tell what is left: they fall geometrically, and rules of different order for the same residual
+differ by the error of the coarser one. This error is carried along the solution, with its sign, and enters the
+covariance.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ..algebra.conditioning import Update
+from ..algebra.coordinates import Conditional
+from ..algebra.derivatives import (
+    NoiseSplit,
+    Remainder,
+    condition_on_derivatives,
+    condition_with_remainder,
+    moved_by,
+    weighted,
+)
+from ..algebra.innovation import Innovation, explained, explained_by_leading
+from ..algebra.linalg import safe_divide, safe_norm, substitute
+from ..algebra.linearisation import Linearisation
+from ..algebra.normal import Normal, batched, certain, push
+from ..algebra.transition import Transition
+from .attempt import Attempt, Correction
+from .state import State
+
+
+# What is not known of an error that has been estimated by extrapolation, as a share of it (chosen on the problems of
+# ``benchmarks.calibration --lifted``).
+_DOUBT = 0.5
+
+
+def correct(
+    evaluate: Callable[[Normal], Array],
+    evaluations: int,
+    dt: Float[Array, ""],
+    predicted: Normal,
+    transition: Transition,
+    equation: Linearisation,
+    innovation: Innovation,
+    split: NoiseSplit | None,
+) -> Correction:
+    """What ``evaluations`` of an equation make of the lower derivatives of a prediction.
+
+    - ``evaluate``: the residual at a point, at the end of the step.
+    - ``equation``: the first evaluation, at the prediction, with its ``innovation``.
+    - ``split``: the noise of the step, where the equation gives all highest derivatives.
+    """
+    assert equation.gives is not None
+    size = equation.residual.shape[-2] // len(equation.gives)
+    lower = equation.gives.start * size
+    mean = predicted.mean
+    if split is None:
+        rows, factor = equation.residual.shape[-2] - size, innovation.factor
+
+        def move(z):
+            return explained(transition, equation, factor, batched(substitute)(factor, z))[..., :lower, :]
+
+        def rules(z):
+            moved = move(z)
+            if rows == 0:
+                return moved, moved, None
+            z = batched(substitute)(factor, z)
+            return moved, moved - explained_by_leading(transition, equation, factor, z, rows)[..., :lower, :], None
+    else:
+
+        def move(z):
+            return weighted(z, split.gain)
+
+        def rules(z):
+            # All at once: the price of an attempt is that of its instructions.
+            weights = split.gain, split.gain - split.embedded, split.gain - split.coarser
+            return jnp.split(weighted(z, jnp.concatenate(weights)), 3, axis=-2)
+
+    z, point, corrections = equation.residual, mean, [jnp.zeros((), mean.dtype)]
+    # Without elimination there is little to compile in an evaluation, and a loop costs more than it.
+    for _ in range(evaluations - 1):
+        corrections.append(move(z))
+        # The right-hand sides depend on the lower derivatives alone. With the others as predicted the residual is that
+        # of the prediction.
+        point = jnp.concatenate([mean[..., :lower, :] - corrections[-1], mean[..., lower:, :]], axis=-2)
+        z = evaluate(Normal(point, predicted.factor))
+    moved, embedded, coarser = rules(z)
+    moves = [b - a for a, b in itertools.pairwise([*corrections, moved])]
+    remainder = None if split is None else _remainder(mean, size, dt, moves, embedded, coarser)
+    return Correction(moves[-1], embedded, z, point, split, remainder)
+
+
+def _remainder(mean, size, dt, moves, embedded, coarser):
+    """What an attempt leaves wrong in the lower derivatives: the iteration, extrapolated, and the rule.
+
+    ``moves``: by which each evaluation has moved them.
+    """
+    last = moves[-1]
+    sizes = safe_divide(jnp.stack([*moves[-2:], embedded, coarser]), _sizes(mean, last.shape[-2], size, dt))
+    norms = safe_norm(sizes, tuple(range(1, sizes.ndim)))
+    # The moves fall geometrically; their sum beyond the last is known if the last two are.
+    rate = jnp.minimum(safe_divide(norms[1], norms[0]), 0.5) if len(moves) > 1 else 0.5
+    iteration = rate / (1 - rate) * last
+    # Rules of one order more each: their differences fall likewise, and the sign is that of the last.
+    rule = jnp.minimum(safe_divide(norms[-2], norms[-1]), 1) * embedded
+    lowest = jnp.finfo(mean.dtype).eps * jnp.abs(mean[..., : last.shape[-2], :])
+    # Two moves of the iteration itself are known from the third evaluation on, and its rate with them.
+    doubt = _DOUBT if len(moves) > 2 else 1.0
+    return Remainder(iteration + rule, jnp.sqrt(doubt**2 * (iteration**2 + rule**2) + lowest**2))
+
+
+def condition_corrected(
+    evaluate: Callable[[Normal], Array],
+    matrix: Float[Array, "*batch p p"],
+    before: State,
+    dt: Float[Array, ""],
+    attempted: Attempt,
+    scale: Float[Array, "*batch"],
+    past: Conditional | None,
+    *,
+    is_local: bool,
+) -> tuple[Update, Linearisation, Float[Array, "*batch rows cols"]]:
+    """The update of an attempt that has a ``split``, its equation, and ``State.global_error`` after it.
+
+    - ``evaluate``: the residual at a point, at the end of the step; ``matrix``: of the transition.
+    - ``before``: the state where the step starts, in which only the lower derivatives are uncertain.
+    - ``is_local``: that of the calibration. If it is, covariances are made of what the evaluations leave wrong,
+      otherwise of the noise of the prior with the output ``scale``.
+    """
+    correction = attempted.correction
+    assert correction is not None and correction.split is not None
+    split, residual = correction.split, correction.residual
+    lower, k = correction.last_move.shape[-2], split.gain.shape[-2]
+    size = lower // k
+    # Only the lower derivatives move the lower ones: the others were certain.
+    block = matrix[..., : matrix.shape[-1] * lower // before.distribution.mean.shape[-2], :]
+    block = block[..., : block.shape[-2]]
+    start = Normal(before.distribution.mean[..., :lower, :], before.distribution.factor[..., :lower])
+    given = attempted.mean, push(start, block).factor, split, scale, residual
+    equation = dataclasses.replace(attempted.equation, residual=residual)
+    if not is_local:
+        return condition_on_derivatives(*given, past), equation, before.global_error
+    remainder = correction.remainder
+    assert remainder is not None
+    if not before.carries_error:
+        remainder = Remainder(remainder.error, jnp.hypot(remainder.std, remainder.error))
+        update = condition_with_remainder(*given, remainder, None, jnp.ones((), scale.dtype), past)
+        return update, equation, before.global_error
+    error = push(certain(before.global_error), matrix).mean
+    alone = push(certain(before.global_error[..., :lower, :]), block).mean
+    error = error - moved_by(split, _residual_along(evaluate, error, size, dt, correction, start.factor))
+    # By how much it has grown in the step, in units of the solution: so does what is not known of it. (The transition
+    # has moved that, too, for an equation of higher order.)
+    old, new = (
+        safe_norm(safe_divide(x[..., :lower, :], _sizes(mean, lower, size, dt)))
+        for x, mean in ((alone, before.distribution.mean), (error, attempted.mean))
+    )
+    growth = jnp.where(old > 0, safe_divide(new, old), 1)
+    error = jnp.concatenate([error[..., :lower, :] + remainder.error, error[..., lower:, :]], axis=-2)
+    return condition_with_remainder(*given, remainder, error, growth, past), equation, error
+
+
+def _residual_along(evaluate, direction, size, dt, correction, factor):
+    """How the residual of the last evaluation moves along a direction: a difference quotient.
+
+    One more evaluation, where a derivative takes two or three, and whose own derivatives are of first order.
+    """
+    sizes = _sizes(correction.point, correction.last_move.shape[-2], size, dt)
+    share = jnp.max(safe_divide(jnp.abs(direction[..., : sizes.shape[-2], :]), sizes))
+    length = jnp.full_like(share, jnp.finfo(share.dtype).eps ** 0.4)
+    step = lax.stop_gradient(jnp.where(share > 0, safe_divide(length, share), 1))
+    return (evaluate(Normal(correction.point + step * direction, factor)) - correction.residual) / step
+
+
+def _sizes(mean, lower, size, dt):
+    """The sizes of ``u, ..., u^(k-1)``: of their values, or of their change in a step."""
+    return jnp.abs(mean[..., :lower, :]) + jnp.abs(dt * mean[..., size : size + lower, :])
