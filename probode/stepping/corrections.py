@@ -111,7 +111,7 @@ def _remainder(mean, size, dt, moves, embedded, coarser):
     lowest = jnp.finfo(mean.dtype).eps * jnp.abs(mean[..., : last.shape[-2], :])
     # Two moves of the iteration itself are known from the third evaluation on, and its rate with them.
     doubt = _DOUBT if len(moves) > 2 else 1.0
-    return Remainder(iteration + rule, jnp.sqrt(doubt**2 * (iteration**2 + rule**2) + lowest**2))
+    return Remainder(iteration + rule, safe_norm(jnp.stack([doubt * iteration, doubt * rule, lowest]), 0))
 
 
 def condition_corrected(
@@ -148,7 +148,7 @@ def condition_corrected(
     remainder = correction.remainder
     assert remainder is not None
     if not before.carries_error:
-        remainder = Remainder(remainder.error, jnp.hypot(remainder.std, remainder.error))
+        remainder = Remainder(remainder.error, safe_norm(jnp.stack([remainder.std, remainder.error]), 0))
         update = condition_with_remainder(*given, remainder, None, jnp.ones((), scale.dtype), past)
         return update, equation, before.global_error
     error = push(certain(before.global_error), matrix).mean

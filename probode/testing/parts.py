@@ -56,8 +56,8 @@ def example_attempt(dt: Any = 0.1, *, scale: float = 1.0) -> Attempt:
 def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -> None:
     """Raises ``LawBroken`` unless a prior is a Gauss-Markov process over a function and its derivatives.
 
-    - Two transitions in a row are the one over both steps (Chapman-Kolmogorov); a step back undoes a step; a step of
-      length zero is the identity.
+    - Two transitions in a row are the one over both steps (Chapman-Kolmogorov), forwards and backwards in time; the
+      matrix of a step back undoes that of a step; a step of length zero is the identity.
     - The derivative of ``u^(i)`` is ``u^(i+1)``.
     - The square root of the noise is upper triangular, with noise in every derivative; the parts of an
       ``AbstractSplitPrior`` make up its covariance.
@@ -136,10 +136,11 @@ def _check_transitions(prior, layout):
     equal(at(0.0)[0], np.eye(dim), f"{name}: a step of length zero stays where it is", atol=1e-14)
     # With u^(i) in units of h^(-i) all entries are of size one. Otherwise they are powers of the step, and a tolerance
     # relative to the largest one would not check the small ones.
-    for one, two in ((0.1, 0.2), (0.02, 1.0), (1e-3, 1e-3)):
-        units = np.repeat((one + two) ** np.arange(n), dim // n)
+    for one, two in ((0.1, 0.2), (0.02, 1.0), (1e-3, 1e-3), (-0.1, -0.2)):
+        units = np.repeat(abs(one + two) ** np.arange(n), dim // n)
         (a1, q1), (a2, q2), (a, q) = at(one), at(two), at(one + two)
-        law = f"{name}: a step is the same as two halves of it (Chapman-Kolmogorov)"
+        direction = "" if one > 0 else " back in time"
+        law = f"{name}: a step{direction} is the same as two halves of it (Chapman-Kolmogorov)"
         equal(units[:, None] * (a2 @ a1) / units, units[:, None] * a / units, f"{law}, its matrix", 1e-10)
         parts = a2 @ q1 @ a2.T + q2
         equal(units[:, None] * parts * units, units[:, None] * q * units, f"{law}, its covariance", 1e-9)

@@ -23,7 +23,8 @@ class OrnsteinUhlenbeck(po.AbstractPrior):
         noise = jnp.zeros((n, n), dt.dtype).at[-1, -1].set(1.0)
         block = jax.scipy.linalg.expm(dt * jnp.block([[-drift, noise], [jnp.zeros_like(noise), drift.T]]))
         matrix = block[n:, n:].T
-        root = jnp.linalg.cholesky(matrix @ block[:n, n:]).T
+        # The integral of a covariance over a step back in time is negative.
+        root = jnp.linalg.cholesky(jnp.sign(dt) * matrix @ block[:n, n:]).T
         return po.Transition(layout.broadcast(matrix), layout.lift(root, 1.0), jnp.ones_like(dt))
 
 

@@ -5,6 +5,7 @@ import itertools
 import math
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import probode as po
 
 from .. import oracles
-from ..helpers import check_jacobians, first_of, lotka_volterra, relative
+from ..helpers import check_jacobians, first_of, left_to_nox, lotka_volterra, name, relative
 
 
 FACTORISATIONS = [po.Dense(), po.BlockDiagonal(), po.Isotropic()]
@@ -450,6 +451,29 @@ def test_gradients(constraint, factorisation):
         return jnp.concatenate([solution.mean[-1], solution.std[-1], solution.log_likelihood[None]])
 
     check_jacobians(value, jnp.array([20.0, 10.0]))
+
+
+@pytest.mark.parametrize("calibration", [po.DynamicCalibration(), *left_to_nox(po.NoCalibration())], ids=name)
+def test_components_at_rest_have_derivatives(calibration):
+    # Their residuals, moves and sizes are zero, where roots and norms have no derivative.
+    made = po.Solver(
+        po.IWP(3),
+        po.TS0(po.ODE(lambda t, u, args: jnp.stack([t**2, 0.0 * u[1], -u[2]])).lifted(2), evaluations=3),
+        factorisation=po.BlockDiagonal(),
+        calibration=calibration,
+        loop=po.BoundedLoop(16),
+    )
+
+    def value(u0):
+        solution = made.solve_grid(u0, jnp.linspace(0.0, 0.5, 3))
+        return solution.mean[-1], solution.std[-1]
+
+    u0 = jnp.array([1.0, 0.0, 0.0])
+    np.testing.assert_allclose(value(u0)[0], [1 + 0.5**3 / 3, 0.0, 0.0], atol=1e-14)
+    for differentiate in (jax.jacfwd, jax.jacrev):
+        mean, std = differentiate(value)(u0)
+        np.testing.assert_allclose(mean, np.diag([1.0, 1.0, np.exp(-0.5)]), rtol=1e-5)  # two steps
+        assert np.all(np.isfinite(std))
 
 
 def test_wrong_use():
