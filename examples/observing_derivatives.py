@@ -3,8 +3,9 @@
 #
 # A step of EK0 or EK1 observes that `u' = f(t, u)` holds at its end, and guesses all higher derivatives from the steps
 # before. But the equation tells these, too: `u'' = df/dt + (df/du) f`, and so on. `ode.lifted(L)` is the equation
-# together with its first `L` time derivatives; a step that observes all of them is longer, stable at every order, and
-# knows better how wrong it is. This notebook shows each of these.
+# together with its first `L` time derivatives; a step that observes all of them is longer, its derivatives do not
+# collect errors from step to step, whatever the order, and it knows better how wrong it is. This notebook shows each of
+# these.
 
 # %%
 import os
@@ -41,11 +42,11 @@ truth = accurate.solve(u0, 0.0, 20.0)
 # ## One step
 #
 # A single step of length `h` from exact derivatives. With `IWP(5)` the prediction is the Taylor polynomial of degree
-# five, which is wrong by `h^6`. EK0 corrects it with the residual of `u'` at the end. With `lifted(1)`, `lifted(2)`,
-# ... the residuals of `u''`, `u'''`, ... correct it as well, and the error becomes smaller. With all of them nothing is
-# left to guess: the weights are those of the two-point Hermite quadrature, and the order jumps. The field is frozen at
-# the prediction, though; every further evaluation, at the corrected solution, removes one order of what this leaves
-# wrong. With `m` evaluations the error falls as `h^(nu + m + 1)`, up to `h^(2 nu + 1)`.
+# five, which is wrong by `h^6`. `TS0(ode)` corrects it with the residual of `u'` at the end. With `lifted(1)`,
+# `lifted(2)`, ... the residuals of `u''`, `u'''`, ... correct it as well, and the error becomes smaller. With all of
+# them nothing is left to guess: the weights are those of the two-point Hermite quadrature, and the order jumps. The
+# field is frozen at the prediction, though; every further evaluation, at the corrected solution, removes one order of
+# what this leaves wrong. With `m` evaluations the error falls as `h^(nu + m + 1)`, up to `h^(2 nu + 1)`.
 
 # %%
 lengths = np.geomspace(0.1, 1.0, 5 if SMALL else 12)
@@ -85,13 +86,13 @@ for name, options in methods.items():
     print(f"{name:26s}", *(f"{tolerance:.0e}: {count:4d}" for tolerance, count in zip(tolerances, counts, strict=True)))
 
 # %% [markdown]
-# ## Uncertainty that fits, without smoothing
+# ## Uncertainty that sees the errors, without smoothing
 #
-# EK0 estimates the scale of its noise from residuals, and takes the vector field for frozen while it corrects: that the
-# solutions beside its own move away from it is not in its covariance. A filter that observes all derivatives has better
-# evidence: how far its last evaluation has moved the solution, and how far two rules of different order are apart. What
+# EK0 estimates the scale of its noise from residuals, and holds the vector field constant while it corrects: that
+# neighbouring solutions diverge from the mean is not in its covariance. A filter that observes all derivatives knows
+# more: how far its last evaluation has moved the solution, and how far two rules of different order are apart. What
 # these say of the error is carried along the solution. The pictures show filters alone, at the ends of their steps, on
-# an equation whose neighbouring solutions leave each other like `exp(3 t)`; the right one is `cos t`.
+# an equation whose neighbouring solutions diverge like `exp(3 t)`; the right one is `cos t`.
 
 # %%
 unstable = probode.ODE(lambda t, u, args: 3.0 * (u - jnp.cos(t)) - jnp.sin(t))
@@ -151,6 +152,6 @@ for name, constraint in {
 # - Not stiff, a cheap field, tolerances of 1e-5 or tighter: all derivatives (`lifted(nu - 1)`) with `evaluations=3`,
 #   and `IWP(5)` to `IWP(7)`.
 # - Stiff, tolerances of 1e-5 or tighter: `TS1(ode.lifted(2), evaluations=2)` and `RelativeScale(IWP(5))`.
-# - A dear field, as a neural network: a series of `L` derivatives costs about `L^2 / 2` evaluations of nonlinear
+# - An expensive field, as a neural network: a series of `L` derivatives costs about `L^2 / 2` evaluations of nonlinear
 #   operations and `L` of linear ones, so that fewer derivatives pay, or none.
 # - A field with kinks: the higher derivatives do not exist there, and standard deviations become too small.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Parts of your own, and how to test them
 #
-# A constraint, a controller or a prior of your own is a subclass of an abstract class, with one or two methods. The
-# functions of `probode.testing` check the laws that every part of its kind must satisfy, and name the law that it does
-# not satisfy.
+# A part of your own is a subclass of an abstract class, with one or two methods: here a constraint and a controller.
+# The functions of `probode.testing` check the laws that every part of its kind must satisfy, and name the law that it
+# does not satisfy. Parts of all other kinds are in the folder `tests/extending`.
 
 # %%
 import equinox as eqx

@@ -106,7 +106,7 @@ def from_coordinates(coordinates: Normal, x: Normal) -> Normal:
 
 @batched
 def in_coordinates(past: Conditional, coordinates: Normal) -> Conditional:
-    """``past`` given new coordinates ``w`` of the later state, with ``v = coordinates.mean + coordinates.factor^T w``.
+    """``past`` given new coordinates ``v'`` of the later state, ``v = coordinates.mean + coordinates.factor^T v'``.
 
     Data give the old coordinates ``v`` the distribution ``coordinates``; the new ones are standard normal again.
     """

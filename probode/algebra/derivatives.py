@@ -6,7 +6,8 @@ depends on the length of the step alone. For an integrated Wiener process these 
 quadrature (for ``k = 1`` and ``nu = 1`` those of the trapezoidal rule: Schober, Sarkka, Hennig 2019, "A probabilistic
 model for the numerical solution of initial value problems").
 
-Axes: ``k`` lower derivatives, ``m = nu + 1 - k`` highest, ``s`` rows of the layout for each.
+Axes: ``k`` lower derivatives, ``m = nu + 1 - k`` highest, ``s`` rows of the layout for each, hence ``ks`` and ``ms``
+rows of them.
 """
 
 import math
@@ -23,11 +24,13 @@ from .normal import Normal, batched, pad_rows
 
 
 class NoiseSplit(eqx.Module):
-    """The noise of a step, under an output scale of one, as that of the highest derivatives and the rest given these.
+    """The noise of a step as that of the highest derivatives, and that of the lower ones given these.
+
+    With the prior's own output scale, and without the ``magnitude`` of its ``Transition``.
 
     - ``gain``: the regression of ``u, ..., u^(k-1)`` on the highest derivatives, the same for all components.
-    - ``embedded``: the weights of a rule without the last of these, whose column is zero; ``coarser``: without the last
-      two.
+    - ``embedded``: the weights of the rule that leaves out ``u^(nu)``, whose column is zero; ``coarser``: of the one
+      that leaves out ``u^(nu-1)`` as well.
     - ``root``: upper triangular right square root of the covariance of the highest derivatives; ``log_det``: the
       logarithm of its determinant.
     - ``whitener``: a matrix ``W`` such that ``kron(W, F^-T) z`` is ``root^-T z``.
@@ -65,7 +68,7 @@ class NoiseSplit(eqx.Module):
 def innovate_derivatives(
     split: NoiseSplit, residual: Float[Array, "*batch ms cols"], unit: Float[Array, "*batch"]
 ) -> Innovation:
-    """The ``Innovation`` of the highest derivatives, as ``innovate`` returns it for any equation."""
+    """The ``Innovation`` of the highest derivatives, whose noise reaches all of them."""
     whitened = split.whiten(residual)
     return Innovation(split.root, whitened, root_mean_square(whitened, axis=(-2, -1)), unit)
 
@@ -114,7 +117,7 @@ def influence_of_derivatives(
 
 def _update(state, past, split, scale, residual):
     rows, has_noise = residual.shape[-2], scale != 0
-    # Nothing is asked of the root itself: in a solve that keeps no influence it is not computed.
+    # Only the influence needs the root itself: XLA drops it where none is kept.
     log_det = split.log_det + rows * jnp.log(jnp.where(has_noise, jnp.abs(scale), 1))
     influence = influence_of_derivatives(split, scale, residual)
     return Update(state, past, influence, jnp.where(has_noise, log_det, 0), rows * has_noise.astype(scale.dtype))
@@ -123,7 +126,7 @@ def _update(state, past, split, scale, residual):
 class Remainder(eqx.Module):
     """What a step leaves wrong in ``u, ..., u^(k-1)``: estimated with its sign, and the size of what is not known.
 
-    ``error``: the error; ``std``: a standard deviation, both for each component.
+    ``error``: the estimated error of the mean; ``std``: the standard deviation of that estimate.
     """
 
     error: Float[Array, "*batch ks cols"]
@@ -143,10 +146,11 @@ def condition_with_remainder(
 ) -> Update:
     """The update of a step as in ``condition_on_derivatives``, with a covariance from the errors of its evaluations.
 
-    The noise of the prior does not contain what taking the field for frozen leaves out. So the lower derivatives have
-    the covariance ``F^T F + e e^T`` instead: ``e`` is the ``error`` of all steps so far, carried along the solution;
-    ``F`` is the factor of what is not known of it, which has grown by the factor ``growth`` in the step, and a standard
-    deviation of this step is added. In ``factor`` the rows of ``F`` come first, and those of ``e`` behind them.
+    The noise of the prior does not contain what holding the field constant leaves out. So the lower derivatives have
+    the covariance ``F^T F + e e^T`` instead: ``e`` is the estimated ``error`` of all steps so far, carried along the
+    solution; ``F^T F`` is the covariance of that estimate, multiplied by ``growth`` squared in the step, plus the
+    variance of the ``remainder`` of this one. In ``factor`` the rows of ``F`` come first, and those of ``e`` behind
+    them. Without an ``error`` all rows are those of ``F``.
     """
 
     @batched
@@ -172,7 +176,7 @@ def condition_with_remainder(
 
 
 def error_rows(error: Float[Array, "ks cols"]) -> Float[Array, "rows ks"]:
-    """Rows whose outer product is ``e e^T``, or its mean over columns that share a covariance."""
+    """A right square root of ``e e^T``, or of its mean over columns that share a covariance."""
     ks, cols = error.shape
     if cols == 1:
         return error.T
@@ -186,5 +190,5 @@ def weighted(z: Float[Array, "*batch ms cols"], weights: Float[Array, "k m"]) ->
 
 
 def moved_by(split: NoiseSplit, z: Float[Array, "*batch ms cols"]) -> Float[Array, "*batch dim cols"]:
-    """The noise of a step that explains the residual ``z`` of its highest derivatives: its conditional mean."""
+    """What the noise of a step explains of the residual ``z`` of its highest derivatives, subtracted from the mean."""
     return jnp.concatenate([weighted(z, split.gain), z], axis=-2)

@@ -21,7 +21,8 @@ class Innovation(eqx.Module):
     - ``scale``: the root mean square of ``whitened``, ``(*batch,)``: the local quasi-maximum-likelihood estimate of the
       output scale (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value
       problems"). Infinite for a residual in a direction without noise. A step raises it to what explains round-off in
-      the residual, and, where the residual is zero, to what explains that inside the step.
+      the residual (not where all highest derivatives are given), and, where the residual is zero, to what explains that
+      inside the step.
     - ``unit``: ``magnitude``, which is the prior's own output scale here, ``(*batch,)``.
     - ``inside``, ``remainder``: residuals of the corrected mean, at a time inside the step and at its end, whitened in
       the same way, ``(*batch, m, cols)``; ``None`` unless the error estimate needs them (``needs_defects``).
@@ -70,13 +71,13 @@ def smoothing_weights(
 ) -> Float[Array, "p cols"]:
     """``H^T (H Q H^T)^-1 z`` from the whitened residual, times the largest entry of the factor of ``H Q H^T``.
 
-    Without that entry, ``Q`` times it is the mean of the noise given the residual (the adjoint variable of the
+    Without that entry, ``Q`` times it is minus the mean of the noise given the residual (the adjoint variable of the
     disturbance smoother: de Jong 1989, "Smoothing and interpolation with the state-space model"). With it the result
     stays representable in single precision, where the inverse of a covariance may overflow and the inverse of its
     square root does not.
     """
     factor = factor / _largest(factor)
-    # ``substitute`` solves with the transpose; that of ``factor`` is upper triangular in reverse order of its indices.
+    # ``substitute`` solves with the transpose of an upper triangle. Reversed and transposed, ``factor`` is one again.
     solution = substitute(factor[::-1, ::-1].T, whitened[::-1])[::-1]
     if equation.is_frozen:
         return jnp.pad(solution, ((equation.matrix.shape[1] - solution.shape[0], 0), (0, 0)))
@@ -90,10 +91,11 @@ def noise_mean(
     factor: Float[Array, "m m"],
     weights: Float[Array, "p cols"],
 ) -> Float[Array, "dim cols"]:
-    """``noise^T later H^T (H Q H^T)^-1 z``: the mean of a noise given a residual, from its ``smoothing_weights``.
+    """``noise^T later H^T (H Q H^T)^-1 z``: what of a residual a noise explains, from its ``smoothing_weights``.
 
-    ``noise``: a right square root of the covariance of the noise. ``later``: ``noise A^T``, where ``A`` is the
-    transition from the time of the noise to that of the residual. ``factor``: of ``H Q H^T``, as for the weights.
+    It is subtracted from a mean: minus the conditional mean, since ``H noise = -z``. ``noise``: a right square root of
+    the covariance of the noise. ``later``: ``noise A^T``, where ``A`` is the transition from the time of the noise to
+    that of the residual. ``factor``: of ``H Q H^T``, as for the weights.
     """
     p = weights.shape[0]
     # Only the ``p`` columns in the equation, and in this order: in single precision the columns of high derivatives,
@@ -104,14 +106,17 @@ def noise_mean(
 def explained(
     transition: Transition, equation: Linearisation, factor: Float[Array, "*batch m m"], whitened: Array
 ) -> Float[Array, "*batch dim cols"]:
-    """``Q H^T (H Q H^T)^-1 z``: the mean of the noise of a step given the residual at its end, which is whitened."""
+    """``Q H^T (H Q H^T)^-1 z``: what the noise of a step explains of the residual at its end, which is ``whitened``.
+
+    It is subtracted from the mean.
+    """
     return noise_mean(transition.noise, transition.noise, factor, smoothing_weights(equation, factor, whitened))
 
 
 def explained_by_leading(
     transition: Transition, equation: Linearisation, factor: Float[Array, "*batch m m"], whitened: Array, rows: int
 ) -> Float[Array, "*batch dim cols"]:
-    """What ``explained`` returns if the equation has its rows before ``rows`` alone."""
+    """What ``explained`` returns if only the first ``rows`` rows of the equation are observed."""
     leading = Linearisation(equation.matrix[..., :rows, :], equation.residual[..., :rows, :])
     return explained(transition, leading, factor[..., :rows, :rows], whitened[..., :rows, :])
 

@@ -28,11 +28,13 @@ class Linearisation(eqx.Module):
     - ``noise``: right square root of the covariance of the equation's error, ``(*batch, rows, m)``; ``None`` if the
       equation holds exactly. With noise ``gives`` has to be ``None``.
     - ``left``: right square root of the covariance of ``u`` given the equation under the noise of the step alone,
-      ``(rows, k)``; only from factorisations with an algebra of their own, otherwise ``None``.
+      ``(rows, entries)``; only from factorisations with an algebra of their own, otherwise ``None``.
     - ``whole``: whether ``matrix`` is the whole derivative of ``z``, so that the error of the linearisation is of
       second order. It is false where the vector field is taken as constant (``TS0``), or where only the diagonal of its
       Jacobian is kept.
-    - ``is_frozen``: whether ``matrix`` is known to be the identity on the derivatives given, and zero elsewhere.
+    - ``is_frozen``: whether right-hand sides are held constant, so that ``matrix`` is the identity on the derivatives
+      given and zero elsewhere, and the attempt itself makes the further evaluations: that of ``TS0`` of a lifted
+      equation. (False for ``TS0`` of an ODE, whose matrix looks the same.)
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -3 * u)))
@@ -46,7 +48,7 @@ class Linearisation(eqx.Module):
     residual: Float[Array, "*batch m cols"]
     gives: range | None = eqx.field(static=True, default=None)
     noise: Float[Array, "*batch rows m"] | None = None
-    left: Float[Array, "more k"] | None = None
+    left: Float[Array, "rows entries"] | None = None
     whole: bool = eqx.field(static=True, default=True)
     is_frozen: bool = eqx.field(static=True, default=False)
 

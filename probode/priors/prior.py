@@ -40,7 +40,8 @@ class AbstractSplitPrior(AbstractPrior):
     """A prior that knows in closed form what its noise in the highest derivatives says of that in the others.
 
     Conditioning on all derivatives from some order on (``ODE.lifted``) then needs no elimination. A subclass defines
-    ``split`` beside what an ``AbstractPrior`` does.
+    ``split`` beside what an ``AbstractPrior`` does. In its transitions derivatives depend on themselves and on higher
+    ones alone: otherwise those at the end of a step would be uncertain from the lower ones at its start, too.
 
     >>> import probode
     >>> isinstance(probode.IWP(2), probode.AbstractSplitPrior)

@@ -178,6 +178,7 @@ class Stepper:
         length, order = jnp.abs(detach(leg.dt)), self.step.order_of_error(attempted)
         good, proposed, memory = self.control.controller.propose(length, norm, order, solve.controller)
         good = good & jnp.isfinite(norm) & active
+        # A rejected attempt leaves the state as it was.
         rejected = lambda *_: Taken(before, past, influence, jnp.array(True), jnp.array(True))  # noqa: E731
         accepted = lambda before, past, left, influence: self.condition(  # noqa: E731
             before, leg, good, attempted, unseen, (past, left, influence)

@@ -1,7 +1,8 @@
 """Step-size controllers: accept or reject an attempt by its error norm, propose the next step.
 
-With ``E = norm^(-1/(nu+1))``, by how much the step could grow, the classical rules of Hairer, Norsett, Wanner (1993),
-II.4, and Gustafsson (1991) read ``safety E`` and ``safety E^a (E / E_previous)^b``.
+With ``E = norm^(-1/order)``, by how much the step could grow if its error is of the order ``dt^order``, the classical
+rules of Hairer, Norsett, Wanner (1993), II.4, and Gustafsson (1991) read ``safety E`` and
+``safety E^a (E / E_previous)^b``.
 """
 
 from abc import abstractmethod
@@ -109,8 +110,12 @@ class AbstractController(eqx.Module):
     def propose(
         self, dt: Float[Array, ""], error_norm: Float[Array, ""], order: int, state: Any
     ) -> tuple[Bool[Array, ""], Float[Array, ""], Any]:
-        """From an attempt of length ``dt`` whose error is of size ``error_norm`` (1 is just good enough; infinite when
-        the attempt is not finite) and of order ``dt^order``: whether to accept, the next ``dt``, the next state."""
+        """From an attempt of length ``dt > 0`` whose error is of size ``error_norm`` (1 is just good enough; infinite
+        when the attempt is not finite) and of order ``dt^order``: whether to accept, the next ``dt``, the next state.
+
+        The loop has applied the tolerances, and applies the limits to what is proposed; a step is at most three times
+        as long as the one before.
+        """
 
 
 class IntegralController(AbstractController):

@@ -1,10 +1,11 @@
-"""The evaluations of a step whose equation gives several derivatives, and the error that they leave.
+"""The evaluations of a step with ``TS0`` of a lifted equation, and the error that they leave.
 
-Such an equation takes its right-hand sides for frozen at a point, first at the prediction. The residual there moves
-``u, ..., u^(k-1)``; further evaluations, at the corrected point, make the residual of the solution out of that of the
-prediction. The moves tell what is left: they fall geometrically, and rules of different order for the same residual
-differ by the error of the coarser one. This error is carried along the solution, with its sign, and enters the
-covariance.
+The right-hand sides are evaluated at a point and held constant, first at the prediction. Their residual corrects
+``u, ..., u^(k-1)``, and each further evaluation, at the corrected point, replaces them. The corrections tell what is
+left: their moves fall geometrically, and rules of different order for the same residual differ by the error of the
+coarser one. Where all highest derivatives are given, and nothing else was uncertain, the last correction is the update
+of the step, and under a local calibration this error is carried along the solution and makes the covariance. Elsewhere
+it serves the error estimate alone, and the step conditions on the equation as on any other.
 """
 
 import dataclasses
@@ -85,8 +86,8 @@ def correct(
     # Without elimination there is little to compile in an evaluation, and a loop costs more than it.
     for _ in range(evaluations - 1):
         corrections.append(move(z))
-        # The right-hand sides depend on the lower derivatives alone. With the others as predicted the residual is that
-        # of the prediction.
+        # Right-hand sides depend on the lower derivatives alone. With the others as predicted the residual is that of
+        # the prediction with these right-hand sides: the next correction starts from the prediction again.
         point = jnp.concatenate([mean[..., :lower, :] - corrections[-1], mean[..., lower:, :]], axis=-2)
         z = evaluate(Normal(point, predicted.factor))
     moved, embedded, coarser = rules(z)
@@ -101,17 +102,17 @@ def _remainder(mean, size, dt, moves, embedded, coarser):
     ``moves``: by which each evaluation has moved them.
     """
     last = moves[-1]
-    sizes = safe_divide(jnp.stack([*moves[-2:], embedded, coarser]), _sizes(mean, last.shape[-2], size, dt))
-    norms = safe_norm(sizes, tuple(range(1, sizes.ndim)))
-    # The moves fall geometrically; their sum beyond the last is known if the last two are.
-    rate = jnp.minimum(safe_divide(norms[1], norms[0]), 0.5) if len(moves) > 1 else 0.5
+    relative = safe_divide(jnp.stack([*moves[-2:], embedded, coarser]), _sizes(mean, last.shape[-2], size, dt))
+    *of_moves, of_embedded, of_coarser = safe_norm(relative, tuple(range(1, relative.ndim)))
+    # Moves d, r d, r^2 d, ...: what follows the last sums up to r / (1 - r) times it.
+    rate = jnp.minimum(safe_divide(of_moves[1], of_moves[0]), 0.5) if len(moves) > 1 else 0.5
     iteration = rate / (1 - rate) * last
-    # Rules of one order more each: their differences fall likewise, and the sign is that of the last.
-    rule = jnp.minimum(safe_divide(norms[-2], norms[-1]), 1) * embedded
-    lowest = jnp.finfo(mean.dtype).eps * jnp.abs(mean[..., : last.shape[-2], :])
-    # Two moves of the iteration itself are known from the third evaluation on, and its rate with them.
+    # Errors of rules whose orders differ by one have about the same ratio.
+    rule = jnp.minimum(safe_divide(of_embedded, of_coarser), 1) * embedded
+    round_off = jnp.finfo(mean.dtype).eps * jnp.abs(mean[..., : last.shape[-2], :])
+    # The first move is that of the rule: the rate of the iteration itself is known from the third evaluation on.
     doubt = _DOUBT if len(moves) > 2 else 1.0
-    return Remainder(iteration + rule, safe_norm(jnp.stack([doubt * iteration, doubt * rule, lowest]), 0))
+    return Remainder(iteration + rule, safe_norm(jnp.stack([doubt * iteration, doubt * rule, round_off]), 0))
 
 
 def condition_corrected(
@@ -148,14 +149,15 @@ def condition_corrected(
     remainder = correction.remainder
     assert remainder is not None
     if not before.carries_error:
+        # Data move a state, and would have to move the carried error likewise. What the step leaves counts as unknown.
         remainder = Remainder(remainder.error, safe_norm(jnp.stack([remainder.std, remainder.error]), 0))
         update = condition_with_remainder(*given, remainder, None, jnp.ones((), scale.dtype), past)
         return update, equation, before.global_error
     error = push(certain(before.global_error), matrix).mean
     alone = push(certain(before.global_error[..., :lower, :]), block).mean
     error = error - moved_by(split, _residual_along(evaluate, error, size, dt, correction, start.factor))
-    # By how much it has grown in the step, in units of the solution: so does what is not known of it. (The transition
-    # has moved that, too, for an equation of higher order.)
+    # By how much the error has grown in the step, relative to the solution: so does what is not known of it. (Before
+    # and after the field acts: the transition has moved the factor already.)
     old, new = (
         safe_norm(safe_divide(x[..., :lower, :], _sizes(mean, lower, size, dt)))
         for x, mean in ((alone, before.distribution.mean), (error, attempted.mean))
@@ -166,17 +168,19 @@ def condition_corrected(
 
 
 def _residual_along(evaluate, direction, size, dt, correction, factor):
-    """How the residual of the last evaluation moves along a direction: a difference quotient.
+    """How the residual of the last evaluation changes along a direction: a difference quotient.
 
-    One more evaluation, where a derivative takes two or three, and whose own derivatives are of first order.
+    One more evaluation, where a derivative costs as much as two or three; and the gradient of a solve needs no second
+    derivatives of the series then.
     """
     sizes = _sizes(correction.point, correction.last_move.shape[-2], size, dt)
-    share = jnp.max(safe_divide(jnp.abs(direction[..., : sizes.shape[-2], :]), sizes))
-    length = jnp.full_like(share, jnp.finfo(share.dtype).eps ** 0.4)
-    step = lax.stop_gradient(jnp.where(share > 0, safe_divide(length, share), 1))
-    return (evaluate(Normal(correction.point + step * direction, factor)) - correction.residual) / step
+    longest = jnp.max(safe_divide(jnp.abs(direction[..., : sizes.shape[-2], :]), sizes))
+    # A relative change near the square root of round-off, where truncation and cancellation are about equal.
+    wanted = jnp.full_like(longest, jnp.finfo(longest.dtype).eps ** 0.4)
+    length = lax.stop_gradient(jnp.where(longest > 0, safe_divide(wanted, longest), 1))
+    return (evaluate(Normal(correction.point + length * direction, factor)) - correction.residual) / length
 
 
 def _sizes(mean, lower, size, dt):
-    """The sizes of ``u, ..., u^(k-1)``: of their values, or of their change in a step."""
+    """``|u^(i)| + |dt u^(i+1)|`` of the lower derivatives: to what their errors are relative."""
     return jnp.abs(mean[..., :lower, :]) + jnp.abs(dt * mean[..., size : size + lower, :])

@@ -144,13 +144,12 @@ class Step(eqx.Module):
         if split is None:
             innovation = with_floor(innovate(equation, transition.noise, unit), equation, predicted.mean)
         else:
-            # No covariance is made of this scale, so that it may be zero.
+            # The covariance at the end of the step is not made of this scale: it needs no floor.
             innovation = innovate_derivatives(split, equation.residual, unit)
         correction = None
         if equation.is_frozen:
-            evaluations = self.constraint.evaluations
-            evaluate, seen = self._evaluate(t), (predicted, transition, equation, innovation, split)
-            correction = correct(evaluate, evaluations, dt, *seen)
+            at_end = predicted, transition, equation, innovation, split
+            correction = correct(self._evaluate(t), self.constraint.evaluations, dt, *at_end)
         return Attempt(transition, predicted.mean, equation, innovation, prior, correction)
 
     def accept(
@@ -304,10 +303,10 @@ class Step(eqx.Module):
         return min(nu + self.constraint.evaluations, 2 * nu)
 
     def caution(self, attempted: Attempt) -> float:
-        """A factor of the length that a controller proposes for the next step.
+        """A factor on the length that a controller proposes for the next step.
 
-        Steps that observe all derivatives are long, and their error grows with a high power of the length: what the
-        next one allows differs more from what this one has allowed, and without the factor a fifth is rejected.
+        The error of steps that observe all derivatives grows with a high power of their length, and they are long: the
+        error of the next one is harder to predict. Without the factor a fifth of the attempts is rejected.
         """
         return 1.0 if attempted.correction is None or attempted.correction.split is None else _CAUTION
 

@@ -101,6 +101,9 @@ def _check_split(prior, layout):
     for order, dt in ((1, 0.3), (min(2, prior.num_derivatives), -0.7)):
         split, transition = prior.split(jnp.asarray(dt), order, layout), prior.transition(jnp.asarray(dt), layout)
         size = layout.identity().shape[-1]
+        rows = transition.matrix.shape[-1] // (prior.num_derivatives + 1) * order
+        law = f"{type(prior).__name__}: derivatives depend on themselves and on higher ones alone"
+        hold(transition.matrix[..., rows:, :rows] == 0, law)
 
         @batched
         def covariance(root, rest, gain=split.gain, size=size):
