@@ -127,7 +127,8 @@ class IntegralController(AbstractController):
     ``PIController(integral=1, proportional=0)``.)
 
     Whatever the controller proposes, a step is at most three times as long as the one before: an error of zero says
-    nothing about what lies further ahead. ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``. ``dt_min``,
+    nothing about what lies further ahead. Steps that observe all derivatives (``TS0`` of a lifted equation) are a
+    twentieth shorter than proposed. ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``. ``dt_min``,
     ``dt_max`` bound the steps (the last step before ``t1`` or a ``stop_at`` may be shorter; a rejected step of
     ``dt_min`` ends the solve).
 
