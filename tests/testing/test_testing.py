@@ -109,6 +109,12 @@ class NoDerivatives(WrongPower):
         return Transition(layout.broadcast(decay), noise, jnp.ones_like(right.magnitude))
 
 
+class SameNoiseBackwards(WrongPower):
+    def transition(self, dt, layout):
+        right, ahead = po.IWP(2).transition(dt, layout), po.IWP(2).transition(jnp.abs(dt), layout)
+        return Transition(right.matrix, ahead.noise, ahead.magnitude)
+
+
 class Retraces(WrongPower):
     rate: float = 1.5
 
@@ -248,6 +254,7 @@ class TurnsOver(po.AbstractJacobian):
         (testing.check_prior, NoZeroStep(), "step of length zero"),
         (testing.check_prior, ForgetsDtype(), "dtype of the state"),
         (testing.check_prior, NoDerivatives(), r"derivative of u\^\(i\) is u\^\(i\+1\)"),
+        (testing.check_prior, SameNoiseBackwards(), "back in time"),
         (testing.check_prior, Retraces(), "do not retrace"),
         (testing.check_factorisation, LosesOrder(2), "unpack is the inverse of pack"),
         (testing.check_factorisation, IgnoresScale(2), "times the scale squared"),
