@@ -77,7 +77,7 @@ def _probode(problem, t1, rtol, method, nu, error, max_steps, loop=None):
         prior,
         constraint,
         factorisation=factorisation,
-        error={"residual": probode.ResidualError, "state": probode.StateError, "local": probode.LocalError}[error](),
+        error=peers.probode_error(error),
         controller=probode.IntegralController(rtol, rtol * 1e-2),
         loop=probode.BoundedLoop(max_steps) if loop is None else loop,
     )

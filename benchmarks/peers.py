@@ -74,6 +74,13 @@ def probode_method(name: str, ode: Any, num_derivatives: int) -> tuple[Any, Any,
     }[name]
 
 
+def probode_error(name: str) -> Any:
+    """The error estimate "residual", "state" or "local"."""
+    import probode
+
+    return {"residual": probode.ResidualError, "state": probode.StateError, "local": probode.LocalError}[name]()
+
+
 @functools.cache
 def probode_function(problem, method, num_derivatives, error, control, safety, loop):
     import probode
@@ -81,7 +88,6 @@ def probode_function(problem, method, num_derivatives, error, control, safety, l
     second = method.startswith("2nd ")
     ode = probode.ODE(problem.acceleration, order=2) if second else probode.ODE(problem.vector_field)
     prior, constraint, factorisation = probode_method(method.removeprefix("2nd "), ode, num_derivatives)
-    errors = {"residual": probode.ResidualError, "state": probode.StateError, "local": probode.LocalError}
     controllers = {
         "integral": probode.IntegralController,
         "pi": probode.PIController,
@@ -95,7 +101,7 @@ def probode_function(problem, method, num_derivatives, error, control, safety, l
             prior=prior,
             constraint=constraint,
             factorisation=factorisation,
-            error=errors[error](),
+            error=probode_error(error),
             controller=controllers[control](rtol=rtol, atol=atol, safety=safety),
             loop=loops[loop](max_steps=MAX_STEPS),
         )

@@ -140,7 +140,12 @@ def tempering(results: pathlib.Path = RESULTS) -> str:
 
 def stability(results: pathlib.Path = RESULTS) -> str:
     """The table of rejected attempts and of errors in units of the tolerance, for every order of a filter."""
-    every, rows = summary.read("stability", results), []
+    return stability_of(summary.read("stability", results))
+
+
+def stability_of(every: Sequence[dict]) -> str:
+    """The table of `stability`, from the rows of its file."""
+    rows = []
     for nu in sorted({int(row["num_derivatives"]) for row in every}):
         here = [row for row in every if int(row["num_derivatives"]) == nu]
         rejected = [float(row["rejected"]) for row in here if float(row["rtol"]) <= 1e-6]

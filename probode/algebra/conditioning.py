@@ -42,7 +42,7 @@ class Influence(eqx.Module):
 
 
 class Update(eqx.Module):
-    """The result of conditioning a state on an equation, with ``S`` the covariance of the innovation ``z``.
+    """The posterior of a state given an equation, and of an earlier state; ``S`` is the covariance of the innovation.
 
     ``state``: the posterior; ``past``: an earlier state given it, or ``None``; ``influence``: the effect of the
     equation. ``log_det``: the logarithm of the determinant of ``S^(1/2)`` in the directions in which ``z`` has a

@@ -154,8 +154,8 @@ def condition_with_remainder(
     """
 
     @batched
-    def of_one(mean, before, rest, residual, std, error, past):
-        ms, ks = residual.shape[0], rest.shape[0]
+    def of_one(mean, before, residual, std, error, past):
+        ms, ks = residual.shape[0], std.shape[0]
         mean = mean - moved_by(split, residual)
         known = past
         if past is not None and error is not None:
@@ -171,7 +171,7 @@ def condition_with_remainder(
         factor = pad_rows(jnp.pad(factor, ((0, 0), (0, ms))), before.shape[0])
         return Normal(mean, factor), known
 
-    state, past = of_one(mean, factor, split.rest, residual, remainder.std, error, past)
+    state, past = of_one(mean, factor, residual, remainder.std, error, past)
     return _update(state, past, split, scale, residual)
 
 

@@ -288,14 +288,17 @@ class Lifted(AbstractProblem):
     def zeroth_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
-        """The equations ``u^(k+j) = c_j``, with ``c_j`` the derivatives of the solution through a point."""
+        """The linearisation ``u^(k+j) = c_j``: right-hand sides are held constant.
+
+        ``c_j`` is the derivative of order ``k + j`` of the solution through ``u, ..., u^(k-1)`` at ``t``.
+        """
         k = self.ode.order
         return Linearisation.frozen(layout, k, us[k : self.order + 1] - self.derivatives(t, us[:k], layout, args))
 
     def first_order(
         self, t: Float[Array, ""], us: Float[Array, "derivatives d"], layout: Layout, args: PyTree
     ) -> Linearisation:
-        """The equations ``u^(k+j) - d^j f / dt^j = 0``, where the time derivatives are those along ``us``.
+        """The linearisation of ``u^(k+j) - d^j f / dt^j = 0``, where the time derivatives are those along ``us``.
 
         Not along the solution through ``u, ..., u^(k-1)``: in first order these are the same, but in terms of ``u``
         alone ``H`` has powers of the Jacobian, in which a stiff field loses all that is not stiff.

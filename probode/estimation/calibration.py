@@ -37,13 +37,13 @@ class Evidence(eqx.Module):
 
     @staticmethod
     def zero(shape: tuple[int, ...], dtype: DTypeLike) -> "Evidence":
-        """The statistics before the first step, for the batch shape ``shape``."""
+        """Sums of zero over zero steps, for scales of the batch shape ``shape``."""
         return Evidence(jnp.zeros((*shape, 3), dtype))
 
     def update(
         self, whitened: Float[Array, "*batch m cols"], log_det: Float[Array, "*batch"], rank: Float[Array, "*batch"]
     ) -> "Evidence":
-        """The statistics after one more step; ``whitened``: ``S^(-1/2) z``, the others as in ``Update``."""
+        """The sums with one more step; ``whitened``: ``S^(-1/2) z``, the others as in ``Update``."""
         cols = whitened.shape[-1]
         return Evidence(self.sums + jnp.stack([jnp.sum(whitened**2, axis=(-2, -1)), cols * log_det, cols * rank], -1))
 
@@ -347,7 +347,7 @@ class MeanSquare(eqx.Module):
 
     @staticmethod
     def zero(shape: tuple[int, ...], dtype: DTypeLike) -> "MeanSquare":
-        """The mean before the first step, for the batch shape ``shape``."""
+        """A mean of zero over zero steps, for scales of the batch shape ``shape``."""
         return MeanSquare(jnp.zeros(shape, dtype), jnp.zeros((), dtype))
 
     def update(self, whitened: Float[Array, "*batch m cols"], informative: Array) -> "MeanSquare":

@@ -135,11 +135,11 @@ class TS1(AbstractConstraint):
 
 
 class Noisy(AbstractConstraint):
-    """An equation that holds only up to noise: independent, with standard deviation ``std`` in units of its residual.
+    """The constraint ``z(t, x) = e`` with the residual ``z`` of another one and independent Gaussian noise ``e``.
 
-    For equations that are themselves uncertain, and to damp what is ill-conditioned. Evaluated as often, and linearised
-    as often, as the constraint itself. Raises ``TypeError`` for anything
-    but a constraint, ``ValueError`` unless ``std`` is finite and positive.
+    ``std``: the standard deviation of ``e``, in units of the residual. For equations that are themselves uncertain, and
+    to damp what is ill-conditioned. Evaluated as often, and linearised as often, as the constraint itself. Raises
+    ``TypeError`` for anything but a constraint, ``ValueError`` unless ``std`` is finite and positive.
 
     >>> import probode
     >>> ode = probode.ODE(lambda t, u, args: -u)

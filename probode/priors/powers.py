@@ -21,7 +21,7 @@ def noise_units(dt: Float[Array, ""], n: int) -> tuple[Float[Array, "{n}"], Floa
     The magnitude is ``sqrt|dt| |dt|^middle``, and the array ``dt^(nu-middle), ..., 1, ..., dt^-middle``: its exponents
     are half as large as ``nu``, which would underflow for a short step.
     """
-    middle = n // 2
+    middle = -exponents_of_units(n)[-1]
     columns = jnp.stack([*powers(dt, n - middle)[:0:-1], *powers(1 / dt, middle + 1)])
     return columns, jnp.sqrt(jnp.abs(dt)) * jnp.abs(powers(dt, middle + 1)[-1])
 

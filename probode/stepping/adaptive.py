@@ -214,8 +214,7 @@ class Stepper:
 
         def seen(_):
             # Only lengths are decided from it: a derivative would be computed, and compiled, for nothing.
-            prior = step.prior if attempted.prior is None else attempted.prior
-            constraint, prior, args = detach((step.constraint, prior, step.args))
+            constraint, prior, args = detach((step.constraint, step.member(attempted.prior), step.args))
             before, at, dt = detach((now.distribution, leg.seen_at, leg.dt))
             if attempted.correction is not None:
                 defect = defect_inside(constraint, prior, before, at, dt, attempted, self.layout, args)

@@ -57,3 +57,8 @@ class Attempt(eqx.Module):
     correction: Correction | None = None
     update: Update | None = None
     unexplained: Float[Array, "*batch dim cols"] | None = None
+
+    @property
+    def split(self) -> NoiseSplit | None:
+        """The noise of the step, split by derivatives, if the last correction is its update; otherwise ``None``."""
+        return None if self.correction is None else self.correction.split

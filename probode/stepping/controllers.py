@@ -94,12 +94,12 @@ class AbstractController(eqx.Module):
 
     @property
     def rtol(self) -> Float[Array, ""]:
-        """The relative tolerance."""
+        """The relative tolerance, a share of ``|u|``."""
         return self.tolerances.rtol
 
     @property
     def atol(self) -> Float[Array, ""]:
-        """The absolute tolerance."""
+        """The absolute tolerance, in units of ``u``."""
         return self.tolerances.atol
 
     @abstractmethod

@@ -139,8 +139,8 @@ def condition_corrected(
     lower, k = correction.last_move.shape[-2], split.gain.shape[-2]
     size = lower // k
     # Only the lower derivatives move the lower ones: the others were certain.
-    block = matrix[..., : matrix.shape[-1] * lower // before.distribution.mean.shape[-2], :]
-    block = block[..., : block.shape[-2]]
+    rows = matrix.shape[-1] * lower // before.distribution.mean.shape[-2]
+    block = matrix[..., :rows, :rows]
     start = Normal(before.distribution.mean[..., :lower, :], before.distribution.factor[..., :lower])
     given = attempted.mean, push(start, block).factor, split, scale, residual
     equation = dataclasses.replace(attempted.equation, residual=residual)

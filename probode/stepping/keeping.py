@@ -112,7 +112,8 @@ def solve_keeping_times(
         return Row.of(state, unpack_past(past))
 
     start, unpack_past = remember(solve.current)
-    first, unpack = ravel_pytree(row_with(solve.current, start))
+    at_start = row_with(solve.current, start)
+    first, unpack = ravel_pytree(at_start)
     ahead = jnp.append(interval.ahead(lax.stop_gradient(ts)), jnp.inf)
 
     def passing(solve, past, moved):
@@ -152,12 +153,11 @@ def solve_keeping_times(
 
     init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
     rows = jnp.zeros((ts.size, width, first.size), first.dtype)
-    before = solve.current
     carry, rows = repeat(control.loop, lambda carry: stepper.running(carry.solve), body, init, rows)
     solve = end(carry.solve, interval)
     if ts.size == 0:
         # As they are: XLA hands larger arrays, such as all of this in one, to other threads, which costs 30 us.
-        ends = row_with(before, start), row_with(solve.current, carry.past)
+        ends = at_start, row_with(solve.current, carry.past)
         return solve, jax.tree.map(lambda *xs: jnp.stack(xs), *ends), jnp.ones(2, bool)
     last, _ = ravel_pytree(row_with(solve.current, carry.past))
     rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])

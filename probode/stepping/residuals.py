@@ -74,7 +74,7 @@ def terms(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Flo
 
 
 def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Innovation:
-    """The innovation with a local scale no smaller than what explains the round-off of the residual.
+    """The same innovation with a local scale that at least explains the round-off of the residual.
 
     A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, and what
     a smoother makes of it is divided by nothing.

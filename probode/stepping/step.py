@@ -118,6 +118,10 @@ class Step(eqx.Module):
         us = self.layout.unpack(distribution.mean)
         return self.prior.at(t, us, self.constraint.problem, self.layout, self.args)
 
+    def member(self, prior: AbstractPrior | None) -> Any:
+        """The prior of a step: what ``own_prior`` has made of a family, or the one of all steps."""
+        return self.prior if prior is None else prior
+
     def attempt(
         self,
         before: Normal,
@@ -133,8 +137,7 @@ class Step(eqx.Module):
         ``known``: whether nothing in that state is uncertain but ``u, ..., u^(k-1)``.
         """
         prior = self.own_prior(t - dt if since is None else since, before)
-        # A family has made its prior.
-        stepping: Any = self.prior if prior is None else prior
+        stepping = self.member(prior)
         transition = stepping.transition(dt, self.layout)
         predicted = push(before, transition.matrix)
         if self.layout.factorisation.own_algebra:
@@ -175,10 +178,9 @@ class Step(eqx.Module):
             anew = None if anew is None else anew & (ahead.scale == 0)
         innovation, error = attempted.innovation, before.global_error
         scale = self.calibration.scale(innovation, before.statistics)
-        if attempted.correction is not None and attempted.correction.split is not None:
-            prior: Any = self.prior if attempted.prior is None else attempted.prior
+        if attempted.split is not None:
             # Made anew: kept from the attempt it would be written out for every component, in every attempt.
-            matrix = prior.transition(at - before.t, self.layout).matrix
+            matrix = self.member(attempted.prior).transition(at - before.t, self.layout).matrix
             given = matrix, before, at - before.t, attempted, scale, past
             update, equation, error = condition_corrected(
                 self._evaluate(at), *given, is_local=self.calibration.is_local
@@ -224,8 +226,7 @@ class Step(eqx.Module):
         some = jnp.where(short, shortest + jnp.finfo(t.dtype).eps, dt)
         attempted = self.attempt(before.distribution, t, some, known=before.derivatives_known)
         stepped = self.accept(before, attempted, t, past)
-        prior = self.prior if attempted.prior is None else attempted.prior
-        matrix = prior.transition(dt, self.layout).matrix  # type: ignore[union-attr]
+        matrix = self.member(attempted.prior).transition(dt, self.layout).matrix
         waited = dataclasses.replace(
             before,
             t=t,
@@ -299,7 +300,7 @@ class Step(eqx.Module):
     def order_of_error(self, attempted: Attempt) -> int:
         """The power of the length of a step with which its estimated error falls."""
         nu = self.layout.num_derivatives
-        if attempted.correction is None or attempted.correction.split is None:
+        if attempted.split is None:
             return nu + 1
         return min(nu + self.constraint.evaluations, 2 * nu)
 
@@ -309,7 +310,7 @@ class Step(eqx.Module):
         The error of steps that observe all derivatives grows with a high power of their length, and they are long: the
         error of the next one is harder to predict. Without the factor a fifth of the attempts is rejected.
         """
-        return 1.0 if attempted.correction is None or attempted.correction.split is None else _CAUTION
+        return 1.0 if attempted.split is None else _CAUTION
 
     def _split(self, prior, dt, equation):
         """The noise of a step as that of the derivatives that an equation gives, and the rest; ``None`` elsewhere."""
@@ -320,9 +321,8 @@ class Step(eqx.Module):
 
         ``prior``: that of the step, if every step has its own.
         """
-        prior = self.prior if prior is None else prior
         gives_all = equation.is_frozen and equation.gives.stop == self.layout.num_derivatives + 1
-        return gives_all and isinstance(prior, AbstractSplitPrior)
+        return gives_all and isinstance(self.member(prior), AbstractSplitPrior)
 
     def _evaluate(self, t):
         """The residual of the equation at ``t``, as a function of the point."""

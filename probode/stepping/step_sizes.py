@@ -67,7 +67,7 @@ class Control(eqx.Module):
 
 @functools.cache
 def sustained_share(num_derivatives: int, order: int) -> float:
-    """What share of a first step from exact derivatives later steps can sustain, at the same error.
+    """The length of later steps divided by that of a first step from exact derivatives, at the same error.
 
     In the steps of a filter each prediction rests on derivatives that are estimates themselves. Where ``u^(nu+1)`` is
     constant and the steps are equal, the residual grows to ``K`` times that of the first, and the error with it. To the

@@ -116,7 +116,7 @@ class Subspace(AbstractOwnAlgebra):
 
     @property
     def rank(self) -> int:
-        """The dimension of the subspace."""
+        """The number of columns of the basis: the dimension of the subspace."""
         return self.basis.shape[-1]
 
     @property  # type: ignore[misc]  # an abstract variable may be a property

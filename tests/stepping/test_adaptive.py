@@ -10,7 +10,7 @@ import pytest
 
 import probode as po
 
-from ..helpers import equations, first_of, lotka_volterra, name
+from ..helpers import equations, first_of, left_to_nox, lotka_volterra, name
 
 
 U0 = jnp.array([20.0, 20.0])
@@ -63,13 +63,13 @@ def test_the_loop_carries_few_arrays(strategy):
     assert max(len(loop.outvars) for loop in loops) <= 10
 
 
-@pytest.mark.parametrize("levels", [0, 2])
-def test_a_state_has_all_its_numbers(levels):
+@pytest.mark.parametrize(("levels", "uncertain"), [(0, False), (0, True), (2, False), *left_to_nox((2, True))])
+def test_a_state_has_all_its_numbers(levels, uncertain):
     """Only the prior of a family is in some states alone."""
     ode = po.ODE(lotka_volterra)
-    constraint, start = po.TS0(ode.lifted(levels)), jnp.array([20.0, 20.0])
-    if levels == 0:
-        constraint, start = po.TS1(ode), po.Normal(start, jnp.ones(2))
+    constraint, start = po.TS0(ode.lifted(levels)) if levels else po.TS1(ode), jnp.array([20.0, 20.0])
+    if uncertain:
+        start = po.Normal(start, jnp.ones(2))
     state = po.Solver(po.IWP(3), constraint).solve(start, 0.0, 0.1).state.current
     missing = {field.name for field in dataclasses.fields(state) if getattr(state, field.name) is None}
     # What a calibration collects is its own business, and may be nothing.
