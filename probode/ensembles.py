@@ -56,7 +56,8 @@ def solve_ensemble(
 
     A lane that fails raises no error: ``solutions.result == Result.successful`` is true for the others, which do not
     depend on it. Differentiable like ``Solver.solve``. Raises ``ValueError`` if nothing is mapped, if numbers of lanes
-    differ, and for times that do not fit in some lane; otherwise as ``Solver.solve`` for wrong input.
+    differ, and for times that do not fit in some lane (a lane may have ``t0 == t1``, if not all have: it stays at its
+    start); otherwise as ``Solver.solve`` for wrong input.
 
     >>> solver = probode.Solver(probode.IWP(3), probode.TS0(probode.ODE(lambda t, u, args: -args * u)))
     >>> rates = jnp.array([0.5, 1.0, 2.0])
@@ -70,9 +71,11 @@ def solve_ensemble(
     lanes = _number_of_lanes(operands, axes)
     mapped = _per_leaf(lambda axis, x: None if axis is None else jnp.moveaxis(x, axis, 0), axes, operands)
     shared = _per_leaf(lambda axis, x: x if axis is None else None, axes, operands)
-    u0, first_t0, first_t1, _ = eqx.combine(jax.tree.map(lambda x: x[0], mapped), shared)
-    request = check_request(solver, u0, first_t0, first_t1, save_at, dt0)
     u0s, t0s, t1s, _ = eqx.combine(mapped, shared)
+    # A lane whose interval is empty stays at its start: the lane that is checked has another one, if there is any.
+    one = 0 if is_traced(t0s, t1s) else int(np.argmax(np.atleast_1d(np.asarray(t0s) != np.asarray(t1s))))
+    u0, one_t0, one_t1, _ = eqx.combine(jax.tree.map(lambda x: x[one], mapped), shared)
+    request = check_request(solver, u0, one_t0, one_t1, save_at, dt0)
     times = _check_times(u0s, t0s, t1s, request)
     for i, t in enumerate(times, start=1):
         if axes[i] is None:
@@ -185,18 +188,18 @@ def _number_of_lanes(operands, axes):
 def _check_times(u0s, t0s, t1s, request):
     """``t0`` and ``t1`` of all lanes; raises ``ValueError`` unless they pass the checks of ``check_request``.
 
-    That has checked the first lane alone.
+    That has checked one lane alone.
     """
     dtype, ts = request.layout.dtype, request.save_at.ts
     xp = jnp if is_traced(t0s, t1s, ts) else np
     t0s, t1s = (as_float(t, "t0 and t1").astype(dtype) for t in (t0s, t1s))
     t1s = require(t1s, (abs(t0s) < np.inf) & (abs(t1s) < np.inf), "t0 and t1 must be finite in every lane")
-    t1s = require(t1s, t0s != t1s, "A lane has t0 equal to t1: nothing to solve")
     if isinstance(u0s, AdaptiveState):
         same = u0s.current.t == t0s
         t1s = require(t1s, same, "A solve goes on from the time of its state, which is not t0 in every lane")
     if ts is not None:
-        forward = t1s > t0s
+        # A lane whose interval is empty has no direction.
+        forward = (t1s > t0s) | ((t1s == t0s) & ~(t1s < t0s).any())
         same = forward.all() | ~forward.any()
         t1s = require(t1s, same, "Lanes that share save_at must run in the same direction of time")
         first = xp.where(forward.all(), t0s.max(), t0s.min())

@@ -159,20 +159,28 @@ def time(t: Any, name: str, layout: Layout) -> Array | np.ndarray:
 
 
 def two_times(t0: Any, t1: Any, layout: Layout) -> tuple[Array | np.ndarray, Array | np.ndarray]:
-    """``t0`` and ``t1`` in the dtype of the state; raises ``ValueError`` unless they are finite and different."""
+    """``t0`` and ``t1`` in the dtype of the state; raises ``ValueError`` unless they are finite.
+
+    Also if they are known to be the same. Traced ones may be, in one lane of many: it stays at its start.
+    """
     t0, t1 = time(t0, "t0", layout), time(t1, "t1", layout)
-    return t0, require(t1, t0 != t1, f"t0 and t1 are the same time in {layout.dtype}: nothing to solve", t0=t0, t1=t1)
+    if not is_traced(t0, t1):
+        require(t1, t0 != t1, f"t0 and t1 are the same time in {layout.dtype}: nothing to solve", t0=t0, t1=t1)
+    return t0, t1
 
 
 def resolvable(controller: AbstractController, layout: Layout, t1: Array | np.ndarray) -> Array | np.ndarray:
-    """``t1`` unchanged; raises ``ValueError`` if the relative tolerance is below the round-off of the state's dtype."""
+    """``t1`` unchanged; raises ``ValueError`` for tolerances that do not fit ``u``, or are below its round-off."""
+    controller.tolerances.of(layout)
     smallest = 10 * float(jnp.finfo(layout.dtype).eps)
     message = (
         f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {layout.dtype}; loosen it, "
         "or use float64: jax.config.update('jax_enable_x64', True) and a float64 u0"
     )
-    rtol = as_float(controller.rtol, "rtol")
-    return require(t1, (rtol == 0) | (rtol >= smallest), message, rtol=rtol)
+    for rtol in jax.tree.leaves(controller.rtol):
+        rtol = as_float(rtol, "rtol")
+        t1 = require(t1, (rtol == 0) | (rtol >= smallest), message, rtol=rtol)
+    return t1
 
 
 def save_times(

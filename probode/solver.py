@@ -326,9 +326,8 @@ def _begin(solver, request, args):
     """The step, the parts that control it, and the solve before its first attempt."""
     start, interval, layout, t0 = request.start, request.interval, request.layout, request.interval.t0
     step = _step_of(solver, layout, args, request.data)
-    control = Control(
-        solver.error, solver.controller, solver.loop, solver.initialisation, request.progress, request.through
-    )
+    controller = eqx.tree_at(lambda c: c.tolerances, solver.controller, solver.controller.tolerances.of(layout))
+    control = Control(solver.error, controller, solver.loop, solver.initialisation, request.progress, request.through)
     if request.data is not None:
         # Two equal steps to a datum instead of a very short last one, whose residual would be round-off, and likewise
         # what it adds to a likelihood.

@@ -262,6 +262,23 @@ class Layout(eqx.Module):
         self.require_coupling("output_scale is a matrix, which correlates the components")
         return triangularise(None, jnp.asarray(scale, self.dtype))
 
+    def per_component(self, x: PyTree, name: str) -> Float[Array, "*shape"]:
+        """Numbers for the components of ``u``: a scalar, or ``(d,)``.
+
+        ``x``: a number, or a PyTree like ``u`` whose leaves broadcast to those of ``u``. Raises ``ValueError`` with
+        ``name`` for anything else.
+        """
+        if eqx.is_array_like(x) and jnp.ndim(x) == 0:
+            return jnp.asarray(x, self.dtype)
+        shapes, expected = jax.tree.map(jnp.shape, x), jax.tree.map(jnp.shape, self.example)
+        try:
+            return self.ravel(jax.tree.map(lambda u, x: jnp.broadcast_to(x, u.shape), self.example, x))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{name} must be a number, or have the structure of u and shapes that broadcast to its shapes: "
+                f"expected {expected}, got {shapes}."
+            ) from None
+
     def broadcast(self, matrix: Float[Array, "p q"]) -> Float[Array, "*batch p q"]:
         """The matrix repeated along the batch axes."""
         return jnp.broadcast_to(matrix, self.batch_shape + matrix.shape)

@@ -1,4 +1,4 @@
-"""Means and standard deviations of ``u`` and its derivatives, from the distributions of the whole state."""
+"""Means, deviations and covariances of ``u`` and its derivatives, from the distributions of the whole state."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, PyTree
 from ..util import describe
 from ..util.checks import as_integer
 from .factorisations import Layout
-from .linalg import compiled, root_mean_square, safe_divide
-from .normal import Normal
+from .linalg import compiled, product, root_mean_square, safe_divide, triangularise
+from .normal import Normal, spread
 
 
 class Moments(eqx.Module):
@@ -44,9 +44,57 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
             std = jnp.where(stds[j] > 0, stds[j], _std_through_the_field(means, std, j))
         return Moments(layout.unravel(means[k]), layout.unravel(std))
 
+    return _over_times(one, layout, state)(layout, state.mean, state.factor)
+
+
+@compiled
+def covariance(layout: Layout, state: Normal, k: int, moves: Float[Array, "N ..."] | None) -> Float[Array, "*time d d"]:
+    """The covariance of the components of ``u^(k)``, with the leading axes of ``state``, as ``moments`` has them.
+
+    ``moves``: see ``widen``; ``None`` for a certain start.
+    """
+    std = moments(layout, state, k).std
+
+    def one(layout, mean, factor, std, *moves):
+        root = _root(layout, mean, factor, moves, k, k + 1)
+        cov, variance = product(root.T, root), jnp.square(layout.ravel(std))
+        # The estimated deviation of a derivative that has no variance stands for errors whose correlations are unknown.
+        return cov + jnp.diag(jnp.where(jnp.diagonal(cov) > 0, 0, variance))
+
+    mapped = (std,) if moves is None else (std, jnp.moveaxis(moves, 0, -1 - len(layout.batch_shape) - 2))
+    return _over_times(one, layout, state, len(mapped))(layout, state.mean, state.factor, *mapped)
+
+
+@compiled
+def joint(layout: Layout, state: Normal, k: int, moves: Float[Array, "N ..."] | None) -> Normal:
+    """The distribution of ``(u, ..., u^(k-1))`` at one time: stacked means ``(k, d)``, an upper triangular factor.
+
+    ``moves``: see ``widen``; ``None`` for a certain start.
+    """
+    root = _root(layout, state.mean, state.factor, () if moves is None else (moves,), 0, k)
+    return Normal(layout.unpack(state.mean)[:k], triangularise(None, root))
+
+
+def _root(layout, mean, factor, moves, first, last):
+    """A right square root of the covariance of ``u^(first), ..., u^(last - 1)``, ``(rows, (last - first) d)``."""
+
+    def part(state):
+        return jnp.ravel(layout.unpack(state)[first:last])
+
+    # The last rows of a factor that was widened have the same coordinates for all components.
+    shared = sum(len(x) for x in moves)
+    own = factor[..., : factor.shape[-2] - shared, :]
+    coordinates = jnp.zeros((*own.shape[:-1], mean.shape[-1]), mean.dtype)
+    root = jax.jacobian(lambda w: part(spread(own, w)))(coordinates)
+    root = jnp.reshape(root, (root.shape[0], -1)).T
+    return jnp.concatenate([root, *(jax.vmap(part)(x) for x in moves)])
+
+
+def _over_times(one, layout, state, others=0):
+    """``one(layout, mean, factor, *others)`` mapped over the axes of ``state`` for times and lanes."""
     for axis in reversed(range(state.mean.ndim - 2 - len(layout.batch_shape))):
-        one = jax.vmap(one, in_axes=(0 if axis < layout.lanes else None, 0, 0))
-    return one(layout, state.mean, state.factor)
+        one = jax.vmap(one, in_axes=(0 if axis < layout.lanes else None, 0, 0) + (0,) * others)
+    return one
 
 
 def _std_through_the_field(means, std, k):
@@ -78,6 +126,8 @@ class Posterior(eqx.Module):
     - ``t``: the times, ``(*time,)``.
     - ``marginals``: the distribution of ``(u, u', ..., u^(nu))`` at each time, in the layout of the factorisation.
     - ``layout``: that layout.
+    - ``moves``: the derivatives of the means along the directions of an uncertain initial value, whose share is already
+      in ``marginals``, ``(N, *time, *batch, dim, cols)``; ``None`` elsewhere.
 
     >>> import probode
     >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0, dense_output=True)
@@ -88,6 +138,7 @@ class Posterior(eqx.Module):
     t: Float[Array, "*time"]
     marginals: Normal
     layout: Layout
+    moves: Float[Array, "N ..."] | None = None
 
     def __repr__(self) -> str:
         return f"Posterior(t={describe.brief(self.t)}, u={describe.shape_of_u(self.layout)}, layout={self.layout!r})"
@@ -109,6 +160,21 @@ class Posterior(eqx.Module):
         """
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.marginals, k)
+
+    @property
+    def covariance(self) -> Float[Array, "*time d d"]:
+        """Covariance of ``u`` at each time, over its components in the order of ``jax.flatten_util.ravel_pytree``."""
+        return self.covariance_of(0)
+
+    def covariance_of(self, k: Any) -> Float[Array, "*time d d"]:
+        """The covariance of ``u^(k)`` at each time, as ``covariance`` has it for ``u``.
+
+        Its diagonal is that of ``derivative(k).std`` squared. Raises ``ValueError`` unless ``k`` is an integer from
+        zero to the number of derivatives of the prior, and under ``Subspace``.
+        """
+        k = as_integer(k, "covariance_of(k)", 0, self.layout.num_derivatives)
+        self.layout.require_shared_algebra("A covariance of all components")
+        return covariance(self.layout, self.marginals, k, self.moves)
 
 
 def widen(states: Normal, moves: Float[Array, "N ..."]) -> Normal:

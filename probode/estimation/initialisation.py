@@ -74,6 +74,10 @@ class TaylorMode(AbstractInitialisation):
     Cholesky, ``lgamma``) are differentiated by nested forward mode, up to order 8; beyond that it raises ``ValueError``
     with the name of the operation.
 
+    Where the field is finite at ``t0`` but not all of its derivatives are (a drag proportional to the squared speed, at
+    rest; ``sqrt(t)`` at zero), the first that does not exist and all higher ones are zero: the first steps, which find
+    a large residual, are short. Not so for ``ODE.lifted``, which conditions on these derivatives.
+
     For a ``Residual`` the derivatives solve the equation and its time derivatives, by Newton's method and with the
     smallest norm where they do not determine all of them (consistent initialisation: Pantelides 1988, "The consistent
     initialization of differential-algebraic systems"). With an initial value for which these have no solution, the
@@ -88,7 +92,12 @@ class TaylorMode(AbstractInitialisation):
     def initialise(
         self, problem: AbstractProblem, t0: Float[Array, ""], u0: Float[Array, "known d"], layout: Layout, args: PyTree
     ) -> Normal:
-        return certain(layout.pack(_derivatives(problem, t0, u0, layout, args, layout.num_derivatives)))
+        derivatives = _derivatives(problem, t0, u0, layout, args, layout.num_derivatives)
+        if problem.is_explicit and problem.num_rows == 1:
+            # Not by the series: in their products a coefficient that is NaN spoils all others, whose terms it is not in.
+            known = jnp.append(u0, flat_field(problem, layout, args)(t0, u0)[None], axis=0)
+            derivatives = _where_they_exist(derivatives, known)
+        return certain(layout.pack(derivatives))
 
 
 class Diffuse(AbstractInitialisation):
@@ -157,6 +166,15 @@ def _derivatives(problem, t0, u0, layout, args, num):
     if problem.is_explicit:
         return taylor_derivatives(flat_field(problem, layout, args), t0, u0, num)
     return consistent_derivatives(flat_residual(problem, layout, args), t0, u0, num, problem.order)
+
+
+def _where_they_exist(derivatives, known):
+    """The derivatives with ``known``, or above these zero, in place of the first that is not finite and all higher ones.
+
+    ``known``: ``u, ..., u^(k)`` for an equation of order ``k``.
+    """
+    finite = jnp.cumprod(jnp.all(jnp.isfinite(derivatives), axis=1).astype(int)).astype(bool)
+    return jnp.where(finite[:, None], derivatives, jnp.pad(known, ((0, len(derivatives) - len(known)), (0, 0))))
 
 
 def _as_scale(x):

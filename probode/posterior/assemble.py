@@ -84,5 +84,6 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
         ended,
         layout,
         kept_path,
+        step.constraint.problem.num_initial_values,
         data_log_likelihood=None if step.data is None else ended.current.data_evidence,
     )

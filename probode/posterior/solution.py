@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import compiled
-from ..algebra.marginals import Moments, Posterior, moments, widen
+from ..algebra.marginals import Moments, Posterior, joint, widen
 from ..algebra.normal import Normal, spread
 from ..stepping.adaptive import AdaptiveState
 from ..stepping.result import Result
 from ..util import describe
-from ..util.checks import as_float, as_integer, is_traced, require
+from ..util.checks import as_float, as_scalar, is_traced, require
 from .trajectory import Trajectory, evaluate, sample_at
 
 
@@ -103,6 +103,7 @@ class Solution(eqx.Module):
     - ``trajectory``: the kept states from which ``evaluate`` and ``sample`` compute; ``None`` where none are needed.
     - ``spread``: derivatives with respect to an uncertain initial value, whose share is already in ``marginals``;
       ``None`` elsewhere.
+    - ``order``: ``k``, how many of ``u, u', ...`` an initial value has.
     - ``data_log_likelihood``: the log density of the data passed to the solve, each datum given those before it and
       the equation up to its time; ``None`` without data.
 
@@ -120,6 +121,7 @@ class Solution(eqx.Module):
     state: AdaptiveState
     layout: Layout
     trajectory: Trajectory | None
+    order: int = eqx.field(static=True)
     spread: Spread | None = None
     data_log_likelihood: Float[Array, ""] | None = None
 
@@ -174,8 +176,65 @@ class Solution(eqx.Module):
         the derivative below and the rate at which the solution changes. Raises ``ValueError`` unless ``k`` is an
         integer from 0 to the ``num_derivatives`` of the prior.
         """
-        k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
-        return moments(self.layout, self.marginals, k)
+        return self._saved.derivative(k)
+
+    @property
+    def covariance(self) -> Float[Array, "time d d"]:
+        """Covariance of ``u`` at the saved times, over its components in the order of ``ravel_pytree``.
+
+        (``jax.flatten_util.ravel_pytree(u)``.) Raises as ``covariance_of``.
+        """
+        return self.covariance_of(0)
+
+    def covariance_of(self, k: Any) -> Float[Array, "time d d"]:
+        """The covariance of ``u^(k)`` at the saved times, as ``covariance`` has it for ``u``.
+
+        Its diagonal is that of ``derivative(k).std`` squared. Components are independent under ``Isotropic`` and
+        ``BlockDiagonal``, unless the initial value was uncertain. Raises ``ValueError`` unless ``k`` is an integer from
+        zero to the number of derivatives of the prior, and under ``Subspace``.
+        """
+        return self._saved.covariance_of(k)
+
+    def at(self, t: Any) -> Normal:
+        """The distribution of ``(u, ..., u^(k-1))`` at one time as a ``Normal``, the ``u0`` of another solve.
+
+        ``t``: a saved time, or any time of the interval if the steps were kept. For an equation of order one the mean
+        is ``u``. The factor is the right square root of the covariance of all its numbers, with all correlations.
+        (``Solution.state``, by contrast, resumes the same solve.) Raises ``ValueError`` for several times or one that
+        is not known, for a batch of solutions, and under ``Subspace``.
+
+        >>> import probode
+        >>> first = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
+        >>> then = probode.solve_ivp(lambda t, u, args: u - 1, (1.0, 2.0), first.at(1.0))
+        """
+        self.layout.require_shared_algebra("The distribution of the whole u")
+        if self.is_dense:
+            posterior = self.evaluate(t := as_scalar(t, "at(t)"))
+            marginals, moves = posterior.marginals, posterior.moves
+        else:
+            self._single("at")
+            t = as_scalar(t, "at(t)").astype(self.t.dtype)
+            xp = jnp if is_traced(t, self.t) else np
+            # The last of equal times: at a jump the state behind it. NaN where a time was not reached.
+            gap = xp.where(xp.isnan(self.t), xp.inf, xp.abs(xp.asarray(self.t) - t))
+            i = self.t.size - 1 - xp.argmin(gap[::-1])
+            near = gap[i] <= 4 * np.finfo(self.t.dtype).eps * abs(t)
+            message = "at(t) needs a time that was saved, or a solve that keeps its steps (SaveAt(dense=True))"
+            i = require(i, near, message, t=t)
+            marginals = jax.tree.map(lambda x: x[i], self.marginals)
+            moves = None if self.spread is None else self.spread.means[:, i]
+        start = joint(self.layout, marginals, self.order, moves)
+        means = tuple(self.layout.unravel(u) for u in start.mean)
+        return Normal(means[0] if self.order == 1 else means, start.factor)
+
+    @property
+    def end(self) -> Normal:
+        """The distribution at the time that was reached, ``t1`` if the solve was successful; see ``at``."""
+        return self.at(self.state.t)
+
+    @property
+    def _saved(self) -> Posterior:
+        return Posterior(self.t, self.marginals, self.layout, None if self.spread is None else self.spread.means)
 
     def evaluate(self, t: Any) -> Posterior:
         """The posterior at any times of the interval (dense output), smoothed if the strategy is a smoother.
@@ -191,10 +250,8 @@ class Solution(eqx.Module):
                 "FixedIntervalSmoother(), or with save_at=SaveAt(dense=True)."
             )
         t = self._times(t, "evaluate(t)")
-        states = _evaluate(self.trajectory, t)
-        if self.spread is not None:
-            states = widen(states, self._moves(t))
-        return Posterior(t, states, self.layout)
+        states, moves = _evaluate(self.trajectory, t), self._moves(t)
+        return Posterior(t, states if moves is None else widen(states, moves), self.layout, moves)
 
     def sample(self, key: Any, shape: tuple[int, ...] = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
         """Joint samples of ``u`` at several times under the posterior: leaves ``(*shape, time, *leaf.shape)``.

@@ -9,17 +9,20 @@ from abc import abstractmethod
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
+from ..algebra.factorisations import Layout
 from ..util.checks import as_float, as_scalar, require
 
 
 class Tolerances(eqx.Module):
     """The error of a step that is allowed: ``atol + rtol |u|`` for each component.
 
+    ``rtol``, ``atol``: a number, or a PyTree like ``u`` with a number, or an array that broadcasts, for each leaf.
     Raises ``ValueError`` for tolerances that are negative, not finite, or both zero.
 
     >>> import jax.numpy as jnp, probode
@@ -27,20 +30,28 @@ class Tolerances(eqx.Module):
     Array([1.001e-03, 1.000e-06], dtype=float64)
     """
 
-    rtol: Float[Array, ""]
-    atol: Float[Array, ""]
+    rtol: PyTree[Float[Array, "..."]]
+    atol: PyTree[Float[Array, "..."]]
 
     def __init__(self, rtol: Any = 1e-3, atol: Any = 1e-6):
-        rtol, atol = as_scalar(rtol, "rtol"), as_scalar(atol, "atol")
-        finite = (rtol >= 0) & (atol >= 0) & (rtol < np.inf) & (atol < np.inf)
-        rtol = require(rtol, finite, "Tolerances must be finite and not negative", rtol=rtol, atol=atol)
-        positive = (rtol > 0) | (atol > 0)
-        rtol = require(rtol, positive, "rtol and atol are both zero: no step could ever be accepted. Set at least one")
-        self.rtol, self.atol = jnp.asarray(rtol), jnp.asarray(atol)
+        self.rtol, self.atol = _not_negative(rtol, "rtol"), _not_negative(atol, "atol")
+        if eqx.is_array(self.rtol) and eqx.is_array(self.atol):
+            self.rtol = _not_both_zero(self.rtol, self.atol)
+
+    def of(self, layout: Layout) -> "Tolerances":
+        """The same tolerances with a number for each component of the flat ``u``, ``(d,)``; plain numbers stay numbers.
+
+        Raises ``ValueError`` for a PyTree or an array that does not fit ``u``, and for a component without tolerance.
+        """
+        rtol, atol = layout.per_component(self.rtol, "rtol"), layout.per_component(self.atol, "atol")
+        return eqx.tree_at(lambda t: (t.rtol, t.atol), self, (_not_both_zero(rtol, atol), atol))
 
     def weight(self, size: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """``atol + rtol size`` in the dtype of ``size``."""
-        return self.atol.astype(size.dtype) + self.rtol.astype(size.dtype) * size
+        """``atol + rtol size`` in the dtype of ``size``, whose last axis is that of the components."""
+        rtol, atol = (x.astype(size.dtype) for x in (self.rtol, self.atol))
+        # Explicit: JAX can be told to refuse arrays of different rank.
+        rtol, atol = (x if x.ndim == 0 else jnp.broadcast_to(x, size.shape) for x in (rtol, atol))
+        return atol + rtol * size
 
 
 class Limits(eqx.Module):
@@ -93,12 +104,12 @@ class AbstractController(eqx.Module):
     limits: eqx.AbstractVar[Limits]
 
     @property
-    def rtol(self) -> Float[Array, ""]:
+    def rtol(self) -> PyTree[Float[Array, "..."]]:
         """The relative tolerance, a share of ``|u|``."""
         return self.tolerances.rtol
 
     @property
-    def atol(self) -> Float[Array, ""]:
+    def atol(self) -> PyTree[Float[Array, "..."]]:
         """The absolute tolerance, in units of ``u``."""
         return self.tolerances.atol
 
@@ -128,9 +139,9 @@ class IntegralController(AbstractController):
 
     Whatever the controller proposes, a step is at most three times as long as the one before: an error of zero says
     nothing about what lies further ahead. Steps that observe all derivatives (``TS0`` of a lifted equation) are a
-    twentieth shorter than proposed. ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``. ``dt_min``,
-    ``dt_max`` bound the steps (the last step before ``t1`` or a ``stop_at`` may be shorter; a rejected step of
-    ``dt_min`` ends the solve).
+    twentieth shorter than proposed. ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``: numbers, or
+    PyTrees like ``u`` with a number or an array for each leaf. ``dt_min``, ``dt_max`` bound the steps (the last step
+    before ``t1`` or a ``stop_at`` may be shorter; a rejected step of ``dt_min`` ends the solve).
 
     ``stop_at``: times, in any order, at which the equation jumps: a switch, a dose, a knot of interpolated data. Such a
     time belongs to the step before it from the left and to the next one from the right, whatever the equation says of
@@ -237,6 +248,25 @@ class PIController(AbstractController):
         a, b = self.integral.astype(dt.dtype), self.proportional.astype(dt.dtype)
         accept = error_norm <= 1
         return accept, _next_dt(self, dt, a * growth + b * (growth - state)), jnp.where(accept, growth, state)
+
+
+def _not_negative(tree, name):
+    """A tolerance as arrays; raises ``ValueError`` unless all are finite and not negative."""
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"{name} must be a number or a PyTree of numbers like u, got nothing.")
+
+    def checked(x):
+        x = as_float(x, name)
+        good = (x >= 0) & (x < np.inf)
+        return jnp.asarray(require(x, good, "Tolerances must be finite and not negative", **{name: x}))
+
+    return jax.tree.map(checked, tree)
+
+
+def _not_both_zero(rtol, atol):
+    """``rtol``; raises ``ValueError`` where neither it nor ``atol`` is positive."""
+    message = "rtol and atol are both zero: no step could ever be accepted. Set at least one"
+    return jnp.asarray(require(rtol, (rtol > 0) | (atol > 0), message))
 
 
 def _log_growth(error_norm, order):
