@@ -16,10 +16,11 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from .adaptive_solve import answer_request
 from .algebra.linalg import compiled
 from .posterior.solution import Solution
 from .requests import Request, bind, check_request, floats_to_arrays
-from .solver import Solver, answer_request
+from .solver import Solver
 from .stepping.adaptive import AdaptiveState
 from .stepping.times import Interval
 from .util.checks import as_float, as_integer, is_traced, require

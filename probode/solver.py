@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from . import requests
-from .algebra.factorisations import AbstractFactorisation, Dense, Layout
-from .algebra.linalg import compiled, detach, is_finite
+from .adaptive_solve import answer_request, step_of
+from .algebra.factorisations import AbstractFactorisation, Dense
+from .algebra.linalg import compiled, is_finite
 from .algebra.marginals import widen
 from .algebra.normal import Normal, certain, pad, square
 from .estimation.calibration import AbstractCalibration, AbstractLeaveOneOut, DynamicCalibration
@@ -27,22 +28,17 @@ from .posterior.assemble import answer
 from .posterior.solution import SaveAt, Solution, raise_unless_successful
 from .posterior.uncertain_start import check_moves, directions_of, push_forward, spread_start
 from .priors.prior import AbstractPrior, AbstractPriorFamily
-from .stepping.adaptive import AdaptiveState, begin, is_usable
+from .stepping.adaptive import AdaptiveState, is_usable
 from .stepping.controllers import AbstractController, IntegralController
 from .stepping.error_estimates import AbstractErrorEstimate, LocalError, StateError
-from .stepping.keeping import solve_keeping_steps, solve_keeping_times
 from .stepping.kept import Kept, Row
 from .stepping.loops import AbstractLoop, BoundedLoop
 from .stepping.progress import AbstractProgress
-from .stepping.restarts import start_anew, starts_uncertain
+from .stepping.restarts import start_anew
 from .stepping.result import Result
-from .stepping.spread import value_and_moves
 from .stepping.starts import FromValues
 from .stepping.state import State
-from .stepping.step import Step
-from .stepping.step_sizes import Control, bounded_step, first_step, smallest_error
-from .stepping.stops import starting_anew
-from .stepping.times import beside
+from .stepping.step_sizes import smallest_error
 from .util import describe
 
 
@@ -268,13 +264,9 @@ def solve_through(
         ) from error
 
 
-def _step_of(solver: Solver, layout: Layout, args: PyTree, data: Observations | None = None) -> Step:
-    return Step(solver.prior, solver.constraint, solver.calibration, layout, args, data)
-
-
 @compiled
 def _init(solver, start, t0, args, layout):
-    return start.state(_step_of(solver, layout, args), solver.initialisation, t0)
+    return start.state(step_of(solver, layout, args), solver.initialisation, t0)
 
 
 @compiled
@@ -292,98 +284,8 @@ def _init_uncertain(solver, mean, directions, t0, args, layout):
 
 @compiled
 def _step(solver, state, dt, args):
-    step = _step_of(solver, state.layout, args)
+    step = step_of(solver, state.layout, args)
     return step.fixed(step.resume(state), state.t + dt).state
-
-
-def answer_request(solver: Solver, request: requests.Request, args: PyTree) -> Solution:
-    """The ``Solution`` of an adaptive solve, pushed forward along the directions in which its start is uncertain."""
-    if request.start.directions is None:
-        return _solve_adaptive(solver, request, args)
-    return _solve_uncertain(solver, request, args)
-
-
-@compiled
-def _solve_adaptive(solver: Solver, request: requests.Request, args: PyTree) -> Solution:
-    """The ``Solution`` of a request, with adaptive steps; whether it has failed is in its ``result``."""
-    save_at, strategy = request.save_at, solver.strategy
-    step, control, begun = _begin(solver, request, args)
-    dense = save_at.steps or save_at.dense or strategy.keeps_steps
-    if dense:
-        influence = isinstance(solver.calibration, AbstractLeaveOneOut)
-        ended, rows, reached = solve_keeping_steps(
-            step, control, strategy, begun, request.interval, influence=influence
-        )
-    else:
-        # At ``t1`` alone smoother and filter agree: without this line conditionals would be computed and not used.
-        strategy = strategy if save_at.ts is not None or save_at.t0 else Filter()
-        times = jnp.zeros(0, request.layout.dtype) if save_at.ts is None else jnp.asarray(save_at.ts)
-        ended, rows, reached = solve_keeping_times(step, control, strategy, begun, request.interval, times)
-    return answer(save_at, Kept(rows, reached, dense), ended, step, solver.loop)
-
-
-def _begin(solver, request, args):
-    """The step, the parts that control it, and the solve before its first attempt."""
-    start, interval, layout, t0 = request.start, request.interval, request.layout, request.interval.t0
-    step = _step_of(solver, layout, args, request.data)
-    controller = eqx.tree_at(lambda c: c.tolerances, solver.controller, solver.controller.tolerances.of(layout))
-    control = Control(solver.error, controller, solver.loop, solver.initialisation, request.progress, request.through)
-    if request.data is not None:
-        # Two equal steps to a datum instead of a very short last one, whose residual would be round-off, and likewise
-        # what it adds to a likelihood.
-        control = dataclasses.replace(control, through=request.data.ts, in_two=True)
-    # An uncertain start, and a state conditioned on data, are rightly updated by residuals that the noise of a step
-    # does not explain: such steps must not be refused.
-    doubts = not solver.calibration.is_local and request.data is None and start.is_certain
-    control = dataclasses.replace(control, refuses_unexplained=doubts)
-    stops, behind, until = control.stops(layout.dtype), t0, interval.t1
-    if stops is not None:
-        layout.require_shared_algebra("stop_at")
-        behind, until = beside(t0, interval.direction, stops), interval.nearest(stops, t0)
-    state = start.state(step, solver.initialisation, t0, behind)
-    if start.directions is not None and start.resumed is None:
-        mean = lambda u0: start.at(u0).state(step, solver.initialisation, t0, behind).distribution.mean  # noqa: E731
-        _, spread = detach(value_and_moves(mean, detach(start.mean), start.directions))
-        state = dataclasses.replace(state, spread=spread)
-    if stops is not None and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
-        distribution = pad(state.distribution, state.distribution.mean.shape[-2])
-        state = dataclasses.replace(state, distribution=distribution)
-    if request.dt0 is not None:
-        dt = jnp.abs(request.dt0)
-    elif start.resumed is not None:
-        dt = start.resumed.dt
-    else:
-        prior = solver.prior if state.prior is None else state.prior
-        dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint)
-    begun = begin(control, state, bounded_step(control, dt))
-    if start.resumed is not None:
-        begun = _go_on(step, control, begun, start.resumed, interval, choose_dt=request.dt0 is None)
-    return step, control, begun
-
-
-def _go_on(step, control, begun, before, interval, *, choose_dt):
-    """The solve ``begun`` with the controller's memory of the one ``before``, which it resumes.
-
-    If that has ended at a jump of the equation, without a restart, the state is restarted behind it.
-    """
-    begun = dataclasses.replace(begun, controller=before.controller)
-    passing_stop = starting_anew(step, control, begun, interval)
-    if passing_stop is None:
-        return begun
-    if before.anew is not None:
-        begun = dataclasses.replace(begun, anew=before.anew)
-    new, *_ = passing_stop(begun, None, begun.anew.t != begun.t)
-    return new if choose_dt else dataclasses.replace(new, dt=begun.dt)
-
-
-@compiled
-def _solve_uncertain(solver, request, args):
-    start = request.start
-
-    def solve(mean):
-        return _solve_adaptive(solver, dataclasses.replace(request, start=start.at(mean)), args)
-
-    return push_forward(solve, start.mean, start.directions)
 
 
 @compiled
@@ -391,7 +293,7 @@ def _solve_grid(solver, start, grid, args, layout, data):
     if start.directions is not None:
         solve = lambda mean: _solve_grid(solver, FromValues(mean), grid, args, layout, None)  # noqa: E731
         return push_forward(solve, start.mean, start.directions)
-    step = _step_of(solver, layout, args, data)
+    step = step_of(solver, layout, args, data)
     state = start.state(step, solver.initialisation, grid[0])
     remember, influences = solver.strategy.remember, isinstance(solver.calibration, AbstractLeaveOneOut)
 
@@ -409,7 +311,7 @@ def _solve_grid(solver, start, grid, args, layout, data):
     result = Result.where(finite, result, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
-    kept = Kept(rows, jnp.ones(grid.size, bool), dense=True)
+    kept = Kept(rows, jnp.ones(grid.size, bool), dense=True, most=grid.size - 1)
     return answer(SaveAt(t0=True, steps=True, dense=True), kept, ended, step, solver.loop)
 
 

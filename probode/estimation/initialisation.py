@@ -94,7 +94,7 @@ class TaylorMode(AbstractInitialisation):
     ) -> Normal:
         derivatives = _derivatives(problem, t0, u0, layout, args, layout.num_derivatives)
         if problem.is_explicit and problem.num_rows == 1:
-            # Not by the series: in their products a coefficient that is NaN spoils all others, whose terms it is not in.
+            # Not by the series: in their products a coefficient that is NaN spoils all others.
             known = jnp.append(u0, flat_field(problem, layout, args)(t0, u0)[None], axis=0)
             derivatives = _where_they_exist(derivatives, known)
         return certain(layout.pack(derivatives))
@@ -169,7 +169,7 @@ def _derivatives(problem, t0, u0, layout, args, num):
 
 
 def _where_they_exist(derivatives, known):
-    """The derivatives with ``known``, or above these zero, in place of the first that is not finite and all higher ones.
+    """The derivatives; from the first that is not finite on ``known``, and zero for those higher still.
 
     ``known``: ``u, ..., u^(k)`` for an equation of order ``k``.
     """

@@ -23,7 +23,7 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
     - ``kept``: the states that the loop has kept.
     - ``ended``: the adaptive solve after its last step.
     - ``step``: prior, calibration, layout and data of the solve.
-    - ``loop``: for the number of rows of ``SaveAt(steps=True)``, which is ``max_steps``.
+    - ``loop``: for the number of attempts that were allowed.
     """
     rows, reached, layout, calibration = kept.rows, kept.reached, step.layout, step.calibration
     ts = None if save_at.ts is None else jnp.asarray(save_at.ts)
@@ -46,8 +46,7 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
     if ts is not None:
         parts.append((ts, *evaluate(path, ts)))
     elif save_at.steps:
-        number = reached.size - 1 if rows.anew is None else loop.max_steps
-        parts.append(jax.vmap(row)(rows_of_steps(rows, reached, number)))
+        parts.append(jax.vmap(row)(rows_of_steps(rows, reached, kept.most)))
     if save_at.t1 and not save_at.steps:
         parts.append(jax.tree.map(lambda x: x[None], row(path.last)))
     t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)

@@ -179,14 +179,14 @@ class Solution(eqx.Module):
         return self._saved.derivative(k)
 
     @property
-    def covariance(self) -> Float[Array, "time d d"]:
+    def covariance(self) -> Float[Array, "*time d d"]:
         """Covariance of ``u`` at the saved times, over its components in the order of ``ravel_pytree``.
 
         (``jax.flatten_util.ravel_pytree(u)``.) Raises as ``covariance_of``.
         """
         return self.covariance_of(0)
 
-    def covariance_of(self, k: Any) -> Float[Array, "time d d"]:
+    def covariance_of(self, k: Any) -> Float[Array, "*time d d"]:
         """The covariance of ``u^(k)`` at the saved times, as ``covariance`` has it for ``u``.
 
         Its diagonal is that of ``derivative(k).std`` squared. Components are independent under ``Isotropic`` and
@@ -234,7 +234,9 @@ class Solution(eqx.Module):
 
     @property
     def _saved(self) -> Posterior:
-        return Posterior(self.t, self.marginals, self.layout, None if self.spread is None else self.spread.means)
+        # In a batch of solutions its axes come first.
+        moves = None if self.spread is None else jnp.moveaxis(self.spread.means, self.t.ndim - 1, 0)
+        return Posterior(self.t, self.marginals, self.layout, moves)
 
     def evaluate(self, t: Any) -> Posterior:
         """The posterior at any times of the interval (dense output), smoothed if the strategy is a smoother.

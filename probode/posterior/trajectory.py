@@ -10,6 +10,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
@@ -86,7 +87,7 @@ def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Arra
     At a jump of the equation there are two rows, the state before and the one restarted behind it: the second counts.
     """
     if rows.anew is None:
-        return jnp.arange(1, number + 1)
+        return jnp.minimum(np.arange(1, number + 1), reached.size - 1)
     replaced = jnp.append(rows.anew[1:], False)
     ends = (reached & ~replaced)[1:]
     return 1 + jnp.nonzero(ends, size=number, fill_value=jnp.sum(reached) - 2)[0]

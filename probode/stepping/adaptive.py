@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..algebra.linalg import choose, detach, is_finite
 from .attempt import Attempt
+from .loops import AbstractLoop
 from .progress import tell
 from .residuals import defect_inside, scale_inside, with_defects, with_scale_inside
 from .result import Result
@@ -93,6 +94,12 @@ def end(solve: AdaptiveState, interval: Interval) -> AdaptiveState:
     return dataclasses.replace(solve, result=Result.where(unfinished, Result.max_steps_reached, solve.result))
 
 
+def is_running(solve: AdaptiveState, interval: Interval, loop: AbstractLoop) -> Bool[Array, ""]:
+    """Whether a solve goes on: it has neither arrived nor failed, and attempts are left."""
+    unfinished = interval.remaining(solve.t) > 0
+    return unfinished & (solve.num_steps < loop.max_steps) & (solve.result == Result.successful)
+
+
 def is_usable(state: State) -> Bool[Array, ""]:
     """Whether a state, and what is told of it, holds no number that is infinite or NaN.
 
@@ -152,8 +159,7 @@ class Stepper:
 
     def running(self, solve: AdaptiveState) -> Bool[Array, ""]:
         """Whether a solve goes on."""
-        unfinished = self.interval.remaining(solve.t) > 0
-        return unfinished & (solve.num_steps < self.control.loop.max_steps) & (solve.result == Result.successful)
+        return is_running(solve, self.interval, self.control.loop)
 
     def advance(
         self, solve: AdaptiveState, past: Array, leaving: Callable, influence: Any = None

@@ -43,6 +43,8 @@ class Tolerances(eqx.Module):
 
         Raises ``ValueError`` for a PyTree or an array that does not fit ``u``, and for a component without tolerance.
         """
+        if eqx.is_array(self.rtol) and eqx.is_array(self.atol) and self.rtol.ndim == self.atol.ndim == 0:
+            return self
         rtol, atol = layout.per_component(self.rtol, "rtol"), layout.per_component(self.atol, "atol")
         return eqx.tree_at(lambda t: (t.rtol, t.atol), self, (_not_both_zero(rtol, atol), atol))
 

@@ -5,6 +5,7 @@ rows, the state before the jump and the one behind it.
 """
 
 import dataclasses
+import os
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..algebra.coordinates import pad_noise, with_square_noise
 from ..estimation.strategies import AbstractStrategy
-from .adaptive import AdaptiveState, Stepper, end
+from .adaptive import AdaptiveState, Stepper
 from .kept import Row
 from .loops import repeat
 from .step import Step
@@ -32,15 +33,19 @@ def solve_keeping_steps(
     interval: Interval,
     *,
     influence: bool = False,
+    room: int | None = None,
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
     """Solve to the end; the rows at the start and after every accepted step, and which of them are real.
 
     There are ``max_steps + 1`` rows, and one more for every stop: the state before it and the one started anew
-    (``Row.anew``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation.
+    (``Row.anew``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation. With
+    ``room`` for fewer rows (not in a solve with stops) the solve ends when these are full. Raises ``ValueError`` if the
+    rows cannot have a place in memory.
     """
     stepper, passing_stop = Stepper(step, control, solve, interval), starting_anew(step, control, solve, interval)
     no_past, none = step.nothing(solve.current, strategy.remember(solve.current.distribution), influence=influence)
     first, unpack = ravel_pytree(Row.of(solve.current, no_past, none))
+    before = solve.num_accepted_steps if room else 0
     flat_past, unpack_past = ravel_pytree(no_past)
 
     def attempt(solve, rows, number):
@@ -51,7 +56,7 @@ def solve_keeping_steps(
         return new, rows.at[number(new)].set(row, pred=moved), moved
 
     def body(solve, rows):
-        return attempt(solve, rows, lambda new: new.num_accepted_steps)[:2]
+        return attempt(solve, rows, lambda new: new.num_accepted_steps - before)[:2]
 
     def body_with_stops(carry, rows):
         assert passing_stop is not None
@@ -67,18 +72,20 @@ def solve_keeping_steps(
     def start(number):
         return jnp.zeros((number, first.size), first.dtype).at[0].set(first)
 
-    number, running = control.loop.max_steps + 1, stepper.running
+    number, running = room or control.loop.max_steps + 1, stepper.running
+    _require_memory(number, first)
     if passing_stop is None:
-        solve, rows = repeat(control.loop, running, body, solve, start(number))
-        rows, reached = _repeat_last(rows, solve.num_accepted_steps)
-        return end(solve, interval), jax.vmap(unpack)(rows), reached
+        has_room = lambda solve: running(solve) & (solve.num_accepted_steps - before < number - 1)  # noqa: E731
+        solve, rows = repeat(control.loop, has_room if room else running, body, solve, start(number))
+        rows, reached = _repeat_last(rows, solve.num_accepted_steps - before)
+        return solve, jax.vmap(unpack)(rows), reached
     number += control.controller.limits.stops.size
     init = solve, jnp.zeros((), jnp.int32)
     (solve, stops), rows = repeat(control.loop, lambda carry: running(carry[0]), body_with_stops, init, start(number))
     rows, reached = _repeat_last(rows, solve.num_accepted_steps + stops)
     rows = jax.vmap(unpack)(rows)
     again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
-    return end(solve, interval), dataclasses.replace(rows, anew=again), reached
+    return solve, dataclasses.replace(rows, anew=again), reached
 
 
 class _Passing(eqx.Module):
@@ -99,8 +106,8 @@ def solve_keeping_times(
     """Solve to the end; the rows at the start, at both ends of the steps that hold one of ``ts``, and at the end.
 
     The prior tells what happens inside a step; what lies between the steps kept is marginalised as it is passed. There
-    are ``2 times + 2`` rows; those not reached, as the flags say, repeat the last one. In a solve with stops there are
-    ``3 times + 2``: a step that is kept has a third row, with which the next one starts.
+    are two rows for every step that may hold a time, and two more; those not reached, as the flags say, repeat the last
+    one. In a solve with stops a step that is kept has a third row, with which the next one starts.
     """
     stepper, passing_stop = Stepper(step, control, solve, interval), starting_anew(step, control, solve, interval)
     width = 2 if passing_stop is None else 3
@@ -152,9 +159,11 @@ def solve_keeping_times(
         return _Passing(new, past, behind, carry.kept + keep.astype(jnp.int32)), rows
 
     init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
-    rows = jnp.zeros((ts.size, width, first.size), first.dtype)
+    # No more steps than these can hold a time.
+    number = min(ts.size, control.loop.max_steps)
+    rows = jnp.zeros((number, width, first.size), first.dtype)
     carry, rows = repeat(control.loop, lambda carry: stepper.running(carry.solve), body, init, rows)
-    solve = end(carry.solve, interval)
+    solve = carry.solve
     if ts.size == 0:
         # As they are: XLA hands larger arrays, such as all of this in one, to other threads, which costs 30 us.
         ends = at_start, row_with(solve.current, carry.past)
@@ -163,6 +172,17 @@ def solve_keeping_times(
     rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])
     rows, reached = _repeat_last(rows.at[width * carry.kept + 1].set(last), width * carry.kept + 1)
     return solve, jax.vmap(unpack)(rows), reached
+
+
+def _require_memory(number, row):
+    """Raises ``ValueError`` unless so many rows, and what is computed of them, have a place in memory."""
+    needed = 2 * number * row.size * row.dtype.itemsize
+    if jax.default_backend() == "cpu" and needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise ValueError(
+            f"To keep up to {number - 1} steps takes {needed / 1e9:.0f} GB, of {memory / 1e9:.0f} GB that there are. "
+            "Pass a loop with fewer max_steps, as BoundedLoop(max_steps=200); or solve outside of jit, vmap and grad, "
+            "where only the steps that are taken need memory."
+        )
 
 
 def _repeat_last(rows, last):

@@ -11,11 +11,15 @@ from .state import State
 
 
 class Kept(eqx.Module):
-    """The rows of a solve, which of them are real, and whether they are all of its steps."""
+    """The rows of a solve, which of them are real, and whether they are all of its steps.
+
+    ``most``: how many steps there may be, each with an entry in the answer where every step is asked for.
+    """
 
     rows: "Row"
     reached: Bool[Array, " rows"]
     dense: bool = eqx.field(static=True)
+    most: int = eqx.field(static=True)
 
 
 class Row(eqx.Module):

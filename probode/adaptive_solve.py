@@ -1,0 +1,192 @@
+"""One adaptive solve from a checked request: its start, its loop and its answer, each compiled.
+
+Where all values are known the steps that are kept come in pieces, so that memory and time follow their number. Under a
+transformation of JAX the shapes of arrays must not depend on values: there is room for ``max_steps`` of them.
+"""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .algebra.factorisations import Layout
+from .algebra.linalg import compiled, detach
+from .algebra.normal import pad
+from .estimation.calibration import AbstractLeaveOneOut
+from .estimation.strategies import Filter
+from .information.observations import Observations
+from .posterior.assemble import answer
+from .posterior.solution import Solution
+from .posterior.uncertain_start import push_forward
+from .requests import Request
+from .stepping.adaptive import begin, end, is_running
+from .stepping.keeping import solve_keeping_steps, solve_keeping_times
+from .stepping.kept import Kept, Row
+from .stepping.restarts import starts_uncertain
+from .stepping.spread import value_and_moves
+from .stepping.step import Step
+from .stepping.step_sizes import Control, bounded_step, first_step
+from .stepping.stops import starting_anew
+from .stepping.times import beside
+from .util.checks import is_traced
+
+
+# A piece of a solve keeps at most so many states, and about so many numbers.
+_ROWS, _NUMBERS = 256, 2**21
+
+
+def step_of(solver: Any, layout: Layout, args: PyTree, data: Observations | None = None) -> Step:
+    return Step(solver.prior, solver.constraint, solver.calibration, layout, args, data)
+
+
+def answer_request(solver: Any, request: Request, args: PyTree) -> Solution:
+    """The ``Solution`` of an adaptive solve, pushed forward along the directions in which its start is uncertain."""
+    if request.start.directions is not None:
+        return _solve_uncertain(solver, request, args)
+    if not _keeps_steps(solver, request) or is_traced(solver, request, args) or solver.controller.limits.stops.size:
+        return _solve_adaptive(solver, request, args)
+    begun = _begun(solver, request, args)
+    # The user's function may close over traced values.
+    if is_traced(begun):
+        return _solve_adaptive(solver, request, args)
+    return _solve_in_pieces(solver, request, args, begun)
+
+
+def _keeps_steps(solver, request):
+    return request.save_at.steps or request.save_at.dense or solver.strategy.keeps_steps
+
+
+def _solve_in_pieces(solver, request, args, solve):
+    """The ``Solution`` of a request, like ``_solve_adaptive``, with arrays for as many steps as there turn out to be.
+
+    ``solve``: before its first attempt.
+    """
+    numbers = 3 * solve.current.distribution.factor.size
+    room = min(max(_NUMBERS // numbers, 8), _ROWS, solver.loop.max_steps + 1)
+    kept: list[Row] = []
+    goes_on = True
+    while goes_on:
+        solve, rows, reached, goes_on = _piece(solver, request, args, solve, room)
+        # The first row of a further piece is the last one of the piece before.
+        real = slice(1 if kept else 0, int(np.sum(reached)))
+        kept.append(jax.tree.map(lambda x: np.asarray(x)[real], rows))  # noqa: B023
+    rows = jax.tree.map(lambda *pieces: np.concatenate(pieces), *kept)
+    # Powers of two, so that what follows is not compiled for every number of steps.
+    number = len(rows.t)
+    size = max(8, 1 << (number - 1).bit_length())
+    rows = jax.tree.map(lambda x: jnp.asarray(np.pad(x, [(0, size - number)] + [(0, 0)] * (x.ndim - 1), "edge")), rows)
+    return _answer(solver, request, args, solve, rows, jnp.asarray(np.arange(size) < number))
+
+
+@compiled
+def _begun(solver, request, args):
+    return _begin(solver, request, args)[-1]
+
+
+@compiled
+def _piece(solver, request, args, solve, room):
+    step, control = _parts(solver, request, args)
+    influence = isinstance(solver.calibration, AbstractLeaveOneOut)
+    interval, strategy = request.interval, solver.strategy
+    kept = solve_keeping_steps(step, control, strategy, solve, interval, influence=influence, room=room)
+    return *kept, is_running(kept[0], interval, solver.loop)
+
+
+@compiled
+def _answer(solver, request, args, solve, rows, reached):
+    step, _ = _parts(solver, request, args)
+    kept = Kept(rows, reached, dense=True, most=solver.loop.max_steps)
+    return answer(request.save_at, kept, end(solve, request.interval), step, solver.loop)
+
+
+@compiled
+def _solve_adaptive(solver: Any, request: Request, args: PyTree) -> Solution:
+    """The ``Solution`` of a request, with adaptive steps; whether it has failed is in its ``result``."""
+    save_at, strategy = request.save_at, solver.strategy
+    step, control, begun = _begin(solver, request, args)
+    if dense := _keeps_steps(solver, request):
+        influence = isinstance(solver.calibration, AbstractLeaveOneOut)
+        solve, rows, reached = solve_keeping_steps(
+            step, control, strategy, begun, request.interval, influence=influence
+        )
+    else:
+        # At ``t1`` alone smoother and filter agree: without this line conditionals would be computed and not used.
+        strategy = strategy if save_at.ts is not None or save_at.t0 else Filter()
+        times = jnp.zeros(0, request.layout.dtype) if save_at.ts is None else jnp.asarray(save_at.ts)
+        solve, rows, reached = solve_keeping_times(step, control, strategy, begun, request.interval, times)
+    kept = Kept(rows, reached, dense, most=solver.loop.max_steps)
+    return answer(save_at, kept, end(solve, request.interval), step, solver.loop)
+
+
+def _parts(solver, request, args):
+    """The step, and the parts that control it."""
+    start, layout = request.start, request.layout
+    step = step_of(solver, layout, args, request.data)
+    controller = eqx.tree_at(lambda c: c.tolerances, solver.controller, solver.controller.tolerances.of(layout))
+    control = Control(solver.error, controller, solver.loop, solver.initialisation, request.progress, request.through)
+    if request.data is not None:
+        # Two equal steps to a datum instead of a very short last one, whose residual would be round-off, and likewise
+        # what it adds to a likelihood.
+        control = dataclasses.replace(control, through=request.data.ts, in_two=True)
+    # An uncertain start, and a state conditioned on data, are rightly updated by residuals that the noise of a step
+    # does not explain: such steps must not be refused.
+    doubts = not solver.calibration.is_local and request.data is None and start.is_certain
+    return step, dataclasses.replace(control, refuses_unexplained=doubts)
+
+
+def _begin(solver, request, args):
+    """The step, the parts that control it, and the solve before its first attempt."""
+    start, interval, layout, t0 = request.start, request.interval, request.layout, request.interval.t0
+    step, control = _parts(solver, request, args)
+    stops, behind, until = control.stops(layout.dtype), t0, interval.t1
+    if stops is not None:
+        layout.require_shared_algebra("stop_at")
+        behind, until = beside(t0, interval.direction, stops), interval.nearest(stops, t0)
+    state = start.state(step, solver.initialisation, t0, behind)
+    if start.directions is not None and start.resumed is None:
+        mean = lambda u0: start.at(u0).state(step, solver.initialisation, t0, behind).distribution.mean  # noqa: E731
+        _, spread = detach(value_and_moves(mean, detach(start.mean), start.directions))
+        state = dataclasses.replace(state, spread=spread)
+    if stops is not None and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
+        distribution = pad(state.distribution, state.distribution.mean.shape[-2])
+        state = dataclasses.replace(state, distribution=distribution)
+    if request.dt0 is not None:
+        dt = jnp.abs(request.dt0)
+    elif start.resumed is not None:
+        dt = start.resumed.dt
+    else:
+        prior = solver.prior if state.prior is None else state.prior
+        dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint)
+    begun = begin(control, state, bounded_step(control, dt))
+    if start.resumed is not None:
+        begun = _go_on(step, control, begun, start.resumed, interval, choose_dt=request.dt0 is None)
+    return step, control, begun
+
+
+def _go_on(step, control, begun, before, interval, *, choose_dt):
+    """The solve ``begun`` with the controller's memory of the one ``before``, which it resumes.
+
+    If that has ended at a jump of the equation, without a restart, the state is restarted behind it.
+    """
+    begun = dataclasses.replace(begun, controller=before.controller)
+    passing_stop = starting_anew(step, control, begun, interval)
+    if passing_stop is None:
+        return begun
+    if before.anew is not None:
+        begun = dataclasses.replace(begun, anew=before.anew)
+    new, *_ = passing_stop(begun, None, begun.anew.t != begun.t)
+    return new if choose_dt else dataclasses.replace(new, dt=begun.dt)
+
+
+@compiled
+def _solve_uncertain(solver, request, args):
+    start = request.start
+
+    def solve(mean):
+        return _solve_adaptive(solver, dataclasses.replace(request, start=start.at(mean)), args)
+
+    return push_forward(solve, start.mean, start.directions)
