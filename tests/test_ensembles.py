@@ -68,6 +68,24 @@ def test_a_failing_lane_leaves_the_others_bitwise_alone(lanes_per_block):
             np.testing.assert_array_equal(a[others], b[others])
 
 
+@pytest.mark.parametrize("sign", [1.0, pytest.param(-1.0, marks=pytest.mark.thorough)])
+def test_a_lane_whose_interval_is_empty_stays_at_its_start(sign):
+    """Its derivatives with respect to ``u0`` are those of the identity; the others are what they are alone."""
+    t1 = sign * jnp.array([0.0, 0.5, 1.0])
+    solve = lambda u0, t1, **options: SOLVER.solve(u0, 0.0, t1, args={"rate": 0.5}, **options)  # noqa: E731
+    options = {"args": {"rate": 0.5}, "in_axes": (None, None, 0, None)}
+    lanes = probode.solve_ensemble(SOLVER, lane(0), 0.0, t1, **options)
+    mapped, slope = jax.vmap(
+        lambda t1: jax.jvp(lambda x: solve(lane(0) | {"x": x}, t1).mean["x"][0], (lane(0)["x"],), (1.0,))
+    )(t1)
+    assert lanes.mean["x"][0, 0] == mapped[0] == lane(0)["x"] and slope[0] == 1.0
+    assert lanes.std["x"][0, 0] == 0 and (lanes.result == probode.Result.successful).all()
+    for i in (1, 2):
+        alone = solve(lane(0), t1[i])
+        np.testing.assert_allclose([lanes.mean["x"][i, 0], mapped[i]], alone.mean["x"][0], rtol=1e-9)
+        np.testing.assert_allclose(slope[i], np.exp(-0.5 * t1[i]), rtol=1e-2)
+
+
 def test_intervals_and_parameters_can_be_lanes():
     t1 = jnp.array([1.0, 2.0, -1.5])
     rates = {"rate": jnp.array([1.0, 2.0, 0.5])}
@@ -127,7 +145,7 @@ def test_new_values_do_not_compile_again():
         ({"in_axes": ({"x": 0, "y": 0}, None, None, None)}, ValueError, "same number of lanes"),
         ({"lanes_per_block": 0}, ValueError, "lanes_per_block must be"),
         ({"cost": jnp.ones(3)}, ValueError, "one number for each"),
-        ({"t1": jnp.array([1.0] * 6 + [0.0]), "in_axes": (AXES[0], None, 0, 0)}, ValueError, "nothing to solve"),
+        ({"t1": jnp.zeros(7), "in_axes": (AXES[0], None, 0, 0)}, ValueError, "nothing to solve"),
         ({"t1": jnp.array([1.0] * 6 + [np.inf]), "in_axes": (AXES[0], None, 0, 0)}, ValueError, "finite in every"),
         (
             {"t1": jnp.array([1.0] * 6 + [0.4]), "in_axes": (AXES[0], None, 0, 0), "save_at": [0.5]},
@@ -200,8 +218,8 @@ def test_eight_devices_give_what_one_gives():
 def test_wrong_times_are_found_under_jit_too():
     solve = eqx.filter_jit(lambda t1: ensemble(t1=t1, in_axes=(AXES[0], None, 0, 0)).mean["x"])
     assert solve(jnp.linspace(1.0, 2.0, LANES)).shape == (LANES, 1)
-    with pytest.raises(RuntimeError, match="nothing to solve"):
-        solve(jnp.linspace(0.0, 2.0, LANES)[::-1])
+    with pytest.raises(RuntimeError, match="finite in every lane"):
+        solve(jnp.linspace(1.0, 2.0, LANES).at[3].set(jnp.nan))
 
 
 @pytest.mark.thorough

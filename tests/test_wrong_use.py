@@ -358,12 +358,6 @@ CASES = [
     ),
     # the same where values are traced: a run-time error
     (
-        "traced-times-equal",
-        lambda: traced(lambda t: solve(0.1, t1=t, nu=1), 0.0),
-        TRACED,
-        "t0 and t1 are the same time",
-    ),
-    (
         "traced-t1-nan",
         lambda: traced(lambda t: solve(0.1, t1=t, nu=1), np.nan),
         TRACED,

@@ -220,8 +220,8 @@ class Solution(eqx.Module):
             i = self.t.size - 1 - xp.argmin(gap[::-1])
             near = gap[i] <= 4 * np.finfo(self.t.dtype).eps * abs(t)
             message = "at(t) needs a time that was saved, or a solve that keeps its steps (SaveAt(dense=True))"
-            i = require(i, near, message, t=t)
-            marginals = jax.tree.map(lambda x: x[i], self.marginals)
+            # Of the numbers themselves: of a single row the index would not be looked at, and the check left out.
+            marginals = require(jax.tree.map(lambda x: x[i], self.marginals), near, message, t=t)
             moves = None if self.spread is None else self.spread.means[:, i]
         start = joint(self.layout, marginals, self.order, moves)
         means = tuple(self.layout.unravel(u) for u in start.mean)

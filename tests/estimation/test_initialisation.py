@@ -1,5 +1,6 @@
 """States that are not known at the start: diffuse derivatives, and how soon the equation makes up for them."""
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,6 +70,51 @@ def test_a_field_that_cannot_be_differentiated_often():
         assert relative(solution.mean[0], [0.3 + 0.7 * np.exp(-1), 0.25]) < 1e-2
     with pytest.raises(ValueError, match="Diffuse"):
         solver(po.TaylorMode(), 9, po.TS1(po.ODE(field))).solve(jnp.array([1.0, 0.25]), 0.0, 1.0)
+
+
+def drag(t, u, args):
+    velocity = u[1]
+    return jnp.stack([velocity, -9.81 - 0.1 * jnp.sqrt(velocity**2) * velocity])
+
+
+# Fields that are finite at the start, with derivatives that are not.
+KINKS = {
+    "drag from rest": (
+        drag,
+        np.array([100.0, 0.0]),
+        3.0,
+        [77.19162, -9.81 / np.sqrt(0.981) * np.tanh(3 * np.sqrt(0.981))],
+    ),
+    "sqrt(t)": (lambda t, u, args: jnp.sqrt(t) - u, np.array(0.0), 1.0, 0.46192050),
+    "Hill": (lambda t, u, args: 1 / (1 + u**2.5), np.array(0.0), 1.0, 0.84290681),
+}
+
+
+@pytest.mark.parametrize(
+    ("constraint", "factorisation"), first_of((po.TS1, po.Dense()), (po.TS0, po.Isotropic())), ids=name
+)
+@pytest.mark.parametrize("case", KINKS)
+def test_derivatives_that_do_not_exist_are_not_needed(case, constraint, factorisation):
+    field, u0, t1, right = KINKS[case]
+    own = solver(po.TaylorMode(), 4, constraint(po.ODE(field)), factorisation=factorisation)
+    own = eqx.tree_at(lambda s: s.controller.tolerances, own, po.Tolerances(1e-6, 1e-9))
+    solution, right = own.solve(u0, 0.0, t1), np.array(right)
+    np.testing.assert_allclose(solution.mean[0], right, rtol=1e-6)
+    assert np.all(np.abs(solution.mean[0] - right) < 10 * solution.std[0] + 1e-8 * np.abs(right))
+
+
+def test_what_is_lost_is_no_more_than_must_be():
+    """The first derivative always, higher ones up to the first that does not exist; not those of a lifted equation."""
+
+    def known(field, u0):
+        return solver(po.TaylorMode(), 4, po.TS0(po.ODE(field))).initialise(u0, 0.0).mean
+
+    np.testing.assert_allclose(known(lambda t, u, args: t**1.5 - u, 1.0), [1.0, -1.0, 1.0, 0.0, 0.0], rtol=1e-12)
+    np.testing.assert_allclose(known(lambda t, u, args: -u, 1.0), [1.0, -1.0, 1.0, -1.0, 1.0], rtol=1e-12)
+    lifted = solver(po.TaylorMode(), 4, po.TS0(po.ODE(lambda t, u, args: jnp.sqrt(t) - u).lifted(3)))
+    nowhere = solver(po.TaylorMode(), 4, po.TS0(po.ODE(lambda t, u, args: 1 / t - u)))
+    for own in (lifted, nowhere):
+        assert own.solve(1.0, 0.0, 1.0, throw=False).result == po.Result.initial_state_nonfinite
 
 
 @pytest.mark.thorough
