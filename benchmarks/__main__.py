@@ -21,6 +21,7 @@ PARTS = [
     ["smoothing", "--plain"],
     ["lanes"],
     ["dimension"],
+    ["first_calls"],
     ["calibration"],
     ["calibration", "--further"],
     ["calibration", "--lifted"],

@@ -87,6 +87,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "calibration": calibration(results),
         "tempering": tempering(results),
         "stability": stability(results),
+        "first_calls": first_calls(results),
     }
 
 
@@ -136,6 +137,15 @@ def tempering(results: pathlib.Path = RESULTS) -> str:
         lost = {row["method"]: float(row["error"]) for row in summary.read(f"tempering_{problem}", results)}
         rows.append([words, *(f"{1 - lost[method]:.2f}" for method in methods)])
     return _table(["", *methods], rows)
+
+
+def first_calls(results: pathlib.Path = RESULTS) -> str:
+    """The table of seconds that a first call takes, and of milliseconds of a second one."""
+    rows = []
+    for row in summary.read("first_calls", results):
+        first, disk, again = (float(row[f"{name}_seconds"]) for name in ("first", "from_disk", "again"))
+        rows.append([row["case"], *(significant(x) for x in (first, disk, 1e3 * again))])
+    return _table(["", "first call, s", "from the cache on disk, s", "again, ms"], rows)
 
 
 def stability(results: pathlib.Path = RESULTS) -> str:
