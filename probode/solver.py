@@ -24,7 +24,8 @@ from .estimation.strategies import AbstractStrategy, Filter
 from .information.constraints import AbstractConstraint
 from .information.observations import Observations
 from .posterior.assemble import answer
-from .posterior.solution import SaveAt, Solution, raise_unless_successful
+from .posterior.reasons import raise_unless_successful
+from .posterior.solution import SaveAt, Solution
 from .posterior.uncertain_start import check_moves, directions_of, push_forward, spread_start
 from .priors.prior import AbstractPrior, AbstractPriorFamily
 from .stepping.adaptive import AdaptiveState, begin, is_usable
@@ -44,6 +45,7 @@ from .stepping.step_sizes import Control, bounded_step, first_step, smallest_err
 from .stepping.stops import starting_anew
 from .stepping.times import beside
 from .util import describe
+from .util.words import hinted
 
 
 class Solver(eqx.Module):
@@ -81,6 +83,7 @@ class Solver(eqx.Module):
     loop: AbstractLoop
     initialisation: AbstractInitialisation
 
+    @hinted
     def __init__(
         self,
         prior: Any,
@@ -114,12 +117,18 @@ class Solver(eqx.Module):
         if factorisation.own_algebra:
             factorisation.check(prior, constraint, strategy, calibration, error)
 
+    def __hash__(self) -> int:
+        # ``jax.jit(solver.solve)`` looks for the method among those compiled before, by a hash that arrays have not.
+        # Solvers with other numbers have the same one, and are then compared.
+        return hash(jax.tree.structure(self))
+
     def __repr__(self) -> str:
         return "\n".join(["Solver(", *(f"  {name}={words}," for name, words in describe.parts(self)), ")"])
 
     def _repr_html_(self):
         return describe.as_html("Solver", describe.parts(self))
 
+    @hinted
     def solve(
         self,
         u0: PyTree,
@@ -152,11 +161,14 @@ class Solver(eqx.Module):
         wrong input, for an uncertain ``u0`` or data together with a calibration that rescales all covariances at the
         end, and for parts that do not support what is asked for.
         """
+        if not isinstance(throw, bool):
+            raise TypeError(f"throw must be True or False (under jax.jit, static_argnames='throw'), got {throw!r}.")
         if not isinstance(progress, AbstractProgress | None):
             raise TypeError(f"progress must be a meter, such as TextProgress() or TqdmProgress(), got {progress!r}.")
         solution = solve_through(self, None, u0, t0, t1, args, save_at, dt0, data, progress)
-        return raise_unless_successful(solution) if throw else solution
+        return raise_unless_successful(solution, self, t0, t1) if throw else solution
 
+    @hinted
     def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None, data: Observations | None = None) -> Solution:
         """The ``Solution`` at all points of ``grid``, with one step between any two neighbours and no error control.
 
