@@ -45,6 +45,7 @@ from .stepping.step_sizes import Control, bounded_step, first_step, smallest_err
 from .stepping.stops import starting_anew
 from .stepping.times import beside
 from .util import describe
+from .util.checks import require_flag
 from .util.words import hinted
 
 
@@ -157,12 +158,16 @@ class Solver(eqx.Module):
           or ``TqdmProgress()``.
         - ``data``: observations on which the posterior is conditioned as well; steps end at their times.
 
-        Raises ``RuntimeError`` if ``t1`` is not reached, unless ``throw=False``; ``TypeError`` or ``ValueError`` for
-        wrong input, for an uncertain ``u0`` or data together with a calibration that rescales all covariances at the
-        end, and for parts that do not support what is asked for.
+        ``eqx.filter_jit(solver.solve)`` and ``jax.jit(solver.solve, static_argnames="throw")`` work; the second
+        compiles anew for every solver. ``jax.vmap`` maps arguments given by name, too, along their first axis: map a
+        function of what varies, as in ``jax.vmap(lambda u0: solver.solve(u0, 0.0, 1.0, args=args))``.
+
+        Raises ``RuntimeError`` if ``t1`` is not reached: its last line says why, how far the solve came and what would
+        help. With ``throw=False`` nothing raises, also later: the solution is NaN where it was not reached. Raises
+        ``TypeError`` or ``ValueError`` for wrong input, for an uncertain ``u0`` or data together with a calibration
+        that rescales all covariances at the end, and for parts that do not support what is asked for.
         """
-        if not isinstance(throw, bool):
-            raise TypeError(f"throw must be True or False (under jax.jit, static_argnames='throw'), got {throw!r}.")
+        require_flag(throw, "throw")
         if not isinstance(progress, AbstractProgress | None):
             raise TypeError(f"progress must be a meter, such as TextProgress() or TqdmProgress(), got {progress!r}.")
         solution = solve_through(self, None, u0, t0, t1, args, save_at, dt0, data, progress)

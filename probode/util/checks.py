@@ -75,6 +75,13 @@ def as_integer(x: Any, name: str, smallest: int, largest: int = 2**31 - 1) -> in
     return value
 
 
+def require_flag(x: Any, name: str) -> None:
+    """Raises ``TypeError`` unless ``x`` is ``True`` or ``False``."""
+    if not isinstance(x, bool | np.bool_):
+        traced = f" Under jax.jit it is static: jax.jit(..., static_argnames={name!r})." if is_traced(x) else ""
+        raise TypeError(f"{name} must be True or False, got {x!r}.{traced}")
+
+
 def require(x: T, condition: Any, message: str, **got: Any) -> T:
     """``x`` if ``condition`` holds everywhere; raises ``ValueError`` with ``message`` otherwise.
 
