@@ -139,7 +139,7 @@ class Solver(eqx.Module):
         args: PyTree = None,
         save_at: Any = None,
         dt0: Any = None,
-        throw: bool = True,
+        throw: Any = True,
         progress: Any = None,
         data: Observations | None = None,
     ) -> Solution:

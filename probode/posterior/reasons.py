@@ -6,14 +6,12 @@ Remedies are named in the order in which they should be tried. All are arguments
 import dataclasses
 import functools as ft
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from ..priors.prior import AbstractPriorFamily
-from ..stepping.result import Result, has_failed, in_words
+from ..stepping.result import has_failed, in_words
 from ..util.checks import is_traced
 from ..util.failures import stop_if
 from .solution import Solution
@@ -59,21 +57,20 @@ class Parts:
     dtype: str
 
 
-class Facts(eqx.Module):
-    """The numbers of a solve that has ended. ``start``: ``u, u', ...`` there; ``u``: of the last state, ``(d,)``."""
+class Facts(NamedTuple):
+    """The numbers of a solve that has ended, on the host or in a program. ``us``: the last derivatives, ``(n, d)``."""
 
-    result: Result
-    t: Float[Array, ""]
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-    dt: Float[Array, ""]
-    num_steps: Int[Array, ""]
-    num_accepted: Int[Array, ""]
-    max_steps: Int[Array, ""]
-    us: Float[Array, "n d"]
-    rtol: Float[Array, ""]
-    longest: Float[Array, ""]
-    shortest: Float[Array, ""]
+    result: Any
+    t: Any
+    t0: Any
+    t1: Any
+    dt: Any
+    num_steps: Any
+    num_accepted: Any
+    us: Any
+    rtol: Any
+    longest: Any
+    shortest: Any
 
 
 def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -> Solution:
@@ -93,7 +90,6 @@ def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -
         state.dt,
         stats["num_steps"],
         stats["num_accepted_steps"],
-        stats["max_steps"],
         solution.layout.unpack(state.current.distribution.mean),
         solver.controller.rtol,
         limits.longest,

@@ -210,7 +210,7 @@ class Solution(eqx.Module):
             states = widen(states, self._moves(near))
         return Posterior(t, states if reached is None else _where(reached, states), self.layout)
 
-    def sample(self, key: Any, shape: tuple[int, ...] = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
+    def sample(self, key: Any, shape: Any = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
         """Joint samples of ``u`` at several times under the posterior: leaves ``(*shape, time, *leaf.shape)``.
 
         ``key``: a random key of JAX. ``shape``: leading axes of independent samples. ``ts``: times, ``(time,)``, in any

@@ -25,10 +25,10 @@ T = TypeVar("T")
 def stop_if(x: T, failed: Any, words: Callable, facts: PyTree, kind: type[Exception] = RuntimeError) -> T:
     """``x`` itself; raises ``kind(words(facts))`` if ``failed``, a bool, is true.
 
-    Where ``failed`` is known, as outside of ``jax.jit``, it raises at once. Elsewhere the compiled program raises
-    JAX's ``RuntimeError``, which ends in the same words, if the ``x`` that is returned is used. Under ``jax.vmap`` it
-    raises if any lane has failed, for the first one. ``words`` gets the facts, a PyTree of arrays, as NumPy arrays;
-    ``None`` where they are not known.
+    Where ``failed`` is known, as outside of ``jax.jit``, it raises at once. Elsewhere the compiled program raises, if
+    the ``x`` that is returned is used: JAX's ``RuntimeError``, or its ``ValueError`` where the program has run beside
+    Python, which end in the same words. Under ``jax.vmap`` it raises if any lane has failed, for the first one.
+    ``words`` gets the facts, a PyTree of arrays, as NumPy arrays; ``None`` where they are not known.
     """
     failed, facts = jax.tree.map(lambda v: lax.stop_gradient(v) if isinstance(v, Tracer) else v, (failed, facts))
     with jax.ensure_compile_time_eval():
@@ -93,11 +93,11 @@ def _text(words, failed, facts):
     return f"{words} (In lane {number}; {int(np.sum(failed))} of {failed.size} lanes failed.)"
 
 
-def _without_callers(error):
-    """The error with a traceback that begins nowhere: JAX prints the last frame with all that have called it."""
+def _without_callers(raised):
+    """The exception with a traceback that begins nowhere: JAX prints the last frame with all that have called it."""
 
     def compiled_program():
         yield
 
     frame = compiled_program().gi_frame
-    return error.with_traceback(types.TracebackType(None, frame, 0, frame.f_lineno))
+    return raised.with_traceback(types.TracebackType(None, frame, 0, frame.f_lineno))

@@ -167,7 +167,7 @@ REASON = r"max_steps attempts were made before t1\. It reached t = 1\.0\d* of \[
 
 @pytest.mark.parametrize("compiled", [jax.jit, eqx.filter_jit], ids=["jit", "filter_jit"])
 def test_a_compiled_program_says_why_in_three_lines(compiled):
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises((RuntimeError, ValueError)) as caught:  # the second one where JAX has run it beside Python
         jax.block_until_ready(compiled(failing)(jnp.asarray(1.0)))
     lines = str(caught.value).splitlines()
     assert len(lines) == 3 and lines[-1].startswith("RuntimeError: The solve stopped because")
@@ -190,7 +190,7 @@ def test_a_compiled_program_says_why_in_three_lines(compiled):
     ids=["vmap", "jit-vmap", "vmap-vmap", "jvp", "vmap-jacfwd"],
 )
 def test_transformations_say_which_lane_and_why(transformed, lane):
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises((RuntimeError, ValueError)) as caught:  # the second one where JAX has run it beside Python
         jax.block_until_ready(transformed(jnp.array([0.1, 1.0])))
     said = str(caught.value)
     assert re.search(REASON, said) and re.search(lane, said), said
@@ -208,6 +208,6 @@ def test_nothing_is_said_of_a_solve_that_succeeds():
 
 def test_equinox_decides_what_errors_are_where_it_was_told_to(monkeypatch):
     monkeypatch.setenv("EQX_ON_ERROR", "off")  # what equinox itself does was read when it was imported
-    with pytest.raises(RuntimeError, match="EQX_ON_ERROR"):
+    with pytest.raises((RuntimeError, ValueError), match="EQX_ON_ERROR"):
         jax.block_until_ready(eqx.filter_jit(lambda u0: failing(u0))(jnp.asarray(1.0)))
     assert explain(None, None) == "The solve stopped before t1."
