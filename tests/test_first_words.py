@@ -101,13 +101,13 @@ def test_results_are_printed_with_their_names():
 
 def test_solve_is_compiled_as_it_is():
     u0, expected = jnp.asarray(0.1), float(solution().mean[0])
-    tight = solver(controller=po.IntegralController(1e-8, 1e-8))
+    tight = solver(controller=po.IntegralController(1e-5, 1e-7))
     for compiled in (jax.jit, eqx.filter_jit):
         solve = compiled(solver().solve)
         assert abs(float(solve(u0, 0.0, 1.0).mean[0]) - expected) < 1e-6
         # Solvers with other numbers are other functions.
         more = compiled(tight.solve)(u0, 0.0, 1.0)
-        assert more.stats["num_steps"] > 3 * solution().stats["num_steps"]
+        assert more.stats["num_steps"] > 1.5 * solution().stats["num_steps"]
     assert hash(solver()) == hash(solver()) == hash(tight) and solver() == solver() and not bool(solver() == tight)
     again = jax.jit(solver().solve, static_argnames="throw")(u0, 0.0, 1e6, throw=False)
     assert again.result == po.Result.max_steps_reached

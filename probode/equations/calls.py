@@ -37,8 +37,8 @@ def output_of(fn: Callable, name: str, letter: str, t0: Any, values: tuple[PyTre
     _require_signature(fn, name, form, t0, values, args)
     try:
         out = eqx.filter_eval_shape(fn, t0, *values, args)
-    except Exception as error:
-        error.add_note(f"{name} was called as {form} with {_given(t0, values, args)}.{_advice(error, values, args)}")
+    except Exception as raised:
+        raised.add_note(f"{name} was called as {form} with {_given(t0, values, args)}.{_advice(raised, values, args)}")
         raise
     for leaf in jax.tree.leaves(out):
         if not eqx.is_array_like(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct):

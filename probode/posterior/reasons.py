@@ -178,7 +178,7 @@ def _bad_start(parts, facts):
     bad = ~np.all(np.isfinite(facts.us), axis=1)
     first = int(np.argmax(bad))
     if not parts.is_explicit:
-        yield "u0 must satisfy the Residual together with some derivatives of it; or start from an InitialState."
+        yield "It may be that no derivatives satisfy a Residual together with u0: pass another, or an InitialState."
     elif first < parts.order:
         yield f"u0 itself is infinite or NaN, in the component {int(np.argmin(np.isfinite(facts.us[first])))}."
     elif first == parts.order:
