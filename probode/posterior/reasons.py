@@ -127,7 +127,7 @@ def explain(parts: Parts, facts: Facts | None) -> str:
     name, _, why = in_words(facts.result).partition(": ")
     steps, rejected = int(facts.num_steps), int(facts.num_steps) - int(facts.num_accepted)
     span = f"[{facts.t0:.6g}, {facts.t1:.6g}]"
-    reached = f"It reached t = {facts.t:.6g} of {span} in {steps} attempts, {rejected} of them rejected."
+    reached = f"It reached t = {facts.t} of {span} in {steps} attempts, {rejected} of them rejected."
     return " ".join([why, *([reached] if steps else []), *_REMEDIES[name](parts, facts), _NO_THROW])
 
 
