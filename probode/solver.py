@@ -25,7 +25,8 @@ from .estimation.strategies import AbstractStrategy, Filter
 from .information.constraints import AbstractConstraint
 from .information.observations import Observations
 from .posterior.assemble import answer
-from .posterior.solution import SaveAt, Solution, raise_unless_successful
+from .posterior.reasons import raise_unless_successful
+from .posterior.solution import SaveAt, Solution
 from .posterior.uncertain_start import check_moves, directions_of, push_forward, spread_start
 from .priors.prior import AbstractPrior, AbstractPriorFamily
 from .stepping.adaptive import AdaptiveState, is_usable
@@ -40,6 +41,8 @@ from .stepping.starts import FromValues
 from .stepping.state import State
 from .stepping.step_sizes import smallest_error
 from .util import describe
+from .util.checks import require_flag
+from .util.words import hinted
 
 
 class Solver(eqx.Module):
@@ -77,6 +80,7 @@ class Solver(eqx.Module):
     loop: AbstractLoop
     initialisation: AbstractInitialisation
 
+    @hinted
     def __init__(
         self,
         prior: Any,
@@ -110,12 +114,18 @@ class Solver(eqx.Module):
         if factorisation.own_algebra:
             factorisation.check(prior, constraint, strategy, calibration, error)
 
+    def __hash__(self) -> int:
+        # ``jax.jit(solver.solve)`` looks for the method among those compiled before, by a hash that arrays have not.
+        # Solvers with other numbers have the same one, and are then compared.
+        return hash(jax.tree.structure(self))
+
     def __repr__(self) -> str:
         return "\n".join(["Solver(", *(f"  {name}={words}," for name, words in describe.parts(self)), ")"])
 
     def _repr_html_(self):
         return describe.as_html("Solver", describe.parts(self))
 
+    @hinted
     def solve(
         self,
         u0: PyTree,
@@ -125,7 +135,7 @@ class Solver(eqx.Module):
         args: PyTree = None,
         save_at: Any = None,
         dt0: Any = None,
-        throw: bool = True,
+        throw: Any = True,
         progress: Any = None,
         data: Observations | None = None,
     ) -> Solution:
@@ -144,15 +154,22 @@ class Solver(eqx.Module):
           or ``TqdmProgress()``.
         - ``data``: observations on which the posterior is conditioned as well; steps end at their times.
 
-        Raises ``RuntimeError`` if ``t1`` is not reached, unless ``throw=False``; ``TypeError`` or ``ValueError`` for
-        wrong input, for an uncertain ``u0`` or data together with a calibration that rescales all covariances at the
-        end, and for parts that do not support what is asked for.
+        ``eqx.filter_jit(solver.solve)`` and ``jax.jit(solver.solve, static_argnames="throw")`` work; the second
+        compiles anew for every solver. ``jax.vmap`` maps arguments given by name, too, along their first axis: map a
+        function of what varies, as in ``jax.vmap(lambda u0: solver.solve(u0, 0.0, 1.0, args=args))``.
+
+        Raises ``RuntimeError`` if ``t1`` is not reached: its last line says why, how far the solve came and what would
+        help. With ``throw=False`` nothing raises, also later: the solution is NaN where it was not reached. Raises
+        ``TypeError`` or ``ValueError`` for wrong input, for an uncertain ``u0`` or data together with a calibration
+        that rescales all covariances at the end, and for parts that do not support what is asked for.
         """
+        require_flag(throw, "throw")
         if not isinstance(progress, AbstractProgress | None):
             raise TypeError(f"progress must be a meter, such as TextProgress() or TqdmProgress(), got {progress!r}.")
         solution = solve_through(self, None, u0, t0, t1, args, save_at, dt0, data, progress)
-        return raise_unless_successful(solution) if throw else solution
+        return raise_unless_successful(solution, self, t0, t1) if throw else solution
 
+    @hinted
     def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None, data: Observations | None = None) -> Solution:
         """The ``Solution`` at all points of ``grid``, with one step between any two neighbours and no error control.
 

@@ -4,7 +4,6 @@ Users write functions of their own PyTrees; the solvers evaluate them on one sta
 ``(derivatives, d)``, as an equation ``z(t, us) = 0`` with ``m`` rows.
 """
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from ..algebra.factorisations import Layout
 from ..algebra.linearisation import Linearisation
 from ..util.checks import as_integer
+from .calls import output_of, require_like
 from .jacobians import AbstractJacobian, ExactJacobian, as_jacobian
 from .taylor.derivatives import derivatives_along, unrolled_derivatives
 
@@ -106,7 +106,7 @@ class AbstractProblem(eqx.Module):
         if sum(leaf.size for leaf in jax.tree.leaves(values[0])) == 0:
             raise ValueError("u0 has no numbers in it: there is nothing to solve for.")
         for i, value in enumerate(values[1:], start=1):
-            _require_like(value, values[0], f"entry {i} of u0", "entry 0 of u0")
+            require_like(value, values[0], f"entry {i} of u0", "entry 0 of u0")
         return values
 
 
@@ -143,9 +143,10 @@ class ODE(AbstractProblem):
 
     def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree) -> None:
         name = f"The vector field of an ODE of order {self.order}"
-        _require_signature(self.vector_field, name, "f", t0, values, args)
-        out = eqx.filter_eval_shape(self.vector_field, t0, *values, args)
-        _require_like(out, values[0], "the vector field's output", "u0")
+        out = output_of(self.vector_field, name, "f", t0, values, args)
+        require_like(
+            out, values[0], "the vector field's output", "u0", " The time is the first argument, u the second."
+        )
 
     def residual_of(self, t: Float[Array, ""], us: tuple[PyTree, ...], args: PyTree) -> PyTree:
         f = self.vector_field(t, *us[: self.order], args)
@@ -208,8 +209,8 @@ class Residual(AbstractProblem):
 
     def check(self, t0: Float[Array, ""], values: tuple[PyTree, ...], args: PyTree) -> None:
         values = (values * (self.order + 1))[: self.order + 1]
-        _require_signature(self.residual, f"A residual of order {self.order}", "r", t0, values, args)
-        leaves = jax.tree.leaves(eqx.filter_eval_shape(self.residual, t0, *values, args))
+        name = f"A residual of order {self.order}"
+        leaves = jax.tree.leaves(output_of(self.residual, name, "r", t0, values, args))
         if not all(hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
             raise TypeError("The residual must return a PyTree of real, floating-point arrays.")
         if sum(x.size for x in leaves) == 0:
@@ -375,21 +376,12 @@ def flat_residual(problem: AbstractProblem, layout: Layout, args: PyTree) -> Cal
     return residual
 
 
-def _require_signature(fn, name, letter, t0, values, args):
-    names = ["t", "u", "du", "ddu"][: len(values) + 1] if len(values) <= 3 else ["t", "u", "..."]
-    try:
-        inspect.signature(fn).bind(t0, *values, args)
-    except TypeError as error:
-        raise TypeError(f"{name} is called as {letter}({', '.join(names)}, args), but: {error}.") from None
-    except ValueError:  # a builtin without a signature
-        pass
-
-
 def _as_state(x: Any) -> Array:
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):
-        raise TypeError(f"u0 must hold real arrays, got {x!r}.") from None
+        field = " The vector field belongs to the solver: Solver(prior, TS1(ODE(f)))." if callable(x) else ""
+        raise TypeError(f"u0 must hold real arrays, got {x!r}.{field}") from None
     if x.dtype in (jnp.float16, jnp.bfloat16):
         raise TypeError(f"u0 has dtype {x.dtype}, which is too short for a solve: use float32 or float64.")
     if jnp.issubdtype(x.dtype, jnp.floating):
@@ -397,19 +389,3 @@ def _as_state(x: Any) -> Array:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError("u0 is complex. Solve for the real and the imaginary part, e.g. as a tuple of two real arrays.")
     raise TypeError(f"u0 has dtype {x.dtype}; states must be floating point, e.g. u0 = jnp.asarray(u0, float).")
-
-
-def _require_like(x: PyTree, like: PyTree, name: str, like_name: str) -> None:
-    structure, expected = jax.tree.structure(x), jax.tree.structure(like)
-    if structure != expected:
-        raise ValueError(f"{name} must have the structure of {like_name}: expected {expected}, got {structure}.")
-    for leaf, model in zip(jax.tree.leaves(x), jax.tree.leaves(like), strict=True):
-        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        if shape != jnp.shape(model):
-            raise ValueError(f"{name} must have the shape of {like_name}: expected {jnp.shape(model)}, got {shape}.")
-        weak = getattr(leaf, "weak_type", isinstance(leaf, float)) and jnp.issubdtype(dtype, jnp.floating)
-        if dtype != jnp.result_type(model) and not weak:
-            raise ValueError(
-                f"{name} must have the dtype of {like_name}: expected {jnp.result_type(model)}, got {dtype}. "
-                "Cast constants and args to the dtype of the state."
-            )

@@ -1,7 +1,7 @@
 """The result of a solve: the posterior at the saved times, how the solve ended, and what it cost."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -14,10 +14,11 @@ from ..algebra.linalg import compiled
 from ..algebra.marginals import Moments, Posterior, joint, widen
 from ..algebra.normal import Normal, spread
 from ..stepping.adaptive import AdaptiveState
-from ..stepping.result import Result
+from ..stepping.result import Result, has_failed, in_words
 from ..util import describe
 from ..util.checks import as_float, as_scalar, is_traced, require
-from .trajectory import Trajectory, evaluate, sample_at
+from ..util.words import hint_for_attribute
+from .trajectory import Trajectory, column, evaluate, sample_at
 
 
 class SaveAt(eqx.Module):
@@ -128,10 +129,22 @@ class Solution(eqx.Module):
     def __repr__(self) -> str:
         kind = ("smoothed" if self.is_smoothed else "filtered") + (", dense" if self.is_dense else "")
         shapes = f"t={eqx.tree_pformat(self.t)}, u={describe.shape_of_u(self.layout)}"
-        return f"Solution({shapes}, num_derivatives={self.layout.num_derivatives}, {kind})"
+        known = all(map(eqx.is_array_like, jax.tree.leaves(self.result))) and not is_traced(self.result)
+        failed = known and bool(np.any(has_failed(self.result)))
+        ending = f", {in_words(self.result).partition(':')[0]}" if failed else ""
+        return f"Solution({shapes}, num_derivatives={self.layout.num_derivatives}, {kind}{ending})"
+
+    if not TYPE_CHECKING:  # a type checker would believe that there is every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises ``AttributeError``, for words of other packages with the one of this package."""
+            hint = hint_for_attribute(name)
+            if hint is None:
+                return super().__getattribute__(name)  # raises what Python says
+            raise AttributeError(f"A Solution has no attribute {name!r}: {hint}.", name=name, obj=self)
 
     def _repr_html_(self):
-        return describe.as_html("Solution", describe.facts(self, Result))
+        return describe.as_html("Solution", describe.facts(self, in_words))
 
     @property
     def is_dense(self) -> bool:
@@ -145,7 +158,7 @@ class Solution(eqx.Module):
 
     def summary(self) -> str:
         """Result, time span, steps, calibration, evidence and largest standard deviation, as text."""
-        return describe.as_text(describe.facts(self, Result))
+        return describe.as_text(describe.facts(self, in_words))
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
         """The axes ``ax`` (new ones by default) with means, bands of standard deviations and samples over time.
@@ -244,18 +257,20 @@ class Solution(eqx.Module):
         ``t``: a time or an array of times, ``()`` or ``(time,)``, in any order; the result can be differentiated with
         respect to it. Raises ``ValueError`` if the solve has not kept its steps (``SaveAt(dense=True)``,
         ``FixedIntervalSmoother`` and ``solve_grid`` keep them), if a time lies outside the interval that was solved,
-        and for a batch of solutions, ``TypeError`` for times that are not real.
+        and for a batch of solutions, ``TypeError`` for times that are not real. For a solve that has failed
+        (``throw=False``) the posterior is NaN at times outside of what was reached.
         """
         if not self.is_dense:
             raise ValueError(
                 "evaluate needs the steps of the solve, which were not kept: solve with strategy="
                 "FixedIntervalSmoother(), or with save_at=SaveAt(dense=True)."
             )
-        t = self._times(t, "evaluate(t)")
-        states, moves = _evaluate(self.trajectory, t), self._moves(t)
-        return Posterior(t, states if moves is None else widen(states, moves), self.layout, moves)
+        t, near, reached = self._times(t, "evaluate(t)")
+        states, moves = _evaluate(self.trajectory, near), self._moves(near)
+        states = states if moves is None else widen(states, moves)
+        return Posterior(t, states if reached is None else _where(reached, states), self.layout, moves)
 
-    def sample(self, key: Any, shape: tuple[int, ...] = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
+    def sample(self, key: Any, shape: Any = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
         """Joint samples of ``u`` at several times under the posterior: leaves ``(*shape, time, *leaf.shape)``.
 
         ``key``: a random key of JAX. ``shape``: leading axes of independent samples. ``ts``: times, ``(time,)``, in any
@@ -266,11 +281,15 @@ class Solution(eqx.Module):
         """
         path = self.trajectory
         self.layout.require_shared_algebra("Sampling")
+        shape = _check_draws(key, shape)
+        reached: Array | None = None
         if ts is None:
             self._single("sample")
             ts = self.t
         else:
-            ts = self._times(ts, "sample(ts)") if path is not None else as_float(ts, "sample(ts)")
+            ts = as_float(ts, "sample(ts)")
+            if path is not None:
+                _, ts, reached = self._times(ts, "sample(ts)")
             if ts.ndim != 1:
                 raise ValueError(f"sample(ts) must be an array of times of shape (times,), got shape {ts.shape}.")
             if not self.is_dense:
@@ -285,10 +304,12 @@ class Solution(eqx.Module):
                     "together. Solve with strategy=FixedPointSmoother() or FixedIntervalSmoother()."
                 )
             marginals = self.marginals if ts is self.t else self.evaluate(ts).marginals
-            return _sample(marginals, self.layout, key, tuple(shape), self._moves(ts))
-        unreached = jnp.isnan(self.marginals.mean).any(axis=tuple(range(1, self.marginals.mean.ndim)))
-        missing = unreached if ts is self.t else None
-        return _sample_path(path, self.layout, key, tuple(shape), ts, missing, self._moves(ts))
+            marginals = marginals if reached is None else _where(reached, marginals)
+            return _sample(marginals, self.layout, key, shape, self._moves(ts))
+        missing = None if reached is None else ~reached
+        if ts is self.t:
+            missing = jnp.isnan(self.marginals.mean).any(axis=tuple(range(1, self.marginals.mean.ndim)))
+        return _sample_path(path, self.layout, key, shape, ts, missing, self._moves(ts))
 
     def _moves(self, ts):
         """Derivatives of the means at ``ts`` along the directions of an uncertain initial value, ``None`` if none."""
@@ -305,7 +326,11 @@ class Solution(eqx.Module):
             )
 
     def _times(self, t, name):
-        """Times of the interval that was solved; those outside by no more than round-off are moved to its ends."""
+        """Times of the interval that was solved; those outside by no more than round-off are moved to its ends.
+
+        Of a solve that has failed any times may be asked for. Also returned are times in their place that were all
+        reached, and which are the same; ``None`` if it is known that all are.
+        """
         self._single(name.partition("(")[0])
         path = self.trajectory
         t = as_float(t, name).astype(self.t.dtype)
@@ -319,10 +344,28 @@ class Solution(eqx.Module):
             near = np.clip(t, min(t0, t1), max(t0, t1))
             t = np.where(abs(near - t) <= 4 * np.finfo(t.dtype).eps * abs(near), near, t)
         inside = (t - t0) * (t - t1) <= 0
+        if not is_traced(inside) and np.all(inside):
+            t = jnp.asarray(t)
+            return t, t, None
         message = f"{name} must lie in the interval that was solved"
-        return jnp.asarray(
-            require(t, inside, message, t=t, interval=(t0, t1) if is_traced(t0) else (float(t0), float(t1)))
-        )
+        t = require(t, inside | has_failed(self.result), message, t=t, interval=(t0, t1))
+        # Derivatives of what is thrown away must be numbers, too.
+        return jnp.asarray(t), jnp.where(inside, t, t1), jnp.asarray(inside)
+
+
+def _check_draws(key, shape):
+    """``shape`` as a tuple; raises ``TypeError`` unless it is one and ``key`` a key of JAX."""
+    if not eqx.is_array(key):
+        raise TypeError(f"sample(key) must be a random key of JAX, as jax.random.key(0), got {key!r}.")
+    try:
+        return tuple(shape)
+    except TypeError:
+        raise TypeError(f"sample(shape) must be a tuple of integers, as (10,), got {shape!r}.") from None
+
+
+def _where(reached, states):
+    """The states where they were reached, NaN elsewhere."""
+    return jax.tree.map(lambda x: jnp.where(column(reached, x) if reached.ndim else reached, x, jnp.nan), states)
 
 
 @compiled
@@ -353,6 +396,10 @@ def _sample(marginals, layout, key, shape, moves):
 
 @compiled
 def _sample_path(path, layout, key, shape, ts, missing, moves):
+    if missing is not None:
+        # A time behind the end would be sampled by extrapolation, and those before it given that.
+        ts = jnp.where(missing, path.rows.t[path.last], ts)
+
     def one(key):
         states = _moved(sample_at(path, key, ts), moves, key)
         if missing is not None:
@@ -377,21 +424,3 @@ def _trajectory_of_u(states, layout):
 def _draws(one, key, shape):
     samples = jax.vmap(one)(jax.random.split(key, math.prod(shape)))
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), samples)
-
-
-def raise_unless_successful(solution: Solution) -> Solution:
-    """The solution itself; raises ``RuntimeError`` with the reason and the time if it did not reach ``t1``.
-
-    Under a transformation of JAX the error is raised when the compiled program runs.
-    """
-    failed = solution.result != Result.successful
-    if isinstance(failed, jax.core.Tracer):
-        return solution.result.error_if(solution, failed)
-    if np.any(failed):
-        state, stats = solution.state, solution.stats
-        words: str = Result[solution.result]  # type: ignore[misc]  # equinox's enumerations have words
-        raise RuntimeError(
-            f"{words} It stopped at t = {state.t} after {stats['num_accepted_steps']} accepted and "
-            f"{stats['num_rejected_steps']} rejected steps; throw=False returns what was reached."
-        )
-    return solution

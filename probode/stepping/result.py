@@ -1,48 +1,61 @@
-"""How a solve ended, and in which words it says why it stopped."""
+"""How a solve ended, and the sentence that says why it did not reach ``t1``."""
 
 from typing import Any
 
 import equinox as eqx
+import numpy as np
+from jaxtyping import Array, Bool
 
 
 class Result(eqx.Enumeration):
     """How a solve ended: ``successful`` or the reason why it stopped before ``t1``.
 
+    It is printed with its name, and ``Result[result]`` is that name.
+
     >>> import probode
     >>> solution = probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
     >>> bool(solution.result == probode.Result.successful)
     True
+    >>> print(solution.result)
+    probode.Result<successful>
     """
 
+    # Equinox prints the module and the words of an item: here the name that a user types.
+    __module__ = "probode"
+
     # (``Any``: members are no strings, as a type checker believes.)
-    successful: Any = ""
-    max_steps_reached: Any = (
-        "The solve stopped because max_steps attempts were made before t1. Pass loop=BoundedLoop(max_steps=...) with "
-        "more steps, loosen the tolerances, or use TS1 if the problem is stiff. Where components differ in size by "
-        "orders of magnitude, prior=RelativeScale(IWP(...)); far from linear, TS1(evaluations=4, relinearise=True)."
-    )
-    initial_state_nonfinite: Any = (
-        "The solve did not start because the state at t0 is infinite or NaN: u0, or a derivative of the vector field "
-        "there; or because no derivatives satisfy a Residual together with u0. Move t0 away from the singularity, pass "
-        "a consistent u0, or start from an InitialState."
-    )
-    nonfinite: Any = (
-        "The solve stopped because the vector field, its derivative or the state became infinite or NaN however short "
-        "the step. The solution may blow up or leave the domain of the vector field: shorten the interval. Or its "
-        "derivatives leave the range of the numbers, in float32 those of short times: choose other units, or float64."
-    )
-    step_size_too_small: Any = (
-        "The solve stopped because the step had to become shorter than dt_min or the round-off of the time. "
-        "The solution may be singular there: shorten the interval, loosen the tolerances, lower dt_min, use float64, "
-        "or name the times at which the equation jumps with stop_at."
-    )
-    scale_mismatch: Any = (
-        "The solve stopped because the output scale does not explain the residuals: the equation jumps, or the "
-        "solution is far rougher in some places than in others, and the mean would be lost. Use DynamicCalibration(), "
-        "whose scale follows, name the times of jumps with stop_at, or tighten the tolerances."
-    )
-    tolerance_out_of_range: Any = (
-        "The solve stopped because what rtol and atol allow for a component, or on a grid the eighth digit of all, "
-        "became so small that the squares of such errors are no numbers (1e-148 in float64, 1e-35 in float32). Choose "
-        "other units, or a larger atol."
-    )
+    successful: Any = "successful"
+    max_steps_reached: Any = "max_steps_reached"
+    initial_state_nonfinite: Any = "initial_state_nonfinite"
+    nonfinite: Any = "nonfinite"
+    step_size_too_small: Any = "step_size_too_small"
+    scale_mismatch: Any = "scale_mismatch"
+    tolerance_out_of_range: Any = "tolerance_out_of_range"
+
+
+_WHY = {
+    "max_steps_reached": "The solve stopped because max_steps attempts were made before t1.",
+    "initial_state_nonfinite": "The solve did not start because the state at t0 is infinite or NaN.",
+    "nonfinite": "The solve stopped because the vector field, its derivative or the state became infinite or NaN, "
+    "however short the step.",
+    "step_size_too_small": "The solve stopped because the step had to become shorter than dt_min or the round-off of "
+    "the time.",
+    "scale_mismatch": "The solve stopped because the output scale does not explain the residuals, and the mean would "
+    "be lost.",
+    "tolerance_out_of_range": "The solve stopped because what rtol and atol allow for a component became so small that "
+    "the squares of such errors are no numbers (1e-148 in float64, 1e-35 in float32).",
+}
+
+
+def has_failed(result: Result) -> Bool[Array, "*lanes"]:
+    """Whether a solve with this result stopped before ``t1`` for a reason that nobody asked for."""
+    return result != Result.successful
+
+
+def in_words(result: Result) -> str:
+    """How a solve with this result, which is known, has ended; of a batch how many were successful."""
+    failed = np.asarray(has_failed(result))
+    if failed.ndim:
+        return f"{failed.size} solves, of which {int(np.sum(~failed))} successful"
+    name: str = Result[result]  # type: ignore[misc]  # equinox's enumerations have words
+    return f"{name}: {_WHY[name]}" if failed else name

@@ -1,17 +1,19 @@
 """Checks of arguments that users pass, with errors that name the argument and say what it must be.
 
-Known values raise at once, before anything is computed; traced ones raise at run time, through ``eqx.error_if``.
+Known values raise at once, before anything is computed; traced ones raise when the compiled program runs.
 """
 
+import functools as ft
 import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+
+from .failures import stop_if
 
 
 T = TypeVar("T")
@@ -73,15 +75,33 @@ def as_integer(x: Any, name: str, smallest: int, largest: int = 2**31 - 1) -> in
     return value
 
 
+def require_flag(x: Any, name: str) -> None:
+    """Raises ``TypeError`` unless ``x`` is ``True`` or ``False``."""
+    if not isinstance(x, bool | np.bool_):
+        traced = f" Under jax.jit it is static: jax.jit(..., static_argnames={name!r})." if is_traced(x) else ""
+        raise TypeError(f"{name} must be True or False, got {x!r}.{traced}")
+
+
 def require(x: T, condition: Any, message: str, **got: Any) -> T:
     """``x`` if ``condition`` holds everywhere; raises ``ValueError`` with ``message`` otherwise.
 
-    A traced condition raises at run time, if the ``x`` that is returned is used. ``got``: the values at fault by name,
-    which are added to the message where they are known.
+    A traced condition raises when the compiled program runs, if the ``x`` that is returned is used. ``got``: the values
+    at fault by name, which are added to the message where they are known.
     """
     if is_traced(condition):
-        return eqx.error_if(x, jnp.logical_not(jnp.all(condition)), f"{message}.")
+        words = ft.partial(_with_values, message, tuple(got))
+        return stop_if(x, jnp.logical_not(jnp.all(condition)), words, tuple(got.values()), ValueError)
     if not np.all(condition):
-        known = "" if is_traced(got) else ", got " + ", ".join(f"{name}={value}" for name, value in got.items())
-        raise ValueError(f"{message}{known if got else ''}.")
+        raise ValueError(_with_values(message, tuple(got), None if is_traced(got) else tuple(got.values())))
     return x
+
+
+def _with_values(message, names, values):
+    """The message with the values at fault, if there are any and they are known."""
+    known = zip(names, values, strict=True) if values else ()
+    got = ", ".join(f"{name}={_short(value)}" for name, value in known)
+    return f"{message}{', got ' if got else ''}{got}."
+
+
+def _short(value):
+    return f"({', '.join(map(str, value))})" if isinstance(value, tuple) else value

@@ -2,7 +2,7 @@
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -41,17 +41,13 @@ def parts(solver: Any) -> list[tuple[str, str]]:
     return [(f.name, brief(getattr(solver, f.name))) for f in dataclasses.fields(solver)]
 
 
-def facts(solution: Any, results: Any) -> list[tuple[str, str]]:
-    """A summary of a solution, or of a batch of them: pairs of a name and words. ``results``: the enumeration."""
+def facts(solution: Any, ending: Callable) -> list[tuple[str, str]]:
+    """A summary of a solution, or of a batch of them: pairs of a name and words. ``ending``: for its result."""
     layout, stats = solution.layout, solution.stats
     rows = []
     if not is_known(solution):
         return [("u", shape_of_u(layout)), ("times", eqx.tree_pformat(solution.t))]
-    successful = np.asarray(solution.result == results.successful)
-    if successful.ndim == 0:
-        rows.append(("result", "successful" if successful else results[solution.result].partition(". ")[0]))
-    else:
-        rows.append(("result", f"{successful.size} solves, of which {int(np.sum(successful))} successful"))
+    rows.append(("result", ending(solution.result)))
     t = np.asarray(solution.t)
     reached = np.asarray(solution.state.current.t)
     # Not all rows are times saved: those of steps that were not needed repeat the last time, those of times that were
