@@ -22,12 +22,14 @@ from .stepping.controllers import AbstractController, IntegralController
 from .stepping.error_estimates import AbstractErrorEstimate
 from .stepping.loops import AbstractLoop, BoundedLoop
 from .util.checks import as_integer
+from .util.words import hinted
 
 
 # The defaults are told from what a user passes by identity: the same number, passed beside a controller, is an error.
 _RTOL, _ATOL = float("1e-3"), float("1e-6")
 
 
+@hinted
 def solve_ivp(
     vector_field: Callable,
     t_span: Any,

@@ -86,6 +86,22 @@ def test_methods_of_scipy_get_a_hint(method, own):
         po.solve_ivp(decay, (0.0, 1.0), jnp.ones(2), method=method)
 
 
+def test_words_of_other_packages_get_a_hint():
+    for word, own in {
+        "saveat": "t_eval",
+        "jac": "exact",
+        "max_num_steps": "max_steps",
+        "y0": "u0",
+        "prior": "Solver",
+    }.items():
+        with pytest.raises(TypeError, match=rf"solve_ivp has no argument '{word}': .*{own}"):
+            po.solve_ivp(decay, (0.0, 1.0), 1.0, **{word: 1.0})
+    with pytest.raises(TypeError, match=r"solve_ivp\(vector_field, t_span, u0, ...\) needs u0"):
+        po.solve_ivp(decay, (0.0, 1.0))
+    with pytest.raises(TypeError, match="takes 3 positional arguments, got 4"):
+        po.solve_ivp(decay, (0.0, 1.0), 1.0, "EK1")
+
+
 @pytest.mark.thorough
 def test_data_and_uncertain_starts_are_not_rescaled():
     """Leave-one-out, the calibration of dense output, would rescale what is known."""

@@ -68,9 +68,36 @@ _ATTRIBUTES = {
 }
 
 
-def hint_for_keyword(name: str) -> str | None:
-    """What this package calls an argument of other packages' solvers, in a few words; ``None`` for unknown words."""
-    return _KEYWORDS.get(name)
+# What is different in the one-liner.
+_IN_ONE_LINE = {
+    **dict.fromkeys(("saveat", "save_at", "ts", "teval", "times"), "the times to keep are t_eval=..."),
+    **dict.fromkeys(("t0", "t1", "tspan"), "the interval is one argument, t_span = (t0, t1)"),
+    **dict.fromkeys(("fun", "func", "f", "terms", "term", "rhs", "ode"), "the vector field is the first argument"),
+    **dict.fromkeys(("dense", "dense_solution"), "any time is dense_output=True, and then Solution.evaluate(t)"),
+    **dict.fromkeys(
+        ("min_step", "dtmin"), "the shortest step is controller=IntegralController(rtol, atol, dt_min=...)"
+    ),
+    **dict.fromkeys(("dtmax", "dt_max"), "the longest step is max_step=..."),
+    **dict.fromkeys(("dt", "h0"), "the length of the first attempt is first_step=... (or dt0)"),
+    **dict.fromkeys(("solver", "algorithm", "alg"), "it is method='EK1', 'EK0' or 'Taylor'"),
+    **dict.fromkeys(("stepsize_controller", "step_size_controller"), "it is controller=..."),
+    **dict.fromkeys(
+        ("adjoint", "adjoint_method"), "what can be differentiated is loop=BoundedLoop() or CheckpointedLoop()"
+    ),
+    **dict.fromkeys(("max_num_steps", "mxstep"), "it is max_steps=..."),
+    "vectorized": "nothing is needed: jax.vmap or solve_ensemble solve many at once",
+    "order": "the order follows from num_derivatives=...",
+    "prior": "take a Solver(prior, constraint), for other priors than IWP(num_derivatives)",
+    "constraint": "take a Solver(prior, constraint), for other constraints than that of the method",
+}
+
+
+def hint_for_keyword(name: str, *, in_one_line: bool = False) -> str | None:
+    """What this package calls an argument of other packages' solvers, in a few words; ``None`` for unknown words.
+
+    ``in_one_line``: in ``solve_ivp``, not in a ``Solver``.
+    """
+    return _IN_ONE_LINE.get(name, _KEYWORDS.get(name)) if in_one_line else _KEYWORDS.get(name)
 
 
 def hint_for_attribute(name: str) -> str | None:
@@ -79,35 +106,35 @@ def hint_for_attribute(name: str) -> str | None:
 
 
 def hinted(fn: Callable[P, T]) -> Callable[P, T]:
-    """The method ``fn``, with a ``TypeError`` for wrong arguments that says which there are, and what others mean.
+    """``fn``, a function or method, with a ``TypeError`` for wrong arguments that says which there are, what others mean.
 
     A wrapper that looks at the names, for neither ``**kwargs`` in a signature nor the text of Python's own error would
     do: the first hides misspelt words from type checkers and editors, the second is also that of errors further in.
     """
     parameters = inspect.signature(fn).parameters.values()
-    names = {p.name for p in parameters}
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]  # without self
+    names = {p.name for p in parameters} - {"self"}
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
     needed = [p.name for p in parameters if p.name in positional and p.default is p.empty]
-    called = fn.__qualname__.removesuffix(".__init__")
+    called, bound = fn.__qualname__.removesuffix(".__init__"), len(parameters) - len(names)
 
     @ft.wraps(fn)
-    def checked(self, /, *args, **kwargs):
-        given = len(args)
+    def checked(*args, **kwargs):
+        given = len(args) - bound
         if given > len(positional) or not names.issuperset(kwargs) or not kwargs.keys() >= set(needed[given:]):
-            raise TypeError(_wrong_arguments(called, names, positional, needed[given:], args, kwargs))
-        return fn(self, *args, **kwargs)
+            raise TypeError(_wrong_arguments(called, names, positional, needed[given:], given, kwargs))
+        return fn(*args, **kwargs)
 
-    return checked  # type: ignore[return-value]
+    return checked
 
 
-def _wrong_arguments(called, names, positional, needed, args, kwargs):
+def _wrong_arguments(called, names, positional, needed, given, kwargs):
     form = f"{called}({', '.join(positional)}, ...)"
     for name in kwargs:
         if name not in names:
-            hint = hint_for_keyword(name)
-            others = ", ".join(sorted(names - {"self"} - set(positional)))
+            hint = hint_for_keyword(name, in_one_line=called == "solve_ivp")
+            others = ", ".join(sorted(names - set(positional)))
             return f"{called} has no argument {name!r}: {hint or f'it has {others}'}."
-    if len(args) > len(positional):
-        return f"{form} takes {len(positional)} positional arguments, got {len(args)}; others are passed by name."
+    if given > len(positional):
+        return f"{form} takes {len(positional)} positional arguments, got {given}; others are passed by name."
     missing = ", ".join(name for name in needed if name not in kwargs)
     return f"{form} needs {missing}, which was not passed."
