@@ -106,7 +106,7 @@ def hint_for_attribute(name: str) -> str | None:
 
 
 def hinted(fn: Callable[P, T]) -> Callable[P, T]:
-    """``fn``, a function or method, with a ``TypeError`` for wrong arguments that says which there are, what others mean.
+    """``fn``, a function or method, with a ``TypeError`` for wrong arguments that says which there are.
 
     A wrapper that looks at the names, for neither ``**kwargs`` in a signature nor the text of Python's own error would
     do: the first hides misspelt words from type checkers and editors, the second is also that of errors further in.
