@@ -132,6 +132,10 @@ def test_a_band_that_cannot_be_seen_is_told_and_can_be_magnified(smoothed):
     draws = smoothed.sample(jax.random.key(0), (2,), ts=t)["predators"]
     lines = smoothed.plot(magnify=10.0, samples=2).get_lines()[1:3]
     np.testing.assert_allclose([line.get_ydata() for line in lines], mean + 10 * (draws - mean), rtol=1e-12)
+    # the note follows the limits of the axes
+    t, mean = ax.get_lines()[0].get_data()
+    ax.set_ylim(mean[200] - 1e-5, mean[200] + 1e-5)
+    assert notes(ax) == "band: 0.001 std"
     with pytest.raises(ValueError, match="magnify"):
         smoothed.plot(magnify=0.0)
 

@@ -90,9 +90,9 @@ def plot(
         ax.set_ylabel(_derivative(names[chosen[0]] if len(chosen) == 1 else "u", derivative))
     if drawn.mean.shape[1] > 1:
         ax.legend(frameon=False)
-    _note(ax, _about_bands(ax, bands, std, magnify))
+    _note(ax, lambda: _about_bands(ax, bands, std, magnify))
     if drawn.predicted:
-        _note(ax, "a filter's predictions, which jump where steps end")
+        _note(ax, lambda: "a filter's predictions, which jump where steps end")
     return ax
 
 
@@ -270,7 +270,8 @@ def _about_bands(ax, bands, std, magnify):
     ``bands``: pairs of a line and half the widths of the band about it.
     """
     text = f"band: {std:g} std" + (f", magnified {magnify:g} times" if magnify != 1 else "")
-    ax.get_ylim()  # lines that have just been drawn change the limits when these are asked for
+    # Lines that have just been drawn change the limits when these are asked for, which writes the note.
+    ax.get_ylim()
     points = 72 / ax.figure.dpi
 
     def share(line, width):
@@ -291,14 +292,23 @@ def _derivative(name, k):
     return name + "'" * k if k < 4 else f"{name}^({k})"
 
 
-def _note(ax, text):
-    """Writes a line above the right corner of the axes, below those of solutions that were drawn there before."""
+def _note(ax, line):
+    """Writes a line above the right corner of the axes, below those that are there already.
+
+    ``line``: a function that returns it. It is called again when the limits of the axes change.
+    """
     notes = [note for note in ax.texts if note.get_gid() == _NOTE]
     if not notes:
         at = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "fontsize": "small", "color": "0.4"}
-        ax.text(1.0, 1.01, text, gid=_NOTE, **at)
-    elif text not in notes[0].get_text().split("\n"):
-        notes[0].set_text(notes[0].get_text() + "\n" + text)
+        notes = [ax.text(1.0, 1.01, "", gid=_NOTE, **at)]
+        notes[0].lines = []
+        ax.callbacks.connect("ylim_changed", lambda _: _write(notes[0]))
+    notes[0].lines.append(line)
+    _write(notes[0])
+
+
+def _write(note):
+    note.set_text("\n".join(dict.fromkeys(line() for line in note.lines)))
 
 
 def _steps(solution, name):
