@@ -3,7 +3,7 @@
 ``check_prior(MyPrior(...))``, and one such function for each kind of part, tests the laws that all parts of the kind
 obey, and raises ``LawBroken``, an ``AssertionError``, with a message that names the law. The checks need double
 precision (``jax.config.update("jax_enable_x64", True)``) and raise ``RuntimeError`` without it; the strategies need
-hypothesis. A check takes seconds, most of them compilation.
+hypothesis. A check of one part takes up to 20 seconds, most of them compilation.
 
 >>> import jax, probode
 >>> jax.config.update("jax_enable_x64", True)

@@ -36,7 +36,7 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
     for factorisation in (Dense(), BlockDiagonal(), Isotropic()):
         layout = layout_of(example, prior.num_derivatives, factorisation)
         try:
-            prior.transition(jnp.asarray(0.1), layout)
+            jax.eval_shape(lambda dt, layout=layout: prior.transition(dt, layout), jnp.asarray(0.1))
         except ValueError as error:
             refused.append(error)
             continue
@@ -46,7 +46,7 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
             _check_split(prior, layout)
     hold(done, "A prior has transitions in some factorisation", str(refused[:1]))
     single = layout_of(in_single(example), prior.num_derivatives, Dense())
-    transition = in_single(prior).transition(jnp.asarray(0.1, jnp.float32), single)
+    transition = jax.jit(lambda dt: in_single(prior).transition(dt, single))(jnp.asarray(0.1, jnp.float32))
     has_dtype(transition, jnp.float32, "A transition has the dtype of the state")
     _check_noise(_at(type(prior).__name__, 0.1, single), transition)
     dense = layout_of(example, prior.num_derivatives, Dense())
