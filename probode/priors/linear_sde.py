@@ -159,7 +159,7 @@ class LinearSDE(AbstractPrior):
 
 
 def linear_transition(
-    drift: Sequence[PyTree[Real[Array, "..."]]], dt: Real[Array, ""], layout: Layout, *, output_scale: PyTree = 1.0
+    drift: Sequence[PyTree], dt: Real[Array, ""], layout: Layout, *, output_scale: PyTree = 1.0
 ) -> Transition:
     """The exact transition of ``du^(nu) = (L_0 u + L_1 u' + ... + L_nu u^(nu)) dt + output_scale dW``.
 
