@@ -56,7 +56,7 @@ solver = probode.Solver(
 solution = solver.solve((2.0, 0.0), 0.0, 15.0)
 print(solution.summary())
 figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
-solution.plot(above, samples=20)
+solution.plot(above, samples=20, magnify=10)
 steps = solution.trajectory.rows.t[solution.trajectory.reached]
 above.plot(steps, 0 * steps, "k|")
 above.set_ylabel("angle")

@@ -32,9 +32,9 @@ def lotka_volterra(t, u, args):
 
 # %% [markdown]
 # A solver is composed of parts. Here these are the prior (an integrated Wiener process with two derivatives), the
-# equation with its linearisation (`TS1`, by the exact Jacobian), and the controller of the step size, which has the
-# tolerances. The first solve has a tolerance so loose that its uncertainty is visible; the second, at a tight one, is
-# the reference.
+# equation with its linearisation (`TS1`, by the exact Jacobian), a smoother, and the controller of the step size, which
+# has the tolerances. The first solve has a tolerance so loose that its uncertainty is visible; the second, at a tight
+# one, is the reference.
 
 
 # %%
@@ -42,6 +42,7 @@ def solve(tolerance, times):
     solver = probode.Solver(
         prior=probode.IWP(2),
         constraint=probode.TS1(probode.ODE(lotka_volterra)),
+        strategy=probode.FixedIntervalSmoother(),
         controller=probode.IntegralController(rtol=tolerance, atol=tolerance),
     )
     return solver.solve((20.0, 20.0), 0.0, 30.0, args=(0.5, 0.05, 0.5, 0.05), save_at=times)
@@ -59,16 +60,20 @@ for i in range(0, 301, 50):
 print(solution.summary())
 
 # %% [markdown]
-# Above: the mean with three standard deviations, and the reference (dotted). Below: the error (solid) and the standard
-# deviation that the solver reports (dashed).
+# Above: the mean with three standard deviations, and the reference (dotted). The smoother knows the solution at every
+# time given the whole solve; a filter alone, the default, knows it at the end. Below: the error, in the band of three
+# standard deviations that the solver reports.
 
 # %%
-figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1), layout="constrained")
 solution.plot(above, std=3.0, labels=["prey", "predators"])
-for truth in reference.mean:
-    above.plot(solution.t, truth, "k:", linewidth=1)
-probode.plots.plot_errors(solution, lambda t: reference.mean, below, labels=["prey", "predators"])
-above.set(xlabel="", ylabel="population", title="Lotka-Volterra at a loose tolerance")
-below.set(ylabel="size")
+for truth, mean, std in zip(reference.mean, solution.mean, solution.std, strict=True):
+    (line,) = below.plot(times, mean - truth)
+    below.fill_between(times, -3 * std, 3 * std, color=line.get_color(), alpha=0.25, linewidth=0)
+    (dotted,) = above.plot(times, truth, "k:", linewidth=1)
+dotted.set_label("reference")
+above.legend(frameon=False, ncols=3, loc="upper center")
+above.set(xlabel="", ylabel="population", ylim=(0.0, 34.0), title="Lotka-Volterra at a loose tolerance")
+below.set(xlabel="time", ylabel="error", xlim=(0.0, 30.0))
 figure.savefig(picture, dpi=150)
 print(f"picture: {picture}")

@@ -71,6 +71,7 @@ from .priors.iwp import IWP as IWP
 from .priors.linear_sde import IOUP as IOUP
 from .priors.linear_sde import LinearSDE as LinearSDE
 from .priors.linear_sde import RosenbrockIOUP as RosenbrockIOUP
+from .priors.linear_sde import linear_transition as linear_transition
 from .priors.matern import Matern as Matern
 from .priors.prior import AbstractPrior as AbstractPrior
 from .priors.prior import AbstractPriorFamily as AbstractPriorFamily

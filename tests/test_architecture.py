@@ -74,6 +74,7 @@ FLOORS = [
     ("stepping",),
     ("posterior", "subspace"),
     ("requests",),
+    ("adaptive_solve",),
     ("solver",),
     ("ivp", "ensembles", "inference", "diagnostics"),
     ("testing",),

@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from scipy.interpolate import CubicHermiteSpline
 
 import probode as po
 from probode import plots
@@ -63,6 +64,91 @@ def test_a_solution_that_has_kept_its_steps_is_drawn_from_the_start(smoothed):
     assert smoothed.t.size == 1
     t = smoothed.plot().get_lines()[0].get_xdata()
     assert t[0] == 0.0 and t[-1] == 5.0 and t.size == 400
+
+
+EVERY = po.Solver(po.IWP(2), po.TS1(po.ODE(field)), loop=po.BoundedLoop(256))
+
+
+def notes(ax):
+    return "\n".join(text.get_text() for text in ax.texts)
+
+
+def test_a_filter_is_drawn_at_its_steps_and_smoothly_between():
+    solution = EVERY.solve({"prey": 20.0, "predators": 20.0}, 0.0, 5.0, save_at=po.SaveAt(t0=True, steps=True))
+    rows = slice(int(solution.stats["num_accepted_steps"]) + 1)
+    known = po.Posterior(solution.t[rows], jax.tree.map(lambda x: x[rows], solution.marginals), solution.layout)
+    u, du, std = known.mean["prey"], known.derivative(1).mean["prey"], known.std["prey"]
+    ax = solution.plot()
+    line, band = ax.get_lines()[1], ax.collections[1]
+    t, drawn = line.get_data()
+    assert 200 < t.size < 800 and line.get_marker() == "."
+    np.testing.assert_allclose(t[:: line.get_markevery()], known.t, rtol=1e-12)
+    np.testing.assert_allclose(drawn, CubicHermiteSpline(known.t, u, du)(t), rtol=1e-9)
+    edges = band.get_paths()[0].vertices[:, 1]
+    for edge in (drawn + 2 * np.interp(t, known.t, std), drawn - 2 * np.interp(t, known.t, std)):
+        assert np.max(np.min(abs(edges - edge[:, None]), axis=1)) < 1e-9
+    assert "predictions" not in notes(ax)
+    ts = np.linspace(0.0, 5.0, 7)
+    asked = solution.plot(ts=ts)
+    np.testing.assert_array_equal(asked.get_lines()[1].get_ydata(), solution.evaluate(ts).mean["prey"])
+    assert "predictions" in notes(asked)
+
+
+def test_predictions_that_were_saved_are_called_so(filtered):
+    ax = filtered.plot()
+    np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), filtered.mean[:, 0])
+    assert "predictions" in notes(ax)
+
+
+def there_and_back(t, u, jump):
+    return jnp.where(jnp.abs(t) < jnp.abs(jump), 1.0, -1.0) * u
+
+
+@pytest.mark.parametrize("jump", [1.7, -1.7])
+def test_a_filter_is_drawn_around_a_jump_of_the_equation(jump):
+    controller = po.IntegralController(1e-4, 1e-4, stop_at=jnp.array([jump]))
+    solver = po.Solver(po.IWP(3), po.TS1(po.ODE(there_and_back)), controller=controller)
+    solution = solver.solve(1.0, 0.0, 2 * jump, args=jump, save_at=po.SaveAt(dense=True))
+    t, drawn = solution.plot().get_lines()[0].get_data()
+    np.testing.assert_allclose(drawn, np.exp(np.where(abs(t) < abs(jump), t, 2 * jump - t)), rtol=1e-3)
+    assert t[-1] == 2 * jump and np.all(np.diff(t) * jump >= 0)
+
+
+def test_a_band_that_cannot_be_seen_is_told_and_can_be_magnified(smoothed):
+    assert notes(smoothed.plot(std=300.0)) == "band: 300 std"
+    ax = smoothed.plot(std=1e-3)
+    assert notes(ax).startswith("band: 0.001 std, thinner than the line (magnify=1e")
+    factor = float(notes(ax).split("magnify=")[1].split(" ")[0])
+    seen = smoothed.plot(std=1e-3, magnify=factor)
+    assert notes(seen) == f"band: 0.001 std, magnified {factor:g} times"
+    assert "thinner" in notes(smoothed.plot(std=1e-3, magnify=factor / 100))
+    line, band = seen.get_lines()[0], seen.collections[0]
+    t, mean = line.get_data()
+    spread = smoothed.evaluate(t).std["predators"]
+    i = int(np.argmax(spread))
+    edges = band.get_paths()[0].vertices
+    heights = np.ptp(edges[edges[:, 0] == t[i], 1])
+    np.testing.assert_allclose(heights, 2e-3 * factor * spread[i], rtol=1e-9)
+    draws = smoothed.sample(jax.random.key(0), (2,), ts=t)["predators"]
+    lines = smoothed.plot(magnify=10.0, samples=2).get_lines()[1:3]
+    np.testing.assert_allclose([line.get_ydata() for line in lines], mean + 10 * (draws - mean), rtol=1e-12)
+    # the note follows the limits of the axes
+    t, mean = ax.get_lines()[0].get_data()
+    ax.set_ylim(mean[200] - 1e-5, mean[200] + 1e-5)
+    assert notes(ax) == "band: 0.001 std"
+    with pytest.raises(ValueError, match="magnify"):
+        smoothed.plot(magnify=0.0)
+
+
+def test_axes_say_what_is_drawn(smoothed):
+    ax = smoothed.plot(derivative=1, std=400.0)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("time", "u'")
+    assert smoothed.plot(components=[1]).get_ylabel() == "prey"
+    # a second solution in the same picture leaves the label, and adds to the note
+    smoothed.plot(ax, derivative=1, std=300.0)
+    assert ax.get_ylabel() == "u'" and notes(ax) == "band: 400 std\nband: 300 std"
+    names = plots._labels(({"x": np.ones((3, 1, 2))}, np.ones(3)), range(3), None)
+    assert list(names.values()) == ["u[0].x[0, 0]", "u[0].x[0, 1]", "u[1]"]
 
 
 def test_ellipses_of_a_subspace_are_those_of_its_components():

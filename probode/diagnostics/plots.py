@@ -12,11 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from .curves import columns, curves, many_times
 
-# How many times are drawn of a solution that has kept its steps.
-_POINTS = 400
+
 # How many components are drawn by default.
 _COMPONENTS = 8
+# Up to so many times a marker shows each of them: the line between them is a guess.
+_MARKED = 60
+# How many times as wide as its line a band is at least where it is magnified as a note suggests.
+_VISIBLE = 5.0
+_NOTE = "probode.note"
 
 
 def plot(
@@ -26,54 +31,68 @@ def plot(
     components: Sequence[int] | None = None,
     derivative: int = 0,
     std: float = 2.0,
+    magnify: float = 1.0,
     samples: int = 0,
     key: Any = None,
     ts: Any = None,
     labels: Sequence[str] | None = None,
 ) -> Any:
-    """The axes with means over time, bands of standard deviations, and samples.
+    """The axes with means over time, bands of standard deviations, samples, and a note of what the bands are.
+
+    A smoother that has kept its steps is drawn at any time. A filter knows the solution at the ends of its steps, and
+    predictions between them, which jump there: if it has kept its steps, their ends are drawn, with markers where they
+    are few, joined by the cubics that have their means and derivatives (standard deviations: by straight lines). Other
+    solutions are drawn at their saved times, joined by straight lines.
 
     - ``solution``: a ``Solution``, not a batch.
     - ``ax``: the axes to draw on, new ones by default.
     - ``components``: indices into the ravelled ``u``; the first eight by default.
     - ``derivative``: which derivative of ``u`` is drawn.
     - ``std``: half the width of the bands, in standard deviations.
+    - ``magnify``: a factor on the distance of bands and samples from the mean, where they are too thin to be seen. The
+      note tells the factor; where all bands are thinner than the line it says so, and which factor would show them.
     - ``samples``: the number of joint samples of ``u`` that are drawn, from smoothers.
     - ``key``: a random key of JAX for the samples; ``jax.random.key(0)`` by default.
-    - ``ts``: the times to draw, for a solution that has kept its steps. By default 400 equidistant ones; other
-      solutions are drawn at their saved times.
+    - ``ts``: the times to draw, for a solution that has kept its steps: also a filter's predictions.
     - ``labels``: one for each component; by default its place in the PyTree.
 
     Raises ``ImportError`` without matplotlib; ``ValueError`` for components out of range, another number of labels than
-    of components, samples of a derivative, or samples of a filter.
+    of components, a factor ``magnify`` that is not positive, samples of a derivative, or samples of a filter.
     """
+    if not magnify > 0:
+        raise ValueError(f"plot(magnify) is a positive factor on the width of the bands, got {magnify}.")
     ax = _axes(ax)
-    if ts is None and solution.is_dense:
-        ts = _many_times(solution)
-    posterior = solution if ts is None else solution.evaluate(ts)
-    moments, t = posterior.derivative(derivative), np.asarray(posterior.t)
-    mean, spread = _columns(moments.mean), _columns(moments.std)
-    chosen = _chosen(components, mean.shape[1])
-    names = _labels(moments.mean, chosen, labels)
+    drawn = curves(solution, derivative, ts)
+    chosen = _chosen(components, drawn.mean.shape[1])
+    names = _labels(drawn.known.mean, chosen, labels)
     draws = None
     if samples:
         if derivative:
             raise ValueError("plot(samples=...) draws samples of u: leave derivative at 0.")
         key = jax.random.key(0) if key is None else key
-        draws = _columns(solution.sample(key, (samples,), ts=ts), axes=2)
+        draws = columns(solution.sample(key, (samples,), ts=drawn.chosen), axes=2)
     # A line and a band of one time cannot be seen: a point with a bar.
-    marker = "o" if t.size == 1 else None
+    t, single = drawn.t, drawn.t.size == 1
+    marker = "o" if single else "." if drawn.chosen is None and drawn.known.t.size <= _MARKED else None
+    bands = []
     for i in chosen:
-        (line,) = ax.plot(t, mean[:, i], marker=marker, label=names[i])
-        colour, width = line.get_color(), std * spread[:, i]
-        if t.size == 1:
-            ax.errorbar(t, mean[:, i], yerr=width, color=colour, capsize=3)
-        ax.fill_between(t, mean[:, i] - width, mean[:, i] + width, color=colour, alpha=0.25, linewidth=0)
+        mean, width = drawn.mean[:, i], std * magnify * drawn.std[:, i]
+        (line,) = ax.plot(t, mean, marker=marker, markevery=drawn.each, label=names[i])
+        if single:
+            ax.errorbar(t, mean, yerr=width, color=line.get_color(), capsize=3)
+        ax.fill_between(t, mean - width, mean + width, color=line.get_color(), alpha=0.25, linewidth=0)
+        bands.append((line, width))
         if draws is not None:
-            ax.plot(t, draws[:, :, i].T, color=colour, linewidth=0.5, alpha=0.5)
+            others = draws[:, :, i] if magnify == 1 else mean + magnify * (draws[:, :, i] - mean)
+            ax.plot(t, others.T, color=line.get_color(), linewidth=0.5, alpha=0.5)
     ax.set_xlabel("time")
-    if mean.shape[1] > 1:
+    if not ax.get_ylabel():
+        ax.set_ylabel(_derivative(names[chosen[0]] if len(chosen) == 1 else "u", derivative))
+    if drawn.mean.shape[1] > 1:
         ax.legend(frameon=False)
+    _note(ax, lambda: _about_bands(ax, bands, std, magnify))
+    if drawn.predicted:
+        _note(ax, lambda: "a filter's predictions, which jump where steps end")
     return ax
 
 
@@ -84,27 +103,24 @@ def plot_phase(
 
     ``components``: the two indices into the ravelled ``u``. ``std``: the size of the ellipses, in standard deviations.
     ``ellipses``: their largest number. Where the factorisation keeps components independent the axes of the ellipses
-    are parallel to those of the picture. Raises ``ImportError`` without matplotlib, ``ValueError`` for components out
-    of range.
+    are parallel to those of the picture. The times that are drawn are those of ``plot``. Raises ``ImportError`` without
+    matplotlib, ``ValueError`` for components out of range.
     """
     from matplotlib.patches import Ellipse
 
     ax = _axes(ax)
-    posterior = solution.evaluate(_many_times(solution)) if solution.is_dense else solution
-    mean = _columns(posterior.mean)
+    drawn = curves(solution, 0, None)
+    mean, known, at = drawn.mean, drawn.known, columns(drawn.known.mean)
     i, j = _chosen(components, mean.shape[1])
-    names = _labels(posterior.mean, (i, j), None)
+    names = _labels(known.mean, (i, j), None)
     (line,) = ax.plot(mean[:, i], mean[:, j])
-    every = max(1, -(-mean.shape[0] // ellipses))
-    layout = posterior.layout
-    for row in range(0, mean.shape[0], every):
-        factor = posterior.marginals.factor[row]
-        values, vectors = np.linalg.eigh(_covariance(factor, layout, i, j))
+    every = max(1, -(-at.shape[0] // ellipses))
+    look = {"color": line.get_color(), "alpha": 0.25, "linewidth": 0}
+    for row in range(0, at.shape[0], every):
+        values, vectors = np.linalg.eigh(_covariance(known.marginals.factor[row], known.layout, i, j))
         angle = np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1]))
         width, height = 2 * std * np.sqrt(np.maximum(values[::-1], 0))
-        ax.add_patch(
-            Ellipse(mean[row, [i, j]], width, height, angle=angle, color=line.get_color(), alpha=0.25, linewidth=0)
-        )
+        ax.add_patch(Ellipse((at[row, i], at[row, j]), width, height, angle=angle, **look))
     ax.autoscale_view()
     ax.set_xlabel(names[i])
     ax.set_ylabel(names[j])
@@ -160,10 +176,10 @@ def plot_residual(solution: Any, problem: Any, ax: Any = None, *, args: PyTree =
     """
     ax = _axes(ax)
     _steps(solution, "plot_residual")
-    posterior = solution.evaluate(_many_times(solution))
+    posterior = solution.evaluate(many_times(solution))
     us = tuple(posterior.derivative(k).mean for k in range(problem.order + 1))
     values = jax.vmap(lambda t, us: problem.residual_of(t, us, args))(posterior.t, us)
-    ax.semilogy(posterior.t, np.max(abs(_columns(values)), axis=1), linewidth=1)
+    ax.semilogy(posterior.t, np.max(abs(columns(values)), axis=1), linewidth=1)
     ax.set_xlabel("time")
     ax.set_ylabel("residual at the mean")
     return ax
@@ -181,8 +197,8 @@ def plot_errors(
     ``reference``: as in ``calibration_report``. ``labels``: one for each component that is drawn.
     """
     ax = _axes(ax)
-    t, truth = np.asarray(solution.t), _columns(reference(np.asarray(solution.t)))
-    error, spread = abs(_columns(solution.mean) - truth), _columns(solution.std)
+    t, truth = np.asarray(solution.t), columns(reference(np.asarray(solution.t)))
+    error, spread = abs(columns(solution.mean) - truth), columns(solution.std)
     chosen = _chosen(None, error.shape[1])
     names = _labels(solution.mean, chosen, labels)
     for i in chosen:
@@ -218,20 +234,14 @@ def _axes(ax):
     return plt.figure(layout="constrained").add_subplot() if ax is None else ax
 
 
-def _columns(tree, axes=1):
-    """All leaves, ravelled behind their first ``axes`` axes, side by side: ``(*axes, d)``."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    return np.concatenate([leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves], axis=axes)
-
-
 def _labels(tree, chosen, labels):
     """Names of the chosen components: those given, or their paths in the PyTree and indices in its leaves."""
     if labels is not None:
         return dict(zip(chosen, labels, strict=True))
     names = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        name = f"u[{name}]" if name.isdigit() else name or "u"
+        first, dot, rest = jax.tree_util.keystr(path, simple=True, separator=".").partition(".")
+        name = (f"u[{first}]" if first.isdigit() else first or "u") + dot + rest
         inner = np.ndindex(np.shape(leaf)[1:])
         names += [name + (str(list(index)) if index else "") for index in inner]
     return {i: names[i] for i in chosen}
@@ -254,9 +264,51 @@ def _covariance(factor, layout, i, j):
     return np.diag(np.asarray(layout.std(factor))[0, [i, j]] ** 2)
 
 
-def _many_times(solution):
-    """Equidistant times from the start of the solve to its end, independent of the times that were saved."""
-    return np.linspace(float(solution.trajectory.rows.t[0]), float(solution.state.t), _POINTS)
+def _about_bands(ax, bands, std, magnify):
+    """What the bands are, in words; and if they are thinner than their lines, what would make them visible.
+
+    ``bands``: pairs of a line and half the widths of the band about it.
+    """
+    text = f"band: {std:g} std" + (f", magnified {magnify:g} times" if magnify != 1 else "")
+    # Lines that have just been drawn change the limits when these are asked for, which writes the note.
+    ax.get_ylim()
+    points = 72 / ax.figure.dpi
+
+    def share(line, width):
+        """The width of a band, in widths of its line."""
+        t, mean = line.get_data()
+        low, high = (ax.transData.transform(np.column_stack([t, mean + x]))[:, 1] for x in (-width, width))
+        return np.max(np.where(np.isfinite(high - low), high - low, 0), initial=0) * points / line.get_linewidth()
+
+    widest = max([share(*band) for band in bands], default=0)
+    if widest >= 1 or not widest > 0:
+        return text
+    power = int(np.ceil(np.log10(_VISIBLE * magnify / widest)))
+    return f"{text}, thinner than the line (magnify=1e{power} shows it)"
+
+
+def _derivative(name, k):
+    """The name of the ``k``-th derivative."""
+    return name + "'" * k if k < 4 else f"{name}^({k})"
+
+
+def _note(ax, line):
+    """Writes a line above the right corner of the axes, below those that are there already.
+
+    ``line``: a function that returns it. It is called again when the limits of the axes change.
+    """
+    notes = [note for note in ax.texts if note.get_gid() == _NOTE]
+    if not notes:
+        at = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "fontsize": "small", "color": "0.4"}
+        notes = [ax.text(1.0, 1.01, "", gid=_NOTE, **at)]
+        notes[0].lines = []
+        ax.callbacks.connect("ylim_changed", lambda _: _write(notes[0]))
+    notes[0].lines.append(line)
+    _write(notes[0])
+
+
+def _write(note):
+    note.set_text("\n".join(dict.fromkeys(line() for line in note.lines)))
 
 
 def _steps(solution, name):

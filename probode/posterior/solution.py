@@ -163,8 +163,8 @@ class Solution(eqx.Module):
     def plot(self, ax: Any = None, **options: Any) -> Any:
         """The axes ``ax`` (new ones by default) with means, bands of standard deviations and samples over time.
 
-        ``options``: ``components``, ``derivative``, ``std``, ``samples``, ``key``, ``ts`` and ``labels`` of
-        ``probode.plots.plot``, which raises the same errors. ``probode.plots`` has further pictures.
+        ``options``: ``components``, ``derivative``, ``std``, ``magnify``, ``samples``, ``key``, ``ts`` and ``labels``
+        of ``probode.plots.plot``, which raises the same errors. ``probode.plots`` has further pictures.
         """
         # At the top of this file it would be an import from a folder that stands above this one (test_architecture).
         from ..diagnostics import plots

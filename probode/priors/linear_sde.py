@@ -5,10 +5,11 @@ With the linear part of an equation in the drift of the prior, a solver is exact
 derivative; see discretisation for the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Real
 
@@ -153,6 +154,47 @@ class LinearSDE(AbstractPrior):
         if callable(self.drift):
             row = matrices_of(self.drift, self.num_derivatives + 1, "LinearSDE(drift)", layout)
         else:
-            parts = [blocks_of(part, f"LinearSDE(drift[{i}])", layout) for i, part in enumerate(self.drift)]
-            row = stack_blocks(parts, layout.size)
+            row = _row_of(self.drift, "LinearSDE", layout)
         return companion_transition(row, dt, self.output_scale, layout)
+
+
+def linear_transition(
+    drift: Sequence[PyTree], dt: Real[Array, ""], layout: Layout, *, output_scale: PyTree = 1.0
+) -> Transition:
+    """The exact transition of ``du^(nu) = (L_0 u + L_1 u' + ... + L_nu u^(nu)) dt + output_scale dW``.
+
+    For the method ``transition`` of priors of your own, whose drift and dispersion are functions of their parameters.
+    The square root of the noise is accurate for a step of any length, backwards too; the Cholesky factor of a
+    covariance by a matrix exponential is NaN if the step is short, where that covariance is singular in floating point.
+
+    - ``drift``: the factors ``L_0, ..., L_nu``, or the last ones of them, those before which are zero, in units of
+      ``1 / time^(nu + 1 - i)``. Each is a number; one number for each component, as a PyTree like
+      ``u``; or a ``(d, d)`` matrix over the ravelled ``u``. ``Dense()`` takes all of them, ``BlockDiagonal()`` numbers
+      or one for each component, ``Isotropic()`` numbers.
+    - ``dt``: the length of the step, a scalar; negative for a step back in time.
+    - ``layout``: how the state is stored, as ``transition`` receives it.
+    - ``output_scale``: the dispersion, the factor of ``dW``. A number; one for each component, as a PyTree like ``u``;
+      or a right square root of the covariance of correlated noise, ``(d, d)``.
+
+    The ``Transition`` has the ``matrix`` ``(*batch, p, p)`` and the ``noise`` ``(*batch, dim, dim)`` of the layout. All
+    arrays are differentiable and may be traced; values are not checked. Raises ``ValueError`` for factors or a scale
+    that do not fit ``u`` or the factorisation, and for another number of factors than one to ``nu + 1``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> state = probode.Solver(probode.IWP(1), probode.TS0(probode.ODE(lambda t, u, args: -u))).init(1.0, 0.0)
+    >>> stiffness, damping = jnp.array(-4.0), jnp.array(0.0)  # u'' = -4 u + noise
+    >>> probode.linear_transition((stiffness, damping), jnp.array(jnp.pi / 4), state.layout).matrix.round(6)
+    Array([[ 0. ,  0.5],
+           [-2. ,  0. ]], dtype=float64)
+    """
+    n = layout.num_derivatives + 1
+    if not 1 <= len(drift) <= n:
+        raise ValueError(f"linear_transition(drift) has one to {n} factors, of u, ..., u^({n - 1}), got {len(drift)}.")
+    drift = jax.tree.map(jnp.asarray, tuple(drift))
+    return companion_transition(_row_of(drift, "linear_transition", layout), dt, output_scale, layout)
+
+
+def _row_of(drift, name, layout):
+    """The factors of a drift as blocks of the last row of a companion matrix."""
+    parts = [blocks_of(part, f"{name}(drift[{i}])", layout) for i, part in enumerate(drift)]
+    return stack_blocks(parts, layout.size)

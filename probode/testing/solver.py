@@ -1,5 +1,7 @@
 """Conformance of whole solvers: laws that hold for every composition of parts."""
 
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,11 @@ def check_solver(
     - If ``reference`` is passed, the error at ``t1`` is less than 1000 tolerances.
 
     ``u0``, ``t0``, ``t1``, ``args``: the problem, as in ``Solver.solve``. ``reference``: the solution at ``t1``, a
-    PyTree like ``u``. The check takes up to a minute. Raises ``TypeError`` for anything but a ``Solver``.
+    PyTree like ``u``. The check takes up to a minute, as it prints. Raises ``TypeError`` for anything but a ``Solver``.
     """
     require_double()
     require_kind(solver, Solver)
+    print("check_solver takes up to a minute, most of it compilation.", file=sys.stderr, flush=True)
     flat = lambda u: jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(u)])  # noqa: E731
     first = solver.solve(u0, t0, t1, args=args)
     again = solver.solve(u0, t0, t1, args=args)

@@ -58,6 +58,11 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
         pytest.param(testing.check_calibration, po.DynamicCalibration(memory=0.5), marks=pytest.mark.thorough),
         pytest.param(testing.check_error, po.ResidualError(), marks=pytest.mark.thorough),
         pytest.param(testing.check_error, po.StateError(), marks=pytest.mark.thorough),
+        pytest.param(testing.check_error, po.LocalError(), marks=pytest.mark.thorough),
+        pytest.param(lambda part: testing.check_constraint(part, U0), po.SLR0(ODE), marks=pytest.mark.thorough),
+        pytest.param(
+            lambda part: testing.check_constraint(part, U0), po.Noisy(po.TS0(ODE), 0.1), marks=pytest.mark.thorough
+        ),
         pytest.param(testing.check_controller, po.PIController(), marks=pytest.mark.thorough),
         (testing.check_loop, po.BoundedLoop(50)),
         (testing.check_loop, po.CheckpointedLoop(50)),
@@ -122,6 +127,43 @@ class Retraces(WrongPower):
         return po.IWP(2, output_scale=self.rate).transition(dt, layout)
 
 
+class VanLoan(po.AbstractPrior):
+    """The noise by a matrix exponential and a Cholesky factor, which is a lower triangle unless it is transposed."""
+
+    rate: jax.Array = eqx.field(converter=jnp.asarray, default=-1.5)
+    transposed: bool = eqx.field(static=True, default=True)
+    num_derivatives: int = eqx.field(static=True, default=3)
+
+    def transition(self, dt, layout):
+        drift = jnp.eye(4, k=1, dtype=dt.dtype).at[-1, -1].set(self.rate.astype(dt.dtype))
+        noise = jnp.zeros((4, 4), dt.dtype).at[-1, -1].set(1.0)
+        block = jax.scipy.linalg.expm(dt * jnp.block([[-drift, noise], [jnp.zeros_like(noise), drift.T]]))
+        matrix = block[4:, 4:].T
+        root = jnp.linalg.cholesky(jnp.sign(dt) * matrix @ block[:4, 4:])
+        root = root.T if self.transposed else root
+        return Transition(layout.broadcast(matrix), layout.lift(root, 1.0), jnp.ones_like(dt))
+
+
+class OtherDrift(WrongPower):
+    """The noise of a damped process beside the matrix of another one."""
+
+    def transition(self, dt, layout):
+        own = po.linear_transition((-3.0,), dt, layout)
+        return Transition(own.matrix, po.linear_transition((-1.5,), dt, layout).noise, own.magnitude)
+
+
+class TurnedDrift(WrongPower):
+    def transition(self, dt, layout):
+        right = po.IWP(2).transition(dt, layout)
+        return Transition(jnp.swapaxes(right.matrix, -1, -2), right.noise, right.magnitude)
+
+
+class NoLift(WrongPower):
+    def transition(self, dt, layout):
+        root = po.IWP(2).transition(dt, layout).noise
+        return Transition(jnp.eye(3), root[..., :3, :3], jnp.ones_like(dt))
+
+
 class LosesOrder(Grouped):
     def unpack(self, mean, d):
         return mean[..., 0].reshape(-1, d)
@@ -156,11 +198,56 @@ class WrongJacobian(FrozenInTime):
         return Linearisation(right.matrix.at[..., :2].multiply(-1), right.residual, range(1, 2))
 
 
+class Transposed(FrozenInTime):
+    """The Jacobian the wrong way round, in a constraint that need not have the exact one."""
+
+    def linearise(self, t, predicted, layout, args):
+        field, us = po.flat_field(self.problem, layout, args), layout.unpack(predicted.mean)
+        jacobian = jax.jacfwd(lambda u: field(t, u[None]))(us[0])
+        return Linearisation.explicit(layout, [jacobian.T], us[1] - field(t, us[:1]))
+
+
+class SaysItIsFrozen(FrozenInTime):
+    first_order = False
+
+    def linearise(self, t, predicted, layout, args):
+        return po.TS1(self.problem).linearise(t, predicted, layout, args)
+
+
+class TransposedAndFrozen(Transposed):
+    first_order = False
+
+
+class WrongSign(FrozenInTime):
+    def linearise(self, t, predicted, layout, args):
+        right = po.TS1(self.problem).linearise(t, predicted, layout, args)
+        return Linearisation(right.matrix.at[..., :2].multiply(-1), right.residual, range(1, 2))
+
+
+class Unpacked(FrozenInTime):
+    def linearise(self, t, predicted, layout, args):
+        right = po.TS1(self.problem).linearise(t, predicted, layout, args)
+        return Linearisation(right.matrix, layout.unpack(right.residual), range(1, 2))
+
+
+class Unravelled(FrozenInTime):
+    def linearise(self, t, predicted, layout, args):
+        us = layout.unpack(predicted.mean)
+        return Linearisation.explicit(layout, [None], {"x": us[1, 0], "y": us[1, 1]})
+
+
 class Forgets(po.AbstractStrategy):
     keeps_steps = True
 
     def remember(self, kept):
         return jax.tree.map(jnp.zeros_like, po.FixedIntervalSmoother().remember(kept))
+
+
+class ReturnsTheState(po.AbstractStrategy):
+    keeps_steps = True
+
+    def remember(self, kept):
+        return kept
 
 
 class Negative(po.AbstractCalibration):
@@ -198,6 +285,20 @@ class Uncalibrated(Negative):
         return innovation.unit
 
 
+class Variance(Negative):
+    """That of the residuals, at every step; which is not told from a scale where ``u`` is of size one."""
+
+    def scale(self, innovation, statistics):
+        # As large for every scale of the prior, so that other laws hold.
+        return innovation.scale**2 / innovation.unit
+
+
+class TotalVariance(MaximumLikelihood):
+    def finalise(self, statistics):
+        total, count = statistics
+        return total / count
+
+
 class SumOfSquares(po.AbstractErrorEstimate):
     norm: object = eqx.field(static=True, default=lambda x: jnp.sum(x**2))
 
@@ -210,6 +311,15 @@ class NeverSmaller(SumOfSquares):
 
     def estimate(self, attempt, dt, layout):
         return super().estimate(attempt, dt, layout) / dt**4
+
+
+class InUnitsOfTheDerivative(po.AbstractErrorEstimate):
+    """The residual's standard deviation, not multiplied by the step."""
+
+    norm: object = eqx.field(static=True, default=po.rms_norm)
+
+    def estimate(self, attempt, dt, layout):
+        return po.ResidualError().estimate(attempt, dt, layout) / jnp.abs(dt)
 
 
 class DividesByZero(Constant):
@@ -256,6 +366,19 @@ class TurnsOver(po.AbstractJacobian):
         (testing.check_prior, NoDerivatives(), r"derivative of u\^\(i\) is u\^\(i\+1\)"),
         (testing.check_prior, SameNoiseBackwards(), "back in time"),
         (testing.check_prior, Retraces(), "do not retrace"),
+        (
+            testing.check_prior,
+            VanLoan(),
+            "dt=1e-12, float64: the square root of the noise is finite.*NaN.*Cholesky.*probode.linear_transition",
+        ),
+        (
+            testing.check_prior,
+            VanLoan(transposed=False),
+            "dt=0.3, float64: the square root of the noise is upper triangular.*lower triangular.*transpose it",
+        ),
+        (testing.check_prior, TurnedDrift(), r"dt=0, float64: the derivative of u\^\(i\).*drift.*tolerance 1e-12"),
+        (testing.check_prior, OtherDrift(), "dt=0.3, float64.*covariance.*drift of the matrix.*tolerance 1e-09"),
+        (testing.check_prior, NoLift(), r"layout.lift\(root, output_scale\).*shape \(3, 3\)"),
         (testing.check_factorisation, LosesOrder(2), "unpack is the inverse of pack"),
         (testing.check_factorisation, IgnoresScale(2), "times the scale squared"),
         (testing.check_factorisation, IgnoresJacobian(2), "multiple of the identity is kept"),
@@ -270,11 +393,21 @@ class TurnsOver(po.AbstractJacobian):
             WrongJacobian(),
             "derivative of the residual",
         ),
+        (lambda part: testing.check_constraint(part, U0), Transposed(), "row i and column j. Found: its transpose"),
+        (lambda part: testing.check_constraint(part, U0), TransposedAndFrozen(), "its transpose"),
+        (lambda part: testing.check_constraint(part, U0), SaysItIsFrozen(), "first_order is False"),
+        (lambda part: testing.check_constraint(part, U0), WrongSign(), "nearer to the derivative of the residual"),
+        (lambda part: testing.check_constraint(part, U0), Unpacked(), "the residual is packed"),
+        (lambda part: testing.check_constraint(part, U0), Unravelled(), "not unravelled to a PyTree"),
         (testing.check_strategy, Forgets(), "what the whole solve tells"),
+        (testing.check_strategy, ReturnsTheState(), "remember returns None, or the Conditional.*Found: Normal"),
         (testing.check_calibration, Negative(), "scales are positive"),
         (testing.check_calibration, CountsEverything(), "says nothing changes no statistics"),
         (testing.check_calibration, OneForAll(), "a scale for every element"),
         (testing.check_calibration, Uncalibrated(), "does not depend on the scale of the prior"),
+        (testing.check_calibration, Variance(), r"standard deviation, not a variance.*c\^2 times"),
+        (testing.check_calibration, TotalVariance(), r"standard deviation, not a variance.*c\^2 times"),
+        (testing.check_error, InUnitsOfTheDerivative(), r"unit of time.*u / time\^1; multiply by \|dt\|\^1"),
         (testing.check_error, SumOfSquares(), "homogeneous"),
         (testing.check_error, NeverSmaller(), "much smaller error"),
         (testing.check_controller, Constant(), "larger ones are not"),
