@@ -21,6 +21,7 @@ from .posterior.solution import Solution
 from .requests import Request, bind, check_request, floats_to_arrays
 from .solver import Solver, answer_request
 from .stepping.adaptive import AdaptiveState
+from .stepping.forward_mode import naming_what_has_none
 from .stepping.times import Interval
 from .util.checks import as_float, as_integer, is_traced, require
 
@@ -70,7 +71,7 @@ def solve_ensemble(
     lanes = _number_of_lanes(operands, axes)
     mapped = _per_leaf(lambda axis, x: None if axis is None else jnp.moveaxis(x, axis, 0), axes, operands)
     shared = _per_leaf(lambda axis, x: x if axis is None else None, axes, operands)
-    u0, first_t0, first_t1, _ = eqx.combine(jax.tree.map(lambda x: x[0], mapped), shared)
+    u0, first_t0, first_t1, first_args = eqx.combine(jax.tree.map(lambda x: x[0], mapped), shared)
     request = check_request(solver, u0, first_t0, first_t1, save_at, dt0)
     u0s, t0s, t1s, _ = eqx.combine(mapped, shared)
     times = _check_times(u0s, t0s, t1s, request)
@@ -90,7 +91,8 @@ def solve_ensemble(
         cost = as_float(cost, "cost")
         if cost.shape != (lanes,):
             raise ValueError(f"cost must be one number for each of {lanes} lanes, got shape {cost.shape}.")
-    return _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh)
+    with naming_what_has_none(solver.constraint.problem, solver.loop, request.layout, first_args):
+        return _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh)
 
 
 @compiled

@@ -176,7 +176,7 @@ def _powered(eqn, x, y):
     return [Series(power_of_moving(moving(x), moving(y)))]
 
 
-def number_of(literal: Literal) -> complex:
+def number_of(literal: Literal) -> float | complex:
     """The number that a literal of a jaxpr is, of Python's own type: a float where it is real."""
     number = complex(literal.val)
     return number if number.imag else number.real

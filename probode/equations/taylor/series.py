@@ -90,14 +90,14 @@ def divide(x: Coefficients, y: Coefficients) -> Coefficients:
     return grown(x[0] / y[0], lambda q, k: (x[k] - coefficient(q, y, k)) / y[0], x.shape[0])
 
 
-def power(x: Coefficients, exponent: complex) -> Coefficients:
+def power(x: Coefficients, exponent: int | float | complex) -> Coefficients:
     """The series of ``y = x^exponent``, from ``x y' = exponent y x'``; for an integer from zero on by products."""
     if is_integer(exponent):
         return _integer_power(x, int(exponent.real))
     return _power_from(x[0] ** exponent, x, exponent)
 
 
-def is_integer(number: complex) -> bool:
+def is_integer(number: int | float | complex) -> bool:
     """Whether a number of Python's is an integer, of whatever type."""
     return number.imag == 0 and float(number.real).is_integer()
 
@@ -123,9 +123,16 @@ def power_of_unknown(x: Coefficients, exponent: Inexact[Array, "..."]) -> Coeffi
 
 
 def weighted_power(weight: Array, x: Array, exponent: Array, m: Array | int) -> Array:
-    """``weight x^(exponent - m)``, and zero where ``x`` and the weight are zero, whatever the power is."""
-    nothing = (x == 0) & (weight == 0)
-    return jnp.where(nothing, 0, weight * jnp.where(nothing, 1, x) ** (exponent - m))
+    """``weight x^(exponent - m)``, and zero where ``x`` and the weight are zero, whatever the power is.
+
+    Where ``x`` is zero its derivative with respect to the exponent is zero, as JAX has it for the power itself.
+    """
+    zero = x == 0
+    nothing, left = zero & (weight == 0), exponent - m
+    # JAX's derivative of zero to the power zero is NaN.
+    base = jnp.where(nothing | (left == 0), 1, x)
+    at_zero = lax.stop_gradient(weight) * base ** lax.stop_gradient(left)
+    return jnp.where(nothing, 0, jnp.where(zero, at_zero, weight * jnp.where(zero, 1, x) ** left))
 
 
 def exponential(base: Inexact[Array, "..."], x: Coefficients) -> Coefficients:
@@ -225,7 +232,7 @@ def _power_from(start, x, exponent):
     return grown(start, following, x.shape[0])
 
 
-def over_base(slope: Array, x: Array, exponent: complex, k: int | Array) -> Array:
+def over_base(slope: Array, x: Array, exponent: int | float | complex, k: int | Array) -> Array:
     """``slope / x``, coefficient ``k`` of a power that is no integer, and at ``x = 0`` zero below the exponent.
 
     There are no derivatives at zero from the order of the exponent on: these are NaN, and that of the last zero is.
