@@ -22,6 +22,7 @@ from .posterior.solution import Solution
 from .requests import Request, bind, check_request, floats_to_arrays
 from .solver import Solver
 from .stepping.adaptive import AdaptiveState
+from .stepping.forward_mode import naming_what_has_none
 from .stepping.times import Interval
 from .util.checks import as_float, as_integer, is_traced, require
 
@@ -75,7 +76,7 @@ def solve_ensemble(
     u0s, t0s, t1s, _ = eqx.combine(mapped, shared)
     # A lane whose interval is empty stays at its start: the lane that is checked has another one, if there is any.
     one = 0 if is_traced(t0s, t1s) else int(np.argmax(np.atleast_1d(np.asarray(t0s) != np.asarray(t1s))))
-    u0, one_t0, one_t1, _ = eqx.combine(jax.tree.map(lambda x: x[one], mapped), shared)
+    u0, one_t0, one_t1, one_args = eqx.combine(jax.tree.map(lambda x: x[one], mapped), shared)
     request = check_request(solver, u0, one_t0, one_t1, save_at, dt0)
     times = _check_times(u0s, t0s, t1s, request)
     for i, t in enumerate(times, start=1):
@@ -94,7 +95,8 @@ def solve_ensemble(
         cost = as_float(cost, "cost")
         if cost.shape != (lanes,):
             raise ValueError(f"cost must be one number for each of {lanes} lanes, got shape {cost.shape}.")
-    return _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh)
+    with naming_what_has_none(solver.constraint.problem, solver.loop, request.layout, one_args):
+        return _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh)
 
 
 @compiled

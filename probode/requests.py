@@ -247,7 +247,7 @@ def data_on_grid(data: Observations, grid: Array | np.ndarray, layout: Layout) -
     ts = data.ts.astype(layout.dtype)
     xp = jnp if is_traced(ts, grid) else np
     ts, grid = xp.asarray(ts), xp.asarray(grid)
-    nearest = grid[xp.argmin(abs(ts[:, None] - grid), axis=1)]
+    nearest = grid[xp.argmin(abs(ts[:, None] - grid[None]), axis=1)]
     near = abs(ts - nearest) <= 4 * np.finfo(layout.dtype).eps * xp.maximum(abs(nearest), abs(grid[-1] - grid[0]))
     nearest = require(nearest, near, "the times of the data must be points of the grid")
     return eqx.tree_at(lambda d: d.ts, data, jnp.asarray(nearest))

@@ -32,6 +32,7 @@ from .priors.prior import AbstractPrior, AbstractPriorFamily
 from .stepping.adaptive import AdaptiveState, is_usable
 from .stepping.controllers import AbstractController, IntegralController
 from .stepping.error_estimates import AbstractErrorEstimate, LocalError, StateError
+from .stepping.forward_mode import naming_what_has_none
 from .stepping.kept import Kept, Row
 from .stepping.loops import AbstractLoop, BoundedLoop
 from .stepping.progress import AbstractProgress
@@ -190,7 +191,8 @@ class Solver(eqx.Module):
         if data is not None:
             requests.check_data(data, self.calibration, start)
             data = requests.data_on_grid(data, grid, layout)
-        return _solve_grid(solver, start, jnp.asarray(grid), args, layout, data)
+        with _named(solver, layout, args):
+            return _solve_grid(solver, start, jnp.asarray(grid), args, layout, data)
 
     def initialise(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> InitialState:
         """The ``InitialState`` at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))``, to be passed as ``u0``.
@@ -210,14 +212,15 @@ class Solver(eqx.Module):
             u0, directions = u0.mean, directions_of(u0, self.constraint.problem)
         start, layout = requests.bind(self, u0)
         t0 = jnp.asarray(requests.at_state(start, requests.time(t0, "t0", layout)))
-        state = _init(solver, start, t0, args, layout).distribution
         if directions is not None:
             check_moves(self.factorisation, layout.size)
-            if self.constraint.first_order:
+        with _named(solver, layout, args):
+            state = _init(solver, start, t0, args, layout).distribution
+            if directions is not None and self.constraint.first_order:
                 state = spread_start(
                     lambda u0: _init(solver, start.at(u0), t0, args, layout).distribution, start.mean, directions
                 )
-            else:
+            elif directions is not None:
                 state = _init_uncertain(solver, state.mean, directions, t0, args, layout)
         state = pad(state, state.mean.shape[-2])
         return InitialState(tuple(layout.unravel(u) for u in layout.unpack(state.mean)), state.factor)
@@ -233,7 +236,8 @@ class Solver(eqx.Module):
         t0 = requests.at_state(start, requests.time(t0, "t0", layout))
         if start.resumed is not None:
             return start.resumed.current
-        return _init(solver, start, jnp.asarray(t0), args, layout)
+        with _named(solver, layout, args):
+            return _init(solver, start, jnp.asarray(t0), args, layout)
 
     def step(self, state: Any, dt: Any, *, args: PyTree = None) -> State:
         """The ``State`` after one step of signed length ``dt``, without error control; a pure function.
@@ -245,7 +249,9 @@ class Solver(eqx.Module):
         if not isinstance(state, State):
             raise TypeError("step goes on from a state of init or step (or Solution.state.current), not from u0.")
         solver, args = requests.floats_to_arrays((self, args))
-        return _step(solver, state, jnp.asarray(requests.time(dt, "dt", state.layout)), args)
+        dt = jnp.asarray(requests.time(dt, "dt", state.layout))
+        with _named(solver, state.layout, args):
+            return _step(solver, state, dt, args)
 
 
 def solve_through(
@@ -267,18 +273,12 @@ def solve_through(
     given, (solver, args) = solver, requests.floats_to_arrays((solver, args))
     request = requests.check_request(given, u0, t0, t1, save_at, dt0, data, progress)
     request = dataclasses.replace(request, through=through)
-    try:
+    with _named(solver, request.layout, args):
         return answer_request(solver, request, args)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        # JAX's message for forward mode through a function with a derivative in reverse mode only: which loop to use
-        # instead cannot be guessed from it.
-        raise TypeError(
-            f"{type(given.loop).__name__}() cannot be differentiated in forward mode (jax.jvp, jax.jacfwd, an "
-            "uncertain u0). "
-            "Use Solver(..., loop=BoundedLoop()) or ForwardLoop()."
-        ) from error
+
+
+def _named(solver, layout, args):
+    return naming_what_has_none(solver.constraint.problem, solver.loop, layout, args)
 
 
 @compiled

@@ -102,7 +102,7 @@ def join(
         inverse, kept = _replacement(equation, noise)
 
         def beside(factor):
-            return jnp.concatenate([product(factor[:, :p], h.T), factor * kept], axis=1)
+            return jnp.concatenate([product(factor[:, :p], h.T), factor * kept[None]], axis=1)
 
         upper, dense = _beside(jnp.zeros((m + dim, m + dim), noise.dtype), beside(x.factor), past, beside(noise))
         if equation.noise is not None:
@@ -205,8 +205,8 @@ def _replacement(equation, noise):
         empty = h[i, j] * size[j] == 0
         pivot = jnp.where(empty, jnp.inf, h[i, j])
         row, row_solved, column = h[i] / pivot, solved[i] / pivot, h[:, j].at[i].set(0)
-        h = (h - column[:, None] * row).at[i].set(row)
-        solved = (solved - column[:, None] * row_solved).at[i].set(row_solved)
+        h = (h - column[:, None] * row[None]).at[i].set(row)
+        solved = (solved - column[:, None] * row_solved[None]).at[i].set(row_solved)
         return (h, solved, chosen.at[i].set(jnp.where(empty, dim, j))), None
 
     init = equation.matrix, jnp.eye(m, dtype=noise.dtype), jnp.zeros(m, int)

@@ -125,7 +125,7 @@ class BlockDiagonal(AbstractFactorisation):
         return std.T
 
     def lift(self, matrix: Float[Array, "n n"], scale: Float[Array, "..."], d: int) -> Float[Array, "*batch dim dim"]:
-        return jnp.broadcast_to(scale, (d,))[:, None, None] * matrix
+        return jnp.broadcast_to(scale, (d,))[:, None, None] * matrix[None]
 
     def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
         return _diagonal(jacobian, self)[:, None, None]

@@ -95,9 +95,22 @@ def compiled(fn: Callable[P, T]) -> Callable[P, T]:
     def precise(*args, **kwargs):
         chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made when JAX is imported
         with jax.default_matmul_precision("highest" if chosen is None else chosen):
+            args, kwargs = _within_mesh((args, kwargs))
             return fn(*args, **kwargs)
 
     return eqx.filter_jit(precise)
+
+
+def _within_mesh(tree):
+    """The tree, where a mesh of devices is at hand (``jax.set_mesh``, ``shard_map``, ``pmap``), with all arrays in it.
+
+    An array from outside of the mesh has another type than what operations return, also for itself as the initial value
+    of a loop, and for functions that were traced with it.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    outside = lambda x: eqx.is_array(x) and jax.typeof(x).sharding.mesh.empty  # noqa: E731
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if outside(x) else x, tree)
 
 
 def product(a: Float[Array, "i j"], x: Float[Array, "j *rest"]) -> Float[Array, "i *rest"]:
@@ -107,7 +120,7 @@ def product(a: Float[Array, "i j"], x: Float[Array, "j *rest"]) -> Float[Array, 
         # A sum of scaled rows is one pass over memory, and XLA fuses it with its neighbours, unlike a matrix product.
         return sum(wide[:, j] * x[j] for j in range(x.shape[0]))  # type: ignore[return-value]  # there are some
     if a.shape[0] * x.size <= _SMALL_PRODUCT:
-        return jnp.sum(wide * x, axis=1)
+        return jnp.sum(wide * x[None], axis=1)
     return jnp.tensordot(a, x, axes=1)
 
 
@@ -157,8 +170,8 @@ def eliminate(
         # Squares of entries below 1e-19 underflow in float32; scaling columns commutes with the elimination.
         size = jnp.maximum(jnp.max(jnp.abs(upper), axis=0), jnp.max(jnp.abs(dense), axis=0, initial=0))
         size = lax.stop_gradient(jnp.where((size > 0) & jnp.isfinite(size), size, 1))
-        triangle, left = _eliminate(upper / size, dense / size)
-        return triangle * size, left * size[upper.shape[0] :]
+        triangle, left = _eliminate(upper / size[None], dense / size[None])
+        return triangle * size[None], left * size[None, upper.shape[0] :]
     return _eliminate(upper, dense)
 
 
@@ -198,7 +211,7 @@ def _written_out(upper, dense):
         u = _combine_rows(b, dense)
         row, g = _project(u, u[j]) if upper is None else _reflect(upper[j], upper[j, j], u, u[j])
         rows.append(row)
-        dense = dense - b[:, None] * g
+        dense = dense - b[:, None] * g[None]
     return jnp.triu(jnp.stack(rows)), dense[:, n:]
 
 
@@ -247,7 +260,7 @@ def _eliminate_one(dense, x):
     b = dense[:, j]
     u = b @ dense
     row, g = _reflect(t, t[j], u, u[j])
-    return dense - b[:, None] * g, row
+    return dense - b[:, None] * g[None], row
 
 
 def _eliminate_two(dense, x):
@@ -258,7 +271,7 @@ def _eliminate_two(dense, x):
     row1, g1 = _reflect(t1, t1[j], b1 @ dense, b1 @ b1)
     b2 = dense[:, j + 1] - b1 * g1[j + 1]
     row2, g2 = _reflect(t2, t2[j + 1], b2 @ dense - (b1 @ b2) * g1, b2 @ b2)
-    return dense - b1[:, None] * g1 - b2[:, None] * g2, jnp.stack([row1, row2])
+    return dense - b1[:, None] * g1[None] - b2[:, None] * g2[None], jnp.stack([row1, row2])
 
 
 def _lapack(upper, dense):
@@ -293,7 +306,7 @@ def substitute(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[A
     def step(x, j_row):
         j, row = j_row
         w = safe_divide(x[j], row[j])
-        return x - row[:, None] * w, w
+        return x - row[:, None] * w[None], w
 
     _, w = lax.scan(step, z, (jnp.arange(m), upper), unroll=upper.size <= _UNROLLED_ENTRIES)
     return w

@@ -225,7 +225,7 @@ class HutchinsonDiagonal(AbstractJacobian):
         signs = jax.random.rademacher(key, (self.num_probes, us.shape[1]), us.dtype)
         products, value = _products(fn, t, us, signs)
         _require_square(value, us, self)
-        return value, jnp.mean(products * signs, axis=1)
+        return value, jnp.mean(products * signs[None], axis=1)
 
 
 def as_jacobian(value: Any) -> AbstractJacobian:
@@ -253,7 +253,7 @@ class _Pattern(NamedTuple):
 
 
 def _by_pattern(fn, t, us, layout, pattern, jacobian):
-    seeds = (jnp.asarray(pattern.colours) == jnp.arange(pattern.number)[:, None]).astype(us.dtype)
+    seeds = (jnp.asarray(pattern.colours)[None] == jnp.arange(pattern.number)[:, None]).astype(us.dtype)
     products, value = _products(fn, t, us, seeds)
     _require_square(value, us, jacobian)
     d = us.shape[1]
@@ -269,7 +269,7 @@ def _products(fn, t, us, vectors):
     """Products of the Jacobian for each of the ``k`` states with the vectors, ``(k, vectors, m)``, and the value."""
     eye = jnp.eye(us.shape[0], dtype=us.dtype)
     evaluate = lambda us: fn(t, us)  # noqa: E731
-    push = lambda j, v: jax.jvp(evaluate, (us,), (eye[j][:, None] * v,))[1]  # noqa: E731
+    push = lambda j, v: jax.jvp(evaluate, (us,), (eye[j][:, None] * v[None],))[1]  # noqa: E731
     products = jax.vmap(jax.vmap(push, in_axes=(None, 0)), in_axes=(0, None))(jnp.arange(us.shape[0]), vectors)
     return products, evaluate(us)
 

@@ -163,7 +163,7 @@ class Observations(eqx.Module):
         noise = self.noise.astype(layout.dtype)
         if layout.couples:
             rows = noise if noise.ndim == 2 else jnp.diag(jnp.broadcast_to(noise, seen.shape))
-            rows = jnp.concatenate([rows * seen, jnp.diag(1 - seen)])
+            rows = jnp.concatenate([rows * seen[None], jnp.diag(1 - seen)])
             return Linearisation(matrix * seen[:, None], residual[:, None], noise=rows)
         name = type(layout.factorisation).__name__
         if shared and (noise.ndim > 0 or not self.whole_times):
@@ -236,7 +236,7 @@ class Observations(eqx.Module):
             def body(carry):
                 w, _, number = carry
                 steps = jnp.asarray([0.0, *_SEARCH], w.dtype)
-                moves = steps.reshape(-1, *[1] * w.ndim) * (newton(w, data, x, args) - w)
+                moves = steps.reshape(-1, *[1] * w.ndim) * (newton(w, data, x, args) - w)[None]
                 best = jnp.argmax(jax.vmap(lambda move: objective(w + move))(moves))
                 return w + moves[best], jnp.max(jnp.abs(moves[best])), number + 1
 

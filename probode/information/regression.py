@@ -174,14 +174,14 @@ def _average(
     directions = _directions(predicted, number, layout)
     nodes, weights = (jnp.asarray(x, layout.dtype) for x in constraint.cubature.rule(directions.shape[0]))
     deltas = jnp.tensordot(nodes, directions, axes=1)
-    points = us + jnp.pad(deltas, ((0, 0), (0, us.shape[0] - number), (0, 0)))
+    points = us[None] + jnp.pad(deltas, ((0, 0), (0, us.shape[0] - number), (0, 0)))
     equations = jax.vmap(lambda us: linearise(t, us, layout, args))(points)
     # An ODE's own derivative enters it linearly, and stays at the prediction.
     matrix, residual = (jnp.tensordot(weights, x, axes=1) for x in (equations.matrix, equations.residual))
     if not constraint.noise:
         return Linearisation(matrix, residual, gives=equations.gives, whole=equations.whole)
-    moved = jax.vmap(layout.pack)(points - us)[..., : matrix.shape[-1], :]
-    unexplained = equations.residual - residual - matrix @ moved
+    moved = jax.vmap(layout.pack)(points - us[None])[..., : matrix.shape[-1], :]
+    unexplained = equations.residual - residual[None] - matrix[None] @ moved
     if unexplained.shape[-1] > 1:
         raise ValueError(
             f"{type(layout.factorisation).__name__}() has one covariance for all components, but what the linear fit "

@@ -87,7 +87,7 @@ def _triangle(rows):
     """
     size = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=0))
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
-    return triangularise(None, rows / size) * size
+    return triangularise(None, rows / size[None]) * size[None]
 
 
 @batched

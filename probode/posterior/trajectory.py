@@ -95,13 +95,13 @@ def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Arra
 
 def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
     """The rows with all covariances times ``factor^2`` and the same means."""
-    column = factor[..., None, None]
+    column = factor[None, ..., None, None]
     past = rows.past
     if past is not None:
         # ``shift`` is in units of standard deviations: divided by the factor it moves the mean by the same amount.
         past = eqx.tree_at(lambda p: p.shift, past, past.shift / jnp.where(column > 0, column, 1))
     distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)
-    return Row(rows.t, distribution, rows.output_scale * factor, past, rows.influence, rows.prior, rows.anew)
+    return Row(rows.t, distribution, rows.output_scale * factor[None], past, rows.influence, rows.prior, rows.anew)
 
 
 def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"]]:
@@ -183,7 +183,7 @@ def _locate(path, t):
     """The index of the row that begins the step which holds ``t``, and whether ``t`` is its left, its right end."""
     ahead = path.interval.ahead
     i = jnp.searchsorted(ahead(path.rows.t), ahead(t), side="right") - 1
-    i = jnp.clip(i, 0, jnp.maximum(path.last - 1, 0))
+    i = jnp.clip(i.astype(path.last.dtype), 0, jnp.maximum(path.last - 1, 0))
     return i, t == path.rows.t[i], t == path.rows.t[i + 1]
 
 

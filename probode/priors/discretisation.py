@@ -58,7 +58,7 @@ def companion_transition(
 
     def over_step(row):
         matrix, noise = _discretise(_in_steps(row, dt * fraction), inputs, n, doublings)
-        return _in_time(matrix, row, dt, n), noise * jnp.repeat(columns, p)
+        return _in_time(matrix, row, dt, n), noise * jnp.repeat(columns, p)[None]
 
     matrix, noise = over_step(row) if row.ndim == 3 else jax.vmap(over_step)(row)
     if p > 1:
@@ -91,7 +91,8 @@ def _size(row: Float[Array, "*blocks m p p"]) -> Float[Array, ""]:
     norms = jnp.max(jnp.sum(jnp.abs(lax.stop_gradient(row)), axis=-1), axis=-1)[..., ::-1]
     k = np.arange(1, m + 1)
     factors = np.array([math.factorial(i) ** (1 / i) for i in k])
-    return jnp.max(norms ** jnp.asarray(1 / k, row.dtype) * jnp.asarray(factors, row.dtype))
+    powers, units = (jnp.broadcast_to(jnp.asarray(x, row.dtype), norms.shape) for x in (1 / k, factors))
+    return jnp.max(norms**powers * units)
 
 
 def _in_steps(row: Float[Array, "m p p"], dt: Float[Array, ""]) -> Float[Array, "m p p"]:
@@ -144,14 +145,14 @@ def _discretise(
     diagonal = jnp.eye(dim, dtype=bool)
 
     def double(matrix, change, root):
-        longer = triangularise(root, kron_apply_right(root, matrix)) * (units / math.sqrt(2))
+        longer = triangularise(root, kron_apply_right(root, matrix)) * (units / math.sqrt(2))[None]
         others = jnp.where(diagonal, 0, matrix)
         others = jnp.sum(others * others.T, axis=1)
         # The diagonal's distance to one is carried as well: for slow components beside fast ones it is below round-off
         # of the diagonal itself, and would be lost.
         change, kept = change * (2 + change) + others, jnp.diagonal(matrix) ** 2 + others
         slow = jnp.abs(change) < 0.5
-        matrix = units[:, None] * product(matrix, matrix) / units
+        matrix = units[:, None] * product(matrix, matrix) / units[None]
         matrix = jnp.where(diagonal, jnp.where(slow, 1 + change, kept), matrix)
         return matrix, jnp.where(slow, change, kept - 1), longer
 

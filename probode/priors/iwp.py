@@ -57,7 +57,7 @@ class IWP(AbstractSplitPrior):
         matrix = jnp.asarray(pascal, layout.dtype) * powers_of_step(dt, n)
         # Q = T Qbar T with T_i = sqrt|dt| dt^(nu-i) / (nu-i)!
         columns, magnitude = noise_units(dt, n)
-        noise = jnp.asarray(root, layout.dtype) * columns
+        noise = jnp.asarray(root, layout.dtype) * columns[None]
         return Transition(layout.broadcast(matrix), layout.lift(noise, self.output_scale), magnitude)
 
     def split(self, dt: Float[Array, ""], order: int, layout: Layout) -> NoiseSplit:
@@ -78,11 +78,11 @@ class IWP(AbstractSplitPrior):
             gain * steps,
             embedded * steps,
             coarser * steps,
-            layout.lift(root * columns[order:], self.output_scale),
+            layout.lift(root * columns[None, order:], self.output_scale),
             scale.shape[-1] * log_det + m * log_scale,
-            whitener / columns[order:],
+            whitener / columns[None, order:],
             scale,
-            layout.lift(rest * columns[:order], self.output_scale),
+            layout.lift(rest * columns[None, :order], self.output_scale),
         )
 
 

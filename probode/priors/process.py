@@ -160,7 +160,7 @@ def _sample(prior, key, ts, initial, layout, shape):
     def components(x):
         return layout.unravel(layout.unpack(x)[0])
 
-    first = initial.mean + draw(initial_key, initial.factor)
+    first = initial.mean[None] + draw(initial_key, initial.factor)
     states = _chain(prior, ts, layout, first, move, jax.random.split(key, ts.size - 1))
     u = jax.vmap(jax.vmap(components), in_axes=1)(states)
     return jax.tree.map(lambda leaf: jnp.reshape(leaf, (*shape, *leaf.shape[1:])), u)

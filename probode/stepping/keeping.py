@@ -187,5 +187,5 @@ def _require_memory(number, row):
 
 def _repeat_last(rows, last):
     """The rows, those behind the last real one replaced by it, and which are real."""
-    reached = jnp.arange(rows.shape[0]) <= last
+    reached = jnp.arange(rows.shape[0], dtype=last.dtype) <= last
     return jnp.where(reached[:, None], rows, rows[last]), reached

@@ -72,7 +72,7 @@ def _start_and_moves(constraint, initialisation, t, x, layout, args):
     equation = constraint.linearise(t, certain, layout, args)
     known = jnp.all(layout.std(state.factor) == 0, axis=1)
     moves = batched(lambda equation: _powers(equation, dim, cols, k))(equation)
-    return state, moves * jnp.repeat(known, cols)[:, None]
+    return state, moves * layout.broadcast(jnp.repeat(known, cols).astype(u.dtype)[:, None])
 
 
 def _powers(equation, dim, cols, k):

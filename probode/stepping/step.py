@@ -215,7 +215,8 @@ class Step(eqx.Module):
             error,
             spread,
         )
-        return Stepped(state, past, dataclasses.replace(influence, weight=influence.weight * counts))
+        weight = influence.weight * counts.astype(influence.weight.dtype)
+        return Stepped(state, past, dataclasses.replace(influence, weight=weight))
 
     def fixed(self, before: State, t: Float[Array, ""], past: Conditional | None = None) -> Stepped:
         """One step to the time ``t`` without error control; shorter than round-off it only predicts."""

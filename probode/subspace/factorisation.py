@@ -189,7 +189,8 @@ class Subspace(AbstractOwnAlgebra):
         outside = outside if r < basis.shape[0] else jnp.zeros_like(outside)
         blocks = jnp.moveaxis(jnp.reshape(factor, (factor.shape[0], -1, r + 1)), 1, 0)
         # One by one, so that XLA drops the derivatives of which nothing is used.
-        return jnp.stack([safe_norm(jnp.concatenate([x[:, :r] @ basis.T, x[:, r:] * outside]), axis=0) for x in blocks])
+        stds = [safe_norm(jnp.concatenate([x[:, :r] @ basis.T, x[:, r:] * outside[None]]), axis=0) for x in blocks]
+        return jnp.stack(stds)
 
     def start(self, x: Normal) -> Normal:
         """The first state, with as many rows and columns as all that follow."""

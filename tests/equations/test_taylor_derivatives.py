@@ -79,6 +79,11 @@ SERIES = {
     ),
     "quotients": (lambda t, us: us[0] / (1 + us[0, ::-1] ** 2) + 1 / (us[0] + 2.0) + us[0] ** -2 + us[0] / 3, U4),
     "powers": (lambda t, us: us[0] ** 2.0 + us[0] ** 0 + (1 + us[0]) ** 1.7 + us[0] ** 5 + us[0] ** -1.0, U4),
+    "moving powers": (lambda t, us: us[0] ** us[0, ::-1] ** 2, np.array([[0.3, 0.7]])),
+    "known at run time": (
+        lambda t, us: us[0] ** jnp.arange(4) + (1 + us[0]) ** MATRIX[0] + abs(MATRIX[1]) ** us[0],
+        U4,
+    ),
     "bases": (lambda t, us: jnp.log(2 + us[0]) + 2.0 ** us[0] + jnp.exp2(us[0]) / jnp.sqrt(1 + us[0] ** 2), U4),
     "roots": (lambda t, us: jnp.cbrt(2 + us[0]) * jax.lax.rsqrt(1 + us[0] ** 2), U4),
     "hyperbolic": (lambda t, us: jnp.sinh(us[0]) * jnp.cosh(t) + jnp.tanh(us[0]) + jax.nn.sigmoid(us[0]), U4),
@@ -127,7 +132,6 @@ NESTED = {
     "cholesky": (lambda t, us: jnp.linalg.cholesky(4 * jnp.eye(4) + jnp.outer(us[0], us[0]))[:, 0] + t, U4),
     "sort": (lambda t, us: jnp.sort(us[0] ** 2) * t, U4),
     "lgamma": (lambda t, us: jax.lax.lgamma(us[0] + 2), U4),
-    "pow": (lambda t, us: us[0] ** us[0, ::-1] ** 2, np.array([[0.3, 0.7]])),
     "cumprod": (lambda t, us: jnp.cumprod(us[0] + t), U4),
 }
 

@@ -143,13 +143,13 @@ def consistent_derivatives(
         # In a unit of time in which the coefficients found so far are no larger than u, and with rows of length one:
         # otherwise the pseudo-inverse would drop equations and unknowns that are small in the user's units.
         exponents = jnp.repeat(jnp.arange(known, top + 1, dtype=u0.dtype), d)
-        size = jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
+        size = _largest(u0)
         units = jnp.where(unknown == 0, jnp.inf, (size / jnp.abs(unknown)) ** (1 / exponents))
         unit = jnp.clip(jnp.min(units), jnp.finfo(u0.dtype).tiny ** (1 / (top + 1)), 1)
-        jacobian = jax.jacfwd(residuals)(unknown) / unit**exponents
+        jacobian = jax.jacfwd(residuals)(unknown) / (unit**exponents)[None]
         rows = jnp.linalg.norm(jacobian, axis=1)
         rows = jnp.where(rows > 0, rows, 1)
-        inverse = jnp.linalg.pinv(jacobian / rows[:, None]) / rows / unit ** exponents[:, None]
+        inverse = jnp.linalg.pinv(jacobian / rows[:, None]) / rows[None] / unit ** exponents[:, None]
         return unknown - jax.lax.stop_gradient(inverse) @ residuals(unknown)
 
     start = jnp.zeros((top + 1 - known) * d, u0.dtype)
@@ -157,9 +157,15 @@ def consistent_derivatives(
     # One more step gives the result its derivative (implicit function theorem): the loop is not differentiated.
     found = step(jax.lax.stop_gradient(found))
     size = jax.lax.stop_gradient(jnp.abs(jax.jacfwd(residuals)(found)) @ jnp.abs(found))
-    size = size + jnp.max(jnp.abs(u0)) + (jnp.max(jnp.abs(u0)) == 0)
+    size = size + _largest(u0)
     solved = jnp.all(jnp.abs(residuals(found)) <= jnp.sqrt(jnp.finfo(u0.dtype).eps) * size)
     return jnp.where(solved, jnp.concatenate([u0, found.reshape(-1, d) * factorials[known:]])[: num + 1], jnp.nan)
+
+
+def _largest(x):
+    """The largest magnitude among numbers, one if all are zero."""
+    size = jnp.max(jnp.abs(x))
+    return size + (size == 0).astype(x.dtype)
 
 
 # --- `along(curve)`: f and its derivatives in time, (depth+1, m), where its argument runs along `curve = [x, x', ...]`

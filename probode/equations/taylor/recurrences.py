@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array, Float, Inexact
 
-from . import rules
+from . import rules, series
 
 
 Coefficient = Inexact[Array, "..."]
@@ -105,6 +105,8 @@ def _apply(eqn: JaxprEqn, operands: list) -> list:
     if name in _INLINED:
         inner = eqn.params["jaxpr"]
         return _evaluate(inner.jaxpr, inner.consts, operands)
+    if name == "pow":
+        return [_powered(eqn, *operands)]
     if name in _RECURRENCES:
         shape = eqn.outvars[0].aval.shape  # type: ignore[attr-defined]  # all values of such programs are arrays
         return [_RECURRENCES[name](eqn, *(_broadcast(_promoted(x), shape) for x in operands))]
@@ -190,12 +192,13 @@ def _integral(start, slope, x):
 
 
 def _power(x, exponent):
-    """``x^exponent``, for an ``x`` that is not zero: ``x y' = exponent y x'``."""
+    """``x^exponent``, from ``x y' = exponent y x'``."""
 
     def coefficient(k):
         if k == 0:
             return x(0) ** exponent
-        return _sum((exponent * j - (k - j)) * x(j) * y(k - j) for j in range(1, k + 1)) / (k * x(0))
+        slope = _sum((exponent * j - (k - j)) * x(j) * y(k - j) for j in range(1, k + 1))
+        return series.over_base(slope, k * x(0), exponent, k)
 
     y = Lazy(coefficient)
     return y
@@ -233,11 +236,30 @@ def _circular(x):
 
 
 def _powered(eqn, x, y):
-    exponent = eqn.invars[1]
-    if not isinstance(exponent, Literal):
+    exponent, (out,) = eqn.invars[1], eqn.outvars
+    if isinstance(y, Lazy):
         return _by_rule(eqn, [x, y])[0]
-    exponent = float(exponent.val)
-    return _integer_power(x, int(exponent)) if exponent.is_integer() else _power(x, exponent)
+    x = _broadcast(x, out.aval.shape)
+    if not isinstance(exponent, Literal):
+        return _power_of_unknown(x, jnp.broadcast_to(y, out.aval.shape).astype(out.aval.dtype))
+    number = rules.number_of(exponent)
+    return _integer_power(x, int(number.real)) if series.is_integer(number) else _power(x, number)
+
+
+def _power_of_unknown(x, exponent):
+    """``series.power_of_unknown``, from the outermost term of its sum inwards."""
+    binomial = Lazy(lambda m: binomial(m - 1) * (exponent - (m - 1)) / m if m else jnp.ones_like(exponent))
+
+    @ft.cache
+    def from_term(m):
+        def coefficient(k):
+            if k == 0:
+                return series.weighted_power(binomial(m), x(0), exponent, m)
+            return _sum(x(k - i) * from_term(m + 1)(i) for i in range(k))
+
+        return Lazy(coefficient)
+
+    return from_term(0)
 
 
 _INLINED = ("jit", "pjit", "closed_call")
@@ -246,7 +268,6 @@ _RECURRENCES: dict[str, Callable] = {
     "square": lambda eqn, x: _square(x),
     "div": lambda eqn, x, y: _divide(x, y),
     "integer_pow": lambda eqn, x: _integer_power(x, eqn.params["y"]),
-    "pow": _powered,
     "sqrt": lambda eqn, x: _power(x, 0.5),
     "rsqrt": lambda eqn, x: _power(x, -0.5),
     "exp": lambda eqn, x: _integral(jnp.exp, lambda y: y, x),

@@ -3,6 +3,7 @@
 A value that depends on time is a ``Series``, any other an array. ``MissingRule`` names an operation without a rule.
 """
 
+import cmath
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,20 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array, Inexact
 
-from .series import ELEMENTWISE, constant, convolve, derivative, divide, exponential_like, grown, integral, power
+from .series import (
+    ELEMENTWISE,
+    constant,
+    convolve,
+    derivative,
+    divide,
+    exponential,
+    exponential_like,
+    grown,
+    integral,
+    power,
+    power_of_moving,
+    power_of_unknown,
+)
 
 
 class MissingRule(Exception):
@@ -146,16 +160,26 @@ def _divided(eqn, x, y):
 
 
 def _powered(eqn, x, y):
-    """``x ** y`` where one of the two is a literal; raises ``MissingRule`` otherwise.
-
-    An exponent must be known: only for integers is the power of an ``x <= 0`` defined.
-    """
-    base, exponent = (float(v.val) if isinstance(v, Literal) else None for v in eqn.invars)
+    base, exponent = (number_of(v) if isinstance(v, Literal) else None for v in eqn.invars)
     if exponent is not None:
         return [Series(power(x.c, exponent))]
-    if base is not None and base > 0:
-        return [Series(exponential_like(lambda z: math.log(base) * z, lambda start: jnp.power(x, start))(y.c))]
-    raise MissingRule("pow")
+    if base is not None and (base.imag or base.real > 0):
+        log = cmath.log(base) if base.imag else math.log(base.real)
+        return [Series(exponential_like(lambda z: log * z, lambda start: jnp.power(x, start))(y.c))]
+    out = eqn.outvars[0].aval
+    still = lambda x: jnp.broadcast_to(x, out.shape).astype(out.dtype)  # noqa: E731
+    moving = lambda x: _alike([x], out.shape)[0]  # noqa: E731
+    if not isinstance(y, Series):
+        return [Series(power_of_unknown(moving(x), still(y)))]
+    if not isinstance(x, Series):
+        return [Series(exponential(still(x), moving(y)))]
+    return [Series(power_of_moving(moving(x), moving(y)))]
+
+
+def number_of(literal: Literal) -> float | complex:
+    """The number that a literal of a jaxpr is, of Python's own type: a float where it is real."""
+    number = complex(literal.val)
+    return number if number.imag else number.real
 
 
 def _extreme(eqn, x):
@@ -163,7 +187,7 @@ def _extreme(eqn, x):
     axes, (top,) = eqn.params["axes"], bind(eqn, [x.c[0]])
     share = (x.c[0] == jnp.expand_dims(top, axes)).astype(x.c.dtype)
     share = share / jnp.sum(share, axis=axes, keepdims=True)
-    return [Series(jnp.sum(share * x.c, axis=tuple(a + 1 for a in axes)))]
+    return [Series(jnp.sum(share[None] * x.c, axis=tuple(a + 1 for a in axes)))]
 
 
 def _inlined(eqn, *operands):
@@ -175,7 +199,7 @@ def _inlined(eqn, *operands):
 def _absolute(eqn, x):
     if jnp.iscomplexobj(x.c):
         raise MissingRule("abs")
-    return [Series(jnp.sign(x.c[0]) * x.c)]
+    return [Series(jnp.sign(x.c[:1]) * x.c)]
 
 
 def _by_own_derivative(eqn, *operands):

@@ -90,14 +90,69 @@ def divide(x: Coefficients, y: Coefficients) -> Coefficients:
     return grown(x[0] / y[0], lambda q, k: (x[k] - coefficient(q, y, k)) / y[0], x.shape[0])
 
 
-def power(x: Coefficients, exponent: float | int) -> Coefficients:
-    """The series of ``y = x^exponent``, from ``x y' = exponent y x'``, for an ``x`` that is not zero.
-
-    An integer exponent from zero on takes products instead, and any ``x``.
-    """
-    if float(exponent).is_integer():
-        return _integer_power(x, int(exponent))
+def power(x: Coefficients, exponent: int | float | complex) -> Coefficients:
+    """The series of ``y = x^exponent``, from ``x y' = exponent y x'``; for an integer from zero on by products."""
+    if is_integer(exponent):
+        return _integer_power(x, int(exponent.real))
     return _power_from(x[0] ** exponent, x, exponent)
+
+
+def is_integer(number: int | float | complex) -> bool:
+    """Whether a number of Python's is an integer, of whatever type."""
+    return number.imag == 0 and float(number.real).is_integer()
+
+
+def power_of_unknown(x: Coefficients, exponent: Inexact[Array, "..."]) -> Coefficients:
+    """The series of ``x^exponent`` for a constant exponent whose value is not known when the program is traced.
+
+    It is ``sum_m binomial(exponent, m) x_0^(exponent - m) (x - x_0)^m``. Where ``x_0`` is zero this is exact for an
+    exponent ``0, 1, 2, ...``; for any other it is zero below the exponent, and infinite or NaN from there on. (By the
+    recursion of ``power``, which divides by ``x_0``, an integer exponent would lose its digits near zero.)
+    """
+    n = x.shape[0]
+    lower, upper = (jnp.arange(n, dtype=x.dtype).reshape(shape + (1,) * exponent.ndim) for shape in ((1, n), (n, 1)))
+    factors = jnp.where(lower.real < upper.real, (exponent[None, None] - lower) / (lower + 1), 1)
+    terms = weighted_power(jnp.prod(factors, axis=1), x[:1], exponent[None], upper[:, 0])
+    # (x - x_0) / t: where higher terms are infinite, zeros times them would spoil the degrees below.
+    moved = jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
+
+    def outwards(y, term):
+        return jnp.concatenate([term[None], times(moved, y)[:-1]]), None
+
+    return lax.scan(outwards, jnp.zeros_like(x), terms, reverse=True)[0]
+
+
+def weighted_power(weight: Array, x: Array, exponent: Array, m: Array | int) -> Array:
+    """``weight x^(exponent - m)``, and zero where ``x`` and the weight are zero, whatever the power is.
+
+    Where ``x`` is zero its derivative with respect to the exponent is zero, as JAX has it for the power itself.
+    """
+    zero = x == 0
+    nothing, left = zero & (weight == 0), exponent - m
+    # JAX's derivative of zero to the power zero is NaN.
+    base = jnp.where(nothing | (left == 0), 1, x)
+    at_zero = lax.stop_gradient(weight) * base ** lax.stop_gradient(left)
+    return jnp.where(nothing, 0, jnp.where(zero, at_zero, weight * jnp.where(zero, 1, x) ** left))
+
+
+def exponential(base: Inexact[Array, "..."], x: Coefficients) -> Coefficients:
+    """The series of ``base^x`` for a constant base. That of zero is zero for a positive ``x``."""
+    zero = base == 0
+    log = jnp.where(zero & (x[0].real > 0), 0, jnp.log(base))
+    return exponential_like(lambda y: log[None] * y, lambda start: base**start)(x)
+
+
+def power_of_moving(x: Coefficients, exponent: Coefficients) -> Coefficients:
+    """The series of ``x^exponent`` where both move: ``x^(exponent_0) exp((exponent - exponent_0) log x)``.
+
+    It is finite for an ``x`` without a logarithm, too, where the exponent does not move after all: that of a parameter
+    that is a component of the state.
+    """
+    still, rest = power_of_unknown(x, exponent[0]), exponent.at[0].set(0)
+    outside = (x[0] == 0) if jnp.iscomplexobj(x) else ~(x[0] > 0)
+    outside = outside & jnp.all(rest == 0, axis=0)
+    moved = times(still, _exp(times(rest, ELEMENTWISE["log"](x.at[0].set(jnp.where(outside, 1, x[0]))))))
+    return jnp.where(outside[None], still, moved)
 
 
 def exponential_like(slope: Callable, start: Callable) -> Callable[[Coefficients], Coefficients]:
@@ -171,9 +226,22 @@ def _power_from(start, x, exponent):
     dx = derivative(x)
 
     def following(y, k):
-        return _over(exponent * coefficient(y, dx, k - 1) - coefficient(derivative(y), x, k - 1), k) / x[0]
+        slope = _over(exponent * coefficient(y, dx, k - 1) - coefficient(derivative(y), x, k - 1), k)
+        return over_base(slope, x[0], exponent, k)
 
     return grown(start, following, x.shape[0])
+
+
+def over_base(slope: Array, x: Array, exponent: int | float | complex, k: int | Array) -> Array:
+    """``slope / x``, coefficient ``k`` of a power that is no integer, and at ``x = 0`` zero below the exponent.
+
+    There are no derivatives at zero from the order of the exponent on: these are NaN, and that of the last zero is.
+    """
+    end = math.ceil(exponent.real)
+    if end <= 1:
+        return slope / x
+    zero = x == 0
+    return jnp.where(zero & (k < end), 0, slope / jnp.where(zero & (k + 1 < end), 1, x))
 
 
 def _reciprocal_root(x):
@@ -234,5 +302,5 @@ ELEMENTWISE: dict[str, Callable] = {
     "max": _larger,
     "min": _smaller,
     "clamp": lambda low, x, high: _larger(low, _smaller(x, high)),
-    "rem": lambda x, y: x - jnp.trunc(x[0] / y[0]) * y,
+    "rem": lambda x, y: x - jnp.trunc(x[:1] / y[:1]) * y,
 }
