@@ -40,6 +40,7 @@ _ROWS, _NUMBERS = 256, 2**21
 
 
 def step_of(solver: Any, layout: Layout, args: PyTree, data: Observations | None = None) -> Step:
+    """The step of a solver, bound to the layout of its state and the parameters and data of a problem."""
     return Step(solver.prior, solver.constraint, solver.calibration, layout, args, data)
 
 

@@ -131,6 +131,11 @@ def test_a_tolerance_that_one_component_does_not_need():
     assert abs(both.mean[0, 1] - np.sin(50.0)) < 1e-5 and abs(one.mean[0, 0] - np.exp(-1.0)) < 1e-5
 
 
+def test_tolerances_may_be_lists_as_in_scipy():
+    solve = lambda atol: po.solve_ivp(decay, (0.0, 1.0), jnp.ones(2), atol=atol).mean  # noqa: E731
+    np.testing.assert_array_equal(solve([1e-6, 1e-9]), solve(jnp.array([1e-6, 1e-9])))
+
+
 def test_tolerances_can_be_differentiated_and_swept():
     def steps(atol):
         controller = po.IntegralController(0.0, {"position": atol, "charge": 1e-3})

@@ -265,11 +265,13 @@ class Layout(eqx.Module):
     def per_component(self, x: PyTree, name: str) -> Float[Array, "*shape"]:
         """Numbers for the components of ``u``: a scalar, or ``(d,)``.
 
-        ``x``: a number, or a PyTree like ``u`` whose leaves broadcast to those of ``u``. Raises ``ValueError`` with
-        ``name`` for anything else.
+        ``x``: a number, or a PyTree like ``u`` whose leaves broadcast to those of ``u``; where ``u`` is an array also a
+        list. Raises ``ValueError`` with ``name`` for anything else.
         """
         if eqx.is_array_like(x) and jnp.ndim(x) == 0:
             return jnp.asarray(x, self.dtype)
+        if isinstance(x, (list, tuple)) and isinstance(self.example, jax.ShapeDtypeStruct):
+            x = jnp.stack(x) if all(map(eqx.is_array, x)) else x
         shapes, expected = jax.tree.map(jnp.shape, x), jax.tree.map(jnp.shape, self.example)
         try:
             return self.ravel(jax.tree.map(lambda u, x: jnp.broadcast_to(x, u.shape), self.example, x))

@@ -216,7 +216,7 @@ WRONG = {
     "scalar stop_at": {"stop_at": 1.0},
     "empty stop_at": {"stop_at": []},
     "infinite stop_at": {"stop_at": [0.5, float("inf")]},
-    "rtol per component": {"rtol": [1e-3, 1e-4]},
+    "one of several tolerances negative": {"rtol": [1e-3, -1e-4]},
 }
 
 
