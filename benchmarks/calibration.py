@@ -281,6 +281,8 @@ def main() -> None:
                 if options.lifted:
                     rows = [[*row, f"{between(solver, problem, u0, float(row[0])):.4g}"] for row in rows]
                 entries += [(name, label, nu, *row) for row in rows]
+                # A process has room for so many compiled programs only.
+                jax.clear_caches()
     options.output.mkdir(parents=True, exist_ok=True)
     table = "calibration_further.csv" if options.further else "calibration.csv"
     table = "calibration_lifted.csv" if options.lifted else table

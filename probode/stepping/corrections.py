@@ -10,10 +10,8 @@ it serves the error estimate alone, and the step conditions on the equation as o
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -157,12 +155,7 @@ def condition_corrected(
         return update, equation, before.global_error
     error = push(certain(before.global_error), matrix).mean
     alone = push(certain(before.global_error[..., :lower, :]), block).mean
-    # The rows of the carried error stand behind those of what is not known.
-    unknown = jnp.broadcast_to(safe_norm(given[1][..., :lower, :], axis=-2)[..., None], alone.shape)
-    along = jax.vmap(lambda x: _residual_along(evaluate, x, size, dt, correction, start.factor))
-    above = jnp.zeros_like(error[..., lower:, :])
-    of_error, of_unknown = along(jnp.stack([error, jnp.concatenate([unknown, above], axis=-2)]))
-    error = error - moved_by(split, of_error)
+    error = error - moved_by(split, _residual_along(evaluate, error, size, dt, correction, start.factor))
     # By how much the error has grown in the step, relative to the solution: so does what is not known of it. (Before
     # and after the field acts: the transition has moved the factor already.)
     old, new = (
@@ -170,24 +163,8 @@ def condition_corrected(
         for x, mean in ((alone, before.distribution.mean), (error, attempted.mean))
     )
     growth = jnp.where(old > 0, safe_divide(new, old), 1)
-    std = _with_coupling(remainder.std, unknown, -of_unknown[..., :size, :], growth, dt)
-    remainder = Remainder(remainder.error, std)
     error = jnp.concatenate([error[..., :lower, :] + remainder.error, error[..., lower:, :]], axis=-2)
     return condition_with_remainder(*given, remainder, error, growth, past), equation, error
-
-
-def _with_coupling(std, unknown, slope, growth, dt):
-    """The deviations of a step with what other components' unknown errors add to those of each.
-
-    An error grows with the solution, and feeds others: in a chain of quadratures each has the integral of the one
-    before, however well it is integrated itself. To first order in the step, with ``slope``, how ``u^(k)`` changes
-    along the ``unknown`` errors.
-    """
-    size = slope.shape[-2]
-    k = std.shape[-2] // size
-    powers = [slope * dt**j / math.factorial(j) for j in range(k, 0, -1)]
-    fed = jnp.abs(unknown + jnp.concatenate(powers, axis=-2)) - growth * unknown
-    return safe_norm(jnp.stack([std, jnp.maximum(fed, 0)]), 0)
 
 
 def _residual_along(evaluate, direction, size, dt, correction, factor):
