@@ -309,8 +309,8 @@ def typical_chi2(error, std):
     return np.exp(np.mean(np.log(np.mean((error / np.asarray(std)) ** 2, axis=1))))
 
 
-# Open: with four or more evaluations the last component is too sure, by a factor of five to twenty. What is not known of
-# one component does not feed another; fed step by step, it makes all others too unsure with three evaluations.
+# Open: with four or more evaluations the last component is too sure, by a factor of five to twenty. What is not known
+# of one component does not feed another; fed step by step, it makes all others too unsure with three evaluations.
 TOO_SURE = pytest.mark.xfail(reason="unknown errors of one component do not feed those of another", strict=False)
 
 
