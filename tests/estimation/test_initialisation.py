@@ -83,10 +83,10 @@ KINKS = {
         drag,
         np.array([100.0, 0.0]),
         3.0,
-        [77.19162, -9.81 / np.sqrt(0.981) * np.tanh(3 * np.sqrt(0.981))],
+        [77.19162433, -9.81 / np.sqrt(0.981) * np.tanh(3 * np.sqrt(0.981))],
     ),
-    "sqrt(t)": (lambda t, u, args: jnp.sqrt(t) - u, np.array(0.0), 1.0, 0.46192050),
-    "Hill": (lambda t, u, args: 1 / (1 + u**2.5), np.array(0.0), 1.0, 0.84290681),
+    "sqrt(t)": (lambda t, u, args: jnp.sqrt(t) - u, np.array(0.0), 1.0, 0.4619204930872),
+    "Hill": (lambda t, u, args: 1 / (1 + u**2.5), np.array(0.0), 1.0, 0.8429061387953),
 }
 
 
