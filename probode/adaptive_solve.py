@@ -91,36 +91,39 @@ def _begun(solver, request, args):
 @compiled
 def _piece(solver, request, args, solve, room):
     step, control = _parts(solver, request, args)
-    influence = isinstance(solver.calibration, AbstractLeaveOneOut)
-    interval, strategy = request.interval, solver.strategy
-    kept = solve_keeping_steps(step, control, strategy, solve, interval, influence=influence, room=room)
-    return *kept, is_running(kept[0], interval, solver.loop)
+    kept = _keep_steps(solver, request, step, control, solve, room)
+    return *kept, is_running(kept[0], request.interval, solver.loop)
 
 
 @compiled
 def _answer(solver, request, args, solve, rows, reached):
     step, _ = _parts(solver, request, args)
-    kept = Kept(rows, reached, dense=True, most=solver.loop.max_steps)
-    return answer(request.save_at, kept, end(solve, request.interval), step, solver.loop)
+    return _answer_with(solver, request, step, solve, rows, reached, dense=True)
 
 
 @compiled
 def _solve_adaptive(solver: Any, request: Request, args: PyTree) -> Solution:
     """The ``Solution`` of a request, with adaptive steps; whether it has failed is in its ``result``."""
-    save_at, strategy = request.save_at, solver.strategy
     step, control, begun = _begin(solver, request, args)
     if dense := _keeps_steps(solver, request):
-        influence = isinstance(solver.calibration, AbstractLeaveOneOut)
-        solve, rows, reached = solve_keeping_steps(
-            step, control, strategy, begun, request.interval, influence=influence
-        )
+        solve, rows, reached = _keep_steps(solver, request, step, control, begun)
     else:
+        save_at = request.save_at
         # At ``t1`` alone smoother and filter agree: without this line conditionals would be computed and not used.
-        strategy = strategy if save_at.ts is not None or save_at.t0 else Filter()
+        strategy = solver.strategy if save_at.ts is not None or save_at.t0 else Filter()
         times = jnp.zeros(0, request.layout.dtype) if save_at.ts is None else jnp.asarray(save_at.ts)
         solve, rows, reached = solve_keeping_times(step, control, strategy, begun, request.interval, times)
+    return _answer_with(solver, request, step, solve, rows, reached, dense=dense)
+
+
+def _keep_steps(solver, request, step, control, solve, room=None):
+    influence = isinstance(solver.calibration, AbstractLeaveOneOut)
+    return solve_keeping_steps(step, control, solver.strategy, solve, request.interval, influence=influence, room=room)
+
+
+def _answer_with(solver, request, step, solve, rows, reached, *, dense):
     kept = Kept(rows, reached, dense, most=solver.loop.max_steps)
-    return answer(save_at, kept, end(solve, request.interval), step, solver.loop)
+    return answer(request.save_at, kept, end(solve, request.interval), step, solver.loop)
 
 
 def _parts(solver, request, args):

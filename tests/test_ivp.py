@@ -145,6 +145,11 @@ def test_tolerances_can_be_differentiated_and_swept():
     assert numbers[0] < numbers[1] < numbers[2]
 
 
+def test_a_failed_solve_with_tolerances_of_components_says_why():
+    with pytest.raises(RuntimeError, match=r"max_steps attempts .*looser than rtol=1e-06"):
+        po.solve_ivp(field, (0.0, 1.0), U0, rtol={"position": 1e-3, "charge": 1e-6}, max_steps=2)
+
+
 WRONG = [
     (jnp.ones(3), "structure of u.*broadcast"),
     ([1e-6, 1e-6], "structure of u"),

@@ -45,7 +45,7 @@ def safe_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def safe_norm(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
-    """The Euclidean norm along axes, or of all entries, with derivative zero at zero."""
+    """The Euclidean norm along the given axes, or of all entries; its derivative at zero is zero."""
     if jnp.finfo(x.dtype).bits >= 64:
         return safe_sqrt(jnp.sum(x**2, axis=axis))
     # In single precision squares under- and overflow: the entries are divided by the largest first.
@@ -131,7 +131,7 @@ def kron_apply(a: Float[Array, "q p"], x: Float[Array, "dim cols"]) -> Float[Arr
 
 
 def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -> Float[Array, "rows dim"]:
-    """``factor @ kron(a, I)^T``: the right square root of the covariance of ``kron(a, I) x``."""
+    """A right square root of the covariance of ``kron(a, I) x``, ``factor @ kron(a, I)^T``."""
     rows, dim = factor.shape
     blocks = jnp.reshape(factor, (rows, a.shape[0], dim // a.shape[0]))
     if blocks.size * a.shape[0] <= _SMALL_PRODUCT:

@@ -169,7 +169,7 @@ def plot_local_error(solution: Any, ax: Any = None) -> Any:
 
 
 def plot_residual(solution: Any, problem: Any, ax: Any = None, *, args: PyTree = None) -> Any:
-    """The axes with the residual of the equation at the posterior mean, the largest over its components, over time.
+    """The axes with the largest residual of the equation over its components, at the posterior mean, against time.
 
     Times between the ends of steps show how well the equation is solved where it was not evaluated. ``problem``: the
     ``ODE`` or ``Residual``. ``args``: those of the solve. Raises ``ValueError`` if the steps were not kept.

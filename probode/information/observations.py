@@ -192,7 +192,7 @@ class Observations(eqx.Module):
         return flat_observe
 
     def _densities(self, i, value, args):
-        """The log density of every number given what is observed, flat."""
+        """The log densities of all numbers of a datum given the observed quantity, as a vector."""
         assert self.log_density is not None
         tree, shapes = self.structure
         unravel = ravel_pytree(jax.tree.unflatten(tree, [jnp.zeros(shape, value.dtype) for shape in shapes]))[1]

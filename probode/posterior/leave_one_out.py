@@ -81,7 +81,7 @@ def _before(influence: Influence, matrix: Float[Array, "p p"], later: _Later) ->
 
 
 def _triangle(rows):
-    """Upper triangular square root of ``rows^T rows``, with columns scaled to one before they are squared.
+    """An upper triangular matrix ``R`` with ``R^T R = rows^T rows``; columns are scaled to one before they are squared.
 
     Unscaled, the squares overflow where an innovation has almost no variance, so that its information is very large.
     """

@@ -8,6 +8,7 @@ import functools as ft
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..priors.prior import AbstractPriorFamily
@@ -58,7 +59,10 @@ class Parts:
 
 
 class Facts(NamedTuple):
-    """The numbers of a solve that has ended, on the host or in a program. ``us``: the last derivatives, ``(n, d)``."""
+    """The numbers of a solve that has ended, on the host or in a program.
+
+    ``us``: the last derivatives, ``(n, d)``; ``rtol``: the tightest of all components.
+    """
 
     result: Any
     t: Any
@@ -82,6 +86,7 @@ def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -
     if not is_traced(failed) and not np.any(failed):
         return solution
     state, stats, limits = solution.state, solution.stats, solver.controller.limits
+    rtol = solver.controller.tolerances.of(solution.layout).rtol
     facts = Facts(
         solution.result,
         state.t,
@@ -91,7 +96,7 @@ def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -
         stats["num_steps"],
         stats["num_accepted_steps"],
         solution.layout.unpack(state.current.distribution.mean),
-        solver.controller.rtol,
+        rtol if rtol.ndim == 0 else jnp.min(rtol),
         limits.longest,
         limits.shortest,
     )

@@ -271,7 +271,7 @@ class Solution(eqx.Module):
         return Posterior(t, states if reached is None else _where(reached, states), self.layout, moves)
 
     def sample(self, key: Any, shape: Any = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
-        """Joint samples of ``u`` at several times under the posterior: leaves ``(*shape, time, *leaf.shape)``.
+        """Random draws of ``u`` at several times from their joint posterior: leaves ``(*shape, time, *leaf.shape)``.
 
         ``key``: a random key of JAX. ``shape``: leading axes of independent samples. ``ts``: times, ``(time,)``, in any
         order, for solves that have kept their steps; by default the saved times ``t``. Samples are NaN at times that
@@ -318,7 +318,7 @@ class Solution(eqx.Module):
         return _moves_at(self.spread, self.trajectory, ts)
 
     def _single(self, method):
-        """Raises ``ValueError`` for a batch of solutions, as ``jax.vmap`` of a solve returns it."""
+        """Nothing; raises ``ValueError`` for a batch of solutions, as ``jax.vmap`` of a solve returns it."""
         if self.t.ndim != 1:
             raise ValueError(
                 f"This is a batch of solutions: call {method} under jax.vmap, as in "

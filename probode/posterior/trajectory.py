@@ -219,7 +219,7 @@ def draw(past: Conditional, noise: Float[Array, "q cols"], later: Float[Array, "
 
 
 def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " rows"]) -> PyTree:
-    """The carries of a reverse scan over the reached rows, stacked along a leading axis ``rows``.
+    """The results of a recursion from the last row that was reached to the first, stacked along an axis ``rows``.
 
     ``carry[last] = last`` at the last row reached, and behind it; ``carry[i - 1] = fn(xs[i], carry[i])`` before it.
     """
