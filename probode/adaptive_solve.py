@@ -177,7 +177,7 @@ def _go_on(step, control, begun, before, interval, *, choose_dt):
     If that has ended at a jump of the equation, without a restart, the state is restarted behind it.
     """
     begun = dataclasses.replace(begun, controller=before.controller)
-    passing_stop = starting_anew(step, control, begun, interval)
+    passing_stop = starting_anew(step, control, begun, interval, None)
     if passing_stop is None:
         return begun
     if before.anew is not None:

@@ -95,7 +95,7 @@ def solve_ensemble(
         cost = as_float(cost, "cost")
         if cost.shape != (lanes,):
             raise ValueError(f"cost must be one number for each of {lanes} lanes, got shape {cost.shape}.")
-    with naming_what_has_none(solver.constraint.problem, solver.loop, request.layout, one_args):
+    with naming_what_has_none(solver.constraint.problem, request.layout, one_args):
         return _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh)
 
 

@@ -278,7 +278,7 @@ def solve_through(
 
 
 def _named(solver, layout, args):
-    return naming_what_has_none(solver.constraint.problem, solver.loop, layout, args)
+    return naming_what_has_none(solver.constraint.problem, layout, args)
 
 
 @compiled

@@ -91,7 +91,10 @@ def test_loops_agree_and_the_forward_loop_says_what_to_do(checkpoints):
     bounded = gradient(x, po.BoundedLoop(16))
     assert relative(gradient(x, po.CheckpointedLoop(16, checkpoints=checkpoints)), bounded) < 1e-10
     tangent = jnp.asarray(np.random.default_rng(0).normal(size=6))
-    for loop in (po.ForwardLoop(16),) if checkpoints else (po.ForwardLoop(16), po.BoundedLoop(16)):
+    for loop in (
+        po.ForwardLoop(16),
+        po.CheckpointedLoop(16, checkpoints=checkpoints) if checkpoints else po.BoundedLoop(16),
+    ):
         along = functools.partial(jax.jvp, functools.partial(loss, loop=loop))
         _, derivative = jax.jit(along)((x,), (tangent,))
         assert abs(derivative - bounded @ tangent) < 1e-9 * abs(derivative)

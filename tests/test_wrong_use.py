@@ -377,12 +377,6 @@ CASES = [
         RuntimeError,
         r"ForwardLoop\(\) cannot be differentiated in reverse mode.*BoundedLoop",
     ),
-    (
-        "forward-mode-CheckpointedLoop",
-        lambda: jax.jvp(lambda u: solve(u, nu=1, loop=po.CheckpointedLoop()).mean, (0.1,), (1.0,)),
-        (TypeError, RuntimeError, ValueError),
-        "CheckpointedLoop.*forward.*(BoundedLoop|ForwardLoop)",
-    ),
     # the same where values are traced: a run-time error
     (
         "traced-t1-nan",

@@ -8,7 +8,7 @@ exact initial value, the derivative zero; so JAX differentiates it as it stands.
 import functools as ft
 import math
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -99,6 +99,20 @@ def compiled(fn: Callable[P, T]) -> Callable[P, T]:
             return fn(*args, **kwargs)
 
     return eqx.filter_jit(precise)
+
+
+def traced_once(fn: Callable, *args: PyTree) -> Any:
+    """The function as a PyTree that holds what it closes over: for arguments of these shapes, traced here.
+
+    So it goes through a custom derivative, with a derivative for what users' functions close over, too.
+    """
+    converted = eqx.filter_closure_convert(fn, *args)
+    return eqx.Partial(_with_arrays, converted)
+
+
+def _with_arrays(fn, *args):
+    # Results that are known when the function is traced would be numbers of NumPy.
+    return jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, fn(*args))
 
 
 def _within_mesh(tree):
@@ -194,16 +208,29 @@ def _eliminate(upper, dense):
     return jnp.triu(jnp.concatenate(panels)), dense
 
 
+@jax.custom_jvp
 def _eliminate_panel(upper, dense):
     n, width = upper.shape
     if n % 2:
-        step, xs = _eliminate_one, (jnp.arange(n), upper)
-    else:
-        step, xs = _eliminate_two, (jnp.arange(0, n, 2), jnp.reshape(upper, (n // 2, 2, width)))
-    left, rows = lax.scan(step, dense, xs)
+        return _column_by_column(upper, dense)
+    left, rows = lax.scan(_eliminate_two, dense, (jnp.arange(0, n, 2), jnp.reshape(upper, (n // 2, 2, width))))
     return jnp.reshape(rows, (n, width)), left[:, n:]
 
 
+@_eliminate_panel.defjvp
+def _(primals, tangents):
+    return _eliminate_panel(*primals), jax.jvp(_column_by_column, primals, tangents)[1]
+
+
+def _column_by_column(upper, dense):
+    # Of all ways to eliminate columns this has the smallest derivative: otherwise the derivatives of eliminations are
+    # most of what there is to compile of a gradient.
+    n = upper.shape[0]
+    left, rows = lax.scan(_eliminate_one, dense, (jnp.arange(n), upper))
+    return rows, left[:, n:]
+
+
+@jax.custom_jvp
 def _written_out(upper, dense):
     rows, n = [], dense.shape[1] if upper is None else upper.shape[0]
     for j in range(n):
@@ -215,7 +242,16 @@ def _written_out(upper, dense):
     return jnp.triu(jnp.stack(rows)), dense[:, n:]
 
 
-@jax.custom_jvp
+@_written_out.defjvp
+def _(primals, tangents):
+    def in_a_loop(upper, dense):
+        n = dense.shape[1] if upper is None else upper.shape[0]
+        rows, left = _column_by_column(jnp.zeros((n, n), dense.dtype) if upper is None else upper, dense)
+        return jnp.triu(rows), left
+
+    return _written_out(*primals), jax.jvp(in_a_loop, primals, tangents)[1]
+
+
 def _combine_rows(b, dense):
     # ``b @ dense`` as a sum: XLA does not fuse a matrix product with its neighbours. In loops compiled to native code
     # (``compile_small_loops``) an unrolled sum adds rows as vectors and is faster than a reduction, which adds number
@@ -223,14 +259,6 @@ def _combine_rows(b, dense):
     if compiles_small_loops() and 0 < dense.shape[0] <= _MANY and dense.shape[1] >= _LONG:
         return sum(b[i] * dense[i] for i in range(dense.shape[0]))
     return jnp.sum(b[:, None] * dense, axis=0)
-
-
-@_combine_rows.defjvp
-def _(primals, tangents):
-    # The derivative of the reduction: its transpose is one operation, that of the unrolled sum is many.
-    (b, dense), (t_b, t_dense) = primals, tangents
-    tangent = jnp.sum(t_b[:, None] * dense + b[:, None] * t_dense, axis=0)
-    return _combine_rows(b, dense), tangent
 
 
 def _reflect(t, s, u, bb):
@@ -290,6 +318,7 @@ def _lapack(upper, dense):
     return jnp.concatenate([jnp.where(jnp.diag(empty), 0, r), jnp.where(empty[:, None], 0, rows)], axis=1), left
 
 
+@jax.custom_jvp
 def substitute(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[Array, "m cols"]:
     """``upper^-T z``: the whitened ``z``, if its covariance is ``upper^T upper``.
 
@@ -310,3 +339,11 @@ def substitute(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[A
 
     _, w = lax.scan(step, z, (jnp.arange(m), upper), unroll=upper.size <= _UNROLLED_ENTRIES)
     return w
+
+
+@substitute.defjvp
+def _(primals, tangents):
+    # U^T w = z. The derivative of what is written out would be several times as much to compile.
+    (upper, _), (t_upper, t_z) = primals, tangents
+    w = substitute(*primals)
+    return w, substitute(upper, t_z - product(jnp.triu(t_upper).T, w))

@@ -5,6 +5,7 @@ own. One pass backwards over the rows marginalises these conditionals, which giv
 them, which gives a joint sample. The state between two rows is that of the prior, given the states of both.
 """
 
+import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
@@ -227,10 +228,13 @@ def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " row
     number = -(-rows // _BLOCK)
     block = rows if number == 1 else _BLOCK
 
+    # For a derivative every row is computed again: what it needs in between would be kept for all rows that may be.
+    @ft.partial(jax.checkpoint, prevent_cse=False)
     def one(later, x):
         x, real = x
-        return jax.tree.map(lambda a, b: jnp.where(real, a, b), fn(x, later), later), later
+        return choose(real, fn(x, later), later), later
 
+    @ft.partial(jax.checkpoint, prevent_cse=False)
     def whole(later, x):
         return lax.scan(one, later, x, reverse=True)
 

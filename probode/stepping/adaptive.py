@@ -1,7 +1,7 @@
 """The adaptive solve: one attempt of a step after the other, from prediction to decision.
 
-The controller decides on values without derivatives; an accepted attempt gets its derivative back. So gradients are
-those of the accepted steps, frozen, and nothing of a rejected or non-finite attempt reaches them.
+Attempts are not differentiated: for a derivative the accepted steps are taken once more (``Stepper.repeat``), as long
+as they were. So nothing of a rejected or non-finite attempt reaches it.
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from ..algebra.linalg import choose, detach, is_finite
+from ..algebra.factorisations import Layout
+from ..algebra.linalg import choose, detach, is_finite, traced_once
 from .attempt import Attempt
 from .loops import AbstractLoop
 from .progress import tell
@@ -48,7 +48,7 @@ class Start(eqx.Module):
     """The last restart at a jump: its time, and for which batch elements all residuals since were zero."""
 
     t: Float[Array, ""]
-    unseen: Bool[Array, "*batch"]
+    unseen: Bool[Array, "*batch"] | None
 
 
 class AdaptiveState(eqx.Module):
@@ -130,41 +130,98 @@ class Taken(eqx.Module):
     """What is left when an attempt has been conditioned or rejected.
 
     ``past``: an earlier state given ``current``, as one flat array. ``influence``: of the equation, where it is kept.
-    ``fine``: whether conditioning has returned finite numbers. ``likely``: whether the scale explains the residual.
+    ``silent``: see ``Stepped``. ``fine``: whether all numbers are finite. ``likely``: whether the scale explains the
+    residual.
     """
 
     current: State
     past: Float[Array, " flat"]
     influence: Any
+    silent: Bool[Array, "*batch"] | None
     fine: Bool[Array, ""]
     likely: Bool[Array, ""]
 
 
-class Stepper:
-    """Attempts of steps in an interval, for the body of a loop.
+class Note(eqx.Module):
+    """What has to be known of an accepted attempt to take its step again: nothing that is differentiated.
 
-    (No module: it holds a function that was traced once, with what the user's functions close over as inputs.)
+    ``dt``: the length that was asked for, before it was cut to hit a time. ``inside``: the scale of the residual at a
+    time inside the step.
     """
 
-    def __init__(self, step: Step, control: Control, solve: AdaptiveState, interval: Interval):
-        self.step, self.control, self.interval, t1 = step, control, interval, interval.t1
-        self.layout = solve.current.layout
-        self.stops, self.smallest = control.stops(t1.dtype), shortest_near_zero(solve.dt)
-        # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.
-        self.harmless = interval.direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt)
-        # Traced once; what the user's functions close over becomes an input that can be differentiated.
-        times = [t1] * (2 if self.stops is None else 3)
-        attempt = ft.partial(step.attempt, known=solve.current.derivatives_known)
-        self.attempt = eqx.filter_closure_convert(attempt, solve.current.distribution, *times)
+    dt: Float[Array, ""]
+    inside: Float[Array, "*batch"]
+
+
+class Move(eqx.Module):
+    """An attempt: the solve, the past and the influence of the equation after it, and whether it was accepted."""
+
+    solve: AdaptiveState
+    past: Float[Array, " flat"]
+    influence: Any
+    accepted: Bool[Array, ""]
+    note: Note
+
+
+class Stepper(eqx.Module):
+    """Attempts of steps in an interval, for the body of a loop; and accepted ones once more, for their derivative.
+
+    ``attempt``, ``measure`` and ``condition`` call what users have written. They were traced once, with what it closes
+    over among their inputs, so that it can be differentiated.
+    """
+
+    control: Control
+    interval: Interval
+    layout: Layout
+    stops: Float[Array, " times"] | None
+    smallest: Float[Array, ""]
+    harmless: Float[Array, ""]
+    attempt: Any
+    measure: Any
+    condition: Any
+    order: int = eqx.field(static=True)
+    caution: float = eqx.field(static=True)
+
+    @staticmethod
+    def of(
+        step: Step, control: Control, solve: AdaptiveState, interval: Interval, left: Any, influence: Any = None
+    ) -> "Stepper":
+        """That of a solve before its first attempt.
+
+        ``left``: what a step carries on of an earlier state, in its shapes; ``influence``: likewise of the equation,
+        if it is kept.
+        """
+        t1, now = interval.t1, solve.current
+        stops = control.stops(t1.dtype)
+        attempt = ft.partial(step.attempt, known=now.derivatives_known)
+        times = [t1] * (2 if stops is None else 3)
+        attempt = traced_once(attempt, now.distribution, *times)
+        attempted = eqx.filter_eval_shape(attempt, now.distribution, *times)
+        measure = traced_once(ft.partial(_measure, step, control), now, t1, t1, attempted)
+        sides = () if solve.anew is None else (t1, solve.anew.unseen)
+        condition = ft.partial(_condition, step, control, influence is not None)
+        condition = traced_once(condition, now, t1, attempted, left, *sides)
+        return Stepper(
+            control,
+            interval,
+            now.layout,
+            stops,
+            shortest_near_zero(solve.dt),
+            # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.
+            interval.direction * jnp.finfo(t1.dtype).eps * lax.stop_gradient(solve.dt),
+            attempt,
+            measure,
+            condition,
+            step.order_of_error(attempted),
+            step.caution(attempted),
+        )
 
     def running(self, solve: AdaptiveState) -> Bool[Array, ""]:
         """Whether a solve goes on."""
         return is_running(solve, self.interval, self.control.loop)
 
-    def advance(
-        self, solve: AdaptiveState, past: Array, leaving: Callable, influence: Any = None
-    ) -> tuple[AdaptiveState, Array, Any, Bool[Array, ""]]:
-        """One attempt of a step: the solve after it, its past, the influence of the equation, whether it was accepted.
+    def advance(self, solve: AdaptiveState, past: Array, leaving: Callable, influence: Any = None) -> Move:
+        """One attempt of a step.
 
         1. Predict: ``m = A mean``, ``P = A cov A^T + s^2 Q``.
         2. Linearise and compare: ``z(t + dt, x) ~ z + H (x - m)``, whitened by ``S = H Q H^T``; the local scale
@@ -179,19 +236,44 @@ class Stepper:
         """
         active, before = self.running(solve), solve.current
         leg = self.leg(solve, active)
-        attempted = detach(self.attempt(*detach(self.inputs(before, leg))))
-        norm, attempted, unseen = self.measure(solve, leg, attempted)
-        length, order = jnp.abs(detach(leg.dt)), self.step.order_of_error(attempted)
-        good, proposed, memory = self.control.controller.propose(length, norm, order, solve.controller)
+        attempted = self.attempt(*self.inputs(before, leg))
+        norm, inside = self.measure(before, leg.seen_at, leg.dt, attempted)
+        attempted = _with_inside(attempted, inside)
+        good, proposed, memory = self.control.controller.propose(jnp.abs(leg.dt), norm, self.order, solve.controller)
         good = good & jnp.isfinite(norm) & active
         # A rejected attempt leaves the state as it was.
-        rejected = lambda *_: Taken(before, past, influence, jnp.array(True), jnp.array(True))  # noqa: E731
-        accepted = lambda before, past, left, influence: self.condition(  # noqa: E731
-            before, leg, good, attempted, unseen, (past, left, influence)
-        )
-        taken = lax.cond(good, accepted, rejected, before, past, leaving(past, leg.t), influence)
-        new, good = self.decide(solve, leg, active, good, norm, taken, attempted, unseen, (proposed, memory))
-        return new, taken.past, taken.influence, good
+        silent = None if solve.anew is None else solve.anew.unseen
+        rejected = lambda *_: Taken(before, past, influence, silent, jnp.array(True), jnp.array(True))  # noqa: E731
+        accepted = lambda *given: self.taken(leg, attempted, silent, influence, *given)  # noqa: E731
+        taken = lax.cond(good, accepted, rejected, before, past, leaving(past, leg.t))
+        new, good = self.decide(solve, leg, active, good, norm, taken, attempted, (proposed, memory))
+        return Move(new, taken.past, taken.influence, good, Note(solve.dt, inside))
+
+    def repeat(
+        self,
+        note: Note,
+        active: Bool[Array, ""],
+        solve: AdaptiveState,
+        past: Array,
+        leaving: Callable,
+        influence: Any = None,
+    ) -> Move:
+        """An accepted attempt once more, without search and decision: a function of the state that has a derivative.
+
+        ``active``: whether there is a step; where there is none, in lanes of a vmap, it is differentiated at a point
+        that is known to be fine, and what is returned has no meaning.
+        """
+        before = solve.current
+        leg = self.leg(dataclasses.replace(solve, dt=note.dt), active)
+        t = jnp.where(active, leg.t, before.t)
+        seen_at = t if leg.since is None else jnp.where(active, leg.seen_at, leg.since)
+        leg = dataclasses.replace(leg, t=t, seen_at=seen_at, dt=jnp.where(active, leg.dt, self.harmless))
+        attempted = _with_inside(self.attempt(*self.inputs(before, leg)), note.inside)
+        sides = () if solve.anew is None else (leg.seen_at, solve.anew.unseen)
+        (current, past, influence, silent), _ = self.condition(before, leg.t, attempted, leaving(past, leg.t), *sides)
+        anew = None if solve.anew is None else Start(solve.anew.t, silent)
+        new = dataclasses.replace(solve, current=current, anew=anew, num_accepted_steps=solve.num_accepted_steps + 1)
+        return Move(new, past, influence, active, note)
 
     def inputs(self, before: State, leg: Leg) -> tuple[Any, ...]:
         """What the prediction of an attempt is a function of."""
@@ -209,79 +291,17 @@ class Stepper:
         seen_at, since = beside(t, -direction, self.stops), beside(t_now, direction, self.stops)
         return Leg(t, dt, seen_at, since, clipped, floor)
 
-    def measure(
-        self, solve: AdaptiveState, leg: Leg, attempted: Attempt
-    ) -> tuple[Float[Array, ""], Attempt, Bool[Array, "*batch"] | None]:
-        """The norm of an attempt's error, the attempt with what had to be looked at for it, and ``Start.unseen``."""
-        now, step, control = solve.current, self.step, self.control
-
-        def size(attempted):
-            return error_norm(control, self.layout, detach(now), detach(leg.dt), attempted)
-
-        def seen(_):
-            # Only lengths are decided from it: a derivative would be computed, and compiled, for nothing.
-            constraint, prior, args = detach((step.constraint, step.member(attempted.prior), step.args))
-            before, at, dt = detach((now.distribution, leg.seen_at, leg.dt))
-            if attempted.correction is not None:
-                defect = defect_inside(constraint, prior, before, at, dt, attempted, self.layout, args)
-                inside = defect_norm(control, self.layout, detach(now), dt, attempted, defect)
-                return jnp.maximum(size(attempted), inside), nothing
-            looked = with_defects(constraint, prior, before, at, dt, attempted, self.layout, args)
-            return size(looked), scale_inside(looked.innovation, looked.equation, self.layout)
-
-        nothing = jnp.zeros_like(attempted.innovation.scale)
-        if not control.error.needs_defects:
-            norm, inside = size(attempted), nothing
-        elif attempted.equation.whole or attempted.equation.gives is None:
-            norm, inside = seen(None)
-        else:
-            # Without a Jacobian evaluations are most of the cost: the residual inside is looked at only where the error
-            # is so small that the next step will be longer by half or more, and might skip over something.
-            blind = size(attempted)
-            quiet = blind < _LONGER ** -step.order_of_error(attempted)
-            norm, inside = lax.cond(quiet, seen, lambda _: (blind, nothing), None)
-        norm, inside = detach((norm, inside))
-        unseen = None if solve.anew is None else solve.anew.unseen
-        if now.is_spread:
-            ahead = step.ahead(now, leg.seen_at, attempted)
-            norm = jnp.maximum(norm, detach(spread_norm(control, self.layout, now, leg.dt, attempted, ahead)))
-            unseen = None if unseen is None else unseen & (ahead.scale == 0)
-        innovation = with_scale_inside(attempted.innovation, inside)
-        return norm, dataclasses.replace(attempted, innovation=innovation), unseen
-
-    def condition(
-        self,
-        before: State,
-        leg: Leg,
-        good: Bool[Array, ""],
-        attempted: Attempt,
-        unseen: Bool[Array, "*batch"] | None,
-        others: tuple[Array, Any, Any],
+    def taken(
+        self, leg: Leg, attempted: Attempt, silent: Any, influence: Any, before: State, past: Array, left: Any
     ) -> Taken:
         """An attempt that was accepted, conditioned on the equation; the state before it if that is of no use."""
-        past, left, influence = others
-        # Rejected lanes of a vmap come here too: they must differentiate at a point that is known to be fine.
-        t = jnp.where(good, leg.t, before.t)
-        seen_at = t if leg.since is None else jnp.where(good, leg.seen_at, leg.since)
-        at = dataclasses.replace(leg, seen_at=seen_at, dt=jnp.where(good, leg.dt, self.harmless))
-        values = jax.tree.map(lambda x: jnp.where(good, x, 0), attempted)
-        mean = jnp.where(good, attempted.mean, detach(before.distribution.mean))
-        known = _with_derivative(dataclasses.replace(values, mean=mean), self.attempt, self.inputs(before, at))
-
-        def conditioned(before, t, known, left, *sides):
-            stepped = self.step.accept(before, known, t, left, *sides)
-            likely: Array | bool = True
-            if self.control.refuses_unexplained:
-                moved = surprise(self.control, self.layout, *detach((before, known, stepped.influence)))
-                likely = moved <= _SURPRISE
-            effect = None if influence is None else stepped.influence
-            return stepped.state, ravel_pytree(stepped.past)[0], effect, likely
-
-        inputs = before, t, known, left, *(() if self.stops is None else (seen_at, unseen))
-        (*after, likely), fine = _with_verdict(eqx.filter_closure_convert(conditioned, *inputs), inputs)
-        likely = jnp.asarray(likely)
-        current, after_past, effect = choose(fine & likely, tuple(after), (before, past, influence))
-        return Taken(current, after_past, effect, fine, likely)
+        sides = () if silent is None else (leg.seen_at, silent)
+        after, likely = self.condition(before, leg.t, attempted, left, *sides)
+        # An attempt can be fine where what conditioning makes of it is not: a further evaluation of the equation may
+        # leave its domain, a covariance the range of floating-point numbers.
+        fine = is_usable(after[0])
+        new, past, influence, silent = choose(fine & likely, after, (before, past, influence, silent))
+        return Taken(new, past, influence, silent, fine, likely)
 
     def decide(
         self,
@@ -292,34 +312,31 @@ class Stepper:
         norm: Float[Array, ""],
         taken: Taken,
         attempted: Attempt,
-        unseen: Bool[Array, "*batch"] | None,
         proposal: tuple[Float[Array, ""], Any],
     ) -> tuple[AdaptiveState, Bool[Array, ""]]:
         """The solve after an attempt, with the length of the next one and a result where there is none; whether it was
         accepted."""
-        (proposed, memory), length = proposal, jnp.abs(detach(leg.dt))
+        (proposed, memory), length = proposal, jnp.abs(leg.dt)
         usable = taken.fine & taken.likely
         spoilt, good, finite = good & ~usable, good & usable, jnp.isfinite(norm) & taken.fine
-        proposed = trusted(self.step.caution(attempted) * proposed, length)
+        proposed = trusted(self.caution * proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
         kept = jnp.where(leg.clipped, jnp.maximum(proposed, solve.dt), proposed)
         # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.
         shorter = jnp.where(spoilt, length / 2, length - leg.floor / 2)
         proposed = jnp.where(good, kept, jnp.minimum(proposed, shorter))
         longest = self.control.controller.limits.longest.astype(length.dtype)
-        proposed = jnp.clip(lax.stop_gradient(proposed), leg.floor, longest)
+        proposed = jnp.clip(proposed, leg.floor, longest)
         # What was asked for, too: the length of the shortest step is rounded to one between two times.
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= leg.floor)
         failure = Result.where(taken.likely, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
-        tiny = good & ~tolerance_in_range(self.control, detach(self.layout.unpack(attempted.mean)[0]))
-        anew = None
-        if solve.anew is not None and unseen is not None:
-            anew = Start(solve.anew.t, jnp.where(good, unseen & attempted.innovation.is_zero, solve.anew.unseen))
+        tiny = good & ~tolerance_in_range(self.control, self.layout.unpack(attempted.mean)[0])
+        anew = None if solve.anew is None else Start(solve.anew.t, taken.silent)
         new = AdaptiveState(
             taken.current,
             proposed,
-            choose(active & usable, lax.stop_gradient(memory), solve.controller),
+            choose(active & usable, memory, solve.controller),
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
@@ -331,49 +348,52 @@ class Stepper:
         return new, good
 
 
-@eqx.filter_custom_jvp
-def _with_derivative(values, fn, inputs):
-    """``values``, known to be ``fn(*inputs)``, with the derivative of ``fn``: nothing is computed twice forwards."""
-    return values
+def _with_inside(attempted, inside):
+    innovation = with_scale_inside(attempted.innovation, inside)
+    return dataclasses.replace(attempted, innovation=innovation)
 
 
-@_with_derivative.def_jvp
-def _(primals, tangents):
-    values, fn, inputs = primals
-    _, t_fn, t_inputs = tangents
-    _, tangent = eqx.filter_jvp(lambda fn, inputs: fn(*inputs), (fn, inputs), (t_fn, t_inputs))
-    # Not `values` themselves: a second derivative has to see the first one.
-    return _with_derivative(values, fn, inputs), tangent
+def _measure(step, control, now, seen_at, dt, attempted):
+    """The norm of an attempt's error, and the scale of the residual inside where that was looked at."""
+    constraint, prior, args = step.constraint, step.member(attempted.prior), step.args
+    given = constraint, prior, now.distribution, seen_at, dt, attempted, step.layout, args
+
+    def size(attempted):
+        return error_norm(control, step.layout, now, dt, attempted)
+
+    def seen(_):
+        if attempted.correction is not None:
+            inside = defect_norm(control, step.layout, now, dt, attempted, defect_inside(*given))
+            return jnp.maximum(size(attempted), inside), nothing
+        looked = with_defects(*given)
+        return size(looked), scale_inside(looked.innovation, looked.equation, step.layout)
+
+    nothing = jnp.zeros_like(attempted.innovation.scale)
+    if not control.error.needs_defects:
+        norm, inside = size(attempted), nothing
+    elif attempted.equation.whole or attempted.equation.gives is None:
+        norm, inside = seen(None)
+    else:
+        # Without a Jacobian evaluations are most of the cost: the residual inside is looked at only where the error is
+        # so small that the next step will be longer by half or more, and might skip over something.
+        blind = size(attempted)
+        quiet = blind < _LONGER ** -step.order_of_error(attempted)
+        norm, inside = lax.cond(quiet, seen, lambda _: (blind, nothing), None)
+    if now.is_spread:
+        ahead = step.ahead(now, seen_at, attempted)
+        norm = jnp.maximum(norm, spread_norm(control, step.layout, now, dt, attempted, ahead))
+    return norm, inside
 
 
-@eqx.filter_custom_jvp
-def _with_verdict(fn, inputs):
-    """What conditioning returns, the state first, and whether this is finite: only then it has a derivative.
+def _condition(step, control, influence, before, t, attempted, left, *sides):
+    """What an accepted attempt leaves, its past as one flat array, and whether the scale explains the residual.
 
-    An attempt can be fine where what conditioning makes of it is not: a further evaluation of the equation may leave
-    its domain, a covariance the range of floating-point numbers.
+    ``influence``: whether that of the equation is kept; otherwise it would be carried for nothing.
     """
-    out = fn(*inputs)
-    return out, lax.stop_gradient(is_usable(out[0]))
-
-
-@_with_verdict.def_jvp
-def _(primals, tangents):
-    # Zero times NaN is NaN: what is not to count must neither come out of the derivative nor, backwards, go into it.
-    def is_none(x):
-        return x is None
-
-    moving = jax.tree.map(lambda t, x: None if t is None else x, tangents, primals, is_leaf=is_none)
-    still = jax.tree.map(lambda t, x: x if t is None else None, tangents, primals, is_leaf=is_none)
-
-    def run(moving):
-        fn, inputs = eqx.combine(moving, still)
-        return fn(*inputs)
-
-    out, derivative = jax.linearize(run, moving)
-    fine = lax.stop_gradient(is_usable(out[0]))
-
-    def where_fine(tree):
-        return jax.tree.map(lambda x: jnp.where(fine, x, 0) if eqx.is_inexact_array(x) else None, tree)
-
-    return (out, fine), (where_fine(derivative(where_fine(tangents))), None)
+    stepped = step.accept(before, attempted, t, left, *sides)
+    likely = jnp.array(True)
+    if control.refuses_unexplained:
+        moved = surprise(control, step.layout, *detach((before, attempted, stepped.influence)))
+        likely = moved <= _SURPRISE
+    after = stepped.state, ravel_pytree(stepped.past)[0], stepped.influence if influence else None, stepped.silent
+    return after, likely

@@ -1,4 +1,4 @@
-"""What cannot be differentiated in forward mode: an equation with a derivative for reverse mode alone, or a loop."""
+"""What cannot be differentiated in forward mode: an equation with a derivative for reverse mode alone."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +11,13 @@ from jaxtyping import PyTree
 
 from ..algebra.factorisations import Layout
 from ..equations.problems import AbstractProblem, flat_field, flat_residual
-from .loops import AbstractLoop
 
 
 @contextmanager
-def naming_what_has_none(problem: AbstractProblem, loop: AbstractLoop, layout: Layout, args: PyTree) -> Iterator[None]:
+def naming_what_has_none(problem: AbstractProblem, layout: Layout, args: PyTree) -> Iterator[None]:
     """A context in which JAX's error for forward mode through a ``custom_vjp`` is a ``TypeError`` that names a remedy.
 
-    The equation is tried first, then the loop, each alone; if neither has it the error stays as it is.
+    The equation is tried alone; if it has one the error stays as it is.
     """
     try:
         yield
@@ -34,12 +33,6 @@ def naming_what_has_none(problem: AbstractProblem, loop: AbstractLoop, layout: L
                 "operation has no rule for Taylor series. Define the derivative by jax.custom_jvp instead; or pass the "
                 "Jacobian, ODE(f, jacobian=lambda t, u, args: ...); or use TS0(ODE(f)), with "
                 "initialisation=Diffuse(1) if it is TaylorMode() that fails."
-            ) from error
-        if not _loop_has_one(loop):
-            raise TypeError(
-                f"{type(loop).__name__}() cannot be differentiated in forward mode (jax.jvp, jax.jacfwd, an "
-                "uncertain u0). "
-                "Use Solver(..., loop=BoundedLoop()) or ForwardLoop()."
             ) from error
         raise
 
@@ -58,13 +51,6 @@ def _equation_has_one(problem, layout, args):
         return flat(problem, layout, args)(jnp.zeros((), layout.dtype), us)
 
     return _has_derivative(value, (problem, zeros.astype(layout.dtype), args))
-
-
-def _loop_has_one(loop):
-    def run(x):
-        return loop.run(lambda c: c[0] < 1, lambda c: (c[0] + 1, c[1]), (x, x[None]), buffers=lambda c: c[1])
-
-    return _has_derivative(run, jnp.zeros(()))
 
 
 def _has_derivative(fn: Callable, x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The loop of an adaptive solve, and what it keeps: every step, or those that hold the times asked for.
+"""What an adaptive solve keeps: every step, or those that hold the times asked for.
 
 At the controller's stops, where the equation may jump, the state starts anew: such a time has two
 rows, the state before the jump and the one behind it.
@@ -6,6 +6,8 @@ rows, the state before the jump and the one behind it.
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,13 +18,53 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..algebra.coordinates import pad_noise, with_square_noise
 from ..estimation.strategies import AbstractStrategy
-from .adaptive import AdaptiveState, Stepper
+from .adaptive import AdaptiveState, Move, Stepper
 from .kept import Row
-from .loops import repeat
+from .passing import AbstractKeeping, Written, pass_all
+from .state import State
 from .step import Step
 from .step_sizes import Control
 from .stops import starting_anew
 from .times import Interval
+
+
+class _Steps(eqx.Module):
+    solve: AdaptiveState
+    stops: Int[Array, ""]  # how many starts anew there were
+
+
+class KeepingSteps(AbstractKeeping):
+    """Every accepted step is kept, and every state that has started anew."""
+
+    stepper: Stepper
+    number: int = eqx.field(static=True)
+    before: Int[Array, ""]
+    strategy: AbstractStrategy
+    no_past: Any
+    no_influence: Any
+    passing_stop: Any
+
+    def is_running(self, carry: _Steps) -> Bool[Array, ""]:
+        has_room = carry.solve.num_accepted_steps + carry.stops - self.before < self.number - 1
+        return self.stepper.running(carry.solve) & has_room
+
+    def attempt(self, carry: _Steps, take: Callable) -> tuple[_Steps, list[Written], Move]:
+        solve, stops = carry.solve, carry.stops
+        left = self.strategy.remember(solve.current.distribution)
+        flat_past, unpack_past = ravel_pytree(self.no_past)
+        move = take(solve, flat_past, lambda past, t: left, self.no_influence)
+        new = move.solve
+        row, _ = ravel_pytree(Row.of(new.current, unpack_past(move.past), move.influence))
+        written = [Written(row, new.num_accepted_steps + stops - self.before, move.accepted)]
+        if self.passing_stop is not None:
+            past = with_square_noise(self.strategy.remember(new.current.distribution))
+            new, past, anew = self.passing_stop(new, past, move.accepted)
+            if self.no_past is not None:
+                past = pad_noise(past, self.no_past.noise.shape[-2])
+            row, _ = ravel_pytree(Row.of(new.current, past, self.no_influence))
+            stops = stops + anew.astype(jnp.int32)
+            written.append(Written(row, new.num_accepted_steps + stops - self.before, anew))
+        return _Steps(new, stops), written, move
 
 
 def solve_keeping_steps(
@@ -42,57 +84,101 @@ def solve_keeping_steps(
     ``room`` for fewer rows (not in a solve with stops) the solve ends when these are full. Raises ``ValueError`` if the
     rows cannot have a place in memory.
     """
-    stepper, passing_stop = Stepper(step, control, solve, interval), starting_anew(step, control, solve, interval)
-    no_past, none = step.nothing(solve.current, strategy.remember(solve.current.distribution), influence=influence)
+    left = strategy.remember(solve.current.distribution)
+    no_past, none = step.nothing(solve.current, left, influence=influence)
     first, unpack = ravel_pytree(Row.of(solve.current, no_past, none))
-    before = solve.num_accepted_steps if room else 0
-    flat_past, unpack_past = ravel_pytree(no_past)
-
-    def attempt(solve, rows, number):
-        """The solve and the rows after one attempt, and whether the attempt was accepted."""
-        left = strategy.remember(solve.current.distribution)
-        new, past, effect, moved = stepper.advance(solve, flat_past, lambda past, t: left, none)
-        row, _ = ravel_pytree(Row.of(new.current, unpack_past(past), effect))
-        return new, rows.at[number(new)].set(row, pred=moved), moved
-
-    def body(solve, rows):
-        return attempt(solve, rows, lambda new: new.num_accepted_steps - before)[:2]
-
-    def body_with_stops(carry, rows):
-        assert passing_stop is not None
-        solve, stops = carry
-        new, rows, moved = attempt(solve, rows, lambda new: new.num_accepted_steps + stops)
-        new, past, anew = passing_stop(new, with_square_noise(strategy.remember(new.current.distribution)), moved)
-        if no_past is not None:
-            past = pad_noise(past, no_past.noise.shape[-2])
-        row, _ = ravel_pytree(Row.of(new.current, past, none))
-        stops = stops + anew.astype(jnp.int32)
-        return (new, stops), rows.at[new.num_accepted_steps + stops].set(row, pred=anew)
-
-    def start(number):
-        return jnp.zeros((number, first.size), first.dtype).at[0].set(first)
-
-    number, running = room or control.loop.max_steps + 1, stepper.running
+    number = room or control.loop.max_steps + 1
     _require_memory(number, first)
-    if passing_stop is None:
-        has_room = lambda solve: running(solve) & (solve.num_accepted_steps - before < number - 1)  # noqa: E731
-        solve, rows = repeat(control.loop, has_room if room else running, body, solve, start(number))
-        rows, reached = _repeat_last(rows, solve.num_accepted_steps - before)
-        return solve, jax.vmap(unpack)(rows), reached
-    number += control.controller.limits.stops.size
-    init = solve, jnp.zeros((), jnp.int32)
-    (solve, stops), rows = repeat(control.loop, lambda carry: running(carry[0]), body_with_stops, init, start(number))
-    rows, reached = _repeat_last(rows, solve.num_accepted_steps + stops)
+    jumps = control.stops(interval.t1.dtype) is not None
+    if jumps:
+        number += control.controller.limits.stops.size
+    keeping = KeepingSteps(
+        Stepper.of(step, control, solve, interval, left, none),
+        number,
+        solve.num_accepted_steps,
+        strategy,
+        no_past,
+        none,
+        starting_anew(step, control, solve, interval, with_square_noise(left)),
+    )
+    begun, rows = _Steps(solve, jnp.zeros((), jnp.int32)), jnp.zeros((number, first.size), first.dtype)
+    carry, rows = pass_all(keeping, begun, rows)
+    solve = carry.solve
+    rows, reached = _repeat_last(rows.at[0].set(first), solve.num_accepted_steps + carry.stops - keeping.before)
     rows = jax.vmap(unpack)(rows)
-    again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
-    return solve, dataclasses.replace(rows, anew=again), reached
+    if jumps:
+        again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
+        rows = dataclasses.replace(rows, anew=again)
+    return solve, rows, reached
 
 
-class _Passing(eqx.Module):
+class _Times(eqx.Module):
     solve: AdaptiveState
     past: Float[Array, " flat"]  # of the last state kept, in the coordinates of the current one
     passed: Int[Array, ""]  # how many of the times lie behind
     kept: Int[Array, ""]  # in how many steps
+
+
+class KeepingTimes(AbstractKeeping):
+    """The steps that hold a time are kept; what lies between them is marginalised as it is passed."""
+
+    stepper: Stepper
+    ahead: Float[Array, " times"]
+    strategy: AbstractStrategy
+    passing_stop: Any
+
+    def is_running(self, carry: _Times) -> Bool[Array, ""]:
+        return self.stepper.running(carry.solve)
+
+    def remember(self, state: State) -> tuple[Float[Array, " flat"], Callable]:
+        """The conditional of a state that has just been kept, as one flat array, and how it is put together again."""
+        return ravel_pytree(with_square_noise(self.strategy.remember(state.distribution)))
+
+    def start(self, solve: AdaptiveState) -> _Times:
+        """A solve before its first attempt."""
+        past, _ = self.remember(solve.current)
+        return _Times(solve, past, self.passed(solve.t), jnp.zeros((), jnp.int32))
+
+    def passed(self, t: Float[Array, ""]) -> Int[Array, ""]:
+        """How many times lie behind ``t``."""
+        t = self.stepper.interval.ahead(lax.stop_gradient(t))
+        return jnp.searchsorted(self.ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
+
+    def attempt(self, carry: _Times, take: Callable) -> tuple[_Times, list[Written], Move]:
+        solve, (_, unpack_past) = carry.solve, self.remember(carry.solve.current)
+
+        def passing(solve, past, moved):
+            solve, past, _ = self.passing_stop(solve, unpack_past(past), moved)
+            return solve, ravel_pytree(past)[0]
+
+        if self.ahead.size == 1:  # infinity alone
+            move = take(solve, carry.past, lambda past, t: unpack_past(past))
+            new, past = move.solve, move.past
+            if self.passing_stop is not None:
+                new, past = passing(new, past, move.accepted)
+            return dataclasses.replace(carry, solve=new, past=past), [], move
+
+        def leaving(past, t):
+            holds = self.ahead[carry.passed] <= self.stepper.interval.ahead(lax.stop_gradient(t))
+            return unpack_past(jnp.where(holds, self.remember(solve.current)[0], past))
+
+        def row_with(state, past):
+            return Row.of(state, unpack_past(past))
+
+        move = take(solve, carry.past, leaving)
+        new, past = move.solve, move.past
+        behind = self.passed(new.t)
+        keep = behind > carry.passed
+        # One flat row: the price of an iteration is that of its instructions.
+        kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
+        past = jnp.where(keep, self.remember(new.current)[0], past)
+        if self.passing_stop is not None:
+            new, past = passing(new, past, move.accepted)
+            kept.append(row_with(new.current, past))
+            past = jnp.where(keep, self.remember(new.current)[0], past)
+        row, _ = ravel_pytree(tuple(kept))
+        after = _Times(new, past, behind, carry.kept + keep.astype(jnp.int32))
+        return after, [Written(row, carry.kept, keep)], move
 
 
 def solve_keeping_times(
@@ -109,60 +195,21 @@ def solve_keeping_times(
     are two rows for every step that may hold a time, and two more; those not reached, as the flags say, repeat the last
     one. In a solve with stops a step that is kept has a third row, with which the next one starts.
     """
-    stepper, passing_stop = Stepper(step, control, solve, interval), starting_anew(step, control, solve, interval)
-    width = 2 if passing_stop is None else 3
-
-    def remember(state):
-        return ravel_pytree(with_square_noise(strategy.remember(state.distribution)))
+    past = with_square_noise(strategy.remember(solve.current.distribution))
+    start, unpack_past = ravel_pytree(past)
 
     def row_with(state, past):
         return Row.of(state, unpack_past(past))
 
-    start, unpack_past = remember(solve.current)
     at_start = row_with(solve.current, start)
     first, unpack = ravel_pytree(at_start)
-    ahead = jnp.append(interval.ahead(lax.stop_gradient(ts)), jnp.inf)
-
-    def passing(solve, past, moved):
-        assert passing_stop is not None
-        solve, past, _ = passing_stop(solve, unpack_past(past), moved)
-        return solve, ravel_pytree(past)[0]
-
-    def passed(t):
-        t = interval.ahead(lax.stop_gradient(t))
-        return jnp.searchsorted(ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
-
-    def body(carry, rows):
-        solve = carry.solve
-        if ts.size == 0:
-            new, past, _, moved = stepper.advance(solve, carry.past, lambda past, t: unpack_past(past))
-            if passing_stop is not None:
-                new, past = passing(new, past, moved)
-            return _Passing(new, past, carry.passed, carry.kept), rows
-
-        def leaving(past, t):
-            holds = ahead[carry.passed] <= interval.ahead(lax.stop_gradient(t))
-            return unpack_past(jnp.where(holds, remember(solve.current)[0], past))
-
-        new, past, _, moved = stepper.advance(solve, carry.past, leaving)
-        behind = passed(new.t)
-        keep = behind > carry.passed
-        # One flat row: the price of an iteration is that of its instructions.
-        kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
-        past = jnp.where(keep, remember(new.current)[0], past)
-        if passing_stop is not None:
-            new, past = passing(new, past, moved)
-            kept.append(row_with(new.current, past))
-            past = jnp.where(keep, remember(new.current)[0], past)
-        row, _ = ravel_pytree(tuple(kept))
-        rows = rows.at[carry.kept].set(row.reshape(width, -1), pred=keep)
-        return _Passing(new, past, behind, carry.kept + keep.astype(jnp.int32)), rows
-
-    init = _Passing(solve, start, passed(solve.t), jnp.zeros((), jnp.int32))
+    passing_stop = starting_anew(step, control, solve, interval, past)
     # No more steps than these can hold a time.
-    number = min(ts.size, control.loop.max_steps)
-    rows = jnp.zeros((number, width, first.size), first.dtype)
-    carry, rows = repeat(control.loop, lambda carry: stepper.running(carry.solve), body, init, rows)
+    number, width = min(ts.size, control.loop.max_steps), 2 if passing_stop is None else 3
+    ahead = jnp.append(interval.ahead(lax.stop_gradient(ts)), jnp.inf)
+    stepper = Stepper.of(step, control, solve, interval, past)
+    keeping = KeepingTimes(stepper, ahead, strategy, passing_stop)
+    carry, rows = pass_all(keeping, keeping.start(solve), jnp.zeros((number, width * first.size), first.dtype))
     solve = carry.solve
     if ts.size == 0:
         # As they are: XLA hands larger arrays, such as all of this in one, to other threads, which costs 30 us.

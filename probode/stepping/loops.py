@@ -1,6 +1,6 @@
-"""Loops: how the steps of an adaptive solve are repeated, which decides what can be differentiated.
+"""Loops: how the attempts of an adaptive solve are repeated, and how many states a derivative of it may keep.
 
-All are ``equinox.internal.while_loop``; bounded differentiates both ways, checkpointed in reverse, lax forward.
+All are ``equinox.internal.while_loop``, of the kinds ``bounded``, ``checkpointed`` and ``lax``.
 """
 
 from abc import abstractmethod
@@ -11,7 +11,7 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ..util.checks import as_integer
 
@@ -27,11 +27,20 @@ def _checkpoints(value):
 class AbstractLoop(eqx.Module):
     """Repeats a body while a condition holds. ``max_steps`` counts attempted steps, rejected ones included.
 
+    The loop itself is not differentiated: the accepted steps are taken once more for a derivative. A subclass may set
+    ``reverse = False``, for no derivative in reverse mode; ``checkpoints``, how many states are kept for one, by
+    default a number near the square root of ``max_steps``; and ``notes_steps = False``: then the lengths of the
+    steps, two numbers for each, are not kept as well, but found again.
+
     >>> import probode
     >>> probode.testing.check_loop(probode.ForwardLoop(100))  # or a subclass of your own
     """
 
     max_steps: eqx.AbstractVar[int]
+
+    reverse = True
+    checkpoints = None
+    notes_steps = True
 
     @abstractmethod
     def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
@@ -56,8 +65,11 @@ class BoundedLoop(AbstractLoop):
 
 
 class CheckpointedLoop(AbstractLoop):
-    """Reverse mode only, with memory for ``checkpoints`` states (about ``sqrt(2 max_steps)`` by default); no overhead
-    when nothing is differentiated. For long solves. Raises ``ValueError`` for numbers that are not positive integers.
+    """Differentiable forwards and backwards, with no overhead when nothing is differentiated; for long solves.
+
+    A gradient keeps ``checkpoints`` states (about ``sqrt(max_steps)`` by default) and as many as there are steps
+    between two of them. It keeps nothing for every single step, and looks for the steps twice. Raises ``ValueError``
+    for numbers that are not positive integers.
 
     >>> import probode
     >>> probode.CheckpointedLoop(max_steps=10_000, checkpoints=50)
@@ -65,7 +77,8 @@ class CheckpointedLoop(AbstractLoop):
     """
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("CheckpointedLoop"))
-    checkpoints: int | None = eqx.field(static=True, default=None, converter=_checkpoints)
+    notes_steps = False
+    checkpoints: int | None = eqx.field(static=True, default=None, converter=_checkpoints)  # type: ignore[assignment]
 
     def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
         return eqxi.while_loop(
@@ -81,7 +94,7 @@ class CheckpointedLoop(AbstractLoop):
 
 class ForwardLoop(AbstractLoop):
     """A plain ``jax.lax.while_loop``: forward mode only. Raises ``ValueError`` unless ``max_steps`` is a positive
-    integer; reverse-mode differentiation through it is a ``RuntimeError``.
+    integer; reverse-mode differentiation of a solve with it is a ``RuntimeError``.
 
     >>> import probode
     >>> probode.ForwardLoop(max_steps=100_000).max_steps
@@ -90,16 +103,13 @@ class ForwardLoop(AbstractLoop):
 
     max_steps: int = eqx.field(static=True, default=4096, converter=_steps("ForwardLoop"))
 
+    reverse = False
+
     def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
-        final = eqxi.while_loop(cond, body, init, max_steps=self.max_steps, buffers=buffers, kind="lax")
-        message = (
-            "ForwardLoop() cannot be differentiated in reverse mode (jax.grad, jax.vjp). "
-            "Use Solver(..., loop=BoundedLoop()) or CheckpointedLoop()."
-        )
-        return eqxi.nondifferentiable_backward(final, msg=message, symbolic=True)
+        return eqxi.while_loop(cond, body, init, max_steps=self.max_steps, buffers=buffers, kind="lax")
 
 
-def repeat(loop: AbstractLoop, cond: Callable, body: Callable, init: PyTree, rows: Array) -> tuple[PyTree, Array]:
+def repeat(loop: AbstractLoop, cond: Callable, body: Callable, init: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
     """``body(carry, rows)`` while ``cond(carry)``, where ``rows`` are only written to: the last of both."""
     # Every array that a loop carries is an operation of its own to XLA on CPUs, and where ten of them are ready at once
     # it wakes another thread, which takes longer than a step: up to half of the time, where loops are not native.
@@ -110,7 +120,9 @@ def repeat(loop: AbstractLoop, cond: Callable, body: Callable, init: PyTree, row
         return pack(new), rows
 
     carry = pack(init), rows
-    carry, rows = loop.run(lambda carry: cond(unpack(carry[0])), packed, carry, buffers=lambda carry: carry[1])
+    carry, rows = loop.run(
+        lambda carry: cond(unpack(carry[0])), packed, carry, buffers=lambda carry: jax.tree.leaves(carry[1])
+    )
     return unpack(carry), rows
 
 

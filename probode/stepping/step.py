@@ -42,11 +42,15 @@ _CAUTION = 0.95
 
 
 class Stepped(eqx.Module):
-    """What a step leaves: the state after it, an earlier one given that, and how the equation has moved the state."""
+    """What a step leaves: the state after it, an earlier one given that, and how the equation has moved the state.
+
+    ``silent``: whether all residuals since the last restart at a jump are zero; ``None`` in a solve without jumps.
+    """
 
     state: State
     past: Conditional | None
     influence: Influence
+    silent: Bool[Array, "*batch"] | None = None
 
 
 class Step(eqx.Module):
@@ -190,8 +194,9 @@ class Step(eqx.Module):
             update, equation, move = self._condition(before, at, attempted, scale, past)
         else:
             update, equation, move = attempted.update, attempted.equation, jnp.zeros_like(before.last_move)
-        if anew is not None:
-            update = _unless_silent(update, anew & innovation.is_zero, before, attempted, past)
+        silent = None if anew is None else anew & innovation.is_zero
+        if silent is not None:
+            update = _unless_silent(update, silent, before, attempted, past)
         influence, output_scale = update.influence, scale / innovation.unit
         counts = informative(equation, attempted.mean)
         statistics = self.calibration.update(before.statistics, output_scale, influence.whitened, counts)
@@ -216,7 +221,7 @@ class Step(eqx.Module):
             spread,
         )
         weight = influence.weight * counts.astype(influence.weight.dtype)
-        return Stepped(state, past, dataclasses.replace(influence, weight=weight))
+        return Stepped(state, past, dataclasses.replace(influence, weight=weight), silent)
 
     def fixed(self, before: State, t: Float[Array, ""], past: Conditional | None = None) -> Stepped:
         """One step to the time ``t`` without error control; shorter than round-off it only predicts."""

@@ -1,12 +1,13 @@
 """What happens at a stop, a time at which the equation jumps, in an adaptive solve: the state starts anew."""
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from ..algebra.linalg import choose, detach, is_finite
+from ..algebra.coordinates import Conditional
+from ..algebra.linalg import choose, detach, is_finite, traced_once
 from ..algebra.normal import Normal
 from .adaptive import AdaptiveState, Start
 from .restarts import start_anew
@@ -16,11 +17,14 @@ from .step_sizes import Control, bounded_step, first_step
 from .times import Interval, beside, is_jump
 
 
-def starting_anew(step: Step, control: Control, solve: AdaptiveState, interval: Interval) -> Callable | None:
+def starting_anew(
+    step: Step, control: Control, solve: AdaptiveState, interval: Interval, past: Conditional | None
+) -> Any:
     """A function to call after each attempt, which starts the state anew at stops; ``None`` in a solve without any.
 
     ``fn(solve, past, moved)`` returns the solve, the past given its state, and whether it has started anew: if it has
-    ``moved``, to a stop before the end of the interval. Otherwise solve and past come back as they were.
+    ``moved``, to a stop before the end of the interval. Otherwise solve and past come back as they were. It was traced
+    once, for a ``past`` of these shapes, with what users' functions close over among its inputs.
     """
     dtype, begun, direction = interval.t1.dtype, solve, interval.direction
     stops = control.stops(dtype)
@@ -72,4 +76,4 @@ def starting_anew(step: Step, control: Control, solve: AdaptiveState, interval: 
         )
         return new, past, anew
 
-    return pass_stop
+    return traced_once(pass_stop, solve, past, jnp.zeros((), bool))

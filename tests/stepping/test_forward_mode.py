@@ -44,12 +44,6 @@ def test_the_equation_is_named():
         residual.solve(1.0, 0.0, 1.0)
 
 
-def test_the_loop_is_named_where_the_equation_is_fine():
-    plain = po.TS1(po.ODE(lambda t, u, args: -u))
-    with pytest.raises(TypeError, match=r"CheckpointedLoop\(\) cannot be differentiated in forward mode"):
-        jax.jvp(lambda u: solver(plain, loop=po.CheckpointedLoop(64)).solve(u, 0.0, 1.0).mean, (1.0,), (1.0,))
-
-
 def test_the_remedies_work():
     """Taylor mode takes such functions as they are; a derivative in reverse mode is theirs."""
     given = po.TS1(po.ODE(field, jacobian=lambda t, u, args: jnp.array([[-1.0]])))

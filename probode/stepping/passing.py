@@ -1,0 +1,238 @@
+"""The loop of an adaptive solve, and its derivative: that of the accepted steps, frozen, each taken once more.
+
+The loop looks for steps, and is not differentiated. It notes how long the accepted ones are, and keeps the state before
+every so many of them, where a block begins. The derivative goes from block to block: it takes the steps of a block
+again from the state that was kept, and pushes a tangent through each, or pulls a cotangent back. So there is one step
+to differentiate, and to compile, without search, decisions and rejected attempts; and memory is needed for the states
+that were kept and for those of one block.
+"""
+
+import dataclasses
+import functools as ft
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..algebra.linalg import choose, detach
+from .adaptive import Move, Note, Stepper
+from .loops import AbstractLoop, repeat
+
+
+class Written(eqx.Module):
+    """A row to be kept, its place among the rows, and whether it is to be kept at all."""
+
+    row: Float[Array, " flat"]
+    place: Int[Array, ""]
+    real: Bool[Array, ""]
+
+
+class AbstractKeeping(eqx.Module):
+    """What an adaptive solve keeps of the states that it passes: rows, which are only written.
+
+    A subclass says what goes from attempt to attempt, the carry, whose field ``solve`` is the ``AdaptiveState``.
+    """
+
+    stepper: eqx.AbstractVar[Stepper]
+
+    @abstractmethod
+    def is_running(self, carry: Any) -> Bool[Array, ""]:
+        """Whether the solve goes on."""
+
+    @abstractmethod
+    def attempt(self, carry: Any, take: Callable[..., Move]) -> tuple[Any, list[Written], Move]:
+        """The carry after an attempt, the rows that it writes, and the attempt itself.
+
+        ``take(solve, past, leaving, influence)``: makes the attempt, as ``Stepper.advance`` or ``Stepper.repeat``.
+        """
+
+
+class Blocks(eqx.Module):
+    """How the accepted steps of a solve are divided: ``number`` blocks of ``length`` steps.
+
+    ``noted``: whether there are notes on all steps; otherwise they are found again, block by block.
+    """
+
+    number: int = eqx.field(static=True)
+    length: int = eqx.field(static=True)
+    noted: bool = eqx.field(static=True)
+
+    @staticmethod
+    def of(loop: AbstractLoop) -> "Blocks":
+        """As many blocks as the loop has checkpoints; by default so that the states of all blocks, and those in one,
+        are about as many."""
+        number = math.ceil(math.sqrt(loop.max_steps)) if loop.checkpoints is None else loop.checkpoints
+        number = min(number, loop.max_steps)
+        return Blocks(number, math.ceil(loop.max_steps / number), loop.notes_steps)
+
+
+class Record(eqx.Module):
+    """What is known of the accepted steps: the carry before each block, notes on the steps, and their number.
+
+    As a tangent it has no number.
+    """
+
+    starts: PyTree
+    notes: Note | None
+    number: Int[Array, ""] | None
+
+
+def pass_all(keeping: AbstractKeeping, carry: Any, rows: Float[Array, "rows flat"]) -> tuple[Any, Array]:
+    """The carry and the rows at the end of a solve, from those at its start."""
+    ended = _pass(keeping, carry, rows, None)[:2]
+    loop = keeping.stepper.control.loop
+    if loop.reverse:
+        return ended
+    message = (
+        f"{type(loop).__name__}() cannot be differentiated in reverse mode (jax.grad, jax.vjp). "
+        "Use Solver(..., loop=BoundedLoop()) or CheckpointedLoop()."
+    )
+    return eqxi.nondifferentiable_backward(ended, msg=message, symbolic=True)
+
+
+def _search(keeping, carry, rows, blocks, limit=None):
+    """The carry and the rows at the end of a solve, or after ``limit`` steps; and the record, divided in ``blocks``.
+
+    ``None`` instead of blocks: no record.
+    """
+    loop, before = keeping.stepper.control.loop, carry.solve.num_accepted_steps
+
+    def running(carry):
+        here = True if limit is None else carry.solve.num_accepted_steps - before < limit
+        return keeping.is_running(carry) & here
+
+    def put(into, values, place, real):
+        return [x.at[place].set(value, pred=real) for x, value in zip(into, jax.tree.leaves(values), strict=True)]
+
+    def body(carry, kept):
+        rows, starts, notes = kept
+        new, written, move = keeping.attempt(carry, keeping.stepper.advance)
+        for row in written:
+            rows = rows.at[row.place].set(row.row, pred=row.real)
+        if starts is not None:
+            block, i = jnp.divmod(carry.solve.num_accepted_steps - before, blocks.length)
+            starts = put(starts, carry, block, move.accepted & (i == 0))
+            notes = put(notes, move.note, (block, i), move.accepted) if blocks.noted else notes
+        return new, (rows, starts, notes)
+
+    if blocks is None:
+        carry, (rows, *_) = repeat(loop, running, body, carry, (rows, None, None))
+        return carry, rows, None
+    # Blocks that are not reached begin with a state that can be differentiated, too, in other lanes of a vmap.
+    starts = jax.tree.map(lambda x: jnp.broadcast_to(x, (blocks.number, *x.shape)), carry)
+    notes = Note(carry.solve.dt, jnp.zeros_like(carry.solve.current.output_scale)) if blocks.noted else None
+    notes = jax.tree.map(lambda x: jnp.zeros((blocks.number, blocks.length, *x.shape), x.dtype), notes)
+    kept = rows, jax.tree.leaves(starts), jax.tree.leaves(notes)
+    carry, (rows, *leaves) = repeat(loop, running, body, carry, kept)
+    starts, notes = (jax.tree.unflatten(jax.tree.structure(t), x) for t, x in zip((starts, notes), leaves, strict=True))
+    return carry, rows, Record(starts, notes, carry.solve.num_accepted_steps - before)
+
+
+@eqx.filter_custom_jvp
+def _pass(keeping, carry, rows, blocks):
+    return _search(keeping, carry, rows, blocks)
+
+
+@_pass.def_jvp
+def _(primals, tangents):
+    keeping, carry, rows, blocks = primals
+    parts = Blocks.of(keeping.stepper.control.loop) if blocks is None else blocks
+    ended = _pass(keeping, carry, rows, parts)
+    t_carry, t_rows, t_starts = _push(keeping, carry, rows, ended[2], parts, tangents)
+    if blocks is None:
+        return (*ended[:2], None), (t_carry, t_rows, None)
+    # The derivative of a derivative goes through the states from which that begins.
+    t_notes = jax.tree.map(lambda _: None, ended[2].notes)
+    return ended, (t_carry, t_rows, Record(t_starts, t_notes, None))
+
+
+def _push(keeping, carry, rows, record, blocks, tangents):
+    """The tangents of the carry and the rows at the end of a solve, and those of the carries before all blocks."""
+    t_keeping, t_carry, t_rows, _ = tangents
+    moving, _ = eqx.partition(carry, eqx.is_inexact_array)
+    t_begun = _with_zeros(t_carry, moving)
+    # Where no step was accepted, as in a lane that has failed at its start, derivatives may be NaN: zero times NaN is
+    # NaN, so they are kept from what goes in as well as from what comes out.
+    some = record.number > 0
+    t_keeping, t_moving = jax.tree.map(lambda t: jnp.where(some, t, 0), (t_keeping, t_begun))
+    # One more row, for what is not to be kept.
+    t_rows = jnp.pad(_with_zeros(t_rows, rows), ((0, 1), (0, 0)))
+
+    def retake(keeping, moving, still, note, active):
+        """The carry after a step that is taken once more, the rows that it writes, and their places."""
+        before = eqx.combine(moving, still)
+        new, written, _ = keeping.attempt(before, ft.partial(keeping.stepper.repeat, note, active))
+        # What only the search needs goes on as it is, so that nothing is computed for it.
+        solve = dataclasses.replace(new.solve, dt=before.solve.dt, controller=before.solve.controller)
+        moving, still = eqx.partition(dataclasses.replace(new, solve=solve), eqx.is_inexact_array)
+        places = [jnp.where(w.real & active, w.place, rows.shape[0]) for w in written]
+        return moving, [w.row for w in written], still, places
+
+    @_computed_again
+    def step(moving, still, t_moving, t_rows, note, active):
+        """The carry after a step, and the tangents."""
+        along = lambda keeping, moving: retake(keeping, moving, still, note, active)  # noqa: E731
+        (new, _, new_still, places), (t_new, t_written, *_) = eqx.filter_jvp(
+            along, (keeping, moving), (t_keeping, t_moving)
+        )
+        for place, t_row in zip(places, t_written, strict=True):
+            t_rows = t_rows.at[place].set(t_row)
+        new, old = (new, new_still, _with_zeros(t_new, new)), (moving, still, t_moving)
+        return *choose(active, new, old), t_rows
+
+    @_computed_again
+    def block(t_moving, t_rows, first, start, notes):
+        """The tangents after the steps of a block, of which the ``first`` one goes from ``start``."""
+        notes = _notes(keeping, start, rows, blocks.length) if notes is None else notes
+
+        # Also around the branch: otherwise what it takes from outside would be kept for every step.
+        @_computed_again
+        def step_if_any(state, x):
+            i, note = x
+            active = i < record.number
+            wait = lambda *args: args[:4]  # noqa: E731
+            return lax.cond(eqxi.unvmap_any(active), step, wait, *state, note, active), None
+
+        state = *eqx.partition(start, eqx.is_inexact_array), t_moving, t_rows
+        state, _ = lax.scan(step_if_any, state, (first + jnp.arange(blocks.length), notes))
+        return state[2:]
+
+    @_computed_again
+    def block_if_any(state, x):
+        wait = lambda *args: args[:2]  # noqa: E731
+        return lax.cond(eqxi.unvmap_any(x[0] < record.number), block, wait, *state, *x), state[0]
+
+    parts = jnp.arange(blocks.number) * blocks.length, record.starts, record.notes
+    (t_moving, t_rows), t_starts = lax.scan(block_if_any, (t_moving, t_rows), parts)
+    return choose(some, t_moving, t_begun), t_rows[:-1], t_starts
+
+
+def _computed_again(fn):
+    """A function of which nothing but its inputs is kept for a derivative in reverse mode."""
+    return jax.checkpoint(fn, prevent_cse=False)
+
+
+def _notes(keeping, start, rows, number):
+    """Notes on the next steps from a carry, found once more."""
+    # Whom progress is told has seen these steps.
+    control = dataclasses.replace(keeping.stepper.control, progress=None)
+    silent = eqx.tree_at(lambda keeping: keeping.stepper.control, keeping, control)
+    silent, start, rows = detach((silent, start, rows))
+    _, _, record = _search(silent, start, rows, Blocks(1, number, noted=True), number)
+    return jax.tree.map(lambda x: x[0], record.notes)
+
+
+def _with_zeros(tangent, primal):
+    """Tangents of all numbers of a tree that can be differentiated; ``None`` stands for zeros."""
+
+    def fill(t, x):
+        return None if x is None else (jnp.zeros_like(x) if t is None else t)
+
+    return jax.tree.map(fill, tangent, primal, is_leaf=lambda x: x is None)
