@@ -107,7 +107,7 @@ def join(
         upper, dense = _beside(jnp.zeros((m + dim, m + dim), noise.dtype), beside(x.factor), past, beside(noise))
         if equation.noise is not None:
             upper, dense = _beside(upper, dense, None, equation.noise)
-        return Joint(*eliminate(upper, dense), inverse)
+        return Joint(*eliminate(upper, dense, in_every_step=True), inverse)
 
     k = p - m
     mix, carried = (_mixture(equation, noise), p) if equation.is_coupled else (None, 0)
@@ -122,7 +122,7 @@ def join(
     # dense in the columns of z, and would break the triangle.
     upper = jnp.concatenate([changed[k:p], jnp.zeros((k, dim + carried), noise.dtype), changed[p:]])
     upper, dense = _beside(upper, change_columns(x.factor), past, changed[:k])
-    triangle, left = eliminate(upper, dense)
+    triangle, left = eliminate(upper, dense, in_every_step=True)
     return Joint(triangle, left[:, carried:], None, carried)
 
 

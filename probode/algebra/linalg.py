@@ -25,8 +25,9 @@ T = TypeVar("T")
 # Above this many columns LAPACK's blocked QR is faster than the column-by-column elimination (measured, see
 # benchmarks).
 _LAPACK_COLUMNS = 90
-# The elimination of a triangle of at most so many entries is unrolled: faster than a loop, and still quick to compile.
-_UNROLLED_ENTRIES = 100
+# The elimination of a triangle of at most so many entries is unrolled: in the one of every step by a filter, which has
+# the larger limit, this is a fifth of its time. It takes several times as long to compile as a loop.
+_UNROLLED_ENTRIES, _UNROLLED_IN_EVERY_STEP = 36, 100
 # Larger triangles are eliminated by loops over panels of at most so many columns.
 _PANEL = 24
 # Rows of at least this length, and at most so many of them, are summed by unrolled vector operations.
@@ -168,7 +169,7 @@ def triangularise(upper: Float[Array, "dim dim"] | None, dense: Float[Array, "ro
 
 
 def eliminate(
-    upper: Float[Array, "n width"], dense: Float[Array, "rows width"]
+    upper: Float[Array, "n width"], dense: Float[Array, "rows width"], *, in_every_step: bool = False
 ) -> tuple[Float[Array, "n width"], Float[Array, "rows_left extra"]]:
     """The stack ``[upper; dense]`` with its first ``n`` columns made upper triangular by an orthogonal map of the rows.
 
@@ -176,17 +177,19 @@ def eliminate(
     triangle, and the other rows in the ``extra = width - n`` columns behind it (before it they are zero). Columns are
     eliminated one by one with a reflection that maps ``(s, b)`` to ``(r, 0)``, where ``s = |upper_jj|``, ``b`` is the
     column of ``dense`` and ``r = sqrt(s^2 + b.b)``; it needs no choice of sign, hence no branch. A column with
-    ``r = 0`` is zero and stays, with derivative zero. Large triangles are left to LAPACK.
+    ``r = 0`` is zero and stays, with derivative zero. Large triangles are left to LAPACK. ``in_every_step``: whether
+    speed counts more than the time to compile.
     """
+    most = _UNROLLED_IN_EVERY_STEP if in_every_step else _UNROLLED_ENTRIES
     sign = jnp.where(jnp.diagonal(upper) < 0, -1, 1).astype(upper.dtype)
     upper = upper * sign[:, None]
     if jnp.finfo(upper.dtype).bits < 64:
         # Squares of entries below 1e-19 underflow in float32; scaling columns commutes with the elimination.
         size = jnp.maximum(jnp.max(jnp.abs(upper), axis=0), jnp.max(jnp.abs(dense), axis=0, initial=0))
         size = lax.stop_gradient(jnp.where((size > 0) & jnp.isfinite(size), size, 1))
-        triangle, left = _eliminate(upper / size[None], dense / size[None])
+        triangle, left = _eliminate(upper / size[None], dense / size[None], most)
         return triangle * size[None], left * size[None, upper.shape[0] :]
-    return _eliminate(upper, dense)
+    return _eliminate(upper, dense, most)
 
 
 def is_written_out(n: int) -> bool:
@@ -194,11 +197,11 @@ def is_written_out(n: int) -> bool:
     return n**2 <= _UNROLLED_ENTRIES
 
 
-def _eliminate(upper, dense):
+def _eliminate(upper, dense, most):
     n = upper.shape[0]
     if n > _LAPACK_COLUMNS:
         return _lapack(upper, dense)
-    if upper.size <= _UNROLLED_ENTRIES:
+    if upper.size <= most:
         return _written_out(upper, dense)
     # In one loop over all columns every iteration would work on the whole width; each panel is narrower than the last.
     panels = []
@@ -286,7 +289,8 @@ def _project(u, bb):
 def _eliminate_one(dense, x):
     j, t = x
     b = dense[:, j]
-    u = b @ dense
+    # No matrix product: XLA would not compile its derivative along several directions into a native loop.
+    u = product(b[None], dense)[0]
     row, g = _reflect(t, t[j], u, u[j])
     return dense - b[:, None] * g[None], row
 
