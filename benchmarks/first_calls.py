@@ -42,6 +42,16 @@ def _end(birth, method="EK1"):
     return jnp.sum(po.solve_ivp(_field, SPAN, jnp.asarray(U0), args=rates, method=method).mean)
 
 
+def _smoothed(birth):
+    import probode as po
+
+    rates = jnp.asarray(RATES).at[0].set(birth)
+    solved = po.solve_ivp(
+        _field, SPAN, jnp.asarray(U0), args=rates, dense_output=True, num_derivatives=5, max_steps=256
+    )
+    return jnp.sum(solved.mean)
+
+
 def _likelihood(birth):
     import probode as po
 
@@ -65,13 +75,13 @@ def _uncertain():
     return po.solve_ivp(_field, SPAN, start, args=jnp.asarray(RATES))
 
 
-def _tsit5(differentiate):
+def _diffrax(name, differentiate=False):
     import diffrax
 
     def end(birth):
         rates = jnp.asarray(RATES).at[0].set(birth)
         controller = diffrax.PIDController(rtol=1e-3, atol=1e-6)
-        term, method = diffrax.ODETerm(_field), diffrax.Tsit5()
+        term, method = diffrax.ODETerm(_field), getattr(diffrax, name)()
         parts = {"args": rates, "stepsize_controller": controller}
         return jnp.sum(diffrax.diffeqsolve(term, method, *SPAN, None, jnp.asarray(U0), **parts).ys)
 
@@ -89,11 +99,14 @@ CASES = {
     "EK1, uncertain start": _uncertain,
     "init and step": _step,
     "EK1, value and gradient": lambda: jax.value_and_grad(_end)(0.5),
+    "EK1, smoothed, Hessian": lambda: jax.hessian(_smoothed)(0.5),
     "EK0, value and gradient": lambda: jax.value_and_grad(lambda birth: _end(birth, "EK0"))(0.5),
     "Taylor, value and gradient": lambda: jax.value_and_grad(lambda birth: _end(birth, "Taylor"))(0.5),
     "Fenrir's likelihood, value and gradient": lambda: jax.value_and_grad(_likelihood)(0.5),
-    "diffrax Tsit5, end": lambda: _tsit5(False),
-    "diffrax Tsit5, value and gradient": lambda: _tsit5(True),
+    "diffrax Tsit5, end": lambda: _diffrax("Tsit5"),
+    "diffrax Tsit5, value and gradient": lambda: _diffrax("Tsit5", differentiate=True),
+    "diffrax Kvaerno5, end": lambda: _diffrax("Kvaerno5"),
+    "diffrax Kvaerno5, value and gradient": lambda: _diffrax("Kvaerno5", differentiate=True),
 }
 
 

@@ -381,7 +381,8 @@ def test_products_of_matrices_have_the_precision_of_their_numbers(constraint):
 
     def solve(u0):
         solution = solver.solve(u0, 0.0, 1.0, save_at=po.SaveAt(t1=True, dense=True), throw=False)
-        return solution.evaluate(0.5).std, solution.sample(jax.random.key(0), (3,))
+        on_a_grid = solver.solve_grid(u0, np.linspace(0.0, 1.0, 3, dtype=np.float32)).std
+        return solution.evaluate(0.5).std, solution.sample(jax.random.key(0), (3,)), on_a_grid
 
     def precisions():
         program = jax.make_jaxpr(jax.vmap(jax.jacrev(solve)))(jnp.ones((2, 20), jnp.float32))

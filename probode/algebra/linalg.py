@@ -7,7 +7,8 @@ exact initial value, the derivative zero; so JAX differentiates it as it stands.
 
 import functools as ft
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
@@ -84,18 +85,25 @@ def is_finite(tree: PyTree) -> Bool[Array, ""]:
     return ft.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in numbers], jnp.array(True))
 
 
-def compiled(fn: Callable[P, T]) -> Callable[P, T]:
-    """``equinox.filter_jit(fn)``, with all matrix products in the full precision of their numbers.
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """A context, or a decorator, in which matrix products have the full precision of their numbers.
 
     GPUs and TPUs round the factors of a product to ten bits or less by default. In the vector field of a linear
     equation these errors exceed the tolerance however short the step. A precision that the user has set
-    (``jax.default_matmul_precision``) is kept.
+    (``jax.default_matmul_precision``) is kept. Rules of custom derivatives need it, too: JAX traces them later.
     """
+    chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made when JAX is imported
+    with jax.default_matmul_precision("highest" if chosen is None else chosen):
+        yield
+
+
+def compiled(fn: Callable[P, T]) -> Callable[P, T]:
+    """``equinox.filter_jit(fn)`` in ``full_precision``."""
 
     @ft.wraps(fn)
     def precise(*args, **kwargs):
-        chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]  # made when JAX is imported
-        with jax.default_matmul_precision("highest" if chosen is None else chosen):
+        with full_precision():
             args, kwargs = _within_mesh((args, kwargs))
             return fn(*args, **kwargs)
 
@@ -221,6 +229,7 @@ def _eliminate_panel(upper, dense):
 
 
 @_eliminate_panel.defjvp
+@full_precision()
 def _(primals, tangents):
     return _eliminate_panel(*primals), jax.jvp(_column_by_column, primals, tangents)[1]
 
@@ -246,6 +255,7 @@ def _written_out(upper, dense):
 
 
 @_written_out.defjvp
+@full_precision()
 def _(primals, tangents):
     def in_a_loop(upper, dense):
         n = dense.shape[1] if upper is None else upper.shape[0]
@@ -346,6 +356,7 @@ def substitute(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[A
 
 
 @substitute.defjvp
+@full_precision()
 def _(primals, tangents):
     # U^T w = z. The derivative of what is written out would be several times as much to compile.
     (upper, _), (t_upper, t_z) = primals, tangents

@@ -28,9 +28,9 @@ class AbstractLoop(eqx.Module):
     """Repeats a body while a condition holds. ``max_steps`` counts attempted steps, rejected ones included.
 
     The loop itself is not differentiated: the accepted steps are taken once more for a derivative. A subclass may set
-    ``reverse = False``, for no derivative in reverse mode; ``checkpoints``, how many states are kept for one, by
-    default a number near the square root of ``max_steps``; and ``notes_steps = False``: then the lengths of the
-    steps, two numbers for each, are not kept as well, but found again.
+    class attributes: ``reverse``, whether there is a derivative in reverse mode (true by default); ``checkpoints``, how
+    many states are kept for one (by default a number near the square root of ``max_steps``); and ``notes_steps``,
+    whether the lengths of all steps are kept as well, two numbers for each (true by default), or found again.
 
     >>> import probode
     >>> probode.testing.check_loop(probode.ForwardLoop(100))  # or a subclass of your own

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..algebra.linalg import choose, detach
+from ..algebra.linalg import choose, detach, full_precision
 from .adaptive import Move, Note, Stepper
 from .loops import AbstractLoop, repeat
 
@@ -141,6 +141,7 @@ def _pass(keeping, carry, rows, blocks):
 
 
 @_pass.def_jvp
+@full_precision()
 def _(primals, tangents):
     keeping, carry, rows, blocks = primals
     parts = Blocks.of(keeping.stepper.control.loop) if blocks is None else blocks
@@ -201,7 +202,7 @@ def _push(keeping, carry, rows, record, blocks, tangents):
             return lax.cond(eqxi.unvmap_any(active), step, wait, *state, note, active), None
 
         state = *eqx.partition(start, eqx.is_inexact_array), t_moving, t_rows
-        state, _ = lax.scan(step_if_any, state, (first + jnp.arange(blocks.length), notes))
+        state, _ = lax.scan(step_if_any, state, (first + jnp.arange(blocks.length, dtype=first.dtype), notes))
         return state[2:]
 
     @_computed_again
@@ -209,7 +210,8 @@ def _push(keeping, carry, rows, record, blocks, tangents):
         wait = lambda *args: args[:2]  # noqa: E731
         return lax.cond(eqxi.unvmap_any(x[0] < record.number), block, wait, *state, *x), state[0]
 
-    parts = jnp.arange(blocks.number) * blocks.length, record.starts, record.notes
+    firsts = jnp.arange(blocks.number, dtype=record.number.dtype) * blocks.length
+    parts = firsts, record.starts, record.notes
     (t_moving, t_rows), t_starts = lax.scan(block_if_any, (t_moving, t_rows), parts)
     return choose(some, t_moving, t_begun), t_rows[:-1], t_starts
 
