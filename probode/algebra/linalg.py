@@ -115,7 +115,9 @@ def traced_once(fn: Callable, *args: PyTree) -> Any:
 
     So it goes through a custom derivative, with a derivative for what users' functions close over, too.
     """
-    converted = eqx.filter_closure_convert(fn, *args)
+    # In a mesh of devices arguments that are constants, or shapes alone, would not have the type of those in a loop.
+    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, args)
+    converted = eqx.filter_closure_convert(fn, *_within_mesh(like))
     return eqx.Partial(_with_arrays, converted)
 
 
