@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .algebra.factorisations import Layout
-from .algebra.linalg import compiled, detach
+from .algebra.linalg import detach
 from .algebra.normal import pad
 from .estimation.calibration import AbstractLeaveOneOut
 from .estimation.strategies import Filter
@@ -33,6 +33,7 @@ from .stepping.step_sizes import Control, bounded_step, first_step
 from .stepping.stops import starting_anew
 from .stepping.times import beside
 from .util.checks import is_traced
+from .util.tracing import compiled
 
 
 # A piece of a solve keeps at most so many states, and about so many numbers.

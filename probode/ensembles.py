@@ -17,7 +17,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from .adaptive_solve import answer_request
-from .algebra.linalg import compiled
 from .posterior.solution import Solution
 from .requests import Request, bind, check_request, floats_to_arrays
 from .solver import Solver
@@ -25,6 +24,7 @@ from .stepping.adaptive import AdaptiveState
 from .stepping.forward_mode import naming_what_has_none
 from .stepping.times import Interval
 from .util.checks import as_float, as_integer, is_traced, require
+from .util.tracing import compiled
 
 
 def solve_ensemble(

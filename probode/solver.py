@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from . import requests
 from .adaptive_solve import answer_request, step_of
 from .algebra.factorisations import AbstractFactorisation, Dense
-from .algebra.linalg import compiled, is_finite
+from .algebra.linalg import is_finite
 from .algebra.marginals import widen
 from .algebra.normal import Normal, certain, pad, square
 from .estimation.calibration import AbstractCalibration, AbstractLeaveOneOut, DynamicCalibration
@@ -43,6 +43,7 @@ from .stepping.state import State
 from .stepping.step_sizes import smallest_error
 from .util import describe
 from .util.checks import require_flag
+from .util.tracing import compiled
 from .util.words import hinted
 
 

@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, PyTree
 
 from ..util import describe
 from ..util.checks import as_integer
+from ..util.tracing import compiled
 from .factorisations import Layout
-from .linalg import compiled, product, root_mean_square, safe_divide, triangularise
+from .linalg import product, root_mean_square, safe_divide, triangularise
 from .normal import Normal, spread
 
 

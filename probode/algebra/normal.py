@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .linalg import P, T, kron_apply, kron_apply_right, product, triangularise
+from ..util.tracing import P, T
+from .linalg import kron_apply, kron_apply_right, product, triangularise
 
 
 class Normal(eqx.Module):

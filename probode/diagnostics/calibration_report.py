@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import compiled, substitute, triangularise
+from ..algebra.linalg import substitute, triangularise
 from ..algebra.normal import Normal, batched
 from ..posterior.solution import SaveAt, Solution
 from ..posterior.trajectory import rows_of_steps
@@ -24,6 +24,7 @@ from ..solver import Solver
 from ..stepping.controllers import Tolerances
 from ..stepping.result import Result
 from ..util.checks import as_float, as_scalar
+from ..util.tracing import compiled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import compiled, safe_divide
+from ..algebra.linalg import safe_divide
 from ..algebra.linearisation import Linearisation, residual_about
 from ..algebra.normal import Normal
 from ..equations.problems import AbstractProblem
@@ -25,6 +25,7 @@ from ..information.observations import Observations
 from ..posterior.solution import Solution
 from ..solver import Solver
 from ..util.checks import as_integer, as_scalar, require
+from ..util.tracing import compiled
 
 
 class Along(AbstractConstraint):

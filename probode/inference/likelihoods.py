@@ -22,7 +22,6 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from ..algebra.coordinates import from_coordinates, marginalise, standard
-from ..algebra.linalg import compiled
 from ..estimation.strategies import Filter, FixedPointSmoother
 from ..information.observations import Observations
 from ..posterior.solution import SaveAt, Solution
@@ -31,6 +30,7 @@ from ..requests import bind, data_between, require_observations, two_times
 from ..solver import Solver, solve_through
 from ..stepping.controllers import IntegralController
 from ..stepping.result import Result
+from ..util.tracing import compiled
 
 
 def fenrir_log_likelihood(

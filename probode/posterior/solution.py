@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Array, Float, Num, PyTree
 
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import compiled
 from ..algebra.marginals import Moments, Posterior, joint, widen
 from ..algebra.normal import Normal, spread
 from ..stepping.adaptive import AdaptiveState
 from ..stepping.result import Result, has_failed, in_words
 from ..util import describe
 from ..util.checks import as_float, as_scalar, is_traced, require
+from ..util.tracing import compiled
 from ..util.words import hint_for_attribute
 from .trajectory import Trajectory, column, evaluate, sample_at
 

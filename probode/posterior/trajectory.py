@@ -5,7 +5,6 @@ own. One pass backwards over the rows marginalises these conditionals, which giv
 them, which gives a joint sample. The state between two rows is that of the prior, given the states of both.
 """
 
-import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
@@ -23,6 +22,7 @@ from ..algebra.normal import Normal, batched, certain, pad, push, spread
 from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..stepping.kept import Row
 from ..stepping.times import Interval
+from ..util.tracing import computed_again
 from ..util.xla import compiles_small_loops
 
 
@@ -229,12 +229,12 @@ def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " row
     block = rows if number == 1 else _BLOCK
 
     # For a derivative every row is computed again: what it needs in between would be kept for all rows that may be.
-    @ft.partial(jax.checkpoint, prevent_cse=False)
+    @computed_again
     def one(later, x):
         x, real = x
         return choose(real, fn(x, later), later), later
 
-    @ft.partial(jax.checkpoint, prevent_cse=False)
+    @computed_again
     def whole(later, x):
         return lax.scan(one, later, x, reverse=True)
 

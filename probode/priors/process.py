@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..algebra.conditioning import predict
 from ..algebra.factorisations import AbstractFactorisation, Dense, Layout, layout_of
-from ..algebra.linalg import compiled, kron_apply
+from ..algebra.linalg import kron_apply
 from ..algebra.marginals import Posterior
 from ..algebra.normal import Normal, batched, certain, push, spread, square
 from ..algebra.transition import Transition
 from ..util.checks import as_float, require
+from ..util.tracing import compiled
 from .prior import AbstractPrior, AbstractPriorFamily
 
 

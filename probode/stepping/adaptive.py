@@ -16,7 +16,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import choose, detach, is_finite, traced_once
+from ..algebra.linalg import choose, detach, is_finite
+from ..util.tracing import traced_once
 from .attempt import Attempt
 from .loops import AbstractLoop
 from .progress import tell

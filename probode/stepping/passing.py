@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..algebra.linalg import choose, detach, full_precision
+from ..algebra.linalg import choose, detach
+from ..util.tracing import computed_again, full_precision
 from .adaptive import Move, Note, Stepper
 from .loops import AbstractLoop, repeat
 
@@ -176,7 +177,7 @@ def _push(keeping, carry, rows, record, blocks, tangents):
         places = [jnp.where(w.real & active, w.place, rows.shape[0]) for w in written]
         return moving, [w.row for w in written], still, places
 
-    @_computed_again
+    @computed_again
     def step(moving, still, t_moving, t_rows, note, active):
         """The carry after a step, and the tangents."""
         along = lambda keeping, moving: retake(keeping, moving, still, note, active)  # noqa: E731
@@ -188,13 +189,13 @@ def _push(keeping, carry, rows, record, blocks, tangents):
         new, old = (new, new_still, _with_zeros(t_new, new)), (moving, still, t_moving)
         return *choose(active, new, old), t_rows
 
-    @_computed_again
+    @computed_again
     def block(t_moving, t_rows, first, start, notes):
         """The tangents after the steps of a block, of which the ``first`` one goes from ``start``."""
         notes = _notes(keeping, start, rows, blocks.length) if notes is None else notes
 
         # Also around the branch: otherwise what it takes from outside would be kept for every step.
-        @_computed_again
+        @computed_again
         def step_if_any(state, x):
             i, note = x
             active = i < record.number
@@ -205,7 +206,7 @@ def _push(keeping, carry, rows, record, blocks, tangents):
         state, _ = lax.scan(step_if_any, state, (first + jnp.arange(blocks.length, dtype=first.dtype), notes))
         return state[2:]
 
-    @_computed_again
+    @computed_again
     def block_if_any(state, x):
         wait = lambda *args: args[:2]  # noqa: E731
         return lax.cond(eqxi.unvmap_any(x[0] < record.number), block, wait, *state, *x), state[0]
@@ -214,11 +215,6 @@ def _push(keeping, carry, rows, record, blocks, tangents):
     parts = firsts, record.starts, record.notes
     (t_moving, t_rows), t_starts = lax.scan(block_if_any, (t_moving, t_rows), parts)
     return choose(some, t_moving, t_begun), t_rows[:-1], t_starts
-
-
-def _computed_again(fn):
-    """A function of which nothing but its inputs is kept for a derivative in reverse mode."""
-    return jax.checkpoint(fn, prevent_cse=False)
 
 
 def _notes(keeping, start, rows, number):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..algebra.coordinates import Conditional
-from ..algebra.linalg import choose, detach, is_finite, traced_once
+from ..algebra.linalg import choose, detach, is_finite
 from ..algebra.normal import Normal
+from ..util.tracing import traced_once
 from .adaptive import AdaptiveState, Start
 from .restarts import start_anew
 from .spread import value_and_moves

@@ -12,9 +12,10 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..algebra.factorisations import Dense, layout_of
-from ..algebra.linalg import compiled, product, safe_divide, safe_norm, triangularise
+from ..algebra.linalg import product, safe_divide, safe_norm, triangularise
 from ..equations.problems import ODE, flat_field
 from ..util.checks import as_integer, as_scalar
+from ..util.tracing import compiled
 
 
 class Linearised(NamedTuple):
