@@ -104,7 +104,10 @@ def _answer(solver, request, args, solve, rows, reached):
 
 @compiled
 def _solve_adaptive(solver: Any, request: Request, args: PyTree) -> Solution:
-    """The ``Solution`` of a request, with adaptive steps; whether it has failed is in its ``result``."""
+    """The ``Solution`` of the initial value problem in a request, with adaptive step sizes, as one compiled program.
+
+    ``Solution.result`` says whether the solve has failed.
+    """
     step, control, begun = _begin(solver, request, args)
     if dense := _keeps_steps(solver, request):
         solve, rows, reached = _keep_steps(solver, request, step, control, begun)

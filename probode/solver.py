@@ -267,7 +267,9 @@ def solve_through(
     data: Observations | None = None,
     progress: AbstractProgress | None = None,
 ) -> Solution:
-    """The ``Solution`` of ``Solver.solve(..., throw=False)`` with steps that end at the times ``through``.
+    """The ``Solution`` of an initial value problem, computed with steps that end at the times ``through``, if any.
+
+    Other arguments as for ``Solver.solve(..., throw=False)``.
 
     Unlike at the controller's ``stop_at`` the equation does not jump there, and the state is not restarted.
     """

@@ -21,8 +21,8 @@ from ..util.xla import compiles_small_loops
 # Above this many columns LAPACK's blocked QR is faster than the column-by-column elimination (measured, see
 # benchmarks).
 _LAPACK_COLUMNS = 90
-# The elimination of a triangle of at most so many entries is unrolled: in the one of every step by a filter, which has
-# the larger limit, this is a fifth of its time. It takes several times as long to compile as a loop.
+# The elimination of a triangle of at most so many entries is unrolled; the larger limit is that of the one elimination
+# with which a step conditions: as a loop it costs a filter a fifth more time. Unrolled ones take longer to compile.
 _UNROLLED_ENTRIES, _UNROLLED_IN_EVERY_STEP = 36, 100
 # Larger triangles are eliminated by loops over panels of at most so many columns.
 _PANEL = 24

@@ -34,7 +34,7 @@ _GROUP = 4
 
 
 class Trajectory(eqx.Module):
-    """The states that a solve has kept, in the order of the solve from ``t0`` to the last time reached.
+    """The posterior process at the times that a solve has kept, from ``t0`` to the last one reached, as a Markov chain.
 
     - ``rows``: the kept states, with a leading axis ``rows``.
     - ``reached``: which rows the solve has reached; the others repeat the last of these.
@@ -62,12 +62,12 @@ class Trajectory(eqx.Module):
 
     @property
     def interval(self) -> Interval:
-        """The times from the first row to the last."""
+        """The time interval from that of the first row to that of the last."""
         return Interval(self.rows.t[0], self.rows.t[-1])
 
     @property
     def last(self) -> Array:
-        """The index of the last row that was reached."""
+        """The index of the last row that the solve has reached; the rows behind it are copies."""
         return jnp.sum(self.reached) - 1
 
 

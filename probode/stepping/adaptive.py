@@ -155,7 +155,10 @@ class Note(eqx.Module):
 
 
 class Move(eqx.Module):
-    """An attempt: the solve, the past and the influence of the equation after it, and whether it was accepted."""
+    """What an attempt leaves: the solve, the past and the influence of the equation after it; whether it was accepted.
+
+    ``note``: what has to be known to take the step again.
+    """
 
     solve: AdaptiveState
     past: Float[Array, " flat"]
@@ -187,7 +190,7 @@ class Stepper(eqx.Module):
     def of(
         step: Step, control: Control, solve: AdaptiveState, interval: Interval, left: Any, influence: Any = None
     ) -> "Stepper":
-        """That of a solve before its first attempt.
+        """The stepper of a solve before its first attempt.
 
         ``left``: what a step carries on of an earlier state, in its shapes; ``influence``: likewise of the equation,
         if it is kept.
@@ -222,7 +225,7 @@ class Stepper(eqx.Module):
         return is_running(solve, self.interval, self.control.loop)
 
     def advance(self, solve: AdaptiveState, past: Array, leaving: Callable, influence: Any = None) -> Move:
-        """One attempt of a step.
+        """The state of the solve after one attempted step, accepted or rejected, and what else the attempt leaves.
 
         1. Predict: ``m = A mean``, ``P = A cov A^T + s^2 Q``.
         2. Linearise and compare: ``z(t + dt, x) ~ z + H (x - m)``, whitened by ``S = H Q H^T``; the local scale
@@ -259,7 +262,9 @@ class Stepper(eqx.Module):
         leaving: Callable,
         influence: Any = None,
     ) -> Move:
-        """An accepted attempt once more, without search and decision: a function of the state that has a derivative.
+        """The state of the solve after a step that was accepted before, as a differentiable function of that before it.
+
+        The length of the step is known: nothing is searched for or decided.
 
         ``active``: whether there is a step; where there is none, in lanes of a vmap, it is differentiated at a point
         that is known to be fine, and what is returned has no meaning.
@@ -295,7 +300,10 @@ class Stepper(eqx.Module):
     def taken(
         self, leg: Leg, attempted: Attempt, silent: Any, influence: Any, before: State, past: Array, left: Any
     ) -> Taken:
-        """An attempt that was accepted, conditioned on the equation; the state before it if that is of no use."""
+        """The posterior after an accepted attempt, given the equation; the state before it if that is of no use.
+
+        Of no use is what is not finite, or what the output scale does not explain.
+        """
         sides = () if silent is None else (leg.seen_at, silent)
         after, likely = self.condition(before, leg.t, attempted, left, *sides)
         # An attempt can be fine where what conditioning makes of it is not: a further evaluation of the equation may
@@ -315,8 +323,10 @@ class Stepper(eqx.Module):
         attempted: Attempt,
         proposal: tuple[Float[Array, ""], Any],
     ) -> tuple[AdaptiveState, Bool[Array, ""]]:
-        """The solve after an attempt, with the length of the next one and a result where there is none; whether it was
-        accepted."""
+        """The state of the solve after an attempt, and whether the attempt was accepted.
+
+        That has the length of the next attempt, and a result code if no further one can help.
+        """
         (proposed, memory), length = proposal, jnp.abs(leg.dt)
         usable = taken.fine & taken.likely
         spoilt, good, finite = good & ~usable, good & usable, jnp.isfinite(norm) & taken.fine

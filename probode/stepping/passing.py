@@ -28,7 +28,7 @@ from .loops import AbstractLoop, repeat
 
 
 class Written(eqx.Module):
-    """A row to be kept, its place among the rows, and whether it is to be kept at all."""
+    """A state to be written, as one flat row; its place among the rows, and whether it is to be written at all."""
 
     row: Float[Array, " flat"]
     place: Int[Array, ""]
@@ -67,8 +67,10 @@ class Blocks(eqx.Module):
 
     @staticmethod
     def of(loop: AbstractLoop) -> "Blocks":
-        """As many blocks as the loop has checkpoints; by default so that the states of all blocks, and those in one,
-        are about as many."""
+        """The division for a loop: as many blocks as it has checkpoints.
+
+        By default there are about as many blocks as steps in one.
+        """
         number = math.ceil(math.sqrt(loop.max_steps)) if loop.checkpoints is None else loop.checkpoints
         number = min(number, loop.max_steps)
         return Blocks(number, math.ceil(loop.max_steps / number), loop.notes_steps)
@@ -138,6 +140,7 @@ def _search(keeping, carry, rows, blocks, limit=None):
 
 @eqx.filter_custom_jvp
 def _pass(keeping, carry, rows, blocks):
+    """``_search``, with the derivative of the accepted steps."""
     return _search(keeping, carry, rows, blocks)
 
 
@@ -218,7 +221,7 @@ def _push(keeping, carry, rows, record, blocks, tangents):
 
 
 def _notes(keeping, start, rows, number):
-    """Notes on the next steps from a carry, found once more."""
+    """The lengths of the next ``number`` accepted steps from a carry, as a ``Note``, by looking for them once more."""
     # Whom progress is told has seen these steps.
     control = dataclasses.replace(keeping.stepper.control, progress=None)
     silent = eqx.tree_at(lambda keeping: keeping.stepper.control, keeping, control)
