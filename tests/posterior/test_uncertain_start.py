@@ -184,5 +184,6 @@ def test_errors():
     ended = solver().solve(uncertain, 0.0, 1.0)
     with pytest.raises(ValueError, match="learns nothing from data"):
         solver().solve(ended.state, 1.0, 2.0, data=po.Observations([1.5], MEAN[None], 0.1))
-    np.testing.assert_array_equal(solver(loop=po.CheckpointedLoop(512)).solve(uncertain, 0.0, 1.0).std, ended.std)
+    # Another program: equal up to round-off.
+    assert relative(solver(loop=po.CheckpointedLoop(512)).solve(uncertain, 0.0, 1.0).std, ended.std) < 1e-14
     assert relative(ended.mean[0], solver().solve(MEAN, 0.0, 1.0).mean[0]) < 1e-12
