@@ -65,11 +65,10 @@ axes[1].set(xlabel="hours", title="step sizes")
 axes[0].legend(frameon=False)
 plt.show()
 
-# %% [markdown]
-# With `stop_at` no step crosses a switch. It does not matter which value the vector field has at the very time of a
-# switch: the step that ends there uses its limit from the left, the next step its limit from the right. This is the
-# same as solving the pieces one by one, each with derivatives of its own and with the uncertainty that the last piece
-# ended with:
+# %% [markdown] With `stop_at` no step crosses a switch. It does not matter which value the vector field has at the very
+# time of a switch: the step that ends there uses its limit from the left, the next step its limit from the right. This
+# is the what solving the pieces one by one does, each with derivatives and a first step of its own, and with the
+# uncertainty that the last piece ended with:
 
 
 # %%
@@ -86,6 +85,41 @@ for a, b in zip([0.0, *switches], [*switches, 24.0], strict=True):
     u = probode.Normal(solution.mean[-1], solution.std[-1])
     accepted += int(solution.stats["num_accepted_steps"])
 print(f"{'in pieces':18s} {accepted:4d} steps, error {abs(float(u.mean) - exact(24.0)):.1e}")
+
+# %% [markdown] Doses  A dose jumps, not the equation: `u` itself is larger by it. So a solve goes up to the dose, and
+# the next one starts from where it ended and the dose. `solution.end` is the distribution at the end, and with
+# `Normal(end.mean + dose, end.factor)` its uncertainty is kept. Of means alone equal intervals are a `lax.scan`,
+# compiled once and differentiable:
+
+
+# %%
+def eliminated(t, u, rate):
+    return -rate * u
+
+
+drug = probode.Solver(
+    probode.IWP(4), probode.TS1(probode.ODE(eliminated)), controller=probode.IntegralController(1e-6, 1e-9)
+)
+
+
+def after_doses(rate, dose):
+    """The amount 8 hours after the last of seven doses, one every 8 hours."""
+
+    def interval(u, _):
+        return drug.solve(u + dose, 0.0, 8.0, args=rate).mean[-1], None
+
+    return jax.lax.scan(interval, jnp.zeros(()), length=7)[0]
+
+
+amount, (by_rate, by_dose) = jax.jit(jax.value_and_grad(after_doses, argnums=(0, 1)))(0.1, 2.0)
+decays = np.exp(-0.8 * np.arange(1, 8))
+expected = 2 * decays.sum(), -16 * (np.arange(1, 8) * decays).sum(), decays.sum()
+print(f"seven doses: {amount:.6f}, by rate {by_rate:.5f}, by dose {by_dose:.6f}")
+print("check:       {:.6f}, by rate {:.5f}, by dose {:.6f}".format(*expected))
+
+first = drug.solve(2.0, 0.0, 8.0, args=0.1).end
+second = drug.solve(probode.Normal(first.mean + 2.0, first.factor), 8.0, 16.0, args=0.1)
+print(f"after two of them: {second.mean[-1]:.6f} +- {second.std[-1]:.0e}")
 
 # %% [markdown]
 # ## Events

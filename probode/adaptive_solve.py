@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from .algebra.factorisations import Layout
 from .algebra.linalg import detach
-from .algebra.normal import pad
+from .algebra.normal import pad, push
 from .estimation.calibration import AbstractLeaveOneOut
 from .estimation.strategies import Filter
 from .information.observations import Observations
@@ -135,11 +135,11 @@ def _parts(solver, request, args):
     start, layout = request.start, request.layout
     step = step_of(solver, layout, args, request.data)
     controller = eqx.tree_at(lambda c: c.tolerances, solver.controller, solver.controller.tolerances.of(layout))
-    control = Control(solver.error, controller, solver.loop, solver.initialisation, request.progress, request.through)
+    control = Control(solver.error, controller, solver.loop, solver.initialisation, request.progress, request.must_hit)
     if request.data is not None:
         # Two equal steps to a datum instead of a very short last one, whose residual would be round-off, and likewise
         # what it adds to a likelihood.
-        control = dataclasses.replace(control, through=request.data.ts, in_two=True)
+        control = dataclasses.replace(control, must_hit=request.data.ts, halve_before_hit=True)
     # An uncertain start, and a state conditioned on data, are rightly updated by residuals that the noise of a step
     # does not explain: such steps must not be refused.
     doubts = not solver.calibration.is_local and request.data is None and start.is_certain
@@ -169,10 +169,20 @@ def _begin(solver, request, args):
     else:
         prior = solver.prior if state.prior is None else state.prior
         dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint)
-    begun = begin(control, state, bounded_step(control, dt))
+    begun = begin(control, _moving_with_time(step, state, interval), bounded_step(control, dt))
     if start.resumed is not None:
         begun = _go_on(step, control, begun, start.resumed, interval, choose_dt=request.dt0 is None)
     return step, control, begun
+
+
+def _moving_with_time(step, state, interval):
+    """The state where a solve begins, with the derivative that the end of an empty interval has in its times.
+
+    There, in lanes of a batch with ``t1 = t0``, no step is taken that would have it.
+    """
+    dt = jnp.where(interval.remaining(state.t) == 0, interval.t1 - state.t, 0)
+    matrix = step.member(state.prior).transition(dt, step.layout).matrix
+    return dataclasses.replace(state, distribution=push(state.distribution, matrix))
 
 
 def _go_on(step, control, begun, before, interval, *, choose_dt):
@@ -184,9 +194,9 @@ def _go_on(step, control, begun, before, interval, *, choose_dt):
     passing_stop = starting_anew(step, control, begun, interval, None)
     if passing_stop is None:
         return begun
-    if before.anew is not None:
-        begun = dataclasses.replace(begun, anew=before.anew)
-    new, *_ = passing_stop(begun, None, begun.anew.t != begun.t)
+    if before.last_restart is not None:
+        begun = dataclasses.replace(begun, last_restart=before.last_restart)
+    new, *_ = passing_stop(begun, None, begun.last_restart.t != begun.t)
     return new if choose_dt else dataclasses.replace(new, dt=begun.dt)
 
 

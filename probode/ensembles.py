@@ -177,7 +177,8 @@ def _number_of_lanes(operands, axes):
         if axis is None:
             return
         if not -jnp.ndim(x) <= axis < jnp.ndim(x):
-            raise ValueError(f"in_axes asks for axis {axis} of an array of shape {jnp.shape(x)}.")
+            remedy = " A list of numbers has no axis: write jnp.array([...])." if jnp.ndim(x) == 0 else ""
+            raise ValueError(f"in_axes asks for axis {axis} of an array of shape {jnp.shape(x)}.{remedy}")
         sizes.add(jnp.shape(x)[axis])
 
     _per_leaf(look, axes, operands)

@@ -64,10 +64,11 @@ def solve_ivp(
     - ``u0``, ``args``, ``throw``, ``progress``, ``data``: as in ``Solver.solve``.
     - ``method``: ``"EK1"``, an extended Kalman filter with the full Jacobian and a dense covariance, for small and for
       stiff problems; ``"EK0"``, which needs no Jacobian and has an isotropic covariance, for large problems that are
-      not stiff; or ``"Taylor"``, which conditions every step on all derivatives of the solution that the prior has, for
+      not stiff, but whose uncertainty does not know that solutions may diverge, and is far too small where they do; or
+      ``"Taylor"``, which conditions every step on all derivatives of the solution that the prior has, for
       vector fields that are cheap and not stiff: the fewest steps, above all at tight tolerances.
-    - ``num_derivatives``: of the integrated Wiener process, with ``RelativeScale`` for ``"EK1"``: 4 by default, 5 for
-      ``"Taylor"``. The order of ``"EK0"`` and ``"EK1"`` is one more.
+    - ``num_derivatives``: of the integrated Wiener process, for ``"EK1"`` with ``RelativeScale`` (unless it is 1): 4 by
+      default, 5 for ``"Taylor"``. The order of ``"EK0"`` and ``"EK1"`` is one more.
     - ``t_eval``: times to keep, ``(times,)``, sorted from ``t0`` to ``t1``, where the solution is smoothed; ``None``
       keeps ``t1`` alone.
     - ``dense_output``: whether all steps are kept, and smoothed, for ``Solution.evaluate`` and ``Solution.sample`` at
@@ -141,7 +142,7 @@ def _method(
         return prior, TS0(ode.lifted(nu - 1), evaluations=3), BlockDiagonal()
     if method == "EK0":
         return prior, TS0(ode), Isotropic()
-    return RelativeScale(prior), TS1(ode), Dense()
+    return RelativeScale(prior) if nu > 1 else prior, TS1(ode), Dense()
 
 
 def _pair(t_span: Any) -> tuple[Any, Any]:

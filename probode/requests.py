@@ -38,7 +38,7 @@ class Request(eqx.Module):
     - ``dt0``: the length of the first attempt; ``None`` if it is to be chosen.
     - ``layout``: how the state is stored.
     - ``data``: observations, if any; ``progress``: the meter, if any.
-    - ``through``: times at which steps end without a jump of the equation, if any.
+    - ``must_hit``: times at which steps end without a jump of the equation, if any.
     """
 
     start: AbstractStart
@@ -48,7 +48,7 @@ class Request(eqx.Module):
     layout: Layout
     data: Observations | None = None
     progress: AbstractProgress | None = None
-    through: Float[Array, " times"] | None = None
+    must_hit: Float[Array, " times"] | None = None
 
 
 def check_request(

@@ -1,7 +1,7 @@
 """The solver: a prior, a constraint and the other parts of a method, and the five calls of a user.
 
 ``Solver`` checks what users pass, chooses the layout of the state, and repeats the step of ``stepping/step.py``, on a
-grid or in the adaptive loop of ``stepping/keeping.py``.
+grid or in the adaptive loop of ``stepping/passing.py`` (``stepping/keeping.py`` says which states are kept).
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from .algebra.factorisations import AbstractFactorisation, Dense
 from .algebra.linalg import is_finite
 from .algebra.marginals import widen
 from .algebra.normal import Normal, certain, pad, square
+from .equations.problems import AbstractProblem
 from .estimation.calibration import AbstractCalibration, AbstractLeaveOneOut, DynamicCalibration
 from .estimation.initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .estimation.strategies import AbstractStrategy, Filter
@@ -161,9 +162,10 @@ class Solver(eqx.Module):
         function of what varies, as in ``jax.vmap(lambda u0: solver.solve(u0, 0.0, 1.0, args=args))``.
 
         Raises ``RuntimeError`` if ``t1`` is not reached: its last line says why, how far the solve came and what would
-        help. With ``throw=False`` nothing raises, also later: the solution is NaN where it was not reached. Raises
-        ``TypeError`` or ``ValueError`` for wrong input, for an uncertain ``u0`` or data together with a calibration
-        that rescales all covariances at the end, and for parts that do not support what is asked for.
+        help. With ``throw=False`` nothing raises, also later: times of ``save_at`` that were not reached are NaN, and
+        in place of ``t1`` stand the time and the state that were reached; see ``Solution.result``. Raises ``TypeError``
+        or ``ValueError`` for wrong input, for an uncertain ``u0`` or data together with a calibration that rescales all
+        covariances at the end, and for parts that do not support what is asked for.
         """
         require_flag(throw, "throw")
         if not isinstance(progress, AbstractProgress | None):
@@ -275,7 +277,7 @@ def solve_through(
     """
     given, (solver, args) = solver, requests.floats_to_arrays((solver, args))
     request = requests.check_request(given, u0, t0, t1, save_at, dt0, data, progress)
-    request = dataclasses.replace(request, through=through)
+    request = dataclasses.replace(request, must_hit=through)
     with _named(solver, request.layout, args):
         return answer_request(solver, request, args)
 
@@ -340,5 +342,6 @@ def _part(name, value, kind, *others):
     kinds = (kind, *others)
     if not isinstance(value, kinds):
         hint = f" Did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kinds) else ""
+        hint = " Linearise it: TS1(ODE(f)), or TS0." if isinstance(value, AbstractProblem) else hint
         raise TypeError(f"Solver({name}) must be an instance of a subclass of {kind.__name__}, got {value!r}.{hint}")
     return value

@@ -25,8 +25,9 @@ class Conditional(eqx.Module):
     - ``noise``: right square root of the covariance of ``w`` given ``v``, ``(*batch, q, p)``. It has no rows where
       ``v`` determines ``w``.
 
-    ``cross`` and ``noise`` are blocks of an orthogonal matrix, ``cross^T cross + noise^T noise <= I``: no covariance is
-    inverted, however small it is (Paige & Saunders 1977, "Least squares estimation of discrete linear dynamic systems
+    ``cross`` and ``noise`` are blocks of an orthogonal matrix, so that no covariance is inverted, however small it is:
+    ``cross^T cross + noise^T noise`` is the identity, or less, as matrices, where later equations or data say something
+    of the earlier state (Paige & Saunders 1977, "Least squares estimation of discrete linear dynamic systems
     using orthogonal transformations").
 
     >>> import jax.numpy as jnp, probode

@@ -320,5 +320,5 @@ def _steps(solution, name):
             "or with save_at=SaveAt(dense=True)."
         )
     # At a jump of the equation there are two rows: the end of a step, and a restart, from which the next step starts.
-    ends = np.flatnonzero(path.reached if path.rows.anew is None else path.reached & ~path.rows.anew)
+    ends = np.flatnonzero(path.reached if path.rows.restarted is None else path.reached & ~path.rows.restarted)
     return np.asarray(path.rows.t)[ends], ends

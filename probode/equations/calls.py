@@ -60,6 +60,8 @@ def require_like(x: PyTree, like: PyTree, name: str, like_name: str, scalar: str
             remedy = " Return one array, as jnp.stack([...])."
         elif structure == jax.tree.structure(0):
             remedy = f" Return {_shapes(like)}, or make {like_name} one array, as jnp.asarray({like_name})."
+        elif isinstance(x, list | tuple) and isinstance(like, list | tuple):
+            remedy = f" A product with a list repeats it: make {like_name} one array, as jnp.asarray({like_name})."
         got = f"expected {_shapes(like)}, got {_shapes(x)}"
         raise ValueError(f"{name} must have the structure of {like_name}: {got}.{remedy}")
     for leaf, model in zip(jax.tree.leaves(x), jax.tree.leaves(like), strict=True):
@@ -108,6 +110,8 @@ def _advice(error, values, args):
         found = ["Nothing was passed for args: solve(..., args=...)."]
     elif isinstance(error, TypeError | IndexError) and isinstance(values[0], list | tuple):
         found = ["u has the structure of u0: for an array, pass u0 = jnp.asarray(u0)."]
+    elif isinstance(error, TypeError) and isinstance(args, list | tuple) and type(args).__name__ in str(error):
+        found = ["args is passed as it is, in one argument: unpack it, as in `rate, scale = args`."]
     elif isinstance(error, IndexError) and jnp.ndim(jax.tree.leaves(values[0])[0]) > 0:
         found = ["The time comes first, then u."]
     elif "setting an array element" in str(error):

@@ -53,12 +53,12 @@ def left_out_squares(
     nothing = _Later(jnp.zeros_like(mean), jnp.zeros((*factor.shape[:-2], mean.shape[-2], mean.shape[-2]), mean.dtype))
 
     def before(x, later):
-        influence, matrix, anew = x
+        influence, matrix, restarted = x
         new = _before(influence, matrix, later)
         # A restart behind a jump is no step: there is no transition with which the score could be carried across it.
-        return new if anew is None else jax.tree.map(lambda a, b: jnp.where(anew, a, b), nothing, new)
+        return new if restarted is None else jax.tree.map(lambda a, b: jnp.where(restarted, a, b), nothing, new)
 
-    later = backwards(before, nothing, (rows.influence, matrices, rows.anew), reached)
+    later = backwards(before, nothing, (rows.influence, matrices, rows.restarted), reached)
     weight = jnp.where(column(reached, rows.influence.weight), rows.influence.weight, 0)
     squares = jax.vmap(_square)(rows.influence, later)
     # A single NaN would make the mean of all squares NaN.

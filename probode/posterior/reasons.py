@@ -131,9 +131,15 @@ def explain(parts: Parts, facts: Facts | None) -> str:
         return "The solve stopped before t1."
     name, _, why = in_words(facts.result).partition(": ")
     steps, rejected = int(facts.num_steps), int(facts.num_steps) - int(facts.num_accepted)
-    span = f"[{facts.t0:.6g}, {facts.t1:.6g}]"
+    span = f"[{_shown(facts.t0)}, {_shown(facts.t1)}]"
     reached = f"It reached t = {facts.t} of {span} in {steps} attempts, {rejected} of them rejected."
     return " ".join([why, *([reached] if steps else []), *_REMEDIES[name](parts, facts), _NO_THROW])
+
+
+def _shown(t):
+    """A time in six digits, or in all that it has if these are not it: intervals may be short."""
+    short = f"{t:.6g}"
+    return short if np.asarray(t).dtype.type(short) == t else str(t)
 
 
 def _too_many_steps(parts, facts):
@@ -146,7 +152,8 @@ def _too_many_steps(parts, facts):
         yield from others or ["Loosen the tolerances or shorten the interval."]
         return
     enough = max(2 * steps, min(1.3 * needed, _TOO_MANY), 4096 if steps < _FEW else 1)
-    more = [f"Pass loop={parts.loop}(max_steps={2 ** math.ceil(math.log2(enough))})."]
+    number = 2 ** math.ceil(math.log2(enough))
+    more = [f"Pass loop={parts.loop}(max_steps={number}), or to solve_ivp max_steps={number}."]
     yield from others + more if needed > _MANY_TIMES * steps and steps >= _FEW else more + others
 
 

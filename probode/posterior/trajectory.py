@@ -87,9 +87,9 @@ def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Arra
 
     At a jump of the equation there are two rows, the state before and the one restarted behind it: the second counts.
     """
-    if rows.anew is None:
+    if rows.restarted is None:
         return jnp.minimum(np.arange(1, number + 1), reached.size - 1)
-    replaced = jnp.append(rows.anew[1:], False)
+    replaced = jnp.append(rows.restarted[1:], False)
     ends = (reached & ~replaced)[1:]
     return 1 + jnp.nonzero(ends, size=number, fill_value=jnp.sum(reached) - 2)[0]
 
@@ -102,7 +102,7 @@ def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
         # ``shift`` is in units of standard deviations: divided by the factor it moves the mean by the same amount.
         past = eqx.tree_at(lambda p: p.shift, past, past.shift / jnp.where(column > 0, column, 1))
     distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)
-    return Row(rows.t, distribution, rows.output_scale * factor[None], past, rows.influence, rows.prior, rows.anew)
+    return Row(rows.t, distribution, rows.output_scale * factor[None], past, rows.influence, rows.prior, rows.restarted)
 
 
 def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"]]:

@@ -89,7 +89,13 @@ class RosenbrockIOUP(AbstractPriorFamily):
         self.output_scale = as_output_scale(output_scale, "RosenbrockIOUP(output_scale)")
 
     def at(
-        self, t: Float[Array, ""], us: Float[Array, "n d"], problem: AbstractProblem, layout: Layout, args: PyTree
+        self,
+        t: Float[Array, ""],
+        us: Float[Array, "n d"],
+        problem: AbstractProblem,
+        layout: Layout,
+        args: PyTree,
+        dt: Float[Array, ""] | None = None,
     ) -> AbstractPrior:
         if not isinstance(problem, ODE) or problem.order != 1:
             raise TypeError(
@@ -178,7 +184,8 @@ def linear_transition(
 
     The ``Transition`` has the ``matrix`` ``(*batch, p, p)`` and the ``noise`` ``(*batch, dim, dim)`` of the layout. All
     arrays are differentiable and may be traced; values are not checked. Raises ``ValueError`` for factors or a scale
-    that do not fit ``u`` or the factorisation, and for another number of factors than one to ``nu + 1``.
+    that do not fit ``u`` or the factorisation, and for another number of factors than one to ``nu + 1``; ``TypeError``
+    for factors that are not in a tuple or list.
 
     >>> import jax.numpy as jnp, probode
     >>> state = probode.Solver(probode.IWP(1), probode.TS0(probode.ODE(lambda t, u, args: -u))).init(1.0, 0.0)
@@ -188,6 +195,8 @@ def linear_transition(
            [-2. ,  0. ]], dtype=float64)
     """
     n = layout.num_derivatives + 1
+    if not isinstance(drift, Sequence):
+        raise TypeError(f"linear_transition(drift) is a tuple of factors, as (rate,), got {drift!r}.")
     if not 1 <= len(drift) <= n:
         raise ValueError(f"linear_transition(drift) has one to {n} factors, of u, ..., u^({n - 1}), got {len(drift)}.")
     drift = jax.tree.map(jnp.asarray, tuple(drift))

@@ -14,7 +14,8 @@ from ..equations.problems import AbstractProblem
 class AbstractPrior(eqx.Module):
     """A Gauss-Markov process on ``u`` and its first ``num_derivatives`` derivatives: the prior of a solver.
 
-    A subclass has the field ``num_derivatives``, the ``nu`` of ``u^(nu)``, and defines ``transition``.
+    A subclass has the field ``num_derivatives``, the ``nu`` of ``u^(nu)``, and defines ``transition``. Check it with
+    ``probode.testing.check_prior``: a solver does not see if it is no such process, and its answers would be wrong.
     ``is_polynomial``: whether the mean of the process over a step is the Taylor polynomial; if not, the first step of a
     solve is at most as long as the two agree. ``RelativeScale`` and ``DiffusionTempering`` multiply the field
     ``output_scale``, for subclasses that have one.
@@ -69,6 +70,15 @@ class AbstractPriorFamily(eqx.Module):
 
     @abstractmethod
     def at(
-        self, t: Float[Array, ""], us: Float[Array, "n d"], problem: AbstractProblem, layout: Layout, args: PyTree
+        self,
+        t: Float[Array, ""],
+        us: Float[Array, "n d"],
+        problem: AbstractProblem,
+        layout: Layout,
+        args: PyTree,
+        dt: Float[Array, ""] | None = None,
     ) -> AbstractPrior:
-        """The prior of the step that starts at the time ``t`` from the derivatives ``us = (u, u', ..., u^(nu))``."""
+        """The prior of the step that starts at the time ``t`` from the derivatives ``us = (u, u', ..., u^(nu))``.
+
+        ``dt``: the signed length of the step; ``None`` before there is one, where a solve begins.
+        """

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import root_mean_square, safe_divide
+from ..algebra.linalg import safe_divide
 from ..equations.problems import AbstractProblem
 from .output_scale import as_positive
 from .prior import AbstractPrior, AbstractPriorFamily
@@ -22,15 +22,17 @@ class RelativeScale(AbstractPriorFamily):
     t = 1e11 takes ``IWP(4)`` with ``TS1`` more than 200,000 steps at ``rtol=1e-3``, ``RelativeScale(IWP(4))`` some 250.
     With relative scales the solution does not depend on the units of the components.
 
-    The size of a component is ``|u| + tau |u'|``, where ``tau`` is the time in which the components change by their own
-    ``|u|``, in the root mean square: so one that is small now but grows is not underestimated.
+    The size of a component is that before the step and its change in it, ``|u| + |dt u'|``, but no more than its
+    derivatives say that it will be: ``|u'|^2 / |u''|``, or ``(|u'|^3 / |u'''|)^(1/2)`` if that is less. So a fast
+    component that starts from zero is neither thought to be zero, which would attribute its residual to the others, nor
+    as large as its first derivative has it.
 
-    - ``prior``: an ``AbstractPrior`` or ``AbstractPriorFamily`` with an ``output_scale``.
+    - ``prior``: an ``AbstractPrior`` or ``AbstractPriorFamily`` with an ``output_scale`` and at least two derivatives.
     - ``floor``: a positive number without units; ``floor`` times the largest ``|u|`` is added to every ``|u|``.
 
     Not for ``Isotropic()`` and ``Subspace()``, which have one scale for all components. Raises ``ValueError`` for a
-    floor that is not finite and positive, ``TypeError`` for a prior without an output scale; in the first step
-    ``ValueError`` under these factorisations.
+    floor that is not finite and positive and a prior with one derivative, ``TypeError`` for a prior without an output
+    scale; in the first step ``ValueError`` under these factorisations.
 
     >>> import probode
     >>> probode.RelativeScale(probode.IWP(4)).num_derivatives
@@ -43,6 +45,11 @@ class RelativeScale(AbstractPriorFamily):
     def __init__(self, prior: Any, floor: Any = 1e-12):
         if not isinstance(prior, AbstractPrior | AbstractPriorFamily) or not hasattr(prior, "output_scale"):
             raise TypeError(f"RelativeScale(prior) must be a prior with an output_scale, like IWP(4), got {prior!r}.")
+        if prior.num_derivatives < 2:
+            raise ValueError(
+                "RelativeScale(prior) needs a prior with u'' at least, which tells how large components will be that "
+                f"start from zero, got num_derivatives={prior.num_derivatives}."
+            )
         self.prior, self.floor = prior, as_positive(floor, "RelativeScale(floor)")
 
     @property  # type: ignore[misc]  # an abstract variable may be a property
@@ -56,16 +63,35 @@ class RelativeScale(AbstractPriorFamily):
         return self.prior.is_polynomial
 
     def at(
-        self, t: Float[Array, ""], us: Float[Array, "n d"], problem: AbstractProblem, layout: Layout, args: PyTree
+        self,
+        t: Float[Array, ""],
+        us: Float[Array, "n d"],
+        problem: AbstractProblem,
+        layout: Layout,
+        args: PyTree,
+        dt: Float[Array, ""] | None = None,
     ) -> AbstractPrior:
         prior: Any = self.prior  # with an output scale
         if isinstance(prior, AbstractPriorFamily):
-            prior = prior.at(t, us, problem, layout, args)
+            prior = prior.at(t, us, problem, layout, args, dt)
         size = jnp.abs(us[0])
-        size = size + self.floor.astype(size.dtype) * jnp.max(size)
-        rate = root_mean_square(safe_divide(us[1], size))
-        size = size + safe_divide(jnp.abs(us[1]), rate)
+        size = size + self.floor.astype(size.dtype) * jnp.max(size) + _change(us, dt)
         size = jnp.where(size > 0, size, 1)  # where all components are zero
         scale = layout.output_scale(prior.output_scale) * size
         scale = scale if scale.ndim == 2 else layout.unravel(scale)
         return eqx.tree_at(lambda p: p.output_scale, prior, scale)
+
+
+def _change(us, dt):
+    """By how much the components change in a step of length ``dt``, ``(d,)``, from their derivatives.
+
+    At most as much as an exponential with the same first and second derivative, or with the same first and third, which
+    where it passes through zero is also the size of a sine.
+    """
+    first, *further = jnp.abs(us[1:4])
+    infinite = jnp.full_like(first, jnp.inf)
+    changes = [infinite if dt is None else jnp.abs(dt) * first]
+    for k, u in enumerate(further, 1):
+        changes.append(jnp.where(u > 0, first * safe_divide(first, u) ** (1 / k), infinite))
+    change = jnp.min(jnp.stack(changes), axis=0)
+    return jnp.where(jnp.isfinite(change), change, 0)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose, detach, is_finite
+from ..util.checks import as_triple
 from ..util.tracing import traced_once
 from .attempt import Attempt
 from .loops import AbstractLoop
@@ -45,17 +46,17 @@ _LONGER = 1.5
 _SURPRISE = 10.0
 
 
-class Start(eqx.Module):
+class Restart(eqx.Module):
     """The last restart at a jump: its time, and for which batch elements all residuals since were zero."""
 
     t: Float[Array, ""]
-    unseen: Bool[Array, "*batch"] | None
+    zero_so_far: Bool[Array, "*batch"] | None
 
 
 class AdaptiveState(eqx.Module):
     """A running adaptive solve: the solver's state, the next step's length, and the controller's memory.
 
-    ``anew``: the last stop at which the state has started anew; ``None`` in a solve without stops.
+    ``last_restart``: at a jump of the equation; ``None`` in a solve without stops.
 
     >>> import probode
     >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0).state.t.item()
@@ -68,7 +69,7 @@ class AdaptiveState(eqx.Module):
     num_steps: Int[Array, ""]
     num_accepted_steps: Int[Array, ""]
     result: Result
-    anew: Start | None = None
+    last_restart: Restart | None = None
 
     def __repr__(self) -> str:
         return f"AdaptiveState(current={self.current!r})"
@@ -83,14 +84,16 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     """A solve before its first attempt."""
     zero = jnp.zeros((), jnp.int32)
     result = Result.where(is_finite(state.distribution), Result.successful, Result.initial_state_nonfinite)
-    anew = None
+    last_restart = None
     if control.stops(dt.dtype) is not None:
-        anew = Start(jnp.full((), jnp.nan, dt.dtype), jnp.zeros(state.layout.batch_shape, bool))
-    return AdaptiveState(state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, anew)
+        last_restart = Restart(jnp.full((), jnp.nan, dt.dtype), jnp.zeros(state.layout.batch_shape, bool))
+    return AdaptiveState(
+        state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, last_restart
+    )
 
 
 def end(solve: AdaptiveState, interval: Interval) -> AdaptiveState:
-    """The solve with its result, which the end of a loop does not tell."""
+    """The solve with the result code ``max_steps_reached`` if its loop has ended before ``t1``."""
     unfinished = (solve.t != interval.t1) & (solve.result == Result.successful)
     return dataclasses.replace(solve, result=Result.where(unfinished, Result.max_steps_reached, solve.result))
 
@@ -102,10 +105,10 @@ def is_running(solve: AdaptiveState, interval: Interval, loop: AbstractLoop) -> 
 
 
 def is_usable(state: State) -> Bool[Array, ""]:
-    """Whether a state, and what is told of it, holds no number that is infinite or NaN.
+    """Whether the distribution, output scale and evidence of a state hold no number that is infinite or NaN.
 
-    (Statistics are the calibration's own business, and data that cannot be are told by their evidence. A factorisation
-    with an algebra of its own need not know the evidence.)
+    Statistics may: they are the calibration's own business. Impossible data show as an evidence of their own that is
+    not finite. A factorisation with an algebra of its own need not know the evidence.
     """
     evidence = None if state.layout.factorisation.own_algebra else state.evidence
     return is_finite((state.distribution, state.output_scale, evidence))
@@ -131,14 +134,14 @@ class Taken(eqx.Module):
     """What is left when an attempt has been conditioned or rejected.
 
     ``past``: an earlier state given ``current``, as one flat array. ``influence``: of the equation, where it is kept.
-    ``silent``: see ``Stepped``. ``fine``: whether all numbers are finite. ``likely``: whether the scale explains the
-    residual.
+    ``zero_so_far``: whether all residuals since the last restart are zero. ``fine``: whether all numbers are finite.
+    ``likely``: whether the scale explains the residual.
     """
 
     current: State
     past: Float[Array, " flat"]
     influence: Any
-    silent: Bool[Array, "*batch"] | None
+    zero_so_far: Bool[Array, "*batch"] | None
     fine: Bool[Array, ""]
     likely: Bool[Array, ""]
 
@@ -170,8 +173,8 @@ class Move(eqx.Module):
 class Stepper(eqx.Module):
     """Attempts of steps in an interval, for the body of a loop; and accepted ones once more, for their derivative.
 
-    ``attempt``, ``measure`` and ``condition`` call what users have written. They were traced once, with what it closes
-    over among their inputs, so that it can be differentiated.
+    ``attempt``, ``measure`` and ``condition`` call what users have written. Each was traced once; what a user's
+    function closes over has become one of the inputs, so that it can be differentiated.
     """
 
     control: Control
@@ -179,7 +182,7 @@ class Stepper(eqx.Module):
     layout: Layout
     stops: Float[Array, " times"] | None
     smallest: Float[Array, ""]
-    harmless: Float[Array, ""]
+    placeholder_dt: Float[Array, ""]
     attempt: Any
     measure: Any
     condition: Any
@@ -202,7 +205,7 @@ class Stepper(eqx.Module):
         attempt = traced_once(attempt, now.distribution, *times)
         attempted = eqx.filter_eval_shape(attempt, now.distribution, *times)
         measure = traced_once(ft.partial(_measure, step, control), now, t1, t1, attempted)
-        sides = () if solve.anew is None else (t1, solve.anew.unseen)
+        sides = () if solve.last_restart is None else (t1, solve.last_restart.zero_so_far)
         condition = ft.partial(_condition, step, control, influence is not None)
         condition = traced_once(condition, now, t1, attempted, left, *sides)
         return Stepper(
@@ -227,13 +230,14 @@ class Stepper(eqx.Module):
     def advance(self, solve: AdaptiveState, past: Array, leaving: Callable, influence: Any = None) -> Move:
         """The state of the solve after one attempted step, accepted or rejected, and what else the attempt leaves.
 
-        1. Predict: ``m = A mean``, ``P = A cov A^T + s^2 Q``.
+        1. Predict the mean: ``m = A mean``.
         2. Linearise and compare: ``z(t + dt, x) ~ z + H (x - m)``, whitened by ``S = H Q H^T``; the local scale
            ``s^2 = z^T S^-1 z / size(z)``.
         3. Measure: the norm of the estimated error over ``atol + rtol max(|u|, |m|)``.
         4. Decide: the controller accepts a norm up to one, and proposes the next length.
-        5. If accepted, condition on ``z = 0``: ``K = P H^T (H P H^T)^-1``, ``mean = m - K z``,
-           ``cov = (I - K H) P``; and refuse after all what is not finite, or what the scale does not explain.
+        5. If accepted, predict the covariance, ``P = A cov A^T + s^2 Q``, and condition on ``z = 0``:
+           ``K = P H^T (H P H^T)^-1``, ``mean = m - K z``, ``cov = (I - K H) P``; and refuse after all what is not
+           finite, or what the scale does not explain.
 
         ``past``, ``influence``: before the attempt, the first as one flat array. ``leaving(past, t)``: the
         ``Conditional`` that a step to ``t`` carries on, if any: of the state kept last, or of the one that it leaves.
@@ -243,12 +247,14 @@ class Stepper(eqx.Module):
         attempted = self.attempt(*self.inputs(before, leg))
         norm, inside = self.measure(before, leg.seen_at, leg.dt, attempted)
         attempted = _with_inside(attempted, inside)
-        good, proposed, memory = self.control.controller.propose(jnp.abs(leg.dt), norm, self.order, solve.controller)
+        controller = self.control.controller
+        proposal = controller.propose(jnp.abs(leg.dt), norm, self.order, solve.controller)
+        good, proposed, memory = as_triple(proposal, f"{type(controller).__name__}.propose", "accept, dt, state")
         good = good & jnp.isfinite(norm) & active
         # A rejected attempt leaves the state as it was.
-        silent = None if solve.anew is None else solve.anew.unseen
-        rejected = lambda *_: Taken(before, past, influence, silent, jnp.array(True), jnp.array(True))  # noqa: E731
-        accepted = lambda *given: self.taken(leg, attempted, silent, influence, *given)  # noqa: E731
+        zero_so_far = None if solve.last_restart is None else solve.last_restart.zero_so_far
+        rejected = lambda *_: Taken(before, past, influence, zero_so_far, jnp.array(True), jnp.array(True))  # noqa: E731
+        accepted = lambda *given: self.taken(leg, attempted, zero_so_far, influence, *given)  # noqa: E731
         taken = lax.cond(good, accepted, rejected, before, past, leaving(past, leg.t))
         new, good = self.decide(solve, leg, active, good, norm, taken, attempted, (proposed, memory))
         return Move(new, taken.past, taken.influence, good, Note(solve.dt, inside))
@@ -273,12 +279,16 @@ class Stepper(eqx.Module):
         leg = self.leg(dataclasses.replace(solve, dt=note.dt), active)
         t = jnp.where(active, leg.t, before.t)
         seen_at = t if leg.since is None else jnp.where(active, leg.seen_at, leg.since)
-        leg = dataclasses.replace(leg, t=t, seen_at=seen_at, dt=jnp.where(active, leg.dt, self.harmless))
+        leg = dataclasses.replace(leg, t=t, seen_at=seen_at, dt=jnp.where(active, leg.dt, self.placeholder_dt))
         attempted = _with_inside(self.attempt(*self.inputs(before, leg)), note.inside)
-        sides = () if solve.anew is None else (leg.seen_at, solve.anew.unseen)
-        (current, past, influence, silent), _ = self.condition(before, leg.t, attempted, leaving(past, leg.t), *sides)
-        anew = None if solve.anew is None else Start(solve.anew.t, silent)
-        new = dataclasses.replace(solve, current=current, anew=anew, num_accepted_steps=solve.num_accepted_steps + 1)
+        sides = () if solve.last_restart is None else (leg.seen_at, solve.last_restart.zero_so_far)
+        (current, past, influence, zero_so_far), _ = self.condition(
+            before, leg.t, attempted, leaving(past, leg.t), *sides
+        )
+        last_restart = None if solve.last_restart is None else Restart(solve.last_restart.t, zero_so_far)
+        new = dataclasses.replace(
+            solve, current=current, last_restart=last_restart, num_accepted_steps=solve.num_accepted_steps + 1
+        )
         return Move(new, past, influence, active, note)
 
     def inputs(self, before: State, leg: Leg) -> tuple[Any, ...]:
@@ -298,19 +308,19 @@ class Stepper(eqx.Module):
         return Leg(t, dt, seen_at, since, clipped, floor)
 
     def taken(
-        self, leg: Leg, attempted: Attempt, silent: Any, influence: Any, before: State, past: Array, left: Any
+        self, leg: Leg, attempted: Attempt, zero_so_far: Any, influence: Any, before: State, past: Array, left: Any
     ) -> Taken:
         """The posterior after an accepted attempt, given the equation; the state before it if that is of no use.
 
         Of no use is what is not finite, or what the output scale does not explain.
         """
-        sides = () if silent is None else (leg.seen_at, silent)
+        sides = () if zero_so_far is None else (leg.seen_at, zero_so_far)
         after, likely = self.condition(before, leg.t, attempted, left, *sides)
         # An attempt can be fine where what conditioning makes of it is not: a further evaluation of the equation may
         # leave its domain, a covariance the range of floating-point numbers.
         fine = is_usable(after[0])
-        new, past, influence, silent = choose(fine & likely, after, (before, past, influence, silent))
-        return Taken(new, past, influence, silent, fine, likely)
+        new, past, influence, zero_so_far = choose(fine & likely, after, (before, past, influence, zero_so_far))
+        return Taken(new, past, influence, zero_so_far, fine, likely)
 
     def decide(
         self,
@@ -333,7 +343,8 @@ class Stepper(eqx.Module):
         proposed = trusted(self.caution * proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
         kept = jnp.where(leg.clipped, jnp.maximum(proposed, solve.dt), proposed)
-        # A few units of round-off times 0.95 are rounded to the same length again: shorter by at least two of them.
+        # Near round-off a step that is 5 % shorter is rounded to the same length again: at least two units are taken
+        # off.
         shorter = jnp.where(spoilt, length / 2, length - leg.floor / 2)
         proposed = jnp.where(good, kept, jnp.minimum(proposed, shorter))
         longest = self.control.controller.limits.longest.astype(length.dtype)
@@ -343,7 +354,7 @@ class Stepper(eqx.Module):
         failure = Result.where(taken.likely, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
         tiny = good & ~tolerance_in_range(self.control, self.layout.unpack(attempted.mean)[0])
-        anew = None if solve.anew is None else Start(solve.anew.t, taken.silent)
+        last_restart = None if solve.last_restart is None else Restart(solve.last_restart.t, taken.zero_so_far)
         new = AdaptiveState(
             taken.current,
             proposed,
@@ -351,7 +362,7 @@ class Stepper(eqx.Module):
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
-            anew,
+            last_restart,
         )
         if self.control.progress is not None:
             share = self.interval.share
@@ -406,5 +417,5 @@ def _condition(step, control, influence, before, t, attempted, left, *sides):
     if control.refuses_unexplained:
         moved = surprise(control, step.layout, *detach((before, attempted, stepped.influence)))
         likely = moved <= _SURPRISE
-    after = stepped.state, ravel_pytree(stepped.past)[0], stepped.influence if influence else None, stepped.silent
+    after = stepped.state, ravel_pytree(stepped.past)[0], stepped.influence if influence else None, stepped.zero_so_far
     return after, likely

@@ -96,7 +96,7 @@ class AbstractController(eqx.Module):
     """Accepts or rejects an attempt by the size of its error, and proposes the next length.
 
     It knows numbers, not states. A subclass defines ``init`` and ``propose``, and has the fields ``tolerances``, which
-    weigh the error, and ``limits``, the bounds and stops of the steps.
+    weigh the error, and ``limits``, the bounds and stops of the steps. Raises ``TypeError`` for fields of another kind.
 
     >>> import probode
     >>> probode.testing.check_controller(probode.PIController())  # or a subclass of your own
@@ -104,6 +104,12 @@ class AbstractController(eqx.Module):
 
     tolerances: eqx.AbstractVar[Tolerances]
     limits: eqx.AbstractVar[Limits]
+
+    def __check_init__(self) -> None:
+        for name, kind in (("tolerances", Tolerances), ("limits", Limits)):
+            if not isinstance(part := getattr(self, name), kind):
+                here = f"{type(self).__name__}({name})"
+                raise TypeError(f"{here} must be a probode.{kind.__name__}(...), got {part!r}.")
 
     @property
     def rtol(self) -> PyTree[Float[Array, "..."]]:
@@ -145,13 +151,14 @@ class IntegralController(AbstractController):
     PyTrees like ``u`` with a number or an array for each leaf. ``dt_min``, ``dt_max`` bound the steps (the last step
     before ``t1`` or a ``stop_at`` may be shorter; a rejected step of ``dt_min`` ends the solve).
 
-    ``stop_at``: times, in any order, at which the equation jumps: a switch, a dose, a knot of interpolated data. Such a
+    ``stop_at``: times, in any order, at which the equation jumps: a switch, a knot of interpolated data, where an
+    infusion begins or ends (a dose that is added to ``u`` itself is a new solve from ``u`` and the dose). Such a
     time belongs to the step before it from the left and to the next one from the right, whatever the equation says of
     the time itself, also in derivatives with respect to it. The distribution of ``u`` (``u, .., u^(k-1)``) stays, the
-    derivatives behind the jump start anew as at ``t0``, and so do step size and controller. They move with ``u`` as the
-    linearisation says: under ``BlockDiagonal`` or ``Isotropic`` by the part of the Jacobian that is kept, under ``TS0``
-    not at all. Raises ``ValueError`` for negative or vanishing tolerances, factors out
-    of order, bounds that are not positive.
+    derivatives behind the jump are computed again as at ``t0``, and so do step size and controller. They move with
+    ``u`` as the linearisation says: under ``BlockDiagonal`` or ``Isotropic`` by the part of the Jacobian that is kept,
+    under ``TS0`` not at all. Raises ``ValueError`` for negative or vanishing tolerances, factors out of order, bounds
+    that are not positive.
 
     >>> import jax.numpy as jnp, probode
     >>> controller = probode.IntegralController()

@@ -1,6 +1,6 @@
 """What an adaptive solve keeps: every step, or those that hold the times asked for.
 
-At the controller's stops, where the equation may jump, the state starts anew: such a time has two
+At the controller's stops, where the equation may jump, the state is restarted: such a time has two
 rows, the state before the jump and the one behind it.
 """
 
@@ -30,11 +30,11 @@ from .times import Interval
 
 class _Steps(eqx.Module):
     solve: AdaptiveState
-    stops: Int[Array, ""]  # how many starts anew there were
+    stops: Int[Array, ""]  # number of restarts
 
 
 class KeepingSteps(AbstractKeeping):
-    """Every accepted step is kept, and every state that has started anew."""
+    """Every accepted step is kept, and every state that was restarted."""
 
     stepper: Stepper
     number: int = eqx.field(static=True)
@@ -58,12 +58,12 @@ class KeepingSteps(AbstractKeeping):
         written = [Written(row, new.num_accepted_steps + stops - self.before, move.accepted)]
         if self.passing_stop is not None:
             past = with_square_noise(self.strategy.remember(new.current.distribution))
-            new, past, anew = self.passing_stop(new, past, move.accepted)
+            new, past, restarted = self.passing_stop(new, past, move.accepted)
             if self.no_past is not None:
                 past = pad_noise(past, self.no_past.noise.shape[-2])
             row, _ = ravel_pytree(Row.of(new.current, past, self.no_influence))
-            stops = stops + anew.astype(jnp.int32)
-            written.append(Written(row, new.num_accepted_steps + stops - self.before, anew))
+            stops = stops + restarted.astype(jnp.int32)
+            written.append(Written(row, new.num_accepted_steps + stops - self.before, restarted))
         return _Steps(new, stops), written, move
 
 
@@ -79,10 +79,10 @@ def solve_keeping_steps(
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
     """Solve to the end; the rows at the start and after every accepted step, and which of them are real.
 
-    There are ``max_steps + 1`` rows, and one more for every stop: the state before it and the one started anew
-    (``Row.anew``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation. With
-    ``room`` for fewer rows (not in a solve with stops) the solve ends when these are full. Raises ``ValueError`` if the
-    rows cannot have a place in memory.
+    There are ``max_steps + 1`` rows, and one more for every stop: the state before it and the restarted one
+    (``Row.restarted``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation.
+    With ``room`` for fewer rows (not in a solve with stops) the solve ends when these are full. Raises ``ValueError``
+    if the rows cannot have a place in memory.
     """
     left = strategy.remember(solve.current.distribution)
     no_past, none = step.nothing(solve.current, left, influence=influence)
@@ -108,7 +108,7 @@ def solve_keeping_steps(
     rows = jax.vmap(unpack)(rows)
     if jumps:
         again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
-        rows = dataclasses.replace(rows, anew=again)
+        rows = dataclasses.replace(rows, restarted=again)
     return solve, rows, reached
 
 

@@ -27,8 +27,8 @@ class Row(eqx.Module):
 
     ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
     kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that
-    step, where it is needed; ``prior``: that of the step, if every step has its own; ``anew``: whether the row is that
-    before it, at the same time, started anew behind a jump, ``None`` where nothing jumps.
+    step, where it is needed; ``prior``: that of the step, if every step has its own; ``restarted``: whether the row is
+    that before it, at the same time, restarted behind a jump, ``None`` where nothing jumps.
     """
 
     t: Float[Array, "..."]
@@ -37,7 +37,7 @@ class Row(eqx.Module):
     past: Conditional | None
     influence: Influence | None
     prior: AbstractPrior | None
-    anew: Bool[Array, "..."] | None = None
+    restarted: Bool[Array, "..."] | None = None
 
     @staticmethod
     def of(state: State, past: Conditional | None, influence: Influence | None = None) -> "Row":

@@ -222,11 +222,11 @@ def _push(keeping, carry, rows, record, blocks, tangents):
 
 def _notes(keeping, start, rows, number):
     """The lengths of the next ``number`` accepted steps from a carry, as a ``Note``, by looking for them once more."""
-    # Whom progress is told has seen these steps.
+    # Progress was reported when these steps were taken first.
     control = dataclasses.replace(keeping.stepper.control, progress=None)
-    silent = eqx.tree_at(lambda keeping: keeping.stepper.control, keeping, control)
-    silent, start, rows = detach((silent, start, rows))
-    _, _, record = _search(silent, start, rows, Blocks(1, number, noted=True), number)
+    without_progress = eqx.tree_at(lambda keeping: keeping.stepper.control, keeping, control)
+    without_progress, start, rows = detach((without_progress, start, rows))
+    _, _, record = _search(without_progress, start, rows, Blocks(1, number, noted=True), number)
     return jax.tree.map(lambda x: x[0], record.notes)
 
 

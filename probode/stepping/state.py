@@ -27,9 +27,9 @@ class State(eqx.Module):
       deviations (root mean square); zero where nothing is iterated.
     - ``data_evidence``: the log density of the data so far.
     - ``derivatives_known``: whether nothing is uncertain but ``u, ..., u^(k-1)``, for an equation of order ``k``.
-    - ``global_error``: where a calibration of single steps meets an equation that gives all highest derivatives: what
-      the evaluations of all steps so far have left wrong in the mean, to first order; part of the covariance.
-      Elsewhere it has no rows.
+    - ``global_error``: for ``TS0`` of an equation that gives all highest derivatives, with a calibration step by step,
+      such as ``DynamicCalibration``: what the evaluations of all steps so far have left wrong in the mean, to first
+      order; part of the covariance. Elsewhere it has no rows.
     - ``spread``: for solves from an uncertain initial value how the mean moves along the ``N`` rows of its factor,
       which adds to the covariance; from a certain one ``N`` is zero.
 

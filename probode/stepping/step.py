@@ -23,10 +23,12 @@ from ..algebra.innovation import innovate
 from ..algebra.linalg import choose, detach
 from ..algebra.linearisation import residual_about
 from ..algebra.normal import Normal, batched, pad, push
+from ..algebra.transition import Transition
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
 from ..priors.prior import AbstractPrior, AbstractPriorFamily, AbstractSplitPrior
+from ..util.checks import as_returned
 from .attempt import Attempt
 from .corrections import condition_corrected, correct
 from .error_estimates import rms_norm
@@ -44,13 +46,13 @@ _CAUTION = 0.95
 class Stepped(eqx.Module):
     """What a step leaves: the state after it, an earlier one given that, and how the equation has moved the state.
 
-    ``silent``: whether all residuals since the last restart at a jump are zero; ``None`` in a solve without jumps.
+    ``zero_so_far``: whether all residuals since the last restart at a jump are zero; ``None`` in a solve without jumps.
     """
 
     state: State
     past: Conditional | None
     influence: Influence
-    silent: Bool[Array, "*batch"] | None = None
+    zero_so_far: Bool[Array, "*batch"] | None = None
 
 
 class Step(eqx.Module):
@@ -115,12 +117,17 @@ class Step(eqx.Module):
         """How many rows the factor of a state has after a step: the loop needs as many before it."""
         return x.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
 
-    def own_prior(self, t: Float[Array, ""], distribution: Normal) -> AbstractPrior | None:
-        """The prior of the next step from a state where priors differ from step to step; ``None`` elsewhere."""
+    def own_prior(
+        self, t: Float[Array, ""], distribution: Normal, dt: Float[Array, ""] | None = None
+    ) -> AbstractPrior | None:
+        """The prior of the next step from a state where priors differ from step to step; ``None`` elsewhere.
+
+        ``dt``: the length of that step, where it is known.
+        """
         if not isinstance(self.prior, AbstractPriorFamily):
             return None
         us = self.layout.unpack(distribution.mean)
-        return self.prior.at(t, us, self.constraint.problem, self.layout, self.args)
+        return self.prior.at(t, us, self.constraint.problem, self.layout, self.args, dt)
 
     def member(self, prior: AbstractPrior | None) -> Any:
         """The prior of a step: what ``own_prior`` has made of a family, or the one of all steps."""
@@ -140,9 +147,11 @@ class Step(eqx.Module):
         ``before``: the state where the step starts. ``since``: the time there, where it matters on which side of it.
         ``known``: whether nothing in that state is uncertain but ``u, ..., u^(k-1)``.
         """
-        prior = self.own_prior(t - dt if since is None else since, before)
+        prior = self.own_prior(t - dt if since is None else since, before, dt)
         stepping = self.member(prior)
-        transition = stepping.transition(dt, self.layout)
+        transition = as_returned(
+            stepping.transition(dt, self.layout), Transition, f"{type(stepping).__name__}.transition"
+        )
         predicted = push(before, transition.matrix)
         if self.layout.factorisation.own_algebra:
             return self.layout.factorisation.attempt(self, predicted, t, transition)  # type: ignore[attr-defined]
@@ -167,23 +176,24 @@ class Step(eqx.Module):
         t: Float[Array, ""],
         past: Conditional | None,
         seen_at: Float[Array, ""] | None = None,
-        anew: Bool[Array, "*batch"] | None = None,
+        zero_so_far: Bool[Array, "*batch"] | None = None,
     ) -> Stepped:
         """Condition the prediction of an attempt on the equation: what the step leaves at ``t``.
 
         ``past``: an earlier state given the one ``before``, for smoothers. ``seen_at``: the time of the equation, where
-        it matters on which side of ``t``. ``anew``: whether all residuals since the last restart at a jump were zero.
+        it matters on which side of ``t``. ``zero_so_far``: whether all residuals since the last restart
+        at a jump were zero.
         """
         at, spread = t if seen_at is None else seen_at, before.spread
         if before.is_spread:
             # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
             ahead = self.ahead(before, at, attempted)
             attempted = dataclasses.replace(attempted, innovation=with_scale_inside(attempted.innovation, ahead.scale))
-            anew = None if anew is None else anew & (ahead.scale == 0)
+            zero_so_far = None if zero_so_far is None else zero_so_far & (ahead.scale == 0)
         innovation, error = attempted.innovation, before.global_error
         scale = self.calibration.scale(innovation, before.statistics)
         if attempted.split is not None:
-            # Made anew: kept from the attempt it would be written out for every component, in every attempt.
+            # Computed again: carried over from the attempt it would be stored for every component.
             matrix = self.member(attempted.prior).transition(at - before.t, self.layout).matrix
             given = matrix, before, at - before.t, attempted, scale, past
             update, equation, error = condition_corrected(
@@ -194,9 +204,9 @@ class Step(eqx.Module):
             update, equation, move = self._condition(before, at, attempted, scale, past)
         else:
             update, equation, move = attempted.update, attempted.equation, jnp.zeros_like(before.last_move)
-        silent = None if anew is None else anew & innovation.is_zero
-        if silent is not None:
-            update = _unless_silent(update, silent, before, attempted, past)
+        zero_so_far = None if zero_so_far is None else zero_so_far & innovation.is_zero
+        if zero_so_far is not None:
+            update = _unless_zero(update, zero_so_far, before, attempted, past)
         influence, output_scale = update.influence, scale / innovation.unit
         counts = informative(equation, attempted.mean)
         statistics = self.calibration.update(before.statistics, output_scale, influence.whitened, counts)
@@ -221,7 +231,7 @@ class Step(eqx.Module):
             spread,
         )
         weight = influence.weight * counts.astype(influence.weight.dtype)
-        return Stepped(state, past, dataclasses.replace(influence, weight=weight), silent)
+        return Stepped(state, past, dataclasses.replace(influence, weight=weight), zero_so_far)
 
     def fixed(self, before: State, t: Float[Array, ""], past: Conditional | None = None) -> Stepped:
         """One step to the time ``t`` without error control; shorter than round-off it only predicts."""
@@ -370,7 +380,7 @@ class Step(eqx.Module):
         return without_round_off(dataclasses.replace(new, residual=residual), predicted.mean)
 
 
-def _unless_silent(update, silent, before, attempted, past):
+def _unless_zero(update, zero_so_far, before, attempted, past):
     """The update, or the prediction where derivatives are still those of the start, and there was no residual.
 
     They move with ``u`` just as the equation wants it. So the innovation of a step without noise has no variance, and
@@ -382,7 +392,9 @@ def _unless_silent(update, silent, before, attempted, past):
     influence = jax.tree.map(jnp.zeros_like, update.influence)
     none = jnp.zeros_like(update.rank)
     nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, none, none)
-    axes = jnp.ndim(silent)
+    axes = jnp.ndim(zero_so_far)
     return jax.tree.map(
-        lambda a, b: jnp.where(jnp.reshape(silent, silent.shape + (1,) * (a.ndim - axes)), a, b), nothing, update
+        lambda a, b: jnp.where(jnp.reshape(zero_so_far, zero_so_far.shape + (1,) * (a.ndim - axes)), a, b),
+        nothing,
+        update,
     )

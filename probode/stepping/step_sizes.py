@@ -44,10 +44,10 @@ _GROWTH = 3.0
 class Control(eqx.Module):
     """The parts of a solver that choose the steps, and who is told how far they got.
 
-    ``initialisation``: how derivatives start anew at the controller's ``stop_at``. ``through``: further times that must
-    be hit, at which nothing happens to the equation: those of data. ``in_two``: whether two equal steps go to a time
-    that must be hit, not a whole one and what is left. ``refuses_unexplained``: whether a step is refused whose
-    residual the output scale does not explain.
+    ``initialisation``: how derivatives start anew at the controller's ``stop_at``. ``must_hit``: further times that
+    must be hit, at which nothing happens to the equation: those of data. ``halve_before_hit``: whether two equal steps
+    go to a time that must be hit, not a whole one and what is left. ``refuses_unexplained``: whether a step is refused
+    whose residual the output scale does not explain.
     """
 
     error: AbstractErrorEstimate
@@ -55,8 +55,8 @@ class Control(eqx.Module):
     loop: AbstractLoop
     initialisation: AbstractInitialisation
     progress: AbstractProgress | None = None
-    through: Float[Array, " times"] | None = None
-    in_two: bool = eqx.field(static=True, default=False)
+    must_hit: Float[Array, " times"] | None = None
+    halve_before_hit: bool = eqx.field(static=True, default=False)
     refuses_unexplained: bool = eqx.field(static=True, default=False)
 
     def stops(self, dtype: DTypeLike) -> Float[Array, " times"] | None:
@@ -123,13 +123,13 @@ def first_step(
     if prior.is_polynomial:
         return dt
 
-    def forgets(dt):
+    def departs(dt):
         matrix = prior.transition(direction * dt, state.layout).matrix
         predicted = state.layout.unpack(push(state.distribution, matrix).mean)[0]
         polynomial = sum((direction * dt) ** k / math.factorial(k) * u[k] for k in range(nu + 1))
         return control.error.norm((predicted - polynomial) / weight) > 1
 
-    return lax.while_loop(lambda dt: forgets(dt) & (dt > 1e-12 * span), lambda dt: dt / 2, lax.stop_gradient(dt))
+    return lax.while_loop(lambda dt: departs(dt) & (dt > 1e-12 * span), lambda dt: dt / 2, lax.stop_gradient(dt))
 
 
 def trusted(proposed: Float[Array, ""], dt: Float[Array, ""]) -> Float[Array, ""]:
@@ -168,18 +168,18 @@ def next_time(
     """
     eps = jnp.finfo(t.dtype).eps
     floor = jnp.maximum(4 * eps * jnp.abs(t), smallest)
-    hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.through) if x is not None]
+    hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.must_hit) if x is not None]
     ahead = interval.nearest(jnp.concatenate(hits), t) if hits else interval.t1
     room = interval.ahead(ahead - t)
     floor = jnp.maximum(floor, control.controller.limits.shortest.astype(t.dtype))
     dt = jnp.maximum(dt, floor)
-    noise = round_off(jnp.maximum(jnp.abs(t), jnp.abs(ahead)))
+    slack = round_off(jnp.maximum(jnp.abs(t), jnp.abs(ahead)))
     # A step that is stretched by more could be rejected, shortened and stretched again for ever.
-    to_the_end = dt >= room - jnp.minimum(noise, dt / 1024)
+    to_the_end = dt >= room - jnp.minimum(slack, dt / 1024)
     half = lax.stop_gradient(room / 2)
     in_two = ~to_the_end & (dt > half) & (half >= floor)
-    if not control.in_two:
-        in_two = in_two & (dt > room - noise)
+    if not control.halve_before_hit:
+        in_two = in_two & (dt > room - slack)
     dt = jnp.where(in_two, half, dt)
     new_t = jnp.where(to_the_end, ahead, t + interval.ahead(dt))
     # Not `dt`: the vector field is evaluated at the times, so the step has to lie between them.

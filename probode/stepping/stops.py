@@ -1,4 +1,4 @@
-"""What happens at a stop, a time at which the equation jumps, in an adaptive solve: the state starts anew."""
+"""What happens at a stop, a time at which the equation jumps, in an adaptive solve: the state is restarted."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from ..algebra.coordinates import Conditional
 from ..algebra.linalg import choose, detach, is_finite
 from ..algebra.normal import Normal
 from ..util.tracing import traced_once
-from .adaptive import AdaptiveState, Start
+from .adaptive import AdaptiveState, Restart
 from .restarts import start_anew
 from .spread import value_and_moves
 from .step import Step
@@ -21,9 +21,9 @@ from .times import Interval, beside, is_jump
 def starting_anew(
     step: Step, control: Control, solve: AdaptiveState, interval: Interval, past: Conditional | None
 ) -> Any:
-    """A function to call after each attempt, which starts the state anew at stops; ``None`` in a solve without any.
+    """A function to call after each attempt, which restarts the state at stops; ``None`` in a solve without any.
 
-    ``fn(solve, past, moved)`` returns the solve, the past given its state, and whether it has started anew: if it has
+    ``fn(solve, past, moved)`` returns the solve, the past given its state, and whether it was restarted: if it has
     ``moved``, to a stop before the end of the interval. Otherwise solve and past come back as they were. It was traced
     once, for a ``past`` of these shapes, with what users' functions close over among its inputs.
     """
@@ -53,15 +53,15 @@ def starting_anew(
 
         x, new_past = lax.cond(here, start, lambda now, past: (now.distribution, past), now, past)
         # Where no derivatives satisfy the equation together with u, as an algebraic one that jumps, the state goes on.
-        anew = here & is_finite(x)
-        x, past = choose(anew, (x, new_past), (now.distribution, past))
+        restarted = here & is_finite(x)
+        x, past = choose(restarted, (x, new_past), (now.distribution, past))
         # The memory of scales is reset by an update with scale zero that is not informative.
         nothing = jnp.zeros_like(now.output_scale), jnp.zeros((*layout.batch_shape, 1, 1), layout.dtype)
         forgotten = step.calibration.update(now.statistics, *nothing, jnp.zeros((), bool))
-        statistics = choose(anew, forgotten, now.statistics)
+        statistics = choose(restarted, forgotten, now.statistics)
         current = dataclasses.replace(now, distribution=x, statistics=statistics)
         if now.is_spread:
-            spread = jnp.where(anew, spread_anew(*detach((now, beside(now.t, direction, stops)))), now.spread)
+            spread = jnp.where(restarted, spread_anew(*detach((now, beside(now.t, direction, stops)))), now.spread)
             current = dataclasses.replace(current, spread=spread)
         until = interval.nearest(stops, now.t) - now.t
         prior = step.prior if current.prior is None else current.prior
@@ -71,10 +71,14 @@ def starting_anew(
         new = dataclasses.replace(
             solve,
             current=current,
-            dt=jnp.where(anew, lax.stop_gradient(dt), solve.dt),
-            controller=choose(anew, control.controller.init(dtype), solve.controller),
-            anew=choose(anew, Start(lax.stop_gradient(now.t), jnp.ones_like(solve.anew.unseen)), solve.anew),
+            dt=jnp.where(restarted, lax.stop_gradient(dt), solve.dt),
+            controller=choose(restarted, control.controller.init(dtype), solve.controller),
+            last_restart=choose(
+                restarted,
+                Restart(lax.stop_gradient(now.t), jnp.ones_like(solve.last_restart.zero_so_far)),
+                solve.last_restart,
+            ),
         )
-        return new, past, anew
+        return new, past, restarted
 
     return traced_once(pass_stop, solve, past, jnp.zeros((), bool))

@@ -13,6 +13,7 @@ from ..stepping.controllers import AbstractController
 from ..stepping.error_estimates import AbstractErrorEstimate
 from ..stepping.loops import AbstractLoop
 from ..stepping.progress import AbstractProgress
+from ..util.checks import as_triple
 from .examples import U0, example_attempt, field
 from .laws import equal, finite, has_dtype, hold, require_double, require_kind, survives
 
@@ -80,8 +81,8 @@ def check_controller(controller: AbstractController) -> None:
         jnp.asarray(dt), jnp.asarray(norm, float), 4, state
     )
     state = start
-    for norm in (0.5, 0.9, 3.0, 0.2, 0.0, np.inf, 0.7):
-        accept, dt, after = propose(norm, state)
+    for norm in (0.5, 0.999, 1.001, 0.9, 1.0, 3.0, 0.2, 0.0, np.inf, 0.7):
+        accept, dt, after = as_triple(propose(norm, state), f"{name}.propose", "accept, dt, state")
         hold(
             jnp.isfinite(dt) & (dt > 0), f"{name}: a proposal is positive and finite", f"{dt} after an error of {norm}"
         )

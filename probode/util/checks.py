@@ -105,3 +105,18 @@ def _with_values(message, names, values):
 
 def _short(value):
     return f"({', '.join(map(str, value))})" if isinstance(value, tuple) else value
+
+
+def as_returned(returned: T, kind: type, method: str) -> T:
+    """What a method of a part has returned; raises ``TypeError`` with its name unless it is a ``kind``."""
+    if not isinstance(returned, kind):
+        raise TypeError(f"{method} must return a {kind.__name__}, got {type(returned).__name__}.")
+    return returned
+
+
+def as_triple(returned: Any, method: str, words: str) -> tuple[Any, Any, Any]:
+    """The three values that a method of a part has returned; raises ``TypeError`` for anything else."""
+    if not (isinstance(returned, tuple) and len(returned) == 3):
+        got = f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
+        raise TypeError(f"{method} must return three values ({words}), got {got}.")
+    return returned

@@ -20,6 +20,9 @@ _DENSE = "keep every step with save_at=SaveAt(dense=True), for Solution.evaluate
 _GRADIENTS = "the loop decides what can be differentiated: Solver(..., loop=BoundedLoop() or CheckpointedLoop())"
 _EXACT = "nothing is needed: Jacobians are exact, by automatic differentiation; others: ODE(f, jacobian=...)"
 
+_JUMPS = ("stop_at", "jump_ts", "tcrit", "tstops", "d_discontinuities")
+_JUMP = "times at which the equation jumps are"
+
 _KEYWORDS = {
     **dict.fromkeys(("saveat", "save_at_ts", "ts", "t_eval", "teval", "tspan_eval", "t"), _TIMES),
     **dict.fromkeys(("t_span", "tspan"), "the interval is two arguments: solve(u0, t0, t1)"),
@@ -38,6 +41,7 @@ _KEYWORDS = {
     **dict.fromkeys(("p", "params", "parameters", "theta"), "parameters of the vector field are args=..."),
     **dict.fromkeys(("progress_meter", "verbose"), "a progress meter is progress=TextProgress(), of solve"),
     **dict.fromkeys(("throw_errors", "raise_errors"), "whether failures are errors is throw=True or False, of solve"),
+    **dict.fromkeys(_JUMPS, f"{_JUMP} the controller's: Solver(..., controller=IntegralController(stop_at=...))"),
     "solver_state": "a solve is resumed from u0=Solution.state",
     "num_derivatives": "the number of derivatives is the prior's: IWP(num_derivatives)",
     "nu": "the number of derivatives is the prior's: IWP(num_derivatives)",
@@ -86,7 +90,11 @@ _IN_ONE_LINE = {
     ),
     **dict.fromkeys(("max_num_steps", "mxstep"), "it is max_steps=..."),
     "vectorized": "nothing is needed: jax.vmap or solve_ensemble solve many at once",
-    "order": "the order follows from num_derivatives=...",
+    "order": (
+        "equations of higher order are for a Solver(IWP(4), TS1(ODE(f, order=2))); that of the method follows from "
+        "num_derivatives=..."
+    ),
+    **dict.fromkeys(_JUMPS, f"{_JUMP} controller=IntegralController(rtol, atol, stop_at=...)"),
     "prior": "take a Solver(prior, constraint), for other priors than IWP(num_derivatives)",
     "constraint": "take a Solver(prior, constraint), for other constraints than that of the method",
 }

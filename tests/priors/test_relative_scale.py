@@ -69,21 +69,46 @@ def test_of_one_component_it_is_the_prior_itself():
 
 
 def test_sizes():
-    layout = layout_of(jnp.zeros(2), 1, po.Dense())
+    layout = layout_of(jnp.zeros(2), 2, po.Dense())
 
-    def scale(us, **parts):
-        prior = po.RelativeScale(po.IWP(1, **parts), 1e-2)
-        return prior.at(jnp.zeros(()), jnp.array(us), po.ODE(lambda t, u, args: -u), layout, None).output_scale
+    def scale(us, second=(0.0, 0.0), dt=None, **parts):
+        us, prior, ode = jnp.array([*us, second]), po.RelativeScale(po.IWP(2, **parts), 1e-2), po.ODE(lambda t, u, _: u)
+        dt = None if dt is None else jnp.asarray(dt)
+        return prior.at(jnp.zeros(()), us, ode, layout, None, dt).output_scale
 
-    # The smallest size is 0.01 times 3; rates of change are (0, 100), and 1 / tau = 100 / sqrt(2).
-    own = scale([[3.0, 0.0], [0.0, 3.0]], output_scale=np.array([2.0, 3.0]))
-    np.testing.assert_allclose(own, [2 * 3.03, 3 * (0.03 + 0.03 * np.sqrt(2))], rtol=1e-14)
+    # The smallest size is 0.01 times 3.
+    own = scale([[3.0, 0.0], [0.0, 3.0]], dt=-0.1, output_scale=np.array([2.0, 3.0]))
+    np.testing.assert_allclose(own, [2 * 3.03, 3 * (0.03 + 0.3)], rtol=1e-14)
     np.testing.assert_allclose(scale([[-3.0, 1.0], [0.0, 0.0]]), [3.03, 1.03], rtol=1e-14)
     np.testing.assert_allclose(scale([[0.0, 0.0], [0.0, 0.0]]), [1.0, 1.0], rtol=1e-14)
+    # Of a component at zero u' and u'' say that it will be as large as 3^2 / 18, however long the step is.
+    for dt, change in ((0.01, 0.03), (1.0, 0.5), (None, 0.5)):
+        changed = scale([[3.0, 0.0], [0.0, 3.0]], (0.0, 18.0), dt)
+        np.testing.assert_allclose(changed, [3.03, 0.03 + change], rtol=1e-14)
     # A root of a covariance keeps its correlations.
     root = np.array([[1.0, 0.5], [0.0, -1.0]])
     changed = scale([[-3.0, 1.0], [0.0, 0.0]], output_scale=root)
     np.testing.assert_allclose(covariance(changed), covariance(root * [3.03, 1.03]), rtol=1e-14)
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e7])
+@pytest.mark.parametrize(("nu", "levels"), [(4, 0), *left_to_nox((2, 0), (3, 0), (5, 0), (5, 2))])
+def test_a_fast_component_that_starts_from_zero(nu, levels, rate):
+    # With a size of round-off for the fast component its residual moved the slow one: 0.52 +- 0.0004, right 0.9999995.
+    def f(t, u, rate):
+        return jnp.stack([u[1], -rate * u[1] - u[0]])
+
+    ode = po.ODE(f)
+    constraint = po.TS1(ode.lifted(levels), evaluations=2) if levels else po.TS1(ode)
+    own = po.Solver(po.RelativeScale(po.IWP(nu)), constraint, controller=po.IntegralController(1e-5, 1e-9))
+    solution = own.solve(jnp.array([1.0, 0.0]), 0.0, 5.0, args=rate)
+    # What is left of two exponentials.
+    slow = -2 / (rate + np.sqrt(rate**2 - 4))
+    fast = -rate - slow
+    end = fast / (fast - slow) * np.exp(5 * slow) * np.array([1, slow])
+    error = np.abs(solution.mean[0] - end)
+    assert np.max(error / (1e-9 + 1e-5 * np.abs(end))) < 1
+    assert np.max(error / solution.std[0]) < 3
 
 
 @pytest.mark.thorough
@@ -116,6 +141,8 @@ def test_derivatives():
 def test_errors():
     with pytest.raises(ValueError, match=r"RelativeScale\(floor\)"):
         po.RelativeScale(po.IWP(2), 0.0)
+    with pytest.raises(ValueError, match=r"needs a prior with u'' at least.*num_derivatives=1"):
+        po.RelativeScale(po.IWP(1))
     with pytest.raises(TypeError, match="a prior with an output_scale"):
         po.RelativeScale(po.TS1)
     with pytest.raises(ValueError, match=r"Isotropic\(\) has one output scale"):

@@ -152,6 +152,14 @@ class OtherDrift(WrongPower):
         return Transition(own.matrix, po.linear_transition((-1.5,), dt, layout).noise, own.magnitude)
 
 
+class Cancels(WrongPower):
+    """The right noise up to round-off of a closed formula."""
+
+    def transition(self, dt, layout):
+        own = po.IWP(2).transition(dt, layout)
+        return Transition(own.matrix, own.noise * (1 + 1e-7 * jnp.cos(1e3 * dt)), own.magnitude)
+
+
 class TurnedDrift(WrongPower):
     def transition(self, dt, layout):
         right = po.IWP(2).transition(dt, layout)
@@ -327,6 +335,22 @@ class DividesByZero(Constant):
         return error_norm <= 1, jnp.minimum(dt * error_norm ** (-1 / order), 10 * dt) * (error_norm / error_norm), None
 
 
+class Threshold(po.AbstractController):
+    tolerances: po.Tolerances
+    limits: po.Limits
+    most: float = eqx.field(static=True)
+
+    def __init__(self, most):
+        self.most, self.tolerances, self.limits = most, po.Tolerances(), po.Limits()
+
+    def init(self, dtype):
+        return None
+
+    def propose(self, dt, error_norm, order, state):
+        good = error_norm <= self.most
+        return good, jnp.where(good, dt, dt / 2), None
+
+
 class OneTooMany(po.AbstractLoop):
     max_steps: int = eqx.field(static=True, default=20)
 
@@ -412,6 +436,17 @@ class TurnsOver(po.AbstractJacobian):
         (testing.check_error, NeverSmaller(), "much smaller error"),
         (testing.check_controller, Constant(), "larger ones are not"),
         (testing.check_controller, DividesByZero(), "positive and finite"),
+        (
+            testing.check_controller,
+            Threshold(1.002),
+            "larger ones are not. Found: 1.001",
+        ),
+        (
+            testing.check_controller,
+            Threshold(0.998),
+            "up to one are accepted.*Found: 0.999",
+        ),
+        (testing.check_prior, Cancels(), "drift of the matrix. Found: perhaps the cancellation.*relative deviation"),
         (testing.check_loop, OneTooMany(), "max_steps"),
         (testing.check_initialisation, StartsAtZero(), "those of the equation, at its time"),
         (testing.check_initialisation, Guesses(), "initial value is kept"),
@@ -423,6 +458,34 @@ class TurnsOver(po.AbstractJacobian):
 def test_broken_parts_are_told_the_law(check, part, law):
     with pytest.raises(testing.LawBroken, match=law):
         check(part)
+
+
+class TwoValues(Constant):
+    def propose(self, dt, error_norm, order, state):
+        return error_norm <= 1, dt
+
+
+class ATuple(po.AbstractPrior):
+    num_derivatives: int = eqx.field(static=True, default=2)
+
+    def transition(self, dt, layout):
+        transition = po.IWP(2).transition(dt, layout)
+        return transition.matrix, transition.noise
+
+
+@pytest.mark.parametrize(
+    ("part", "check", "words"),
+    [
+        ({"controller": TwoValues()}, testing.check_controller, r"TwoValues.propose must return three .*got 2 values"),
+        ({"prior": ATuple()}, testing.check_prior, "ATuple.*transition must return a Transition, got tuple"),
+    ],
+)
+def test_other_values_than_a_method_has_to_return(part, check, words):
+    solver = po.Solver(**{"prior": po.IWP(2), "constraint": po.TS1(po.ODE(field))} | part)
+    with pytest.raises(TypeError, match=words):
+        solver.solve(U0, 0.0, 1.0)
+    with pytest.raises(TypeError, match=words):
+        check(*part.values())
 
 
 def test_other_kinds_and_single_precision(monkeypatch):
