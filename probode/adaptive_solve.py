@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .algebra.factorisations import Layout
-from .algebra.linalg import detach
+from .algebra.linalg import choose, detach
 from .algebra.normal import pad, push
 from .estimation.calibration import AbstractLeaveOneOut
 from .estimation.strategies import Filter
@@ -180,9 +180,10 @@ def _moving_with_time(step, state, interval):
 
     There, in lanes of a batch with ``t1 = t0``, no step is taken that would have it.
     """
-    dt = jnp.where(interval.remaining(state.t) == 0, interval.t1 - state.t, 0)
-    matrix = step.member(state.prior).transition(dt, step.layout).matrix
-    return dataclasses.replace(state, distribution=push(state.distribution, matrix))
+    empty, before = interval.remaining(state.t) == 0, state.distribution
+    matrix = step.member(state.prior).transition(jnp.where(empty, interval.t1 - state.t, 0), step.layout).matrix
+    # Elsewhere the state itself: a derivative that is not finite would spread to u.
+    return dataclasses.replace(state, distribution=choose(empty, push(before, matrix), before))
 
 
 def _go_on(step, control, begun, before, interval, *, choose_dt):
