@@ -20,9 +20,11 @@ from ..algebra.linalg import safe_divide
 from ..algebra.linearisation import Linearisation, residual_about
 from ..algebra.normal import Normal
 from ..equations.problems import AbstractProblem
+from ..estimation.initialisation import InitialState
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
 from ..posterior.solution import Solution
+from ..requests import floats_to_arrays
 from ..solver import Solver
 from ..util.checks import as_integer, as_scalar, require
 from ..util.tracing import compiled
@@ -80,7 +82,9 @@ def solve_grid_iterated(
     is the most probable trajectory, given the data, on which the equation holds at all points of the grid.
 
     - ``solver``: with a ``FixedIntervalSmoother`` and a constraint that is evaluated once in a step.
-    - ``u0``, ``grid``, ``args``, ``data``: as in ``Solver.solve_grid``.
+    - ``u0``, ``grid``, ``args``, ``data``: as in ``Solver.solve_grid``, but for a ``Normal``, an uncertain initial
+      value: it is part of the state, so that data update it, and its derivatives are linearised in every iteration at
+      the initial value of the one before. Those of ``Solver.initialise(Normal(...), ...)`` stay as they are.
     - ``max_iterations``: the largest number of iterations.
     - ``tolerance``: the iterations end when no mean of ``u``, nor of any of its derivatives, moves by more than this
       share of the largest magnitude that ``u``, or that derivative, has on the grid.
@@ -106,11 +110,30 @@ def solve_grid_iterated(
             "solve_grid_iterated linearises once in every pass: pass a constraint with evaluations=1, not "
             f"{solver.constraint.evaluations}."
         )
+    args, u0 = floats_to_arrays((args, u0))
     number = as_integer(max_iterations, "max_iterations", 1)
     tolerance = as_scalar(tolerance, "tolerance")
     tolerance = require(tolerance, tolerance > 0, "tolerance must be positive", tolerance=tolerance)
-    first = solver.solve_grid(u0, grid, args=args, data=data)
+    start = _start(solver, u0, grid, args, u0.mean) if isinstance(u0, Normal) else u0
+    first = solver.solve_grid(start, grid, args=args, data=data)
     return _iterate(solver, u0, grid, args, data, first, jnp.asarray(tolerance, first.t.dtype), number)
+
+
+def _start(solver, u0, grid, args, point):
+    """The state at the start from an uncertain initial value, with derivatives linearised at the value ``point``.
+
+    ``D(point) + D'(point) (mean - point)``, and the covariance that ``D'(point)`` makes of that of ``u0``.
+    """
+    t0, order = grid[0], solver.constraint.problem.num_initial_values
+    state = solver.initialise(Normal(point, u0.factor), t0, args=args)
+    mean = state.mean
+    if solver.constraint.first_order:
+        shift = jax.tree.map(lambda m, p: jnp.asarray(m, jnp.result_type(p)) - p, u0.mean, point)
+        derivatives = lambda u: solver.initialise(u, t0, args=args).mean  # noqa: E731
+        moves = jax.jvp(derivatives, (point,), (shift,))[1]
+        mean = jax.tree.map(jnp.add, mean, moves)
+    given = tuple(u0.mean) if order > 1 else (u0.mean,)
+    return InitialState((*given, *mean[order:]), state.factor)
 
 
 @compiled
@@ -127,7 +150,12 @@ def _iterate(solver, u0, grid, args, data, first, tolerance, number):
         if data is not None:
             points = jax.vmap(lambda t: _nearest(means, solution.t, t))(data.ts)
             seen = eqx.tree_at(lambda d: d.points, data, points)
-        new = along.solve_grid(u0, grid, args=args, data=seen)
+        start = u0
+        if isinstance(u0, Normal):
+            layout, order = solution.layout, solver.constraint.problem.num_initial_values
+            us = tuple(layout.unravel(u) for u in layout.unpack(means[0])[:order])
+            start = _start(solver, u0, grid, args, us if order > 1 else us[0])
+        new = along.solve_grid(start, grid, args=args, data=seen)
         move = jnp.max(safe_divide(sizes(new.marginals.mean - means), sizes(means)))
         return new, lax.stop_gradient(move), iterations + 1
 

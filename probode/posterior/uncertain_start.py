@@ -10,9 +10,11 @@ the steps.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
@@ -22,22 +24,24 @@ from ..algebra.normal import Normal, square
 from ..equations.problems import AbstractProblem
 from ..estimation.calibration import AbstractCalibration
 from ..stepping.spread import value_and_moves
-from ..util.checks import as_float
+from ..util.checks import as_float, require
 from .solution import Solution, Spread
 
 
 def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
     """The rows of the factor of ``u0``, each a tuple ``(u, u', ...)``, stacked along a leading axis.
 
-    Raises ``ValueError`` unless the factor is a PyTree of standard deviations like the mean, or a right square root of
-    the covariance over all its numbers; ``TypeError`` if it is not real.
+    Raises ``ValueError`` unless the factor is a PyTree of standard deviations like the mean, none of them negative, or
+    a right square root of the covariance over all its numbers, and finite; ``TypeError`` if it is not real.
     """
     mean = problem.split(u0.mean)
     flat, unravel = ravel_pytree(mean)
     if getattr(u0.factor, "shape", None) == (flat.size, flat.size):
-        factor = jnp.asarray(as_float(u0.factor, "u0.factor")).astype(flat.dtype)
+        root: Any = as_float(u0.factor, "u0.factor")
+        root = require(root, abs(root) < np.inf, "The factor of an uncertain u0 must be finite")
+        factor = jnp.asarray(root).astype(flat.dtype)
     elif jax.tree.map(jnp.shape, u0.factor) == jax.tree.map(jnp.shape, u0.mean):
-        stds = jax.tree.map(lambda x: jnp.asarray(as_float(x, "u0.factor")), u0.factor)
+        stds = jax.tree.map(_standard_deviation, u0.factor)
         factor = jnp.diag(ravel_pytree(stds)[0].astype(flat.dtype))
     else:
         raise ValueError(
@@ -45,6 +49,12 @@ def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
             f"{(flat.size, flat.size)} right square root of the covariance of all its numbers."
         )
     return jax.vmap(unravel)(factor)
+
+
+def _standard_deviation(x):
+    x = as_float(x, "u0.factor")
+    x = require(x, (x >= 0) & (x < np.inf), "Standard deviations of an uncertain u0 must be finite and not negative")
+    return jnp.asarray(x)
 
 
 def check_uncertain(factorisation: AbstractFactorisation, calibration: AbstractCalibration, size: int) -> None:

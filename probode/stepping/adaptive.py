@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose, detach, is_finite
+from ..algebra.normal import Normal
 from ..util.checks import as_triple
 from ..util.tracing import traced_once
 from .attempt import Attempt
@@ -83,7 +84,11 @@ class AdaptiveState(eqx.Module):
 def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState:
     """A solve before its first attempt."""
     zero = jnp.zeros((), jnp.int32)
-    result = Result.where(is_finite(state.distribution), Result.successful, Result.initial_state_nonfinite)
+    fine = is_finite(state.distribution)
+    result = Result.where(fine, Result.successful, Result.initial_state_nonfinite)
+    # Nothing is known of such a start. Its mean says which numbers are to blame.
+    factor = jnp.where(fine, state.distribution.factor, jnp.nan)
+    state = dataclasses.replace(state, distribution=Normal(state.distribution.mean, factor))
     last_restart = None
     if control.stops(dt.dtype) is not None:
         last_restart = Restart(jnp.full((), jnp.nan, dt.dtype), jnp.zeros(state.layout.batch_shape, bool))

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ..algebra.normal import Normal
+from ..algebra.transition import Transition
 from ..estimation.initialisation import AbstractInitialisation, InitialState
+from ..priors.prior import AbstractPrior
+from ..util.checks import as_returned
 from .adaptive import AdaptiveState
 from .state import State
 from .step import Step
@@ -160,7 +163,10 @@ class Resumed(AbstractStart):
 
 
 def _check(step, t0):
-    """Raises unless the equation can be evaluated: here once per compilation, not once per call."""
+    """Raises unless the equation can be evaluated, and the prior has transitions: once per compilation, not per call."""
     layout, problem = step.layout, step.constraint.problem
     example = layout.unravel(jnp.zeros(layout.size, layout.dtype))
     problem.check(t0, (example,) * problem.num_initial_values, step.args)
+    if isinstance(step.prior, AbstractPrior):
+        transition = eqx.filter_eval_shape(step.prior.transition, t0, layout)
+        as_returned(transition, Transition, f"{type(step.prior).__name__}.transition")

@@ -23,12 +23,10 @@ from ..algebra.innovation import innovate
 from ..algebra.linalg import choose, detach
 from ..algebra.linearisation import residual_about
 from ..algebra.normal import Normal, batched, pad, push
-from ..algebra.transition import Transition
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
 from ..priors.prior import AbstractPrior, AbstractPriorFamily, AbstractSplitPrior
-from ..util.checks import as_returned
 from .attempt import Attempt
 from .corrections import condition_corrected, correct
 from .error_estimates import rms_norm
@@ -149,9 +147,7 @@ class Step(eqx.Module):
         """
         prior = self.own_prior(t - dt if since is None else since, before, dt)
         stepping = self.member(prior)
-        transition = as_returned(
-            stepping.transition(dt, self.layout), Transition, f"{type(stepping).__name__}.transition"
-        )
+        transition = stepping.transition(dt, self.layout)
         predicted = push(before, transition.matrix)
         if self.layout.factorisation.own_algebra:
             return self.layout.factorisation.attempt(self, predicted, t, transition)  # type: ignore[attr-defined]

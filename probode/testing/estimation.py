@@ -87,6 +87,8 @@ def check_strategy(strategy: AbstractStrategy) -> None:
         for part in () if past is None else ("shift", "cross", "noise"):
             own, expected = (jnp.shape(getattr(x, part)) for x in (past, Conditional.identity(kept)))
             hold(own == expected, law, f"{part} of shape {own} instead of {expected}")
+    single = strategy.remember(Normal(jnp.zeros((3, 1), jnp.float32), jnp.eye(3, dtype=jnp.float32)))
+    has_dtype(single, jnp.float32, f"{name} keeps single precision")
     smooths = past is not None
     # The smallest states, with one block for each component: what a strategy remembers has the shape of a batch.
     solver = lambda s: Solver(IWP(1), TS1(ODE(field)), factorisation=BlockDiagonal(), strategy=s)  # noqa: E731

@@ -23,7 +23,8 @@ def check_solver(
     - The same call returns the same numbers, which are finite, also under ``jit`` (traced once) and ``vmap``.
     - The result at ``t1`` does not depend on which times are saved. A solve in two parts arrives where one does; so
       does a solve back to ``t0``, for an ``ODE`` of order one, unless it fails.
-    - Single precision is kept. An initial value that is NaN ends in a ``Result`` other than successful.
+    - Single precision is kept, unless ``rtol`` is too small for it. An initial value that is NaN ends in a ``Result``
+      other than successful.
     - The derivative with respect to the initial value agrees with finite differences on the same steps.
     - If ``reference`` is passed, the error at ``t1`` is less than 1000 tolerances.
 
@@ -80,8 +81,9 @@ def check_solver(
         f"{deviation:.1e} off",
     )
 
-    single = solver.solve(in_single(u0), t0, t1, args=args, throw=False)
-    has_dtype((single.mean, single.std), jnp.float32, "A state in single precision stays so")
+    if jnp.min(rtol) > 1e-5:  # below, single precision cannot meet it, and solves say so
+        single = solver.solve(in_single(u0), t0, t1, args=args, throw=False)
+        has_dtype((single.mean, single.std), jnp.float32, "A state in single precision stays so")
 
     if type(solver.constraint.problem) is ODE and solver.constraint.problem.order == 1:
         law = "Time may run backwards: there and back is where it began"

@@ -58,6 +58,7 @@ def check_error(error: AbstractErrorEstimate) -> None:
     power = float(jnp.log(error.norm(longer) / error.norm(coarse)) / np.log(4))
     law = f"{law}, so that they do not depend on the unit of time"
     equal(longer, coarse, law, 1e-8, what=f"an error in units of u / time^{power:.2g}; multiply by |dt|^{power:.2g}")
+    finite(estimate(error, 1e-9), f"{name}, dt=1e-9: errors are finite")
     hold(estimate(error, -0.02) > 0, f"{name}, dt=-0.02: time may run backwards")
     has_dtype(estimate(error, 0.1, dtype=jnp.float32), jnp.float32, f"{name} keeps single precision")
     survives(estimate, error, jnp.asarray(0.1), "an error estimate")
@@ -101,7 +102,7 @@ def check_controller(controller: AbstractController) -> None:
     hold(lengths == sorted(lengths, reverse=True), f"{name}: a larger error is not followed by a longer step")
     equal(propose(0.5, dt=0.2)[1], 2 * propose(0.5)[1], f"{name}: proposals are in units of the step", 1e-12)
     single = controller.propose(jnp.float32(0.1), jnp.float32(0.5), 4, controller.init(jnp.dtype("float32")))
-    has_dtype(single[1], jnp.float32, f"{name} keeps single precision")
+    has_dtype(single[1:], jnp.float32, f"{name} keeps single precision, in its proposal and its state")
     solver = Solver(IWP(2), TS1(ODE(field)), controller=controller)
     survives(
         lambda c, x: jnp.atleast_1d(c.propose(x, jnp.asarray(0.5), 4, c.init(x.dtype))[1]),

@@ -54,9 +54,11 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
             _check_split(prior, layout)
     hold(done, "A prior has transitions in some factorisation", str(refused[:1]))
     single = layout_of(in_single(example), prior.num_derivatives, Dense())
-    transition = jax.jit(lambda dt: in_single(prior).transition(dt, single))(jnp.asarray(0.1, jnp.float32))
-    has_dtype(transition, jnp.float32, "A transition has the dtype of the state")
-    _check_noise(_at(type(prior).__name__, 0.1, single), transition)
+    of_single = jax.jit(lambda dt: in_single(prior).transition(dt, single))
+    for dt in (0.1, 1e-8):
+        transition = of_single(jnp.asarray(dt, jnp.float32))
+        has_dtype(transition, jnp.float32, "A transition has the dtype of the state")
+        _check_noise(_at(type(prior).__name__, dt, single), transition)
     dense = layout_of(example, prior.num_derivatives, Dense())
 
     def everything(prior, dt):
