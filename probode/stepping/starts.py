@@ -163,7 +163,7 @@ class Resumed(AbstractStart):
 
 
 def _check(step, t0):
-    """Raises unless the equation can be evaluated, and the prior has transitions: once per compilation, not per call."""
+    """Raises unless the equation can be evaluated, and the prior has transitions: once in a compilation."""
     layout, problem = step.layout, step.constraint.problem
     example = layout.unravel(jnp.zeros(layout.size, layout.dtype))
     problem.check(t0, (example,) * problem.num_initial_values, step.args)
