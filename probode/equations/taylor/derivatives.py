@@ -139,13 +139,21 @@ def consistent_derivatives(
         derivatives = along(us[windows])
         return (derivatives / factorials[: levels + 1]).ravel()
 
+    # Before anything is found: the unit in which the equation depends on u as much as on its highest derivative.
+    given = jnp.concatenate([u0, jnp.zeros((order + 1, d), u0.dtype)])[: order + 1]
+    *lower, highest = jnp.linalg.norm(jax.jacfwd(r, argnums=1)(t0, given), axis=(0, 2))
+    first_units = [(highest / slope) ** (1 / (order - k)) for k, slope in enumerate(lower)]
+    first_unit = jnp.min(jnp.stack([*first_units, jnp.ones_like(highest)]))
+    first_unit = jax.lax.stop_gradient(jnp.where(first_unit > 0, first_unit, 1))
+
     def step(unknown):
         # In a unit of time in which the coefficients found so far are no larger than u, and with rows of length one:
         # otherwise the pseudo-inverse would drop equations and unknowns that are small in the user's units.
         exponents = jnp.repeat(jnp.arange(known, top + 1, dtype=u0.dtype), d)
         size = _largest(u0)
         units = jnp.where(unknown == 0, jnp.inf, (size / jnp.abs(unknown)) ** (1 / exponents))
-        unit = jnp.clip(jnp.min(units), jnp.finfo(u0.dtype).tiny ** (1 / (top + 1)), 1)
+        unit = jnp.where(jnp.any(unknown != 0), jnp.min(units), first_unit)
+        unit = jnp.clip(unit, jnp.finfo(u0.dtype).tiny ** (1 / (top + 1)), 1)
         jacobian = jax.jacfwd(residuals)(unknown) / (unit**exponents)[None]
         rows = jnp.linalg.norm(jacobian, axis=1)
         rows = jnp.where(rows > 0, rows, 1)
