@@ -36,6 +36,17 @@ def returning(output, u0=U):
     return solve(u0, f=lambda t, u, args: output(u))
 
 
+class HasTolerances(po.AbstractController):
+    tolerances: po.Tolerances
+    limits: po.Limits = eqx.field(default_factory=po.Limits)
+
+    def init(self, dtype):
+        return None
+
+    def propose(self, dt, error_norm, order, state):
+        return error_norm <= 1, dt / 2, None
+
+
 def control(**settings):
     return po.IntegralController(**settings)
 
@@ -43,6 +54,10 @@ def control(**settings):
 def traced(fn, *values):
     """``fn`` where nobody knows its arguments before it runs."""
     return eqx.filter_jit(fn)(*(jnp.asarray(v, float) for v in values))
+
+
+def initial_layout():
+    return solver().init(U, 0.0).layout
 
 
 def decay(t, u, args):
@@ -244,6 +259,50 @@ CASES = [
     # the equation
     ("TS0-of-a-function", lambda: po.TS0(logistic), TypeError, "TS0.*ODE"),
     ("TS1-of-a-function", lambda: po.TS1(logistic), TypeError, "TS1.*ODE"),
+    ("an-ODE-is-no-constraint", lambda: po.Solver(po.IWP(2), po.ODE(logistic)), TypeError, r"Linearise it: TS1\(ODE"),
+    (
+        "a-product-with-a-list",
+        lambda: solve([0.1, 0.2], f=lambda t, u, args: 2 * u),
+        ValueError,
+        r"structure of u0.*A product with a list repeats it: make u0 one array, as jnp.asarray\(u0\)",
+    ),
+    (
+        "args-in-a-tuple",
+        lambda: po.solve_ivp(lambda t, u, rate: -rate * u, (0, 1), U, args=(0.5,)),
+        TypeError,
+        "unpack it, as in `rate, scale = args`",
+    ),
+    ("prior-of-relative-scale", lambda: po.RelativeScale(po.IWP(1)), ValueError, "u'' at least.*num_derivatives=1"),
+    (
+        "drift-is-a-number",
+        lambda: po.linear_transition(-1.0, jnp.array(0.1), initial_layout()),
+        TypeError,
+        r"tuple of factors, as \(rate,\)",
+    ),
+    ("tolerances-are-a-number", lambda: HasTolerances(1e-3), TypeError, r"HasTolerances\(tolerances\).*Tolerances"),
+    ("limits-are-none", lambda: HasTolerances(po.Tolerances(), None), TypeError, r"HasTolerances\(limits\).*Limits"),
+    ("u0-normal-negative", lambda: solve(po.Normal(U, -U), constraint=po.TS1), ValueError, "not negative"),
+    (
+        "u0-normal-nan",
+        lambda: solve(po.Normal(U, np.nan * U), constraint=po.TS1),
+        ValueError,
+        "finite and not negative",
+    ),
+    ("u0-normal-root-nan", lambda: solve(po.Normal(U, np.nan * np.eye(2)), constraint=po.TS1), ValueError, "finite"),
+    ("ivp-order", lambda: po.solve_ivp(decay, (0, 1), U, order=2), TypeError, r"TS1\(ODE\(f, order=2\)\)"),
+    (
+        "ivp-stop-at",
+        lambda: po.solve_ivp(decay, (0, 1), U, stop_at=[0.5]),
+        TypeError,
+        r"IntegralController\(rtol, atol",
+    ),
+    ("solve-jump-ts", lambda: solver().solve(U, 0.0, 1.0, jump_ts=[0.5]), TypeError, r"IntegralController\(stop_at"),
+    (
+        "lanes-in-a-list",
+        lambda: po.solve_ensemble(solver(), U, 0.0, [1.0, 2.0], in_axes=(None, None, 0, None)),
+        ValueError,
+        r"write jnp.array\(\[...\]\)",
+    ),
     ("ODE-of-a-number", lambda: po.ODE(3), TypeError, "ODE|vector_field"),
     ("ODE-order-zero", lambda: po.ODE(logistic, order=0), ValueError, r"ODE\(order\).*integer >= 1.*0"),
     ("ODE-order-bool", lambda: po.ODE(logistic, order=True), ValueError, r"ODE\(order\).*integer >= 1.*True"),

@@ -164,9 +164,7 @@ class LinearSDE(AbstractPrior):
         return companion_transition(row, dt, self.output_scale, layout)
 
 
-def linear_transition(
-    drift: Sequence[PyTree], dt: Real[Array, ""], layout: Layout, *, output_scale: PyTree = 1.0
-) -> Transition:
+def linear_transition(drift: Any, dt: Real[Array, ""], layout: Layout, *, output_scale: PyTree = 1.0) -> Transition:
     """The exact transition of ``du^(nu) = (L_0 u + L_1 u' + ... + L_nu u^(nu)) dt + output_scale dW``.
 
     For the method ``transition`` of priors of your own, whose drift and dispersion are functions of their parameters.
