@@ -103,7 +103,8 @@ def check_solver(
     frozen = jax.jit(
         lambda f: flat(jax.tree.map(lambda x: x[-1], solver.solve_grid(scaled(u0, f), grid, args=args).mean))
     )
-    expected = difference_quotient(lambda h: frozen(1.0 + h), 1e-4)
+    # Short: beside an invariant the initial value is off by it, and the scale has a kink where that is zero.
+    expected = difference_quotient(lambda h: frozen(1.0 + h), 1e-6)
     law = "The derivative of an adaptive solve is that of its steps, held fixed"
     equal(derivative, expected, law, 1e-4, 1e-6)
 
