@@ -12,7 +12,7 @@ from ..util.checks import as_integer
 from ..util.tracing import compiled
 from .factorisations import Layout
 from .linalg import product, root_mean_square, safe_divide, triangularise
-from .normal import Normal, spread
+from .normal import Normal, deviation
 
 
 class Moments(eqx.Module):
@@ -86,7 +86,7 @@ def _root(layout, mean, factor, moves, first, last):
     shared = sum(len(x) for x in moves)
     own = factor[..., : factor.shape[-2] - shared, :]
     coordinates = jnp.zeros((*own.shape[:-1], mean.shape[-1]), mean.dtype)
-    root = jax.jacobian(lambda w: part(spread(own, w)))(coordinates)
+    root = jax.jacobian(lambda w: part(deviation(own, w)))(coordinates)
     root = jnp.reshape(root, (root.shape[0], -1)).T
     return jnp.concatenate([root, *(jax.vmap(part)(x) for x in moves)])
 

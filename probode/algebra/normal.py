@@ -86,6 +86,6 @@ def certain(mean: Float[Array, "*batch dim cols"]) -> Normal:
 
 
 @batched
-def spread(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows cols"]) -> Float[Array, "dim cols"]:
+def deviation(factor: Float[Array, "rows dim"], coordinates: Float[Array, "rows cols"]) -> Float[Array, "dim cols"]:
     """``factor^T w``: the deviation from the mean of a state with the standard normal coordinates ``w``."""
     return product(factor.T, coordinates)

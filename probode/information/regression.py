@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..algebra.factorisations import Layout
 from ..algebra.linearisation import Linearisation
-from ..algebra.normal import Normal, spread, square
+from ..algebra.normal import Normal, deviation, square
 from ..equations.problems import ODE, AbstractProblem
 from ..util.checks import as_integer
 from .constraints import AbstractConstraint, require_problem
@@ -198,4 +198,4 @@ def _directions(predicted: Normal, number: int, layout: Layout) -> Float[Array, 
     leading = square(Normal(predicted.mean[..., :dim, :], predicted.factor[..., :dim]))
     shape = leading.mean.shape
     units = jnp.eye(int(np.prod(shape)), dtype=layout.dtype).reshape(-1, *shape)
-    return jax.vmap(lambda unit: layout.unpack(spread(leading.factor, unit)))(units)
+    return jax.vmap(lambda unit: layout.unpack(deviation(leading.factor, unit)))(units)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from ..algebra.factorisations import Layout
 from ..algebra.marginals import Moments, Posterior, joint, widen
-from ..algebra.normal import Normal, spread
+from ..algebra.normal import Normal, deviation
 from ..stepping.adaptive import AdaptiveState
 from ..stepping.result import Result, has_failed, in_words
 from ..util import describe
@@ -388,7 +388,7 @@ def _sample(marginals, layout, key, shape, moves):
 
     def one(key):
         noise = jax.random.normal(key, (*factor.shape[:-1], mean.shape[-1]), mean.dtype)
-        states = mean + jax.vmap(spread)(factor, noise)
+        states = mean + jax.vmap(deviation)(factor, noise)
         return _trajectory_of_u(_moved(states, moves, key), layout)
 
     return _draws(one, key, shape)

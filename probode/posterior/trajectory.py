@@ -18,7 +18,7 @@ from ..algebra.conditioning import predict
 from ..algebra.coordinates import Conditional, coordinates_of, from_coordinates, marginalise, standard
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose, product
-from ..algebra.normal import Normal, batched, certain, pad, push, spread
+from ..algebra.normal import Normal, batched, certain, deviation, pad, push
 from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..stepping.kept import Row
 from ..stepping.times import Interval
@@ -148,7 +148,7 @@ def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batc
         xs = past, noise(key, past.noise)
         last = noise(jax.random.fold_in(key, 1), factor[-1])
         coordinates = backwards(lambda x, w: draw(x[0], x[1], w), last, xs, path.reached)
-    return mean + jax.vmap(spread)(factor, coordinates)
+    return mean + jax.vmap(deviation)(factor, coordinates)
 
 
 def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -> Float[Array, "times *batch dim cols"]:
@@ -171,7 +171,7 @@ def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -
         here, predicted, past = _between(path.layout, prior, scale, left, t - path.rows.t[i], t_right - t)
         noise = jax.random.normal(key, (*past.noise.shape[:-1], here.mean.shape[-1]), here.mean.dtype)
         known = coordinates_of(certain(x_right), predicted)
-        x = here.mean + spread(here.factor, draw(past, noise, known.mean))
+        x = here.mean + deviation(here.factor, draw(past, noise, known.mean))
         x = jnp.where(again, x_right, jnp.where(at_left, rows[i], jnp.where(at_right, rows[i + 1], x)))
         return (t, i, x), x
 

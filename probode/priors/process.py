@@ -14,7 +14,7 @@ from ..algebra.conditioning import predict
 from ..algebra.factorisations import AbstractFactorisation, Dense, Layout, layout_of
 from ..algebra.linalg import kron_apply
 from ..algebra.marginals import Posterior
-from ..algebra.normal import Normal, batched, certain, push, spread, square
+from ..algebra.normal import Normal, batched, certain, deviation, push, square
 from ..algebra.transition import Transition
 from ..util.checks import as_float, require
 from ..util.tracing import compiled
@@ -152,7 +152,7 @@ def _sample(prior, key, ts, initial, layout, shape):
 
     def draw(key, factor):
         w = jax.random.normal(key, (number, *batch, factor.shape[-2], cols), layout.dtype)
-        return jax.vmap(spread, in_axes=(None, 0))(factor, w)
+        return jax.vmap(deviation, in_axes=(None, 0))(factor, w)
 
     def move(x: Array, moved: Transition, key: PRNGKeyArray) -> Array:
         there = jax.vmap(batched(kron_apply), in_axes=(None, 0))(moved.matrix, x)
