@@ -183,7 +183,9 @@ def _column_by_column(upper, dense):
     # most of what there is to compile of a gradient.
     n = upper.shape[0]
     left, rows = lax.scan(_eliminate_one, dense, (jnp.arange(n), upper))
-    return rows, left[:, n:]
+    # Under vmap the results of a loop have the axis of lanes second, those of the other forms first; JAX mistakes one
+    # for the other where a function and its custom derivative do not agree. Reshaped they have it first, too.
+    return jnp.reshape(jnp.ravel(rows), rows.shape), left[:, n:]
 
 
 @jax.custom_jvp

@@ -34,8 +34,9 @@ def exact(ts):
     ("factorisation", "strategy"),
     [
         (po.Dense(), po.Filter()),
+        # Mapped along directions and components at once, the derivative of an elimination mixed up the two axes.
+        (po.BlockDiagonal(), po.FixedPointSmoother()),
         *left_to_nox(
-            (po.BlockDiagonal(), po.FixedPointSmoother()),
             (po.Dense(), po.FixedPointSmoother()),
             (po.Dense(), po.FixedIntervalSmoother()),
         ),
