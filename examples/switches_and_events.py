@@ -65,10 +65,11 @@ axes[1].set(xlabel="hours", title="step sizes")
 axes[0].legend(frameon=False)
 plt.show()
 
-# %% [markdown] With `stop_at` no step crosses a switch. It does not matter which value the vector field has at the very
-# time of a switch: the step that ends there uses its limit from the left, the next step its limit from the right. This
-# is the what solving the pieces one by one does, each with derivatives and a first step of its own, and with the
-# uncertainty that the last piece ended with:
+# %% [markdown]
+# With `stop_at` no step crosses a switch. It does not matter which value the vector field has at the very time of a
+# switch: the step that ends there uses its limit from the left, the next step its limit from the right. This is what
+# solving the pieces one by one does, each with derivatives and a first step of its own, and with the uncertainty that
+# the last piece ended with:
 
 
 # %%
@@ -86,10 +87,12 @@ for a, b in zip([0.0, *switches], [*switches, 24.0], strict=True):
     accepted += int(solution.stats["num_accepted_steps"])
 print(f"{'in pieces':18s} {accepted:4d} steps, error {abs(float(u.mean) - exact(24.0)):.1e}")
 
-# %% [markdown] Doses  A dose jumps, not the equation: `u` itself is larger by it. So a solve goes up to the dose, and
-# the next one starts from where it ended and the dose. `solution.end` is the distribution at the end, and with
-# `Normal(end.mean + dose, end.factor)` its uncertainty is kept. Of means alone equal intervals are a `lax.scan`,
-# compiled once and differentiable:
+# %% [markdown]
+# ## Doses
+#
+# A dose is a jump of `u` itself, not of the equation. So a solve goes up to the dose, and the next one starts where it
+# ended, with the dose. `solution.end` is the distribution at the end, and `Normal(end.mean + dose, end.factor)` keeps
+# its uncertainty. Of means alone equal intervals are a `lax.scan`, compiled once and differentiable:
 
 
 # %%

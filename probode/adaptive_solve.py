@@ -30,7 +30,7 @@ from .stepping.restarts import starts_uncertain
 from .stepping.spread import value_and_moves
 from .stepping.step import Step
 from .stepping.step_sizes import Control, bounded_step, first_step
-from .stepping.stops import starting_anew
+from .stepping.stops import restart_at_stops
 from .stepping.times import beside
 from .util.checks import is_traced
 from .util.tracing import compiled
@@ -169,7 +169,9 @@ def _begin(solver, request, args):
     else:
         prior = solver.prior if state.prior is None else state.prior
         dt = first_step(control, detach(state), detach(prior), until - t0, solver.constraint)
-    begun = begin(control, _moving_with_time(step, state, interval), bounded_step(control, dt))
+    if request.may_be_empty:
+        state = _moving_with_time(step, state, interval)
+    begun = begin(control, state, bounded_step(control, dt))
     if start.resumed is not None:
         begun = _go_on(step, control, begun, start.resumed, interval, choose_dt=request.dt0 is None)
     return step, control, begun
@@ -192,7 +194,7 @@ def _go_on(step, control, begun, before, interval, *, choose_dt):
     If that has ended at a jump of the equation, without a restart, the state is restarted behind it.
     """
     begun = dataclasses.replace(begun, controller=before.controller)
-    passing_stop = starting_anew(step, control, begun, interval, None)
+    passing_stop = restart_at_stops(step, control, begun, interval, None)
     if passing_stop is None:
         return begun
     if before.last_restart is not None:

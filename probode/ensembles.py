@@ -5,6 +5,7 @@ and takes no more steps than it needs; on accelerators the lanes of a block step
 devices, which do not communicate.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import PyTree
 
 from .adaptive_solve import answer_request
 from .posterior.solution import Solution
-from .requests import Request, bind, check_request, floats_to_arrays
+from .requests import bind, check_request, floats_to_arrays
 from .solver import Solver
 from .stepping.adaptive import AdaptiveState
 from .stepping.forward_mode import naming_what_has_none
@@ -79,6 +80,9 @@ def solve_ensemble(
     u0, one_t0, one_t1, one_args = eqx.combine(jax.tree.map(lambda x: x[one], mapped), shared)
     request = check_request(solver, u0, one_t0, one_t1, save_at, dt0)
     times = _check_times(u0s, t0s, t1s, request)
+    # Of lanes with times of their own some may begin where they end.
+    may_be_empty = request.may_be_empty or axes[1] is not None or axes[2] is not None
+    request = dataclasses.replace(request, may_be_empty=may_be_empty)
     for i, t in enumerate(times, start=1):
         if axes[i] is None:
             shared = (*shared[:i], t, *shared[i + 1 :])
@@ -106,7 +110,8 @@ def _solve_lanes(solver, mapped, shared, request, cost, lanes, block, mesh):
     def solve(lane, shared):
         u0, t0, t1, args = eqx.combine(lane, shared)
         start, layout = bind(solver, u0, uncertain=True)
-        return answer_request(solver, Request(start, Interval(t0, t1), request.save_at, request.dt0, layout), args)
+        own = dataclasses.replace(request, start=start, interval=Interval(t0, t1), layout=layout)
+        return answer_request(solver, own, args)
 
     def solve_share(mapped, shared):
         if block == 1:

@@ -65,8 +65,8 @@ def solve_ivp(
     - ``method``: ``"EK1"``, an extended Kalman filter with the full Jacobian and a dense covariance, for small and for
       stiff problems; ``"EK0"``, which needs no Jacobian and has an isotropic covariance, for large problems that are
       not stiff, but whose uncertainty does not know that solutions may diverge, and is far too small where they do; or
-      ``"Taylor"``, which conditions every step on all derivatives of the solution that the prior has, for
-      vector fields that are cheap and not stiff: the fewest steps, above all at tight tolerances.
+      ``"Taylor"``, which conditions every step on all derivatives of the solution that the prior has, for vector fields
+      that are cheap and not stiff: the fewest steps, above all at tight tolerances.
     - ``num_derivatives``: of the integrated Wiener process, for ``"EK1"`` with ``RelativeScale`` (unless it is 1): 4 by
       default, 5 for ``"Taylor"``. The order of ``"EK0"`` and ``"EK1"`` is one more.
     - ``t_eval``: times to keep, ``(times,)``, sorted from ``t0`` to ``t1``, where the solution is smoothed; ``None``

@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from .algebra.factorisations import AbstractFactorisation, Layout, layout_of
@@ -39,6 +40,7 @@ class Request(eqx.Module):
     - ``layout``: how the state is stored.
     - ``data``: observations, if any; ``progress``: the meter, if any.
     - ``must_hit``: times at which steps end without a jump of the equation, if any.
+    - ``may_be_empty``: whether ``t0`` and ``t1`` may be equal: they are different where they are known.
     """
 
     start: AbstractStart
@@ -49,6 +51,7 @@ class Request(eqx.Module):
     data: Observations | None = None
     progress: AbstractProgress | None = None
     must_hit: Float[Array, " times"] | None = None
+    may_be_empty: bool = eqx.field(static=True, default=False)
 
 
 def check_request(
@@ -80,10 +83,11 @@ def check_request(
         if start.resumed is not None:
             message = "What is seen at the time from which a solve goes on belongs to the solve before"
             data = eqx.tree_at(lambda d: d.ts, data, require(data.ts, data.ts != t0, message))
+    may_be_empty = is_traced(t0, t1)
     t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
     if ts is not None:
         save_at = eqx.tree_at(lambda s: s.ts, save_at, ts)
-    return Request(start, Interval(t0, t1), save_at, dt0, layout, data, progress)
+    return Request(start, Interval(t0, t1), save_at, dt0, layout, data, progress, may_be_empty=may_be_empty)
 
 
 def bind(solver: Any, u0: PyTree, *, uncertain: bool = False) -> tuple[AbstractStart, Layout]:
@@ -169,10 +173,15 @@ def two_times(t0: Any, t1: Any, layout: Layout) -> tuple[Array | np.ndarray, Arr
     return t0, t1
 
 
+def smallest_rtol(dtype: DTypeLike) -> float:
+    """The smallest relative tolerance that a state of this dtype can meet: ten times its round-off."""
+    return 10 * float(jnp.finfo(dtype).eps)
+
+
 def resolvable(controller: AbstractController, layout: Layout, t1: Array | np.ndarray) -> Array | np.ndarray:
     """``t1`` unchanged; raises ``ValueError`` for tolerances that do not fit ``u``, or are below its round-off."""
     controller.tolerances.of(layout)
-    smallest = 10 * float(jnp.finfo(layout.dtype).eps)
+    smallest = smallest_rtol(layout.dtype)
     message = (
         f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {layout.dtype}; loosen it, "
         "or use float64: jax.config.update('jax_enable_x64', True) and a float64 u0"

@@ -37,7 +37,7 @@ from .stepping.forward_mode import naming_what_has_none
 from .stepping.kept import Kept, Row
 from .stepping.loops import AbstractLoop, BoundedLoop
 from .stepping.progress import AbstractProgress
-from .stepping.restarts import start_anew
+from .stepping.restarts import restart
 from .stepping.result import Result
 from .stepping.starts import FromValues
 from .stepping.state import State
@@ -300,7 +300,7 @@ def _init_uncertain(solver, mean, directions, t0, args, layout):
     moves = jnp.stack([jax.vmap(layout.ravel)(u) for u in directions], axis=1)
     moves = jnp.pad(moves, ((0, 0), (0, layout.num_derivatives + 1 - moves.shape[1]), (0, 0)))
     uncertain = widen(certain(mean), jax.vmap(layout.pack)(moves))
-    state, _ = start_anew(solver.constraint, solver.initialisation, t0, uncertain, None, layout, args)
+    state, _ = restart(solver.constraint, solver.initialisation, t0, uncertain, None, layout, args)
     return square(state)
 
 
@@ -338,10 +338,12 @@ def _solve_grid(solver, start, grid, args, layout, data):
 
 
 def _part(name, value, kind, *others):
-    """A part itself; raises ``TypeError`` unless it is an instance of one of the kinds."""
-    kinds = (kind, *others)
+    """``value``, a part of a solver; raises ``TypeError`` unless it is an instance of one of the kinds."""
+    kinds, hint = (kind, *others), ""
     if not isinstance(value, kinds):
-        hint = f" Did you mean {value.__name__}()?" if isinstance(value, type) and issubclass(value, kinds) else ""
-        hint = " Linearise it: TS1(ODE(f)), or TS0." if isinstance(value, AbstractProblem) else hint
+        if isinstance(value, type) and issubclass(value, kinds):
+            hint = f" Did you mean {value.__name__}()?"
+        elif isinstance(value, AbstractProblem):
+            hint = " Linearise it: TS1(ODE(f)), or TS0."
         raise TypeError(f"Solver({name}) must be an instance of a subclass of {kind.__name__}, got {value!r}.{hint}")
     return value

@@ -86,6 +86,22 @@ def test_a_lane_whose_interval_is_empty_stays_at_its_start(sign):
         np.testing.assert_allclose(slope[i], np.exp(-0.5 * t1[i]), rtol=1e-2)
 
 
+def test_an_empty_interval_has_the_derivative_of_its_end():
+    # Beside a lane of some length: u' at the end with respect to t1, and minus that with respect to t0.
+    args, ends = {"rate": 0.5}, jnp.array([0.0, 0.5])
+    solve = lambda t0, t1: SOLVER.solve(lane(0), t0, t1, args=args).mean["x"][0]  # noqa: E731
+    by_start, by_end = jax.jit(jax.vmap(jax.jacfwd(solve, argnums=(0, 1)), (None, 0)))(0.0, ends)
+    assert by_end[0] == -by_start[0] == -0.5 * lane(0)["x"]
+    np.testing.assert_allclose(by_end[1], -0.5 * solve(0.0, 0.5) + np.sin(0.5), rtol=1e-2)
+
+    def together(t1):
+        return probode.solve_ensemble(SOLVER, lane(0), 0.0, t1, args=args, in_axes=(None, None, 0, None)).mean["x"][
+            :, 0
+        ]
+
+    np.testing.assert_allclose(jax.jvp(together, (ends,), (jnp.ones(2),))[1], by_end, rtol=1e-6)
+
+
 def test_intervals_and_parameters_can_be_lanes():
     t1 = jnp.array([1.0, 2.0, -1.5])
     rates = {"rate": jnp.array([1.0, 2.0, 0.5])}

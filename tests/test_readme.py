@@ -63,6 +63,13 @@ def test_links_lead_somewhere(path):
             assert anchor in [title.replace(" ", "-") for title in titles], target
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_the_text_of_an_example_is_in_cells(path):
+    # What stands behind the marker is not shown in a notebook, and titles are lines of their own.
+    cells = [line for line in path.read_text().splitlines() if line.startswith("# %%")]
+    assert cells and set(cells) <= {"# %%", "# %% [markdown]"}
+
+
 def test_there_are_two_commands_and_ci_runs_the_second():
     run, test = blocks("bash")
     assert "examples/quickstart.py" in run

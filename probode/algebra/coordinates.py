@@ -81,7 +81,7 @@ def with_square_noise(past: Conditional | None) -> Conditional | None:
 
 @batched
 def standard(x: Normal) -> Normal:
-    """``N(0, I)``, the distribution of the coordinates of ``x`` given the equations and data up to its time."""
+    """The standard normal distribution, which the coordinates of ``x`` have given all equations and data so far."""
     rows, cols = x.factor.shape[0], x.mean.shape[1]
     return Normal(jnp.zeros((rows, cols), x.mean.dtype), jnp.eye(rows, dtype=x.factor.dtype))
 

@@ -76,7 +76,7 @@ def pad(x: Normal, rows: int) -> Normal:
 
 @batched
 def square(x: Normal) -> Normal:
-    """The same distribution with a square, upper triangular factor."""
+    """The Gaussian ``x`` with an upper triangular factor of the same covariance, ``(dim, dim)``."""
     return Normal(x.mean, triangularise(None, x.factor))
 
 

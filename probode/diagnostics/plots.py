@@ -288,7 +288,7 @@ def _about_bands(ax, bands, std, magnify):
 
 
 def _derivative(name, k):
-    """The name of the ``k``-th derivative."""
+    """The label of the ``k``-th derivative of a quantity: its ``name`` with primes, from the fourth on ``name^(k)``."""
     return name + "'" * k if k < 4 else f"{name}^({k})"
 
 

@@ -24,7 +24,7 @@ from ..estimation.initialisation import InitialState
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
 from ..posterior.solution import Solution
-from ..requests import floats_to_arrays
+from ..requests import bind, floats_to_arrays, grid_times
 from ..solver import Solver
 from ..util.checks import as_integer, as_scalar, require
 from ..util.tracing import compiled
@@ -114,26 +114,31 @@ def solve_grid_iterated(
     number = as_integer(max_iterations, "max_iterations", 1)
     tolerance = as_scalar(tolerance, "tolerance")
     tolerance = require(tolerance, tolerance > 0, "tolerance must be positive", tolerance=tolerance)
-    start = _start(solver, u0, grid, args, u0.mean) if isinstance(u0, Normal) else u0
+    start = u0
+    if isinstance(u0, Normal):
+        _, layout = bind(solver, u0.mean)
+        grid = grid_times(grid, layout)
+        start = _start_about(solver, u0, grid, args, solver.constraint.problem.split(u0.mean))
     first = solver.solve_grid(start, grid, args=args, data=data)
     return _iterate(solver, u0, grid, args, data, first, jnp.asarray(tolerance, first.t.dtype), number)
 
 
-def _start(solver, u0, grid, args, point):
-    """The state at the start from an uncertain initial value, with derivatives linearised at the value ``point``.
+def _start_about(solver, u0, grid, args, us):
+    """What a pass starts from: ``u0`` itself, or of an uncertain one the state linearised at ``us = (u, u', ...)``.
 
-    ``D(point) + D'(point) (mean - point)``, and the covariance that ``D'(point)`` makes of that of ``u0``.
+    Its derivatives are ``D(u) + D'(u) (mean - u)``, and ``D'(u)`` makes its covariance of that of ``u0``.
     """
-    t0, order = grid[0], solver.constraint.problem.num_initial_values
-    state = solver.initialise(Normal(point, u0.factor), t0, args=args)
-    mean = state.mean
+    if not isinstance(u0, Normal):
+        return u0
+    known = solver.constraint.problem.split(u0.mean)
+    us = tuple(us[: len(known)])
+    derivatives = lambda us: solver.initialise(us if len(known) > 1 else us[0], grid[0], args=args).mean  # noqa: E731
+    factor = solver.initialise(Normal(us if len(known) > 1 else us[0], u0.factor), grid[0], args=args).factor
+    shift = jax.tree.map(lambda m, u: jnp.asarray(m, jnp.result_type(u)) - u, known, us)
+    mean, moves = jax.jvp(derivatives, (us,), (shift,))
     if solver.constraint.first_order:
-        shift = jax.tree.map(lambda m, p: jnp.asarray(m, jnp.result_type(p)) - p, u0.mean, point)
-        derivatives = lambda u: solver.initialise(u, t0, args=args).mean  # noqa: E731
-        moves = jax.jvp(derivatives, (point,), (shift,))[1]
         mean = jax.tree.map(jnp.add, mean, moves)
-    given = tuple(u0.mean) if order > 1 else (u0.mean,)
-    return InitialState((*given, *mean[order:]), state.factor)
+    return InitialState((*known, *mean[len(known) :]), factor)
 
 
 @compiled
@@ -150,11 +155,8 @@ def _iterate(solver, u0, grid, args, data, first, tolerance, number):
         if data is not None:
             points = jax.vmap(lambda t: _nearest(means, solution.t, t))(data.ts)
             seen = eqx.tree_at(lambda d: d.points, data, points)
-        start = u0
-        if isinstance(u0, Normal):
-            layout, order = solution.layout, solver.constraint.problem.num_initial_values
-            us = tuple(layout.unravel(u) for u in layout.unpack(means[0])[:order])
-            start = _start(solver, u0, grid, args, us if order > 1 else us[0])
+        us = [solution.layout.unravel(u) for u in solution.layout.unpack(means[0])]
+        start = _start_about(solver, u0, grid, args, us)
         new = along.solve_grid(start, grid, args=args, data=seen)
         move = jnp.max(safe_divide(sizes(new.marginals.mean - means), sizes(means)))
         return new, lax.stop_gradient(move), iterations + 1

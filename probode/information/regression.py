@@ -40,7 +40,9 @@ class AbstractCubature(eqx.Module):
 
 
 class SphericalCubature(AbstractCubature):
-    """``2 dim`` points on the axes, exact to degree three (Arasaratnam & Haykin 2009).
+    """The spherical cubature rule for Gaussian expectations: ``2 dim`` points on the axes, with equal weights.
+
+    It is exact for polynomials up to degree three. (Arasaratnam & Haykin 2009, "Cubature Kalman filters".)
 
     >>> import probode
     >>> points, weights = probode.SphericalCubature().rule(3)
@@ -53,9 +55,11 @@ class SphericalCubature(AbstractCubature):
 
 
 class UnscentedTransform(AbstractCubature):
-    """The mean and ``2 dim`` points at distance ``sqrt(dim + kappa)``, exact to degree three; with ``kappa = 3 - dim``
-    the fourth moments along the axes are right as well (Julier & Uhlmann 2004). Raises ``ValueError`` unless ``kappa``
-    is positive.
+    """The unscented transform: the mean, and ``2 dim`` points on the axes at the distance ``sqrt(dim + kappa)``.
+
+    It is exact for polynomials up to degree three; with ``kappa = 3 - dim`` fourth moments along the axes are right as
+    well. Raises ``ValueError`` unless ``kappa`` is positive. (Julier & Uhlmann 2004, "Unscented filtering and nonlinear
+    estimation".)
 
     >>> import probode
     >>> points, weights = probode.UnscentedTransform(kappa=1.0).rule(3)

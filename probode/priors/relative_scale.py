@@ -14,12 +14,12 @@ from .prior import AbstractPrior, AbstractPriorFamily
 
 
 class RelativeScale(AbstractPriorFamily):
-    """A prior with, in every step, the output scale of ``prior`` times the sizes of the components before the step.
+    """A prior with, in every step, the output scale of ``prior`` times the sizes that the components have in it.
 
     For components that differ by orders of magnitude, as concentrations do. With one output scale the prior gives all
     of them the same variance, the errors of the large components are attributed to the small ones as well, and on stiff
     problems the derivatives of the small ones, and all that is predicted from them, are lost: Robertson's problem to
-    t = 1e11 takes ``IWP(4)`` with ``TS1`` more than 200,000 steps at ``rtol=1e-3``, ``RelativeScale(IWP(4))`` some 250.
+    t = 1e11 takes ``IWP(4)`` with ``TS1`` more than 200,000 steps at ``rtol=1e-3``, ``RelativeScale(IWP(4))`` some 270.
     With relative scales the solution does not depend on the units of the components.
 
     The size of a component is that before the step and its change in it, ``|u| + |dt u'|``, but no more than its

@@ -152,13 +152,13 @@ class IntegralController(AbstractController):
     before ``t1`` or a ``stop_at`` may be shorter; a rejected step of ``dt_min`` ends the solve).
 
     ``stop_at``: times, in any order, at which the equation jumps: a switch, a knot of interpolated data, where an
-    infusion begins or ends (a dose that is added to ``u`` itself is a new solve from ``u`` and the dose). Such a
-    time belongs to the step before it from the left and to the next one from the right, whatever the equation says of
-    the time itself, also in derivatives with respect to it. The distribution of ``u`` (``u, .., u^(k-1)``) stays, the
-    derivatives behind the jump are computed again as at ``t0``, and so do step size and controller. They move with
-    ``u`` as the linearisation says: under ``BlockDiagonal`` or ``Isotropic`` by the part of the Jacobian that is kept,
-    under ``TS0`` not at all. Raises ``ValueError`` for negative or vanishing tolerances, factors out of order, bounds
-    that are not positive.
+    infusion begins or ends (a dose that is added to ``u`` itself is a new solve from ``u`` and the dose). Such a time
+    belongs to the step before it from the left and to the next one from the right, whatever the equation says of the
+    time itself, also in derivatives with respect to it. The distribution of ``u`` (``u, .., u^(k-1)``) stays; behind
+    the jump derivatives and the length of the step are computed again, as at ``t0``. The derivatives move with ``u`` as
+    the linearisation says: under ``BlockDiagonal`` or ``Isotropic`` by the part of the Jacobian that is kept, under
+    ``TS0`` not at all. Raises ``ValueError`` for negative or vanishing tolerances, factors out of order, bounds that
+    are not positive.
 
     >>> import jax.numpy as jnp, probode
     >>> controller = probode.IntegralController()

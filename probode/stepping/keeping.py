@@ -24,7 +24,7 @@ from .passing import AbstractKeeping, Written, pass_all
 from .state import State
 from .step import Step
 from .step_sizes import Control
-from .stops import starting_anew
+from .stops import restart_at_stops
 from .times import Interval
 
 
@@ -99,7 +99,7 @@ def solve_keeping_steps(
         strategy,
         no_past,
         none,
-        starting_anew(step, control, solve, interval, with_square_noise(left)),
+        restart_at_stops(step, control, solve, interval, with_square_noise(left)),
     )
     begun, rows = _Steps(solve, jnp.zeros((), jnp.int32)), jnp.zeros((number, first.size), first.dtype)
     carry, rows = pass_all(keeping, begun, rows)
@@ -203,7 +203,7 @@ def solve_keeping_times(
 
     at_start = row_with(solve.current, start)
     first, unpack = ravel_pytree(at_start)
-    passing_stop = starting_anew(step, control, solve, interval, past)
+    passing_stop = restart_at_stops(step, control, solve, interval, past)
     # No more steps than these can hold a time.
     number, width = min(ts.size, control.loop.max_steps), 2 if passing_stop is None else 3
     ahead = jnp.append(interval.ahead(lax.stop_gradient(ts)), jnp.inf)

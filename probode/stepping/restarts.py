@@ -1,4 +1,4 @@
-"""How a state starts anew at a time at which the equation jumps.
+"""How a state is restarted at a time at which the equation jumps.
 
 What is known of ``u, .., u^(k-1)`` stays, the higher derivatives are those of the equation behind the jump: the state
 is initialised again, as one that depends on ``u`` to first order (``u + du`` has the derivatives ``x + M du``).
@@ -28,7 +28,7 @@ def starts_uncertain(
     return start.factor.shape[-2] > 0
 
 
-def start_anew(
+def restart(
     constraint: AbstractConstraint,
     initialisation: AbstractInitialisation,
     t: Float[Array, ""],

@@ -177,8 +177,8 @@ class Step(eqx.Module):
         """Condition the prediction of an attempt on the equation: what the step leaves at ``t``.
 
         ``past``: an earlier state given the one ``before``, for smoothers. ``seen_at``: the time of the equation, where
-        it matters on which side of ``t``. ``zero_so_far``: whether all residuals since the last restart
-        at a jump were zero.
+        it matters on which side of ``t``. ``zero_so_far``: whether all residuals since the last restart at a
+        jump were zero.
         """
         at, spread = t if seen_at is None else seen_at, before.spread
         if before.is_spread:

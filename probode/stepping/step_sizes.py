@@ -44,10 +44,10 @@ _GROWTH = 3.0
 class Control(eqx.Module):
     """The parts of a solver that choose the steps, and who is told how far they got.
 
-    ``initialisation``: how derivatives start anew at the controller's ``stop_at``. ``must_hit``: further times that
-    must be hit, at which nothing happens to the equation: those of data. ``halve_before_hit``: whether two equal steps
-    go to a time that must be hit, not a whole one and what is left. ``refuses_unexplained``: whether a step is refused
-    whose residual the output scale does not explain.
+    ``initialisation``: how derivatives are computed behind the controller's ``stop_at``, as at ``t0``. ``must_hit``:
+    further times that must be hit, at which nothing happens to the equation: those of data. ``halve_before_hit``:
+    whether two equal steps go to a time that must be hit, not a whole one and what is left. ``refuses_unexplained``:
+    whether a step is refused whose residual the output scale does not explain.
     """
 
     error: AbstractErrorEstimate
@@ -270,7 +270,7 @@ def _against_tolerances(control, layout, before, after, error, widths=()):
 
 
 def tolerance_in_range(control: Control, u: Float[Array, " d"]) -> Bool[Array, ""]:
-    """Whether errors of the size that ``u`` allows, and covariances of such errors, are numbers of its dtype.
+    """Whether the tolerances at ``u`` are so large that variances of such errors do not underflow in its dtype.
 
     In double precision the factors of covariances are not scaled before they are squared, which would cost 4 to 8 % of
     a step. Errors of 1e-154 are seen as zero then. Components that are zero have no error to be seen.

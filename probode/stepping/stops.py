@@ -11,17 +11,17 @@ from ..algebra.linalg import choose, detach, is_finite
 from ..algebra.normal import Normal
 from ..util.tracing import traced_once
 from .adaptive import AdaptiveState, Restart
-from .restarts import start_anew
+from .restarts import restart
 from .spread import value_and_moves
 from .step import Step
 from .step_sizes import Control, bounded_step, first_step
 from .times import Interval, beside, is_jump
 
 
-def starting_anew(
+def restart_at_stops(
     step: Step, control: Control, solve: AdaptiveState, interval: Interval, past: Conditional | None
 ) -> Any:
-    """A function to call after each attempt, which restarts the state at stops; ``None`` in a solve without any.
+    """The function that restarts the state at stops, to be called after every attempt; ``None`` without any stops.
 
     ``fn(solve, past, moved)`` returns the solve, the past given its state, and whether it was restarted: if it has
     ``moved``, to a stop before the end of the interval. Otherwise solve and past come back as they were. It was traced
@@ -33,7 +33,7 @@ def starting_anew(
         return None
     layout, constraint, args = step.layout, step.constraint, step.args
 
-    def spread_anew(now, t):
+    def restart_spread(now, t):
         problem, initialise = constraint.problem, control.initialisation.initialise
         u, *moves = (layout.unpack(x)[: problem.num_initial_values] for x in (now.distribution.mean, *now.spread))
         start = lambda u: initialise(problem, t, u, layout, detach(args)).mean  # noqa: E731
@@ -49,7 +49,7 @@ def starting_anew(
             mean = jnp.where(here, now.distribution.mean, begun.current.distribution.mean)
             x = Normal(mean, now.distribution.factor)
             behind = beside(t, direction, stops)
-            return start_anew(constraint, control.initialisation, behind, x, past, layout, args)
+            return restart(constraint, control.initialisation, behind, x, past, layout, args)
 
         x, new_past = lax.cond(here, start, lambda now, past: (now.distribution, past), now, past)
         # Where no derivatives satisfy the equation together with u, as an algebraic one that jumps, the state goes on.
@@ -61,7 +61,7 @@ def starting_anew(
         statistics = choose(restarted, forgotten, now.statistics)
         current = dataclasses.replace(now, distribution=x, statistics=statistics)
         if now.is_spread:
-            spread = jnp.where(restarted, spread_anew(*detach((now, beside(now.t, direction, stops)))), now.spread)
+            spread = jnp.where(restarted, restart_spread(*detach((now, beside(now.t, direction, stops)))), now.spread)
             current = dataclasses.replace(current, spread=spread)
         until = interval.nearest(stops, now.t) - now.t
         prior = step.prior if current.prior is None else current.prior

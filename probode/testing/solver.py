@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from ..equations.problems import ODE
 from ..posterior.solution import SaveAt
+from ..requests import smallest_rtol
 from ..solver import Solver
 from ..stepping.result import Result
 from .laws import difference_quotient, equal, finite, has_dtype, hold, in_single, require_double, require_kind, scaled
@@ -81,7 +82,7 @@ def check_solver(
         f"{deviation:.1e} off",
     )
 
-    if jnp.min(rtol) > 1e-5:  # below, single precision cannot meet it, and solves say so
+    if jnp.min(rtol) >= smallest_rtol(jnp.float32):  # of smaller ones a solve says that it cannot meet them
         single = solver.solve(in_single(u0), t0, t1, args=args, throw=False)
         has_dtype((single.mean, single.std), jnp.float32, "A state in single precision stays so")
 
