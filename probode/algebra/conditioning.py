@@ -1,12 +1,13 @@
 """The algebra of a step in square-root form: predict a Gaussian state, and condition it on a linearised equation."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from .coordinates import Conditional, updated_noise
+from .coordinates import Conditional, from_coordinates, in_coordinates, updated_noise
 from .linalg import eliminate, product, safe_norm, substitute
 from .linearisation import Linearisation
 from .normal import Normal, batched, pad, pad_rows
@@ -33,11 +34,12 @@ class Influence(eqx.Module):
 
     ``whitened``: the innovation ``S^(-1/2) z``; ``gain``: the mean changes by ``-gain^T whitened``; ``matrix``:
     ``S^(-1/2) H``, for all rows of the state; ``weight``: one, or zero if the innovation must not enter statistics.
+    Where an equation couples the batch elements, ``whitened`` is that of all equations, the same in each of them.
     """
 
-    whitened: Float[Array, "*batch m cols"]
-    gain: Float[Array, "*batch m dim"]
-    matrix: Float[Array, "*batch m dim"]
+    whitened: Float[Array, "*batch rows cols"]
+    gain: Float[Array, "*batch rows dim"]
+    matrix: Float[Array, "*batch rows dim"]
     weight: Float[Array, "*batch"]
 
 
@@ -45,13 +47,15 @@ class Update(eqx.Module):
     """The posterior of a state given an equation, and of an earlier state; ``S`` is the covariance of the innovation.
 
     ``state``: the posterior; ``past``: an earlier state given it, or ``None``; ``influence``: the effect of the
-    equation. ``log_det``: the logarithm of the determinant of ``S^(1/2)`` in the directions in which ``z`` has a
-    variance, and ``rank``, how many these are: where there is no noise there is no density.
+    equation. ``square``: ``z^T S^-1 z``. ``log_det``: the logarithm of the determinant of ``S^(1/2)`` in the directions
+    in which ``z`` has a variance, and ``rank``, how many these are: where there is no noise there is no density. Where
+    an equation couples the batch elements each has a share of these.
     """
 
     state: Normal
     past: Conditional | None
     influence: Influence
+    square: Float[Array, "*batch"]
     log_det: Float[Array, "*batch"]
     rank: Float[Array, "*batch"]
 
@@ -80,8 +84,41 @@ class Joint(eqx.Module):
     carried: int = eqx.field(static=True, default=0)
 
 
-@batched
+class CoupledJoint(eqx.Module):
+    """The predicted state, an earlier one given it, and what an equation that couples the batch elements says of them.
+
+    ``root``: of the covariance of the residual; ``given``: right square roots of the covariances of the coordinates of
+    the elements, given the equation. See ``Coupling``.
+    """
+
+    predicted: Normal
+    past: Conditional | None
+    root: Float[Array, "d d"]
+    given: Float[Array, "blocks p p"]
+
+
 def join(
+    x: Normal,
+    noise: Float[Array, "*batch dim dim"],
+    scale: Float[Array, "*batch"],
+    equation: Linearisation,
+    past: Conditional | None = None,
+) -> Joint | CoupledJoint:
+    """The joint square root of ``z``, the predicted state and an earlier one, as ``condition`` takes it.
+
+    The predicted state is ``x`` plus noise with the square root ``scale * noise``. ``past``: an earlier state given
+    ``x``.
+    """
+    if (coupling := equation.coupling) is None:
+        return _join(x, noise, scale, equation, past)
+    predicted, past = predict(x, noise, scale, past)
+    p = equation.matrix.shape[-1]
+    roots = predicted.factor[..., :p, :p]
+    return CoupledJoint(predicted, past, coupling.root(roots), coupling.conditioned(roots))
+
+
+@batched
+def _join(
     x: Normal,
     noise: Float[Array, "dim dim"],
     scale: Float[Array, ""],
@@ -126,13 +163,49 @@ def join(
     return Joint(triangle, left[:, carried:], None, carried)
 
 
-@batched
-def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditional | None = None) -> Update:
+def condition(
+    joint: Joint | CoupledJoint, x: Normal, equation: Linearisation, past: Conditional | None = None
+) -> Update:
     """The posterior distribution of a state given that a linearised equation holds, from their joint square root.
 
-    ``x``: the prediction, of which the mean is used. The posterior's factor has ``dim - m`` rows, or ``dim`` if
-    ``equation.gives`` is ``None``; zeros are appended where ``x.factor`` has more, so that loops keep their shapes.
+    ``x``: the prediction, of which the mean is used. The posterior's factor has ``dim - equation.num_replaced`` rows;
+    zeros are appended where ``x.factor`` has more, so that loops keep their shapes.
     """
+    if isinstance(joint, CoupledJoint):
+        return _condition_coupled(joint, x, equation)
+    return _condition(joint, x, equation, past)
+
+
+def _condition_coupled(joint, x, equation):
+    coupling, root, rows = equation.coupling, joint.root, x.factor.shape[-2]
+    (blocks, d, p), dim = coupling.matrix.shape, x.mean.shape[-2]
+    whitened = substitute(root, coupling.flat(equation.residual))
+    leading = joint.predicted.factor[..., :p, :p]
+    # In the coordinates of the prediction, of which the first are in the equation.
+    moved = -batched(product)(leading, coupling.adjoint(root, whitened))
+    unchanged = jnp.broadcast_to(jnp.eye(dim, dtype=root.dtype), (blocks, dim, dim))
+    moved = jnp.pad(moved, ((0, 0), (0, dim - p), (0, 0)))
+    coordinates = Normal(moved, unchanged.at[:, :p, :p].set(joint.given))
+    state = from_coordinates(coordinates, Normal(x.mean, joint.predicted.factor))
+    past = None if joint.past is None else in_coordinates(joint.past, coordinates)
+    gain = coupling.adjoint(root, jnp.eye(d, dtype=root.dtype))
+    gain = jax.vmap(lambda r, a: product(product(r[:p, :p], a).T, r[:p]))(joint.predicted.factor, gain)
+    observed = jax.vmap(lambda h: jnp.pad(substitute(root, h), ((0, 0), (0, dim - p))))(coupling.matrix)
+    influence = Influence(coupling.for_each(whitened), gain, observed, jnp.ones(blocks, root.dtype))
+    pivots = coupling.split(jnp.diagonal(root)[:, None])[..., 0]  # zero at places without an equation
+    square = jnp.broadcast_to(jnp.sum(whitened**2) / blocks, (blocks,))
+    return Update(pad(state, rows), past, influence, square, *_density(pivots))
+
+
+def _density(pivots):
+    """The sum of the logarithms of the pivots of a root that are not zero, and how many these are."""
+    has_density = pivots != 0
+    log_det = jnp.sum(jnp.log(jnp.where(has_density, jnp.abs(pivots), 1)), axis=-1)
+    return log_det, jnp.sum(has_density, axis=-1, dtype=log_det.dtype)
+
+
+@batched
+def _condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditional | None = None) -> Update:
     triangle, dim, h = joint.triangle, x.mean.shape[0], equation.matrix
     m, p = h.shape
     n = triangle.shape[0]
@@ -158,11 +231,8 @@ def condition(joint: Joint, x: Normal, equation: Linearisation, past: Conditiona
         past = Conditional(shift, cross, updated_noise(past, joint.left))
     observed = jnp.pad(substitute(triangle[:m, :m], h), ((0, 0), (0, dim - p)))
     influence = Influence(whitened, gain, observed, jnp.ones((), gain.dtype))
-    pivots = jnp.diagonal(triangle)[:m]
-    has_density = pivots != 0
-    log_det = jnp.sum(jnp.log(jnp.where(has_density, jnp.abs(pivots), 1)))
-    rank = jnp.sum(has_density, dtype=log_det.dtype)
-    return Update(pad(state, x.factor.shape[0]), past, influence, log_det, rank)
+    density = _density(jnp.diagonal(triangle)[:m])
+    return Update(pad(state, x.factor.shape[0]), past, influence, jnp.sum(whitened**2), *density)
 
 
 def _mixture(equation, noise):

@@ -120,7 +120,9 @@ def _update(state, past, split, scale, residual):
     # Only the influence needs the root itself: XLA drops it where none is kept.
     log_det = split.log_det + rows * jnp.log(jnp.where(has_noise, jnp.abs(scale), 1))
     influence = influence_of_derivatives(split, scale, residual)
-    return Update(state, past, influence, jnp.where(has_noise, log_det, 0), rows * has_noise.astype(scale.dtype))
+    square = jnp.sum(influence.whitened**2, axis=(-2, -1))
+    rank = rows * has_noise.astype(scale.dtype)
+    return Update(state, past, influence, square, jnp.where(has_noise, log_det, 0), rank)
 
 
 class Remainder(eqx.Module):

@@ -8,7 +8,8 @@ Kraemer, Bosch, Schmidt & Hennig (2022), "Probabilistic ODE solutions in million
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Shaped
 
+from .coupling import Coupling
 from .linalg import safe_norm, triangularise
 
 
@@ -23,9 +25,12 @@ class AbstractFactorisation(eqx.Module):
     """The structure of the covariance of ``(u, u', ..., u^(nu))``: which entries are kept, and how they are stored.
 
     A subclass defines ``batch_shape``, ``pack``, ``unpack``, ``unpack_std``, ``lift`` and ``project``; rows of means
-    and columns of factors are ordered derivative by derivative. It may set, as class attributes:
+    and columns of factors are ordered derivative by derivative. It may define ``fit``, ``couple`` and ``check``, and
+    set, as class attributes:
 
     - ``keeps_diagonal``: whether only the diagonal of a Jacobian is used, so that the rest need not be computed.
+    - ``couples_equations``: whether the mean is conditioned on an explicit equation with its whole Jacobian, although
+      the covariance has blocks; then ``couple`` returns that.
     - ``own_algebra``: whether it has its own formulas for a step; true for subclasses of ``AbstractOwnAlgebra``.
 
     >>> import probode
@@ -34,6 +39,7 @@ class AbstractFactorisation(eqx.Module):
     """
 
     keeps_diagonal = False
+    couples_equations = False
     own_algebra = False
 
     @abstractmethod
@@ -67,6 +73,20 @@ class AbstractFactorisation(eqx.Module):
         ``jacobian``: of ``m`` equations with respect to one derivative, ``(m, d)``; if ``keeps_diagonal``, also a
         diagonal ``(d,)``.
         """
+
+    def fit(self, u: PyTree) -> "AbstractFactorisation":
+        """The factorisation for a state like ``u``: by default as it is, whatever the structure of ``u``."""
+        return self
+
+    def couple(self, jacobians: Sequence[Float[Array, "d d"]]) -> Coupling:
+        """The derivative of ``u^(k) - f`` from those of ``f`` with respect to ``u, ..., u^(k-1)``.
+
+        Asked of factorisations with ``couples_equations``.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.couple is needed where couples_equations is true.")
+
+    def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
+        """Raises ``ValueError`` for parts of a solver that this factorisation does not work with; by default for none."""
 
 
 class Dense(AbstractFactorisation):
@@ -329,4 +349,4 @@ class Layout(eqx.Module):
 def layout_of(example: PyTree, num_derivatives: int, factorisation: AbstractFactorisation) -> Layout:
     """The layout of states whose ``u`` has the structure, shapes and dtype of ``example``."""
     flat, unravel = ravel_pytree(example)
-    return Layout(factorisation, num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))
+    return Layout(factorisation.fit(example), num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .coupling import solve_upper
 from .linalg import eliminate, product, root_mean_square, substitute, triangularise
 from .linearisation import Linearisation
 from .normal import batched
@@ -16,8 +17,9 @@ class Innovation(eqx.Module):
     Calibrations and error estimates receive it. The covariance is ``S = H Q H^T`` with ``Q = noise^T noise`` of the
     ``Transition``, without its ``magnitude``. So output scales are given here times ``magnitude``:
 
-    - ``factor``: upper triangular right square root of ``S``, ``(*batch, m, m)``.
-    - ``whitened``: ``S^(-1/2) z``, ``(*batch, m, cols)``.
+    - ``factor``: upper triangular right square root of ``S``, ``(*batch, m, m)``; where the equation couples the batch
+      elements (``Linearisation.coupling``) the columns of one root for all that belong to each, ``(*batch, rows, m)``.
+    - ``whitened``: ``S^(-1/2) z``, ``(*batch, rows, cols)``; coupled elements all have the same one.
     - ``scale``: the root mean square of ``whitened``, ``(*batch,)``: the local quasi-maximum-likelihood estimate of the
       output scale (Schober, Sarkka, Hennig 2019, "A probabilistic model for the numerical solution of initial value
       problems"). Infinite for a residual in a direction without noise. A step raises it to what explains round-off in
@@ -33,12 +35,12 @@ class Innovation(eqx.Module):
     Array(True, dtype=bool)
     """
 
-    factor: Float[Array, "*batch m m"]
-    whitened: Float[Array, "*batch m cols"]
+    factor: Float[Array, "*batch rows m"]
+    whitened: Float[Array, "*batch rows cols"]
     scale: Float[Array, "*batch"]
     unit: Float[Array, "*batch"]
-    inside: Float[Array, "*batch m cols"] | None = None
-    remainder: Float[Array, "*batch m cols"] | None = None
+    inside: Float[Array, "*batch rows cols"] | None = None
+    remainder: Float[Array, "*batch rows cols"] | None = None
 
     @property
     def is_zero(self) -> Bool[Array, "*batch"]:
@@ -52,23 +54,44 @@ class Innovation(eqx.Module):
         return root_mean_square(self.inside, axis=(-2, -1))
 
 
-@batched
-def innovate(equation: Linearisation, noise: Float[Array, "dim dim"], unit: Float[Array, ""]) -> Innovation:
+def innovate(
+    equation: Linearisation, noise: Float[Array, "*batch dim dim"], unit: Float[Array, "*batch"]
+) -> Innovation:
     """The residual and its covariance ``H Q H^T``, ``Q = noise^T noise``, by one triangularisation of ``m`` columns.
 
     ``unit``: the ``magnitude`` of the transition that the noise is from.
     """
-    factor = triangularise(*_observed(equation, noise))
-    whitened = substitute(factor, equation.residual)
-    scale = root_mean_square(whitened)
-    unexplained = jnp.any((jnp.diagonal(factor)[:, None] == 0) & (equation.residual != 0))
-    return Innovation(factor, whitened, jnp.where(unexplained, jnp.inf, scale), unit)
+
+    def compare(factor, residual):
+        whitened = substitute(factor, residual)
+        unexplained = jnp.any((jnp.diagonal(factor)[:, None] == 0) & (residual != 0))
+        return whitened, jnp.where(unexplained, jnp.inf, root_mean_square(whitened))
+
+    @batched
+    def of_one(equation, noise, unit):
+        factor = triangularise(*_observed(equation, noise))
+        return Innovation(factor, *compare(factor, equation.residual), unit)
+
+    if (coupling := equation.coupling) is None:
+        return of_one(equation, noise, unit)
+    p = equation.matrix.shape[-1]
+    root = coupling.root(noise[..., :p, :p])
+    whitened, scale = compare(root, coupling.flat(equation.residual))
+    return Innovation(coupling.columns(root), *coupling.for_each((whitened, scale)), unit)
 
 
-@batched
+def whiten(
+    equation: Linearisation, factor: Float[Array, "*batch rows m"], z: Float[Array, "*batch m cols"]
+) -> Float[Array, "*batch rows cols"]:
+    """``S^(-1/2) z`` for a residual of the equation, as ``Innovation`` has it, from the factor of ``S``."""
+    if (coupling := equation.coupling) is None:
+        return batched(substitute)(factor, z)
+    return coupling.for_each(substitute(coupling.from_columns(factor), coupling.flat(z)))
+
+
 def smoothing_weights(
-    equation: Linearisation, factor: Float[Array, "m m"], whitened: Float[Array, "m cols"]
-) -> Float[Array, "p cols"]:
+    equation: Linearisation, factor: Float[Array, "*batch rows m"], whitened: Float[Array, "*batch rows cols"]
+) -> Float[Array, "*batch p cols"]:
     """``H^T (H Q H^T)^-1 z`` from the whitened residual, times the largest entry of the factor of ``H Q H^T``.
 
     Without that entry, ``Q`` times it is minus the mean of the noise given the residual (the adjoint variable of the
@@ -76,19 +99,25 @@ def smoothing_weights(
     stays representable in single precision, where the inverse of a covariance may overflow and the inverse of its
     square root does not.
     """
-    factor = factor / _largest(factor)
-    # ``substitute`` solves with the transpose of an upper triangle. Reversed and transposed, ``factor`` is one again.
-    solution = substitute(factor[::-1, ::-1].T, whitened[::-1])[::-1]
-    if equation.is_frozen:
-        return jnp.pad(solution, ((equation.matrix.shape[1] - solution.shape[0], 0), (0, 0)))
-    return product(equation.matrix.T, solution)
+
+    @batched
+    def of_one(equation, factor, whitened):
+        solution = solve_upper(factor / _largest(factor), whitened)
+        if equation.is_frozen:
+            return jnp.pad(solution, ((equation.matrix.shape[1] - solution.shape[0], 0), (0, 0)))
+        return product(equation.matrix.T, solution)
+
+    if (coupling := equation.coupling) is None:
+        return of_one(equation, factor, whitened)
+    shares = batched(_largest)(factor)[:, None, None] / _largest(factor)
+    return coupling.adjoint(coupling.from_columns(factor) / _largest(factor), whitened[0]) * shares
 
 
 @batched
 def noise_mean(
     noise: Float[Array, "dim dim"],
     later: Float[Array, "dim dim"],
-    factor: Float[Array, "m m"],
+    factor: Float[Array, "rows m"],
     weights: Float[Array, "p cols"],
 ) -> Float[Array, "dim cols"]:
     """``noise^T later H^T (H Q H^T)^-1 z``: what of a residual a noise explains, from its ``smoothing_weights``.
@@ -104,7 +133,7 @@ def noise_mean(
 
 
 def explained(
-    transition: Transition, equation: Linearisation, factor: Float[Array, "*batch m m"], whitened: Array
+    transition: Transition, equation: Linearisation, factor: Float[Array, "*batch rows m"], whitened: Array
 ) -> Float[Array, "*batch dim cols"]:
     """``Q H^T (H Q H^T)^-1 z``: what the noise of a step explains of the residual at its end, which is ``whitened``.
 
@@ -130,6 +159,10 @@ def posterior_noise(
     """
     if equation.left is not None:
         return equation.left
+    if (coupling := equation.coupling) is not None:
+        p = equation.matrix.shape[-1]
+        roots = noise[..., :p, :p]
+        return batched(product)(coupling.conditioned(roots), roots)[..., :size]
 
     @batched
     def given(equation, noise):

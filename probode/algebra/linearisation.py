@@ -1,5 +1,6 @@
 """Linearised equations about a state."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .coupling import Coupling
 from .factorisations import Layout
 from .linalg import product
 from .normal import batched
@@ -35,6 +37,8 @@ class Linearisation(eqx.Module):
     - ``is_frozen``: whether right-hand sides are held constant, so that ``matrix`` is the identity on the derivatives
       given and zero elsewhere, and the attempt itself makes the further evaluations: that of ``TS0`` of a lifted
       equation. (False for ``TS0`` of an ODE, whose matrix looks the same.)
+    - ``coupling``: the derivative with respect to all batch elements, where the mean is conditioned on it and
+      ``matrix`` is only the part of each element's own equations; ``None`` where there is no other.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -3 * u)))
@@ -51,6 +55,7 @@ class Linearisation(eqx.Module):
     left: Float[Array, "rows entries"] | None = None
     whole: bool = eqx.field(static=True, default=True)
     is_frozen: bool = eqx.field(static=True, default=False)
+    coupling: Coupling | None = None
 
     @staticmethod
     def explicit(
@@ -64,7 +69,12 @@ class Linearisation(eqx.Module):
         derivative of ``f``; a factorisation that keeps only diagonals makes it false.
         """
         level = [None if jacobian is None else jacobian[None] for jacobian in jacobians]
-        return Linearisation.lifted(layout, level, residual[None], whole=whole)
+        equation = Linearisation.lifted(layout, level, residual[None], whole=whole)
+        known = [jacobian for jacobian in jacobians if jacobian is not None]
+        if not (known and layout.factorisation.couples_equations):
+            return equation
+        every = [jnp.zeros_like(known[0]) if jacobian is None else jacobian for jacobian in jacobians]
+        return dataclasses.replace(equation, coupling=layout.factorisation.couple(every))
 
     @staticmethod
     def lifted(
@@ -82,6 +92,9 @@ class Linearisation(eqx.Module):
         point, a row for each ``j``.
         """
         k, levels = len(jacobians), residual.shape[0]
+        if layout.factorisation.couples_equations and levels > 1 and any(x is not None for x in jacobians):
+            name = type(layout.factorisation).__name__
+            raise ValueError(f"{name}() needs an equation for one derivative of u, not a lifted one: use Dense().")
         blocks = [[] if jacobian is None else [layout.project(level) for level in jacobian] for jacobian in jacobians]
         nothing, one = jnp.zeros_like(layout.identity()), layout.identity()
 
@@ -106,6 +119,30 @@ class Linearisation(eqx.Module):
         gives = range(order, order + levels)
         return Linearisation(layout.broadcast(unit), layout.pack(residual), gives, whole=False, is_frozen=True)
 
+    def times(self, x: Float[Array, "*batch dim cols"]) -> Float[Array, "*batch m cols"]:
+        """``H x``, for a direction ``x`` in which the state may move."""
+        if self.is_frozen:
+            return given(self, x)
+        leading = x[..., : self.matrix.shape[-1], :]
+        return batched(product)(self.matrix, leading) if self.coupling is None else self.coupling.times(leading)
+
+    @property
+    def sizes(self) -> "Linearisation":
+        """The equation with the absolute values of its derivatives."""
+        coupling = None if self.coupling is None else jax.tree.map(jnp.abs, self.coupling)
+        return dataclasses.replace(self, matrix=jnp.abs(self.matrix), coupling=coupling)
+
+    def require_separate(self, what: str, layout: Layout) -> None:
+        """Raises ``ValueError`` where the equation couples batch elements; ``what``: what is not available then."""
+        if self.coupling is not None:
+            name = type(layout.factorisation).__name__
+            raise ValueError(f"{what} is not available under {name}(), whose groups it would couple: use Dense().")
+
+    @property
+    def num_replaced(self) -> int:
+        """How many entries of a state follow from the others, given the equation, so that its factor has fewer rows."""
+        return 0 if self.gives is None or self.coupling is not None else self.residual.shape[-2]
+
     @property
     def is_coupled(self) -> bool:
         """Whether it gives several derivatives, each in terms of the lower ones."""
@@ -128,6 +165,9 @@ class Linearisation(eqx.Module):
         ``residual``: ``r`` at the point, ``(m,)``. ``whole``: as for ``explicit``. Raises ``ValueError`` for
         ``m != d`` under ``BlockDiagonal()`` and ``Isotropic()``.
         """
+        if layout.factorisation.couples_equations:
+            name = type(layout.factorisation).__name__
+            raise ValueError(f"{name}() needs an explicit equation, u' = f(t, u) or of higher order: use Dense().")
         matrix = jnp.concatenate([layout.project(jacobian) for jacobian in jacobians], axis=-1)
         return Linearisation(matrix, layout.pack(residual[None]), whole=whole and layout.keeps_all)
 
@@ -136,10 +176,7 @@ def residual_about(
     mean: Float[Array, "*batch dim cols"], point: Float[Array, "*batch dim cols"], equation: Linearisation
 ) -> Float[Array, "*batch m cols"]:
     """The residual at ``mean`` by the linearisation about ``point``: ``z + H (mean - point)``."""
-    if equation.is_frozen:
-        return equation.residual + given(equation, mean - point)
-    p = equation.matrix.shape[-1]
-    return equation.residual + batched(product)(equation.matrix, (mean - point)[..., :p, :])
+    return equation.residual + equation.times(mean - point)
 
 
 def given(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Float[Array, "*batch m cols"]:

@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from ..algebra.conditioning import Update
 from ..algebra.innovation import Innovation
 from ..algebra.linalg import safe_sqrt
 
@@ -40,12 +41,10 @@ class Evidence(eqx.Module):
         """Sums of zero over zero steps, for scales of the batch shape ``shape``."""
         return Evidence(jnp.zeros((*shape, 3), dtype))
 
-    def update(
-        self, whitened: Float[Array, "*batch m cols"], log_det: Float[Array, "*batch"], rank: Float[Array, "*batch"]
-    ) -> "Evidence":
-        """The sums with one more step; ``whitened``: ``S^(-1/2) z``, the others as in ``Update``."""
-        cols = whitened.shape[-1]
-        return Evidence(self.sums + jnp.stack([jnp.sum(whitened**2, axis=(-2, -1)), cols * log_det, cols * rank], -1))
+    def update(self, update: Update) -> "Evidence":
+        """The sums with one more step."""
+        cols = update.influence.whitened.shape[-1]
+        return Evidence(self.sums + jnp.stack([update.square, cols * update.log_det, cols * update.rank], -1))
 
     @property
     def number(self) -> Float[Array, "*batch"]:

@@ -178,6 +178,7 @@ class Noisy(AbstractConstraint):
 
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         equation = self.constraint.linearise(t, predicted, layout, args)
+        equation.require_separate("Noisy", layout)
         own = layout.broadcast(self.std.astype(layout.dtype) * jnp.eye(equation.residual.shape[-2], dtype=layout.dtype))
         noise = own if equation.noise is None else jnp.concatenate([equation.noise, own], axis=-2)
         return Linearisation(equation.matrix, equation.residual, noise=noise, whole=equation.whole)
@@ -234,6 +235,8 @@ class Stack(AbstractConstraint):
 
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
         equations = [constraint.linearise(t, predicted, layout, args) for constraint in self.constraints]
+        for equation in equations:
+            equation.require_separate("Stack", layout)
         width = max(equation.matrix.shape[-1] for equation in equations)
 
         def widen(matrix):

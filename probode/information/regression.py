@@ -181,9 +181,11 @@ def _average(
     points = us[None] + jnp.pad(deltas, ((0, 0), (0, us.shape[0] - number), (0, 0)))
     equations = jax.vmap(lambda us: linearise(t, us, layout, args))(points)
     # An ODE's own derivative enters it linearly, and stays at the prediction.
-    matrix, residual = (jnp.tensordot(weights, x, axes=1) for x in (equations.matrix, equations.residual))
+    mean = jax.tree.map(lambda x: jnp.tensordot(weights, x, axes=1), equations)
     if not constraint.noise:
-        return Linearisation(matrix, residual, gives=equations.gives, whole=equations.whole)
+        return mean
+    mean.require_separate(f"{type(constraint).__name__}(noise=True)", layout)
+    matrix, residual = mean.matrix, mean.residual
     moved = jax.vmap(layout.pack)(points - us[None])[..., : matrix.shape[-1], :]
     unexplained = equations.residual - residual[None] - matrix[None] @ moved
     if unexplained.shape[-1] > 1:

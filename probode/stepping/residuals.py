@@ -7,6 +7,7 @@ whether the solution does something there that neither end shows.
 
 import dataclasses
 import functools as ft
+import math
 
 import equinox as eqx
 import jax
@@ -16,9 +17,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ..algebra.factorisations import Layout
-from ..algebra.innovation import Innovation, noise_mean, smoothing_weights
-from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm, substitute
-from ..algebra.linearisation import Linearisation, given
+from ..algebra.innovation import Innovation, noise_mean, smoothing_weights, whiten
+from ..algebra.linalg import root_mean_square, safe_divide, safe_norm, substitute
+from ..algebra.linearisation import Linearisation
 from ..algebra.normal import Normal, batched, push
 from ..equations.problems import flat_field, flat_residual
 from ..information.constraints import AbstractConstraint
@@ -67,10 +68,7 @@ def terms(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Flo
 
     For a stiff field they are far larger than the derivative that they add up to, and so is their round-off.
     """
-    if equation.is_frozen:
-        return jnp.abs(given(equation, mean))
-    p = equation.matrix.shape[-1]
-    return batched(product)(jnp.abs(equation.matrix), jnp.abs(mean[..., :p, :]))
+    return equation.sizes.times(jnp.abs(mean))
 
 
 def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Innovation:
@@ -82,6 +80,9 @@ def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Arra
     std = safe_norm(innovation.factor, axis=-2)[..., None]
     unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
     floor = lax.stop_gradient(root_mean_square(unknown, axis=(-2, -1)))
+    if equation.coupling is not None:
+        # One scale explains all residuals together.
+        floor = equation.coupling.for_each(safe_norm(floor) / math.sqrt(floor.size))
     # In the prior's own units it has to be a number, too, which in single precision it may not be.
     floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
     return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
@@ -112,10 +113,9 @@ def with_defects(
         z = residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
         return _beyond_round_off(z, equation, mean)
 
-    whiten = batched(substitute)
     time_inside, mean_inside = _mean_inside(prior, before, t, dt, transition, innovation, weights, layout)
     if not equation.whole and equation.gives is not None:
-        inside = whiten(innovation.factor, residual(time_inside, mean_inside))
+        inside = whiten(equation, innovation.factor, residual(time_inside, mean_inside))
         return dataclasses.replace(attempt, innovation=dataclasses.replace(innovation, inside=inside))
 
     def correct(mean, weights):
@@ -124,12 +124,13 @@ def with_defects(
     corrected = correct(predicted.mean, weights)
     # Both at once: the equation is traced, and compiled, a single time.
     times, means = jnp.stack([time_inside, t]), jnp.stack([mean_inside, corrected])
-    inside, remainder = jax.vmap(lambda z: whiten(innovation.factor, z))(jax.vmap(residual)(times, means))
+    whitened = jax.vmap(lambda z: whiten(equation, innovation.factor, z))
+    inside, remainder = whitened(jax.vmap(residual)(times, means))
 
     def again(carry):
         corrected, remainder = carry
         corrected = correct(corrected, smoothing_weights(equation, innovation.factor, remainder))
-        return corrected, whiten(innovation.factor, residual(t, corrected))
+        return corrected, whiten(equation, innovation.factor, residual(t, corrected))
 
     _, remainder = constraint.iteration.repeat(again, (corrected, remainder))
     innovation = dataclasses.replace(innovation, inside=inside, remainder=remainder)

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, PyTree
 
 from ..algebra.conditioning import Update
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import product, root_mean_square, safe_norm, substitute
+from ..algebra.innovation import whiten
+from ..algebra.linalg import product, root_mean_square, safe_norm
 from ..algebra.linearisation import Linearisation
 from ..algebra.normal import Normal, batched, certain, push
 from ..information.constraints import AbstractConstraint
@@ -60,15 +61,14 @@ def spread_ahead(
     matrix, equation = attempt.transition.matrix, attempt.equation
     moves, predicted = push_moves(spread, matrix), push(x, matrix)
     if equation.whole:
-        p = equation.matrix.shape[-1]
-        residuals = jax.vmap(lambda move: batched(product)(equation.matrix, move[..., :p, :]))(moves)
+        residuals = jax.vmap(equation.times)(moves)
     else:
 
         def residual(mean):
             return residual_at(constraint, t, Normal(mean, predicted.factor), layout, args)
 
         residuals = jax.vmap(lambda move: jax.jvp(residual, (predicted.mean,), (move,))[1])(moves)
-    whitened = jax.vmap(batched(substitute), in_axes=(None, 0))(attempt.innovation.factor, residuals)
+    whitened = jax.vmap(lambda z: whiten(equation, attempt.innovation.factor, z))(residuals)
     scale = safe_norm(root_mean_square(whitened, axis=(-2, -1)), axis=0)
     return Ahead(moves, residuals, whitened, scale)
 
@@ -81,6 +81,13 @@ def push_moves(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) ->
 def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float[Array, "N *state"]:
     """The directions after an update: each moves by the gain of the mean times its own residual."""
     influence = update.influence
+    if equation.coupling is not None:
+
+        def together(move):
+            told = jnp.sum(batched(product)(influence.matrix, move), axis=0)
+            return move - jax.vmap(lambda gain: product(gain.T, told))(influence.gain)
+
+        return jax.vmap(together)(ahead.moves)
 
     @batched
     def after(move, z, gain, matrix, equation):

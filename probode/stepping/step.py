@@ -113,7 +113,7 @@ class Step(eqx.Module):
 
     def _rows_left(self, x, equation):
         """How many rows the factor of a state has after a step: the loop needs as many before it."""
-        return x.mean.shape[-2] - (0 if equation.gives is None else equation.residual.shape[-2])
+        return x.mean.shape[-2] - equation.num_replaced
 
     def own_prior(
         self, t: Float[Array, ""], distribution: Normal, dt: Float[Array, ""] | None = None
@@ -216,7 +216,7 @@ class Step(eqx.Module):
             distribution,
             output_scale,
             statistics,
-            before.evidence.update(influence.whitened, update.log_det, update.rank),
+            before.evidence.update(update),
             self.layout,
             attempted.prior,
             jnp.maximum(before.last_move, move),
@@ -387,7 +387,7 @@ def _unless_zero(update, zero_so_far, before, attempted, past):
         past = pad_noise(past, update.past.noise.shape[-2])
     influence = jax.tree.map(jnp.zeros_like, update.influence)
     none = jnp.zeros_like(update.rank)
-    nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, none, none)
+    nothing = Update(Normal(attempted.mean, predicted.factor), past, influence, none, none, none)
     axes = jnp.ndim(zero_so_far)
     return jax.tree.map(
         lambda a, b: jnp.where(jnp.reshape(zero_so_far, zero_so_far.shape + (1,) * (a.ndim - axes)), a, b),

@@ -257,7 +257,7 @@ class Subspace(AbstractOwnAlgebra):
         state = Normal(mean - shift, _together(new_a, new_c, n))
         nothing, unknown = jnp.zeros((1, 0), z.dtype), jnp.full_like(own, jnp.nan)
         influence = Influence(whitened, nothing, nothing, jnp.ones_like(own))
-        update = Update(state, None, influence, log_det=unknown, rank=jnp.ones_like(own))
+        update = Update(state, None, influence, unknown, log_det=unknown, rank=jnp.ones_like(own))
         equation = dataclasses.replace(equation, left=left)
         innovation = dataclasses.replace(innovation, scale=jnp.where(jnp.isfinite(whitened[0, 0]), own, jnp.inf))
         return Attempt(transition, mean, equation, innovation, None, update=update, unexplained=shift - explained)

@@ -1,0 +1,105 @@
+"""Equations that couple components whose covariances are kept as independent blocks.
+
+The mean is conditioned on the whole equation, ``u^(k) - f(t, u, ..., u^(k-1)) = 0`` with all of its Jacobian; of the
+joint posterior covariance the blocks of the components that belong together are kept. In coordinates ``w``, in which
+the predicted blocks are standard normal and independent, ``x_i = m_i + R_i^T w_i``, the residual is ``z + A^T w``. The
+rows of ``A`` are those of ``u, ..., u^(k-1)``, ``B``, and those of ``u^(k)``, which make an upper triangle ``D``, block
+by block: ::
+
+    A = [B]     S = A^T A,     w | z ~ N(-A S^-1 z, F^T F),     F = G^-T [I, -L],     L = B D^-1,     G^T G = I + L L^T
+        [D]
+
+``S^(1/2)`` and ``G`` are triangles of stacks, of ``[D; B]`` and ``[I; L^T]``. Nothing is subtracted: a stiff direction,
+in which ``L`` is 1e8, has its variance of 1e-16 with all digits.
+
+Axes: ``blocks`` of ``s`` components, ``d`` equations in all, ``q = k s``, and the leading ``p = q + s`` entries of the
+state of a block.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .linalg import product, substitute, triangularise
+
+
+class Coupling(eqx.Module):
+    """The whole derivative of an explicit equation with respect to a state that is kept in independent blocks.
+
+    - ``matrix``: of all ``d`` equations with respect to the leading ``p`` entries of each block; the last ``s`` columns
+      are the identity on ``u^(k)``.
+    - ``places``: where each equation stands among the ``blocks * s`` rows of a residual in the layout, of which some
+      are empty where blocks differ in size.
+    """
+
+    matrix: Float[Array, "blocks d p"]
+    places: tuple[int, ...] = eqx.field(static=True)
+    size: int = eqx.field(static=True)
+
+    def flat(self, z: Float[Array, "blocks s cols"]) -> Float[Array, "d cols"]:
+        """A residual in the layout as that of all equations, one below the other."""
+        return jnp.reshape(z, (-1, z.shape[-1]))[np.asarray(self.places)]
+
+    def split(self, z: Float[Array, "d cols"]) -> Float[Array, "blocks s cols"]:
+        """The inverse of ``flat``."""
+        return jnp.reshape(self._spread(z), (-1, self.size, z.shape[1]))
+
+    def _spread(self, z):
+        """Rows of all equations at their places among all rows, which elsewhere are zero."""
+        rows = self.matrix.shape[0] * self.size
+        if self.places == tuple(range(rows)):
+            return z
+        return jnp.zeros((rows, *z.shape[1:]), z.dtype).at[np.asarray(self.places)].set(z)
+
+    def times(self, x: Float[Array, "blocks p cols"]) -> Float[Array, "blocks s cols"]:
+        """The product with the leading entries of all blocks."""
+        return self.split(jnp.einsum("bdp,bpc->dc", self.matrix, x))
+
+    def columns(self, root: Float[Array, "rows d"]) -> Float[Array, "blocks rows s"]:
+        """The columns of a matrix for all equations that belong to each block."""
+        return jnp.moveaxis(jnp.reshape(self._spread(root.T), (-1, self.size, root.shape[0])), 2, 1)
+
+    def from_columns(self, columns: Float[Array, "blocks rows s"]) -> Float[Array, "rows d"]:
+        """The inverse of ``columns``."""
+        return jnp.reshape(jnp.moveaxis(columns, 1, 2), (-1, columns.shape[1]))[np.asarray(self.places)].T
+
+    def for_each(self, shared: PyTree) -> PyTree:
+        """What all equations have together, repeated for each block."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.matrix.shape[0], *x.shape)), shared)
+
+    def observed(self, roots: Float[Array, "blocks p p"]) -> tuple[Float[Array, "kq d"], Float[Array, "d d"]]:
+        """``B`` and ``D``, for blocks with these upper triangular right square roots."""
+        a, q = jax.vmap(lambda r, h: product(r, h.T))(roots, self.matrix), roots.shape[-1] - self.size
+        b, d = (jnp.reshape(x, (-1, x.shape[-1])) for x in (a[:, :q], a[:, q:]))
+        return b, d[np.asarray(self.places)]
+
+    def root(self, roots: Float[Array, "blocks p p"]) -> Float[Array, "d d"]:
+        """The upper triangular root of ``S``, the covariance of the residual."""
+        below, own = self.observed(roots)
+        return triangularise(own, below)
+
+    def adjoint(self, root: Float[Array, "d d"], whitened: Float[Array, "d cols"]) -> Float[Array, "blocks p cols"]:
+        """``H^T S^-1 z`` from the whitened residual."""
+        y = solve_upper(root, whitened)
+        return jax.vmap(lambda h: product(h.T, y))(self.matrix)
+
+    def conditioned(self, roots: Float[Array, "blocks p p"]) -> Float[Array, "blocks p p"]:
+        """Upper triangular roots of the covariances of the coordinates of each block, given the equation."""
+        (below, _), q = self.observed(roots), roots.shape[-1] - self.size
+        # D has the blocks of the roots. Where one has no variance, neither has the equation.
+        own, columns = roots[:, q:, q:], self.columns(below)
+        slopes = jax.vmap(lambda r, b: substitute(r, b.T))(own, columns)  # L^T, the rows of each block
+        rows = jnp.reshape(slopes, (-1, below.shape[0]))
+        eye = jnp.eye(below.shape[0], dtype=below.dtype)
+        lower = substitute(triangularise(eye, rows), eye)
+        upper = -product(lower, rows.T)
+        parts = [jnp.moveaxis(jnp.reshape(x, (len(below), len(roots), -1)), 1, 0) for x in (lower, upper)]
+        return jax.vmap(lambda rows: triangularise(None, rows))(jnp.concatenate(parts, axis=-1))
+
+
+def solve_upper(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[Array, "m cols"]:
+    """``upper^-1 z``; entries with a zero pivot are zero."""
+    # ``substitute`` solves with the transpose of an upper triangle. Reversed and transposed, ``upper`` is one again.
+    return substitute(upper[::-1, ::-1].T, z[::-1])[::-1]
