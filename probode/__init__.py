@@ -16,6 +16,7 @@ from .algebra.innovation import Innovation as Innovation
 from .algebra.linearisation import Linearisation as Linearisation
 from .algebra.marginals import Moments as Moments
 from .algebra.marginals import Posterior as Posterior
+from .algebra.modal import Modal as Modal
 from .algebra.normal import Normal as Normal
 from .algebra.transition import Transition as Transition
 from .diagnostics import plots as plots

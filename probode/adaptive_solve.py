@@ -59,7 +59,10 @@ def answer_request(solver: Any, request: Request, args: PyTree) -> Solution:
 
 
 def _keeps_steps(solver, request):
-    return request.save_at.steps or request.save_at.dense or solver.strategy.keeps_steps
+    at, strategy = request.save_at, solver.strategy
+    # Where a layout has changed, what lies before it cannot be marginalised in one with what comes after.
+    of_layouts = solver.factorisation.adapts and strategy.smooths and (at.ts is not None or at.t0)
+    return at.steps or at.dense or strategy.keeps_steps or of_layouts
 
 
 def _solve_in_pieces(solver, request, args, solve):
@@ -153,6 +156,7 @@ def _begin(solver, request, args):
     stops, behind, until = control.stops(layout.dtype), t0, interval.t1
     if stops is not None:
         layout.require_shared_algebra("stop_at")
+        layout.require_own_equations("stop_at")
         behind, until = beside(t0, interval.direction, stops), interval.nearest(stops, t0)
     state = start.state(step, solver.initialisation, t0, behind)
     if start.directions is not None and start.resumed is None:

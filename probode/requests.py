@@ -105,6 +105,7 @@ def bind(solver: Any, u0: PyTree, *, uncertain: bool = False) -> tuple[AbstractS
         start = FromValues(start.mean, directions)
     if uncertain and start.directions is not None:
         layout.require_shared_algebra("An uncertain u0")
+        layout.require_lasting("An uncertain u0")
         check_uncertain(solver.factorisation, solver.calibration, layout.size)
     return start, layout
 
@@ -320,6 +321,13 @@ def _check_resumed(u0, num_derivatives, factorisation, controller, calibration):
         raise ValueError(
             f"The state to go on from was made by a prior with {layout.num_derivatives} derivatives, "
             f"this solver's prior has {num_derivatives}."
+        )
+    fitted = factorisation.fit(layout.example)
+    if type(layout.factorisation) is type(factorisation) and layout.factorisation.batch_shape(layout.size) != (
+        fitted.batch_shape(layout.size)
+    ):
+        raise ValueError(
+            f"The state to go on from has the factorisation {layout.factorisation}, this solver has {factorisation}."
         )
     if type(layout.factorisation) is not type(factorisation):
         raise ValueError(

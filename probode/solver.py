@@ -114,8 +114,7 @@ class Solver(eqx.Module):
                 f"An equation of order {constraint.order} needs a prior with at least as many derivatives, "
                 f"but {type(prior).__name__} has num_derivatives={prior.num_derivatives}."
             )
-        if factorisation.own_algebra:
-            factorisation.check(prior, constraint, strategy, calibration, error)
+        factorisation.check(prior, constraint, strategy, calibration, self.error)
 
     def __hash__(self) -> int:
         # ``jax.jit(solver.solve)`` looks for the method among those compiled before, by a hash that arrays have not.
@@ -327,7 +326,8 @@ def _solve_grid(solver, start, grid, args, layout, data):
     final, rows = lax.scan(body, state, grid[1:])
     rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
     finite = is_usable(final) & is_finite((rows.distribution, rows.output_scale))
-    sizes = jnp.max(jnp.abs(jax.vmap(lambda mean: layout.unpack(mean)[0])(rows.distribution.mean)), axis=1)
+    unpack = lambda row: (row.layout or layout).unpack(row.distribution.mean)[0]  # noqa: E731
+    sizes = jnp.max(jnp.abs(jax.vmap(unpack)(rows)), axis=1)
     tiny = jnp.any((sizes > 0) & (sizes < 1e8 * smallest_error(layout.dtype)))
     result = Result.where(tiny, Result.tolerance_out_of_range, Result.successful)
     result = Result.where(finite, result, Result.nonfinite)

@@ -99,7 +99,7 @@ class Blocks(AbstractFactorisation):
                 "components. Use Dense()."
             )
         groups = self.groups(d)
-        rows = groups.fill(groups.fill(jacobian).T)
+        rows = groups.fill(groups.fill(jacobian).T).T
         blocks = jnp.reshape(rows, (groups.number, groups.size, groups.number, groups.size))
         return jnp.moveaxis(jnp.diagonal(blocks, axis1=0, axis2=2), 2, 0)
 
@@ -111,6 +111,14 @@ class Blocks(AbstractFactorisation):
         blocks = [jnp.reshape(groups.fill(x[order]), (d, groups.number, groups.size)) for x in derivatives]
         matrix = jnp.moveaxis(jnp.concatenate(blocks, axis=-1), 1, 0)
         return Coupling(matrix, tuple(sorted(groups.place_of)), groups.size)
+
+
+    def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
+        if hasattr(calibration, "leave_one_out"):
+            raise ValueError(
+                f"Blocks() does not work with {type(calibration).__name__}(): residuals are those of all groups "
+                "together. Use DynamicCalibration() or MLECalibration(), or Dense()."
+            )
 
 
 class _Labels(NamedTuple):

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .linalg import is_written_out, product, substitute, triangularise
+from .linalg import is_written_out, product, safe_norm, substitute, triangularise
 from .normal import Normal, batched, pad_rows
 
 
@@ -54,6 +54,12 @@ class Conditional(eqx.Module):
         return of_one(x)
 
 
+    def rescaled(self, factor: Float[Array, "*batch 1 1"]) -> "Conditional":
+        """The same for states with all covariances multiplied by ``factor^2``."""
+        # ``shift`` is in units of standard deviations: divided by the factor it moves the mean by the same amount.
+        return Conditional(self.shift / jnp.where(factor > 0, factor, 1), self.cross, self.noise)
+
+
 def updated_noise(past: Conditional, left: Float[Array, "rows p"]) -> Float[Array, "more p"]:
     """The square root of ``Cov(w | v)`` after a step: that before it, with the rows that its elimination left over."""
     # For few columns, rows that are not triangularised cost less than their elimination.
@@ -97,6 +103,12 @@ def marginalise(later: Normal, past: Conditional) -> Normal:
 
 
 @batched
+def draw(past: Conditional, noise: Float[Array, "q cols"], later: Float[Array, "rows cols"]) -> Float[Array, "p cols"]:
+    """A sample of the earlier state's coordinates given those of the later one: ``shift + cross^T v + noise^T w``."""
+    return past.shift + product(past.cross.T, later) + product(past.noise.T, noise)
+
+
+@batched
 def from_coordinates(coordinates: Normal, x: Normal) -> Normal:
     """The distribution of ``x.mean + x.factor^T w`` for ``w`` with the distribution ``coordinates``.
 
@@ -127,3 +139,15 @@ def coordinates_of(state: Normal, x: Normal) -> Normal:
     right = jnp.concatenate([state.mean - x.mean, state.factor.T], axis=1)
     w = substitute(x.factor, right)
     return Normal(w[:, :cols], w[:, cols:].T)
+
+
+@batched
+def determined_coordinates(state: Normal, x: Normal) -> Normal:
+    """``coordinates_of`` where the covariance of ``x`` may be singular, as that of a state given an equation is.
+
+    Coordinates that say nothing of the state beyond those before them are zero: they would be round-off, divided by
+    round-off.
+    """
+    pivots, sizes = jnp.abs(jnp.diagonal(x.factor)), safe_norm(x.factor, axis=0)
+    told = pivots > jnp.finfo(sizes.dtype).eps ** 0.5 * sizes
+    return coordinates_of(state, Normal(x.mean, jnp.where(jnp.diag(~told), 0, x.factor)))

@@ -20,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, PyTree
 
 from .linalg import product, substitute, triangularise
@@ -93,7 +94,8 @@ class Coupling(eqx.Module):
         slopes = jax.vmap(lambda r, b: substitute(r, b.T))(own, columns)  # L^T, the rows of each block
         rows = jnp.reshape(slopes, (-1, below.shape[0]))
         eye = jnp.eye(below.shape[0], dtype=below.dtype)
-        lower = substitute(triangularise(eye, rows), eye)
+        # No pivot is below one.
+        lower = solve_triangular(triangularise(eye, rows), eye, trans="T")
         upper = -product(lower, rows.T)
         parts = [jnp.moveaxis(jnp.reshape(x, (len(below), len(roots), -1)), 1, 0) for x in (lower, upper)]
         return jax.vmap(lambda rows: triangularise(None, rows))(jnp.concatenate(parts, axis=-1))

@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from .coupling import Coupling
 from .linalg import safe_norm, triangularise
@@ -31,6 +31,8 @@ class AbstractFactorisation(eqx.Module):
     - ``keeps_diagonal``: whether only the diagonal of a Jacobian is used, so that the rest need not be computed.
     - ``couples_equations``: whether the mean is conditioned on an explicit equation with its whole Jacobian, although
       the covariance has blocks; then ``couple`` returns that.
+    - ``adapts``: whether it is chosen anew in the course of a solve, by its method ``adapt``.
+    - ``lanes``: how many leading axes its arrays have in a batch of solutions.
     - ``own_algebra``: whether it has its own formulas for a step; true for subclasses of ``AbstractOwnAlgebra``.
 
     >>> import probode
@@ -40,7 +42,9 @@ class AbstractFactorisation(eqx.Module):
 
     keeps_diagonal = False
     couples_equations = False
+    adapts = False
     own_algebra = False
+    lanes = 0
 
     @abstractmethod
     def batch_shape(self, d: int) -> tuple[int, ...]:
@@ -74,6 +78,10 @@ class AbstractFactorisation(eqx.Module):
         diagonal ``(d,)``.
         """
 
+    def std(self, factor: Float[Array, "*batch rows dim"], d: int) -> Float[Array, "m d"]:
+        """The standard deviations of all entries of a state as a stack of derivatives, from a factor."""
+        return self.unpack_std(safe_norm(factor, axis=-2), d)
+
     def fit(self, u: PyTree) -> "AbstractFactorisation":
         """The factorisation for a state like ``u``: by default as it is, whatever the structure of ``u``."""
         return self
@@ -87,6 +95,16 @@ class AbstractFactorisation(eqx.Module):
 
     def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
         """Raises ``ValueError`` for parts of a solver that this factorisation does not work with; by default for none."""
+
+    def adapt(
+        self, coupling: Coupling, dt: Float[Array, ""] | None
+    ) -> tuple["AbstractFactorisation", Float[Array, "d d"], Bool[Array, ""]]:
+        """The factorisation for the next steps, its directions in terms of the present ones, and whether they changed.
+
+        Asked of factorisations that adapt, of the first state (``dt`` is ``None``), and of that after every step of
+        length ``dt``, with the ``coupling`` of the equation there. The directions are the columns of a matrix.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.adapt is needed where adapts is true.")
 
 
 class Dense(AbstractFactorisation):
@@ -250,9 +268,7 @@ class Layout(eqx.Module):
 
     def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
         """The standard deviations of all entries of the state as a stack of derivatives, from a factor."""
-        if self.factorisation.own_algebra:
-            return self.factorisation.std(factor)  # type: ignore[attr-defined]  # of AbstractOwnAlgebra
-        return self.factorisation.unpack_std(safe_norm(factor, axis=-2), self.size)
+        return self.factorisation.std(factor, self.size)
 
     def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
         """See ``AbstractFactorisation.project``."""
@@ -334,11 +350,20 @@ class Layout(eqx.Module):
         if self.factorisation.own_algebra:
             raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
 
+    def require_own_equations(self, what: str) -> None:
+        """Raises ``ValueError`` where equations couple the blocks of the covariance; ``what``: what is not available."""
+        if self.factorisation.couples_equations:
+            raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
+
+    def require_lasting(self, what: str) -> None:
+        """Raises ``ValueError`` where the layout changes during a solve; ``what``: what is not available."""
+        if self.factorisation.adapts:
+            raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
+
     @property
     def lanes(self) -> int:
         """How many leading axes a batch of solutions adds to the arrays of the factorisation; zero if it has none."""
-        own = self.factorisation.own_algebra
-        return self.factorisation.lanes if own else 0  # type: ignore[attr-defined]  # of AbstractOwnAlgebra
+        return self.factorisation.lanes
 
     @property
     def example(self) -> PyTree[jax.ShapeDtypeStruct]:

@@ -155,14 +155,11 @@ def posterior_noise(
 ) -> Float[Array, "*batch rows {size}"]:
     """A square root of the covariance of the first ``size`` entries of ``x ~ N(0, noise^T noise)`` given the equation.
 
-    For factorisations with an algebra of their own it is what they have computed, ``equation.left``.
+    For factorisations with an algebra of their own it is what they have computed, ``equation.left``. Where the equation
+    couples the batch elements each is given its own part alone, which is an approximation for estimates of errors.
     """
     if equation.left is not None:
         return equation.left
-    if (coupling := equation.coupling) is not None:
-        p = equation.matrix.shape[-1]
-        roots = noise[..., :p, :p]
-        return batched(product)(coupling.conditioned(roots), roots)[..., :size]
 
     @batched
     def given(equation, noise):

@@ -1,5 +1,6 @@
 """Means, deviations and covariances of ``u`` and its derivatives, from the distributions of the whole state."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -45,7 +46,7 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
             std = jnp.where(stds[j] > 0, stds[j], _std_through_the_field(means, std, j))
         return Moments(layout.unravel(means[k]), layout.unravel(std))
 
-    return _over_times(one, layout, state)(layout, state.mean, state.factor)
+    return over_times(one, layout, state)(layout, state.mean, state.factor)
 
 
 @compiled
@@ -63,7 +64,7 @@ def covariance(layout: Layout, state: Normal, k: int, moves: Float[Array, "N ...
         return cov + jnp.diag(jnp.where(jnp.diagonal(cov) > 0, 0, variance))
 
     mapped = (std,) if moves is None else (std, jnp.moveaxis(moves, 0, -1 - len(layout.batch_shape) - 2))
-    return _over_times(one, layout, state, len(mapped))(layout, state.mean, state.factor, *mapped)
+    return over_times(one, layout, state, len(mapped))(layout, state.mean, state.factor, *mapped)
 
 
 @compiled
@@ -91,8 +92,11 @@ def _root(layout, mean, factor, moves, first, last):
     return jnp.concatenate([root, *(jax.vmap(part)(x) for x in moves)])
 
 
-def _over_times(one, layout, state, others=0):
-    """``one(layout, mean, factor, *others)`` mapped over the axes of ``state`` for times and lanes."""
+def over_times(one: Callable, layout: Layout, state: Normal, others: int = 0) -> Callable:
+    """``one(layout, mean, factor, *others)`` mapped over the axes of ``state`` for times and lanes.
+
+    A layout that differs from time to time, or from lane to lane, has these axes, too.
+    """
     for axis in reversed(range(state.mean.ndim - 2 - len(layout.batch_shape))):
         one = jax.vmap(one, in_axes=(0 if axis < layout.lanes else None, 0, 0) + (0,) * others)
     return one

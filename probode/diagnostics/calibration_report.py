@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import substitute, triangularise
+from ..algebra.marginals import over_times
 from ..algebra.normal import Normal, batched
 from ..posterior.solution import SaveAt, Solution
 from ..posterior.trajectory import rows_of_steps
@@ -156,7 +157,7 @@ def _measure(solution, reference, rtol):
         if path.dense and np.array_equal(np.asarray(path.rows.t)[ends], solution.t):
             filtered = jax.tree.map(lambda x: x[ends], path.rows.distribution)
             known = _errors(filtered, padded, layout)[0][real][later]
-    end = np.ravel(jax.vmap(layout.unpack)(solution.marginals.mean)[real][-1, 0]) - truth[-1]
+    end = np.asarray(layout.ravel(jax.tree.map(lambda x: x[real][-1], solution.mean))) - truth[-1]
     decibels = 10 * np.log10(np.maximum(chi[later], 1e-300))
     return (
         rtol,
@@ -179,11 +180,11 @@ def _geometric_mean(x):
 
 @compiled
 def _whitened(marginals, truth, layout):
-    def one(state, u):
-        error = layout.unpack(state.mean)[0] - u
-        return _whiten(state, layout.pack(error[None])), jnp.abs(error), layout.std(state.factor)[0]
+    def one(layout, mean, factor, u):
+        error = layout.unpack(mean)[0] - u
+        return _whiten(Normal(mean, factor), layout.pack(error[None])), jnp.abs(error), layout.std(factor)[0]
 
-    return jax.vmap(one)(marginals, truth)
+    return over_times(one, layout, marginals, 1)(layout, marginals.mean, marginals.factor, truth)
 
 
 @batched

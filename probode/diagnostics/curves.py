@@ -68,8 +68,9 @@ def _known(solution, ts):
     if not solution.is_dense:
         return Posterior(solution.t, solution.marginals, solution.layout), None
     path = solution.trajectory
-    t, rows = jax.tree.map(lambda x: x[np.flatnonzero(path.reached)], (path.rows.t, path.rows.distribution))
-    return solution.evaluate(t), Posterior(t, rows, path.layout)
+    kept = path.rows.t, path.rows.distribution, path.rows.layout
+    t, rows, layouts = jax.tree.map(lambda x: x[np.flatnonzero(path.reached)], kept)
+    return solution.evaluate(t), Posterior(t, rows, path.layout if layouts is None else layouts)
 
 
 def many_times(solution: Any) -> Float[np.ndarray, " time"]:

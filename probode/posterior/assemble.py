@@ -40,7 +40,8 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
     path = trajectory(rows, reached, step.prior, layout, dense=kept.dense)
 
     def row(i):
-        return path.rows.t[i], path.marginal(i), path.rows.output_scale[i]
+        layout = None if path.rows.layout is None else path.layout_of(i)
+        return path.rows.t[i], path.marginal(i), path.rows.output_scale[i], layout
 
     parts = [jax.tree.map(lambda x: x[None], row(0))] if save_at.t0 else []
     if ts is not None:
@@ -49,7 +50,7 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
         parts.append(jax.vmap(row)(rows_of_steps(rows, reached, kept.most)))
     if save_at.t1 and not save_at.steps:
         parts.append(jax.tree.map(lambda x: x[None], row(path.last)))
-    t, marginals, output_scale = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    t, marginals, output_scale, layouts = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     # Accepted states are finite, but the final factor and smoothing may overflow: NaN would be called successful.
     spoilt = (ended.result == Result.successful) & ~is_finite((marginals, output_scale, factor))
     result = Result.where(spoilt, Result.nonfinite, ended.result)
@@ -81,7 +82,7 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
         result,
         stats,
         ended,
-        layout,
+        layout if layouts is None else layouts,
         kept_path,
         step.constraint.problem.num_initial_values,
         data_log_likelihood=None if step.data is None else ended.current.data_evidence,

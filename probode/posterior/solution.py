@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, PyTree
 
 from ..algebra.factorisations import Layout
-from ..algebra.marginals import Moments, Posterior, joint, widen
+from ..algebra.marginals import Moments, Posterior, joint, over_times, widen
 from ..algebra.normal import Normal, deviation
 from ..stepping.adaptive import AdaptiveState
 from ..stepping.result import Result, has_failed, in_words
@@ -77,7 +77,7 @@ class Spread(eqx.Module):
 
     def at(self, path: Trajectory, t: Array) -> Array:
         """Derivatives of the means at the times ``t``, ``(N, *t.shape, *batch, dim, cols)``."""
-        move = lambda tangent: eqx.filter_jvp(lambda path: _evaluate(path, t).mean, (path,), (tangent,))[1]  # noqa: E731
+        move = lambda tangent: eqx.filter_jvp(lambda path: _evaluate(path, t)[0].mean, (path,), (tangent,))[1]  # noqa: E731
         return eqx.filter_vmap(move)(self.trajectory)
 
 
@@ -223,7 +223,7 @@ class Solution(eqx.Module):
         self.layout.require_shared_algebra("The distribution of the whole u")
         if self.is_dense:
             posterior = self.evaluate(t := as_scalar(t, "at(t)"))
-            marginals, moves = posterior.marginals, posterior.moves
+            marginals, layout, moves = posterior.marginals, posterior.layout, posterior.moves
         else:
             self._single("at")
             t = as_scalar(t, "at(t)").astype(self.t.dtype)
@@ -235,8 +235,9 @@ class Solution(eqx.Module):
             message = "at(t) needs a time that was saved, or a solve that keeps its steps (SaveAt(dense=True))"
             # Of the numbers themselves: of a single row the index would not be looked at, and the check left out.
             marginals = require(jax.tree.map(lambda x: x[i], self.marginals), near, message, t=t)
+            layout = jax.tree.map(lambda x: x[i], self.layout)
             moves = None if self.spread is None else self.spread.means[:, i]
-        start = joint(self.layout, marginals, self.order, moves)
+        start = joint(layout, marginals, self.order, moves)
         means = tuple(self.layout.unravel(u) for u in start.mean)
         return Normal(means[0] if self.order == 1 else means, start.factor)
 
@@ -266,9 +267,9 @@ class Solution(eqx.Module):
                 "FixedIntervalSmoother(), or with save_at=SaveAt(dense=True)."
             )
         t, near, reached = self._times(t, "evaluate(t)")
-        states, moves = _evaluate(self.trajectory, near), self._moves(near)
+        (states, layout), moves = _evaluate(self.trajectory, near), self._moves(near)
         states = states if moves is None else widen(states, moves)
-        return Posterior(t, states if reached is None else _where(reached, states), self.layout, moves)
+        return Posterior(t, states if reached is None else _where(reached, states), layout, moves)
 
     def sample(self, key: Any, shape: Any = (), *, ts: Any = None) -> PyTree[Float[Array, "..."]]:
         """Random draws of ``u`` at several times from their joint posterior: leaves ``(*shape, time, *leaf.shape)``.
@@ -303,13 +304,13 @@ class Solution(eqx.Module):
                     "A filter cannot be sampled at more than one time: its marginals do not say how times belong "
                     "together. Solve with strategy=FixedPointSmoother() or FixedIntervalSmoother()."
                 )
-            marginals = self.marginals if ts is self.t else self.evaluate(ts).marginals
-            marginals = marginals if reached is None else _where(reached, marginals)
-            return _sample(marginals, self.layout, key, shape, self._moves(ts))
+            known = self if ts is self.t else self.evaluate(ts)
+            marginals = known.marginals if reached is None else _where(reached, known.marginals)
+            return _sample(marginals, known.layout, key, shape, self._moves(ts))
         missing = None if reached is None else ~reached
         if ts is self.t:
             missing = jnp.isnan(self.marginals.mean).any(axis=tuple(range(1, self.marginals.mean.ndim)))
-        return _sample_path(path, self.layout, key, shape, ts, missing, self._moves(ts))
+        return _sample_path(path, key, shape, ts, missing, self._moves(ts))
 
     def _moves(self, ts):
         """Derivatives of the means at ``ts`` along the directions of an uncertain initial value, ``None`` if none."""
@@ -370,8 +371,9 @@ def _where(reached, states):
 
 @compiled
 def _evaluate(path, t):
-    states, _ = evaluate(path, jnp.atleast_1d(t))
-    return states if t.ndim else jax.tree.map(lambda x: x[0], states)
+    states, _, layouts = evaluate(path, jnp.atleast_1d(t))
+    states, layouts = (states, layouts) if t.ndim else jax.tree.map(lambda x: x[0], (states, layouts))
+    return states, path.layout if layouts is None else layouts
 
 
 @compiled
@@ -395,13 +397,14 @@ def _sample(marginals, layout, key, shape, moves):
 
 
 @compiled
-def _sample_path(path, layout, key, shape, ts, missing, moves):
+def _sample_path(path, key, shape, ts, missing, moves):
     if missing is not None:
         # A time behind the end would be sampled by extrapolation, and those before it given that.
         ts = jnp.where(missing, path.rows.t[path.last], ts)
 
     def one(key):
-        states = _moved(sample_at(path, key, ts), moves, key)
+        states, layout = sample_at(path, key, ts)
+        states = _moved(states, moves, key)
         if missing is not None:
             states = jnp.where(missing.reshape(-1, *[1] * (states.ndim - 1)), jnp.nan, states)
         return _trajectory_of_u(states, layout)
@@ -418,7 +421,10 @@ def _moved(states, moves, key):
 
 
 def _trajectory_of_u(states, layout):
-    return jax.vmap(lambda x: layout.unravel(layout.unpack(x)[0]))(states)
+    def one(layout, state, _):
+        return layout.unravel(layout.unpack(state)[0])
+
+    return over_times(one, layout, Normal(states, states))(layout, states, states)
 
 
 def _draws(one, key, shape):

@@ -5,6 +5,7 @@ own. One pass backwards over the rows marginalises these conditionals, which giv
 them, which gives a joint sample. The state between two rows is that of the prior, given the states of both.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -15,10 +16,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ..algebra.conditioning import predict
-from ..algebra.coordinates import Conditional, coordinates_of, from_coordinates, marginalise, standard
+from ..algebra.coordinates import Conditional, coordinates_of, draw, from_coordinates, marginalise, standard
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import choose, product
-from ..algebra.normal import Normal, batched, certain, deviation, pad, push
+from ..algebra.linalg import choose
+from ..algebra.normal import Normal, certain, deviation, pad, push
+from ..algebra.turning import TurnedConditional, turn_state
 from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..stepping.kept import Row
 from ..stepping.times import Interval
@@ -60,6 +62,10 @@ class Trajectory(eqx.Module):
         # A family has a member in every row.
         return self.prior if self.rows.prior is None else _row(self.rows.prior, i)  # type: ignore[return-value]
 
+    def layout_of(self, i: int | Array) -> Layout:
+        """How the state of the ``i``-th row is stored."""
+        return self.layout if self.rows.layout is None else _row(self.rows.layout, i)
+
     @property
     def interval(self) -> Interval:
         """The time interval from that of the first row to that of the last."""
@@ -78,8 +84,20 @@ def trajectory(
     smoothed = None
     if rows.past is not None:
         last = standard(_row(rows.distribution, -1))
-        smoothed = backwards(lambda past, later: marginalise(later, past), last, rows.past, reached)
+        smoothed = backwards(_marginalise, last, rows.past, reached)
     return Trajectory(rows, reached, smoothed, prior, layout, dense)
+
+
+def _marginalise(past, later):
+    if isinstance(past, TurnedConditional):
+        later, past = past.distribution_before(later), past.past
+    return marginalise(later, past)
+
+
+def _draw(past, noise, later):
+    if isinstance(past, TurnedConditional):
+        later, past = past.coordinates_before(later), past.past
+    return draw(past, noise, later)
 
 
 def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Array:
@@ -97,16 +115,20 @@ def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Arra
 def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
     """The rows with all covariances times ``factor^2`` and the same means."""
     column = factor[None, ..., None, None]
-    past = rows.past
-    if past is not None:
-        # ``shift`` is in units of standard deviations: divided by the factor it moves the mean by the same amount.
-        past = eqx.tree_at(lambda p: p.shift, past, past.shift / jnp.where(column > 0, column, 1))
+    past = None if rows.past is None else rows.past.rescaled(column)
     distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)
-    return Row(rows.t, distribution, rows.output_scale * factor[None], past, rows.influence, rows.prior, rows.restarted)
+    return dataclasses.replace(
+        rows, distribution=distribution, output_scale=rows.output_scale * factor[None], past=past
+    )
 
 
-def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"]]:
-    """The posterior at any times inside the kept steps, with square factors, and the output scales of these steps."""
+def evaluate(
+    path: Trajectory, ts: Float[Array, " times"]
+) -> tuple[Normal, Float[Array, "times *batch"], Layout | None]:
+    """The posterior at any times inside the kept steps, with square factors, and the output scales of these steps.
+
+    Also the layouts of these states, if they differ from step to step.
+    """
     if jax.default_backend() != "cpu":
         return jax.vmap(lambda t: _evaluate(path, t))(ts)
     # A native loop is fastest one by one. Otherwise the operations of each iteration cost more than their arithmetic,
@@ -116,21 +138,30 @@ def evaluate(path: Trajectory, ts: Float[Array, " times"]) -> tuple[Normal, Floa
 
 def _evaluate(path, t):
     i, at_left, at_right = _locate(path, t)
-    ends = path.rows.t, path.rows.distribution, path.smoothed, path.rows.output_scale, path.rows.prior
+    rows = path.rows
+    ends = rows.t, rows.distribution, path.smoothed, rows.output_scale, rows.layout, rows.prior
     ends = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 2), ends)
-    (t_left, x_left, known_left, scale_left, _), (t_right, x_right, known_right, scale_right, prior) = (
-        _row(ends, end) for end in (0, 1)
-    )
+    (t_left, x_left, known_left, scale_left, layout_left, _), (
+        t_right,
+        x_right,
+        known_right,
+        scale_right,
+        layout_right,
+        prior,
+    ) = (_row(ends, end) for end in (0, 1))
     left, right = _posterior(x_left, known_left), _posterior(x_right, known_right)
+    there = right if layout_left is None else _in_layout(layout_left, layout_right, right)
     prior = path.prior if prior is None else prior
     here, predicted, past = _between(path.layout, prior, scale_right, x_left, t - t_left, t_right - t)
     if path.smoothed is not None:
-        here = from_coordinates(marginalise(coordinates_of(right, predicted), past), here)
+        here = from_coordinates(marginalise(coordinates_of(there, predicted), past), here)
     # At the ends of the step ``here`` must not be used. The transition over a length of zero is the identity, and its
     # derivative makes that of the result with respect to ``t`` right.
-    end, t_end, scale = choose(at_left, (left, t_left, scale_left), (right, t_right, scale_right))
+    ends = (left, t_left, scale_left, layout_left), (right, t_right, scale_right, layout_right)
+    end, t_end, scale, layout_end = choose(at_left, *ends)
     there = push(end, prior.transition(t - t_end, path.layout).matrix)
-    return choose(at_left | at_right, there, here), scale
+    state, layout = choose(at_left | at_right, (there, layout_end), (here, layout_left))
+    return state, scale, layout
 
 
 def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batch dim cols"]:
@@ -147,12 +178,17 @@ def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batc
         assert past is not None
         xs = past, noise(key, past.noise)
         last = noise(jax.random.fold_in(key, 1), factor[-1])
-        coordinates = backwards(lambda x, w: draw(x[0], x[1], w), last, xs, path.reached)
+        coordinates = backwards(lambda x, w: _draw(x[0], x[1], w), last, xs, path.reached)
     return mean + jax.vmap(deviation)(factor, coordinates)
 
 
-def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -> Float[Array, "times *batch dim cols"]:
-    """One joint sample of the states at any times inside the kept steps of a smoother, in the order of ``ts``."""
+def sample_at(
+    path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]
+) -> tuple[Float[Array, "times *batch dim cols"], Layout]:
+    """One joint sample of the states at any times inside the kept steps of a smoother, in the order of ``ts``.
+
+    Also how they are stored, with an axis of times if that differs from step to step.
+    """
     rows_key, key = jax.random.split(key)
     rows = sample_rows(path, rows_key)
     order = jnp.argsort(path.interval.ahead(ts))
@@ -165,19 +201,31 @@ def sample_at(path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]) -
         t_later, i_later, x_later = later
         same = i == i_later
         t_right = jnp.where(same, t_later, path.rows.t[i + 1])
-        x_right = jnp.where(same, x_later, rows[i + 1])
+        end = rows[i + 1]
+        if path.rows.layout is not None:
+            end = _in_layout(path.layout_of(i), path.layout_of(i + 1), certain(end)).mean
+        x_right = jnp.where(same, x_later, end)
         again = t == t_right
         prior, scale, left = path.prior_of(i + 1), path.rows.output_scale[i + 1], certain(rows[i])
         here, predicted, past = _between(path.layout, prior, scale, left, t - path.rows.t[i], t_right - t)
         noise = jax.random.normal(key, (*past.noise.shape[:-1], here.mean.shape[-1]), here.mean.dtype)
         known = coordinates_of(certain(x_right), predicted)
         x = here.mean + deviation(here.factor, draw(past, noise, known.mean))
-        x = jnp.where(again, x_right, jnp.where(at_left, rows[i], jnp.where(at_right, rows[i + 1], x)))
-        return (t, i, x), x
+        x = jnp.where(again, x_right, jnp.where(at_left, rows[i], jnp.where(at_right, end, x)))
+        return (t, i, x), (x, None if path.rows.layout is None else path.layout_of(i))
 
     start = (path.rows.t[-1], jnp.full_like(order[0], -1), rows[-1])
-    _, xs = lax.scan(body, start, (ts[order], jax.random.split(key, ts.size)), reverse=True)
-    return jnp.zeros_like(xs).at[order].set(xs)
+    _, (xs, layouts) = lax.scan(body, start, (ts[order], jax.random.split(key, ts.size)), reverse=True)
+    xs, layouts = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x), (xs, layouts))
+    return xs, path.layout if layouts is None else layouts
+
+
+def _in_layout(layout, other, state):
+    """A state, stored as in the ``other`` layout, as it is in this one; correlations that it does not keep are dropped."""
+    one, another = layout.factorisation, other.factorisation
+    same = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a, b: jnp.all(a == b), one, another))
+    turned = lambda x: turn_state(x, another.turn_to(one))  # noqa: E731
+    return lax.cond(same, lambda x: pad(x, x.mean.shape[-2]), turned, state)
 
 
 def _locate(path, t):
@@ -211,12 +259,6 @@ def _posterior(x, known):
     """
     state = x if known is None else from_coordinates(known, x)
     return pad(state, state.mean.shape[-2])
-
-
-@batched
-def draw(past: Conditional, noise: Float[Array, "q cols"], later: Float[Array, "rows cols"]) -> Float[Array, "p cols"]:
-    """A sample of the earlier state's coordinates given those of the later one: ``shift + cross^T v + noise^T w``."""
-    return past.shift + product(past.cross.T, later) + product(past.noise.T, noise)
 
 
 def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " rows"]) -> PyTree:

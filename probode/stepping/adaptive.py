@@ -205,10 +205,11 @@ class Stepper(eqx.Module):
         """
         t1, now = interval.t1, solve.current
         stops = control.stops(t1.dtype)
-        attempt = ft.partial(step.attempt, known=now.derivatives_known)
-        times = [t1] * (2 if stops is None else 3)
-        attempt = traced_once(attempt, now.distribution, *times)
-        attempted = eqx.filter_eval_shape(attempt, now.distribution, *times)
+        known = now.derivatives_known
+        attempt = lambda layout, x, *times: step.within(layout).attempt(x, *times, known=known)  # noqa: E731
+        inputs = now.layout, now.distribution, *[t1] * (2 if stops is None else 3)
+        attempt = traced_once(attempt, *inputs)
+        attempted = eqx.filter_eval_shape(attempt, *inputs)
         measure = traced_once(ft.partial(_measure, step, control), now, t1, t1, attempted)
         sides = () if solve.last_restart is None else (t1, solve.last_restart.zero_so_far)
         condition = ft.partial(_condition, step, control, influence is not None)
@@ -298,7 +299,7 @@ class Stepper(eqx.Module):
 
     def inputs(self, before: State, leg: Leg) -> tuple[Any, ...]:
         """What the prediction of an attempt is a function of."""
-        return before.distribution, leg.seen_at, leg.dt, *(() if self.stops is None else (leg.since,))
+        return before.layout, before.distribution, leg.seen_at, leg.dt, *(() if self.stops is None else (leg.since,))
 
     def leg(self, solve: AdaptiveState, active: Bool[Array, ""]) -> Leg:
         """Where the next attempt goes."""
@@ -358,7 +359,7 @@ class Stepper(eqx.Module):
         stuck = active & ~good & (jnp.minimum(solve.dt, length) <= leg.floor)
         failure = Result.where(taken.likely, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
-        tiny = good & ~tolerance_in_range(self.control, self.layout.unpack(attempted.mean)[0])
+        tiny = good & ~tolerance_in_range(self.control, solve.current.layout.unpack(attempted.mean)[0])
         last_restart = None if solve.last_restart is None else Restart(solve.last_restart.t, taken.zero_so_far)
         new = AdaptiveState(
             taken.current,
@@ -382,6 +383,7 @@ def _with_inside(attempted, inside):
 
 def _measure(step, control, now, seen_at, dt, attempted):
     """The norm of an attempt's error, and the scale of the residual inside where that was looked at."""
+    step = step.within(now.layout)
     constraint, prior, args = step.constraint, step.member(attempted.prior), step.args
     given = constraint, prior, now.distribution, seen_at, dt, attempted, step.layout, args
 
@@ -417,6 +419,7 @@ def _condition(step, control, influence, before, t, attempted, left, *sides):
 
     ``influence``: whether that of the equation is kept; otherwise it would be carried for nothing.
     """
+    step = step.within(before.layout)
     stepped = step.accept(before, attempted, t, left, *sides)
     likely = jnp.array(True)
     if control.refuses_unexplained:

@@ -5,7 +5,9 @@ from jaxtyping import Array, Bool, Float
 
 from ..algebra.conditioning import Influence
 from ..algebra.coordinates import Conditional
+from ..algebra.factorisations import Layout
 from ..algebra.normal import Normal
+from ..algebra.turning import TurnedConditional
 from ..priors.prior import AbstractPrior
 from .state import State
 
@@ -28,18 +30,21 @@ class Row(eqx.Module):
     ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
     kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that
     step, where it is needed; ``prior``: that of the step, if every step has its own; ``restarted``: whether the row is
-    that before it, at the same time, restarted behind a jump, ``None`` where nothing jumps.
+    that before it, at the same time, restarted behind a jump, ``None`` where nothing jumps; ``layout``: of the
+    distribution, where it may change from step to step (``adapts``).
     """
 
     t: Float[Array, "..."]
     distribution: Normal
     output_scale: Float[Array, "..."]
-    past: Conditional | None
+    past: Conditional | TurnedConditional | None
     influence: Influence | None
     prior: AbstractPrior | None
     restarted: Bool[Array, "..."] | None = None
+    layout: Layout | None = None
 
     @staticmethod
-    def of(state: State, past: Conditional | None, influence: Influence | None = None) -> "Row":
+    def of(state: State, past: Conditional | TurnedConditional | None, influence: Influence | None = None) -> "Row":
         """What is kept of a state."""
-        return Row(state.t, state.distribution, state.output_scale, past, influence, state.prior)
+        layout = state.layout if state.layout.factorisation.adapts else None
+        return Row(state.t, state.distribution, state.output_scale, past, influence, state.prior, layout=layout)

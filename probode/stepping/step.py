@@ -23,6 +23,7 @@ from ..algebra.innovation import innovate
 from ..algebra.linalg import choose, detach
 from ..algebra.linearisation import residual_about
 from ..algebra.normal import Normal, batched, pad, push
+from ..algebra.turning import TurnedConditional, turn_state
 from ..estimation.calibration import AbstractCalibration, Evidence
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
@@ -48,7 +49,7 @@ class Stepped(eqx.Module):
     """
 
     state: State
-    past: Conditional | None
+    past: Conditional | TurnedConditional | None
     influence: Influence
     zero_so_far: Bool[Array, "*batch"] | None = None
 
@@ -66,6 +67,10 @@ class Step(eqx.Module):
     def start(self, t: Float[Array, ""], distribution: Normal) -> State:
         """The state of a solver before its first step."""
         layout, shape, dtype = self.layout, self.layout.batch_shape, self.layout.dtype
+        if layout.factorisation.adapts:
+            equation = self.constraint.linearise(t, distribution, layout, self.args)
+            layout, distribution, *_ = self._adapted(equation, distribution, None)
+            self = self.within(layout)
         prior, known = self.own_prior(t, distribution), False
         error = distribution.mean[..., :0, :]
         if layout.factorisation.own_algebra:
@@ -81,6 +86,7 @@ class Step(eqx.Module):
         evidence = jnp.zeros((), dtype)
         if self.data is not None:
             layout.require_shared_algebra("Conditioning on data")
+            layout.require_lasting("Conditioning on data")
             distribution, _, evidence = self._condition_on_data(t, distribution, None, evidence)
         return State(
             t,
@@ -97,6 +103,10 @@ class Step(eqx.Module):
             global_error=error,
             spread=jnp.zeros((0, *distribution.mean.shape), dtype),
         )
+
+    def within(self, layout: Layout) -> "Step":
+        """The step bound to another layout."""
+        return dataclasses.replace(self, layout=layout)
 
     def resume(self, state: State) -> State:
         """A state from ``start`` or another solve, prepared for the steps of these parts."""
@@ -226,11 +236,16 @@ class Step(eqx.Module):
             error,
             spread,
         )
+        if self.layout.factorisation.adapts:
+            layout, turned, *turn = self._adapted(equation, distribution, t - before.t)
+            state = dataclasses.replace(state, layout=layout, distribution=turned)
+            past = None if past is None else TurnedConditional(past, distribution, turned, *turn)
         weight = influence.weight * counts.astype(influence.weight.dtype)
         return Stepped(state, past, dataclasses.replace(influence, weight=weight), zero_so_far)
 
     def fixed(self, before: State, t: Float[Array, ""], past: Conditional | None = None) -> Stepped:
         """One step to the time ``t`` without error control; shorter than round-off it only predicts."""
+        self = self.within(before.layout)
         dt = t - before.t
         shortest = round_off(jnp.maximum(jnp.abs(t), jnp.abs(before.t)))
         short = jnp.abs(dt) <= shortest
@@ -249,6 +264,8 @@ class Step(eqx.Module):
         if past is not None:
             assert stepped.past is not None
             past = pad_noise(past, stepped.past.noise.shape[-2])
+            if isinstance(stepped.past, TurnedConditional):
+                past = TurnedConditional.without(past, waited.distribution, self.layout.size)
         no_influence = jax.tree.map(jnp.zeros_like, stepped.influence)
         return choose(short, Stepped(waited, past, no_influence), stepped)
 
@@ -266,6 +283,7 @@ class Step(eqx.Module):
         """Zeros of the shapes in which a step returns ``past``, if any, and the ``influence`` of the equation."""
         if past is None and not influence:
             return None, None
+        self = self.within(before.layout)
 
         def step(before, past):
             attempted = self.attempt(before.distribution, before.t, before.t, known=before.derivatives_known)
@@ -274,6 +292,13 @@ class Step(eqx.Module):
 
         shapes = eqx.filter_eval_shape(step, before, past)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def _adapted(self, equation, x, dt):
+        """The layout for the next steps, the state in it, and the turn that has led to it, if there was one."""
+        factorisation, turn, turns = self.layout.factorisation.adapt(equation.coupling, dt)
+        square = pad(x, x.mean.shape[-2])
+        turned = lax.cond(turns, turn_state, lambda x, _: x, square, turn)
+        return dataclasses.replace(self.layout, factorisation=factorisation), turned, turn, turns
 
     def _shape_of_equation(self, t, x):
         return eqx.filter_eval_shape(self.constraint.linearise, t, x, self.layout, self.args)

@@ -1,0 +1,77 @@
+"""States in pairs of directions, of which the directions are changed in the course of a solve.
+
+The covariance of a state consists of independent blocks, one for each pair of directions. In new directions the blocks
+are again those of the pairs: what would correlate them is dropped. For smoothers an earlier state is then known given
+the later one in the old directions, and that one given itself in the new ones.
+
+Axes: ``blocks`` of two of ``d`` directions (one is empty where ``d`` is odd), ``dim = 2 n`` for ``n`` derivatives.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from .coordinates import Conditional, determined_coordinates, from_coordinates
+from .linalg import triangularise
+from .normal import Normal, certain, deviation
+
+
+def turn_state(x: Normal, turn: Float[Array, "d d"]) -> Normal:
+    """The state ``x`` in the directions ``turn``, columns in terms of the old ones, with a square factor."""
+    (blocks, rows, dim), d = x.factor.shape, turn.shape[0]
+    n = dim // 2
+    turns = jnp.reshape(jnp.pad(turn, ((0, d % 2), (0, d % 2))), (blocks, 2, blocks, 2))
+    mean = jnp.einsum("jna,jaib->inb", jnp.reshape(x.mean, (blocks, n, 2)), turns)
+    factor = jnp.einsum("jrna,jaib->ijrnb", jnp.reshape(x.factor, (blocks, rows, n, 2)), turns)
+    stacks = jnp.reshape(factor, (blocks, blocks * rows, dim))
+    return Normal(jnp.reshape(mean, (blocks, dim, 1)), jax.vmap(lambda rows: triangularise(None, rows))(stacks))
+
+
+class TurnedConditional(eqx.Module):
+    """The distribution of an earlier state's coordinates given those of a later one that has been turned.
+
+    - ``past``: the ``Conditional`` given the coordinates of the later state ``before`` it was turned.
+    - ``before``, ``after``: that state in the old directions, and in the new ones.
+    - ``turn``: the new directions as columns in terms of the old ones; ``turned``: whether there was a turn at all.
+    """
+
+    past: Conditional
+    before: Normal
+    after: Normal
+    turn: Float[Array, "d d"]
+    turned: Bool[Array, ""]
+
+    @staticmethod
+    def without(past: Conditional, x: Normal, size: int) -> "TurnedConditional":
+        """``past`` of a state ``x`` with ``size`` components that was not turned."""
+        return TurnedConditional(past, x, x, jnp.eye(size, dtype=x.mean.dtype), jnp.array(False))
+
+    @property
+    def noise(self) -> Float[Array, "*batch q p"]:
+        """That of ``past``."""
+        return self.past.noise
+
+    def distribution_before(self, later: Normal) -> Normal:
+        """The distribution of the later state's coordinates before the turn, from that of those after it."""
+
+        def turned_back(later):
+            state = turn_state(from_coordinates(later, self.after), self.turn.T)
+            return determined_coordinates(state, self.before)
+
+        return lax.cond(self.turned, turned_back, lambda later: later, later)
+
+    def coordinates_before(self, later: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows cols"]:
+        """The later state's coordinates before the turn, from those after it."""
+
+        def turned_back(later):
+            state = certain(self.after.mean + deviation(self.after.factor, later))
+            return determined_coordinates(turn_state(state, self.turn.T), self.before).mean
+
+        return lax.cond(self.turned, turned_back, lambda later: later, later)
+
+    def rescaled(self, factor: Float[Array, "*batch 1 1"]) -> "TurnedConditional":
+        """The same with all covariances multiplied by ``factor^2``."""
+        before, after = (Normal(x.mean, x.factor * factor) for x in (self.before, self.after))
+        return TurnedConditional(self.past.rescaled(factor), before, after, self.turn, self.turned)
