@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from .algebra.factorisations import AbstractFactorisation, Layout, layout_of
+from .algebra.factorisations import AbstractFactorisation, Layout, fitted, layout_of
 from .algebra.normal import Normal
 from .equations.problems import AbstractProblem
 from .estimation.calibration import AbstractCalibration
@@ -106,7 +106,7 @@ def bind(solver: Any, u0: PyTree, *, uncertain: bool = False) -> tuple[AbstractS
     if uncertain and start.directions is not None:
         layout.require_shared_algebra("An uncertain u0")
         layout.require_lasting("An uncertain u0")
-        check_uncertain(solver.factorisation, solver.calibration, layout.size)
+        check_uncertain(layout.factorisation, solver.calibration, layout.size)
     return start, layout
 
 
@@ -322,17 +322,15 @@ def _check_resumed(u0, num_derivatives, factorisation, controller, calibration):
             f"The state to go on from was made by a prior with {layout.num_derivatives} derivatives, "
             f"this solver's prior has {num_derivatives}."
         )
-    fitted = factorisation.fit(layout.example)
-    if type(layout.factorisation) is type(factorisation) and layout.factorisation.batch_shape(layout.size) != (
-        fitted.batch_shape(layout.size)
-    ):
-        raise ValueError(
-            f"The state to go on from has the factorisation {layout.factorisation}, this solver has {factorisation}."
-        )
     if type(layout.factorisation) is not type(factorisation):
         raise ValueError(
             f"The state to go on from has the factorisation {type(layout.factorisation).__name__}(), "
             f"this solver has {type(factorisation).__name__}()."
+        )
+    own = fitted(factorisation, layout.example)
+    if jax.tree.structure(layout.factorisation) != jax.tree.structure(own):
+        raise ValueError(
+            f"The state to go on from has the factorisation {layout.factorisation}, this solver has {own}."
         )
     if jax.tree.structure(u0.controller) != jax.tree.structure(controller.init(layout.dtype)):
         raise ValueError("The state to go on from was made with another kind of controller than this solver's.")

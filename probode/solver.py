@@ -19,6 +19,7 @@ from .algebra.factorisations import AbstractFactorisation, Dense
 from .algebra.linalg import is_finite
 from .algebra.marginals import widen
 from .algebra.normal import Normal, certain, pad, square
+from .algebra.turning import in_layout
 from .equations.problems import AbstractProblem
 from .estimation.calibration import AbstractCalibration, AbstractLeaveOneOut, DynamicCalibration
 from .estimation.initialisation import AbstractInitialisation, InitialState, TaylorMode
@@ -114,7 +115,8 @@ class Solver(eqx.Module):
                 f"An equation of order {constraint.order} needs a prior with at least as many derivatives, "
                 f"but {type(prior).__name__} has num_derivatives={prior.num_derivatives}."
             )
-        factorisation.check(prior, constraint, strategy, calibration, self.error)
+        if factorisation.own_algebra or factorisation.couples_equations:
+            factorisation.check(prior, constraint, strategy, calibration, self.error)
 
     def __hash__(self) -> int:
         # ``jax.jit(solver.solve)`` looks for the method among those compiled before, by a hash that arrays have not.
@@ -215,9 +217,11 @@ class Solver(eqx.Module):
         start, layout = requests.bind(self, u0)
         t0 = jnp.asarray(requests.at_state(start, requests.time(t0, "t0", layout)))
         if directions is not None:
-            check_moves(self.factorisation, layout.size)
+            layout.require_lasting("An uncertain u0")
+            check_moves(layout.factorisation, layout.size)
         with _named(solver, layout, args):
-            state = _init(solver, start, t0, args, layout).distribution
+            state = _init(solver, start, t0, args, layout)
+            state = in_layout(state.distribution, state.layout, layout)
             if directions is not None and self.constraint.first_order:
                 state = spread_start(
                     lambda u0: _init(solver, start.at(u0), t0, args, layout).distribution, start.mean, directions

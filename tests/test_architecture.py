@@ -136,7 +136,12 @@ PARTS = {
     "problem": (probode.AbstractProblem, probode.ODE),  # constraints of zeroth order take an ODE
     "jacobian": (probode.AbstractJacobian,),
     "cubature": (probode.AbstractCubature,),
-    "factorisation": (probode.AbstractFactorisation, probode.AbstractOwnAlgebra),
+    "factorisation": (
+        probode.AbstractFactorisation,
+        probode.AbstractOwnAlgebra,
+        probode.AbstractCoupledFactorisation,
+        probode.AbstractAdaptiveFactorisation,
+    ),
     "strategy": (probode.AbstractStrategy,),
     "calibration": (probode.AbstractCalibration, probode.AbstractLeaveOneOut),
     "error": (probode.AbstractErrorEstimate,),

@@ -11,11 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..util.checks import as_integer
-from .coupling import Coupling
-from .factorisations import AbstractFactorisation
+from .coupling import AbstractCoupledFactorisation, Coupling
 
 
-class Blocks(AbstractFactorisation):
+class Blocks(AbstractCoupledFactorisation):
     """A block-diagonal covariance with a block for each group of components; groups are independent.
 
     Between ``BlockDiagonal``, which keeps a block for each component, and ``Dense``, which keeps one for all: for
@@ -44,7 +43,6 @@ class Blocks(AbstractFactorisation):
     """
 
     labels: "_Labels | int" = eqx.field(static=True)
-    couples_equations = True
 
     def __init__(self, partition: Any):
         if isinstance(partition, int | np.integer) and not isinstance(partition, bool):
@@ -112,13 +110,17 @@ class Blocks(AbstractFactorisation):
         matrix = jnp.moveaxis(jnp.concatenate(blocks, axis=-1), 1, 0)
         return Coupling(matrix, tuple(sorted(groups.place_of)), groups.size)
 
-
     def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
         if hasattr(calibration, "leave_one_out"):
-            raise ValueError(
-                f"Blocks() does not work with {type(calibration).__name__}(): residuals are those of all groups "
-                "together. Use DynamicCalibration() or MLECalibration(), or Dense()."
-            )
+            raise ValueError(refused(self, calibration))
+
+
+def refused(factorisation: AbstractCoupledFactorisation, calibration: Any) -> str:
+    """Why a calibration by leave-one-out residuals does not work where equations couple the blocks."""
+    return (
+        f"{type(factorisation).__name__}() does not work with {type(calibration).__name__}(): what earlier and later "
+        "residuals say of a step couples all blocks. Use DynamicCalibration() or MLECalibration(), or Dense()."
+    )
 
 
 class _Labels(NamedTuple):
@@ -134,13 +136,16 @@ class _Labels(NamedTuple):
     def like(self, u: PyTree) -> tuple[int, ...]:
         """The labels of all numbers of ``u``, ravelled."""
         example, structure = jax.tree.flatten(u)
-        shapes = jax.tree.map(jnp.shape, u)
+        shapes, leaves = jax.tree.map(jnp.shape, u), self.leaves
+        if len(example) == 1 and all(shape == () for shape, _ in leaves) and len(leaves) > 1:
+            # A list of labels, for an array.
+            leaves, structure = (((len(leaves),), tuple(label for _, (label,) in leaves)),), self.structure
         try:
             if structure != self.structure:
                 raise ValueError
             labels = [
                 np.broadcast_to(np.reshape(values, shape), jnp.shape(leaf)).ravel()
-                for (shape, values), leaf in zip(self.leaves, example, strict=True)
+                for (shape, values), leaf in zip(leaves, example, strict=True)
             ]
         except ValueError:
             raise ValueError(
@@ -162,7 +167,7 @@ def _as_labels(partition):
 
 
 class _Groups(NamedTuple):
-    """``number`` groups of at most ``size`` components; ``place_of``: where each stands among ``number * size`` places."""
+    """``number`` groups of at most ``size`` components, each with a place among ``number * size``: ``place_of``."""
 
     number: int
     size: int

@@ -53,7 +53,6 @@ class Conditional(eqx.Module):
 
         return of_one(x)
 
-
     def rescaled(self, factor: Float[Array, "*batch 1 1"]) -> "Conditional":
         """The same for states with all covariances multiplied by ``factor^2``."""
         # ``shift`` is in units of standard deviations: divided by the factor it moves the mean by the same amount.

@@ -16,14 +16,80 @@ Axes: ``blocks`` of ``s`` components, ``d`` equations in all, ``q = k s``, and t
 state of a block.
 """
 
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
+from .factorisations import AbstractFactorisation
 from .linalg import product, substitute, triangularise
+
+
+class AbstractCoupledFactorisation(AbstractFactorisation):
+    """A covariance in independent blocks, of which the mean is conditioned on explicit equations as a whole.
+
+    A subclass defines ``fit``, ``couple`` and ``check`` beside the methods of ``AbstractFactorisation``, in which its
+    batch has one axis, for the blocks; ``project`` returns the part of each block's own equations.
+    ``couples_equations`` is true. Not for data that couple blocks, ``stop_at``, equations of general form and
+    leave-one-out residuals.
+
+    >>> import probode
+    >>> isinstance(probode.Blocks(2), probode.AbstractCoupledFactorisation)
+    True
+    """
+
+    couples_equations = True
+
+    @abstractmethod
+    def fit(self, u: PyTree) -> "AbstractCoupledFactorisation":
+        """The factorisation for states like ``u``."""
+
+    @abstractmethod
+    def couple(self, jacobians: Sequence[Float[Array, "d d"]]) -> "Coupling":
+        """The derivative of ``u^(k) - f`` from those of ``f`` with respect to ``u, ..., u^(k-1)``."""
+
+    @abstractmethod
+    def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
+        """Raises ``ValueError`` for parts of a solver with which this factorisation does not work."""
+
+
+class AbstractAdaptiveFactorisation(AbstractCoupledFactorisation):
+    """A covariance in pairs of directions, which are chosen anew in the course of a solve.
+
+    A subclass defines ``adapt``, ``turn_to`` and ``std`` beside the methods of ``AbstractCoupledFactorisation``.
+    ``adapts`` is true. ``lanes``: how many leading axes its arrays have, for times and for a batch of solutions.
+
+    >>> import probode
+    >>> isinstance(probode.Modal(), probode.AbstractAdaptiveFactorisation)
+    True
+    """
+
+    lanes: eqx.AbstractVar[int]
+    adapts = True
+
+    @abstractmethod
+    def adapt(
+        self, coupling: "Coupling", dt: Float[Array, ""] | None
+    ) -> tuple["AbstractAdaptiveFactorisation", Float[Array, "d d"], Bool[Array, ""]]:
+        """The factorisation for the next steps, its directions in terms of the present ones, and whether they changed.
+
+        ``coupling``: that of the equation in a step of length ``dt``, or at the start, where ``dt`` is ``None``. The
+        directions are the columns of a matrix.
+        """
+
+    @abstractmethod
+    def turn_to(self, other: "AbstractAdaptiveFactorisation") -> Float[Array, "d d"]:
+        """The directions of another factorisation in terms of those of this one, as columns."""
+
+    @abstractmethod
+    def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
+        """Standard deviations of all components, derivative by derivative."""
 
 
 class Coupling(eqx.Module):

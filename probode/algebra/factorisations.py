@@ -8,16 +8,15 @@ Kraemer, Bosch, Schmidt & Hennig (2022), "Probabilistic ODE solutions in million
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
-from .coupling import Coupling
 from .linalg import safe_norm, triangularise
 
 
@@ -25,13 +24,13 @@ class AbstractFactorisation(eqx.Module):
     """The structure of the covariance of ``(u, u', ..., u^(nu))``: which entries are kept, and how they are stored.
 
     A subclass defines ``batch_shape``, ``pack``, ``unpack``, ``unpack_std``, ``lift`` and ``project``; rows of means
-    and columns of factors are ordered derivative by derivative. It may define ``fit``, ``couple`` and ``check``, and
-    set, as class attributes:
+    and columns of factors are ordered derivative by derivative. It may set, as class attributes:
 
     - ``keeps_diagonal``: whether only the diagonal of a Jacobian is used, so that the rest need not be computed.
     - ``couples_equations``: whether the mean is conditioned on an explicit equation with its whole Jacobian, although
-      the covariance has blocks; then ``couple`` returns that.
-    - ``adapts``: whether it is chosen anew in the course of a solve, by its method ``adapt``.
+      the covariance has blocks; true for subclasses of ``AbstractCoupledFactorisation``.
+    - ``adapts``: whether it changes in the course of a solve; true for subclasses of
+      ``AbstractAdaptiveFactorisation``.
     - ``lanes``: how many leading axes its arrays have in a batch of solutions.
     - ``own_algebra``: whether it has its own formulas for a step; true for subclasses of ``AbstractOwnAlgebra``.
 
@@ -77,34 +76,6 @@ class AbstractFactorisation(eqx.Module):
         ``jacobian``: of ``m`` equations with respect to one derivative, ``(m, d)``; if ``keeps_diagonal``, also a
         diagonal ``(d,)``.
         """
-
-    def std(self, factor: Float[Array, "*batch rows dim"], d: int) -> Float[Array, "m d"]:
-        """The standard deviations of all entries of a state as a stack of derivatives, from a factor."""
-        return self.unpack_std(safe_norm(factor, axis=-2), d)
-
-    def fit(self, u: PyTree) -> "AbstractFactorisation":
-        """The factorisation for a state like ``u``: by default as it is, whatever the structure of ``u``."""
-        return self
-
-    def couple(self, jacobians: Sequence[Float[Array, "d d"]]) -> Coupling:
-        """The derivative of ``u^(k) - f`` from those of ``f`` with respect to ``u, ..., u^(k-1)``.
-
-        Asked of factorisations with ``couples_equations``.
-        """
-        raise NotImplementedError(f"{type(self).__name__}.couple is needed where couples_equations is true.")
-
-    def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
-        """Raises ``ValueError`` for parts of a solver that this factorisation does not work with; by default for none."""
-
-    def adapt(
-        self, coupling: Coupling, dt: Float[Array, ""] | None
-    ) -> tuple["AbstractFactorisation", Float[Array, "d d"], Bool[Array, ""]]:
-        """The factorisation for the next steps, its directions in terms of the present ones, and whether they changed.
-
-        Asked of factorisations that adapt, of the first state (``dt`` is ``None``), and of that after every step of
-        length ``dt``, with the ``coupling`` of the equation there. The directions are the columns of a matrix.
-        """
-        raise NotImplementedError(f"{type(self).__name__}.adapt is needed where adapts is true.")
 
 
 class Dense(AbstractFactorisation):
@@ -268,7 +239,10 @@ class Layout(eqx.Module):
 
     def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
         """The standard deviations of all entries of the state as a stack of derivatives, from a factor."""
-        return self.factorisation.std(factor, self.size)
+        own: Any = self.factorisation
+        if own.own_algebra or own.adapts:
+            return own.std(factor)
+        return own.unpack_std(safe_norm(factor, axis=-2), self.size)
 
     def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
         """See ``AbstractFactorisation.project``."""
@@ -351,7 +325,7 @@ class Layout(eqx.Module):
             raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
 
     def require_own_equations(self, what: str) -> None:
-        """Raises ``ValueError`` where equations couple the blocks of the covariance; ``what``: what is not available."""
+        """Raises ``ValueError`` where equations couple the blocks of a covariance; ``what``: what is not available."""
         if self.factorisation.couples_equations:
             raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
 
@@ -374,4 +348,9 @@ class Layout(eqx.Module):
 def layout_of(example: PyTree, num_derivatives: int, factorisation: AbstractFactorisation) -> Layout:
     """The layout of states whose ``u`` has the structure, shapes and dtype of ``example``."""
     flat, unravel = ravel_pytree(example)
-    return Layout(factorisation.fit(example), num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))
+    return Layout(fitted(factorisation, example), num_derivatives, flat.size, unravel, jnp.dtype(flat.dtype))
+
+
+def fitted(factorisation: Any, u: PyTree) -> AbstractFactorisation:
+    """The factorisation for a state like ``u``."""
+    return factorisation.fit(u) if factorisation.couples_equations else factorisation

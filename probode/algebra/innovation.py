@@ -70,14 +70,15 @@ def innovate(
     @batched
     def of_one(equation, noise, unit):
         factor = triangularise(*_observed(equation, noise))
-        return Innovation(factor, *compare(factor, equation.residual), unit)
+        whitened, scale = compare(factor, equation.residual)
+        return Innovation(factor, whitened, scale, unit)
 
     if (coupling := equation.coupling) is None:
         return of_one(equation, noise, unit)
     p = equation.matrix.shape[-1]
     root = coupling.root(noise[..., :p, :p])
-    whitened, scale = compare(root, coupling.flat(equation.residual))
-    return Innovation(coupling.columns(root), *coupling.for_each((whitened, scale)), unit)
+    whitened, scale = coupling.for_each(compare(root, coupling.flat(equation.residual)))
+    return Innovation(coupling.columns(root), whitened, scale, unit)
 
 
 def whiten(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -74,7 +75,8 @@ class Linearisation(eqx.Module):
         if not (known and layout.factorisation.couples_equations):
             return equation
         every = [jnp.zeros_like(known[0]) if jacobian is None else jacobian for jacobian in jacobians]
-        return dataclasses.replace(equation, coupling=layout.factorisation.couple(every))
+        factorisation: Any = layout.factorisation
+        return dataclasses.replace(equation, coupling=factorisation.couple(every))
 
     @staticmethod
     def lifted(

@@ -166,6 +166,14 @@ class Posterior(eqx.Module):
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.marginals, k)
 
+    def at(self, i: int) -> "Posterior":
+        """The posterior at the ``i``-th of several times."""
+        layout = self.layout
+        if layout.factorisation.adapts:
+            layout = jax.tree.map(lambda x: x[i], layout)
+        moves = None if self.moves is None else self.moves[:, i]
+        return Posterior(self.t[i], jax.tree.map(lambda x: x[i], self.marginals), layout, moves)
+
     @property
     def covariance(self) -> Float[Array, "*time d d"]:
         """Covariance of ``u`` at each time, over its components in the order of ``jax.flatten_util.ravel_pytree``."""

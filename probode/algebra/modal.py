@@ -10,9 +10,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .blocks import Blocks
-from .coupling import Coupling
-from .factorisations import AbstractFactorisation
+from .blocks import Blocks, refused
+from .coupling import AbstractAdaptiveFactorisation, Coupling
 from .linalg import safe_norm
 
 
@@ -23,7 +22,7 @@ _PAIRS = Blocks(2)
 _TURN = 0.1
 
 
-class Modal(AbstractFactorisation):
+class Modal(AbstractAdaptiveFactorisation):
     """A covariance of independent pairs of directions: those of the real Schur form of the Jacobian.
 
     For stiff problems with ten to some hundred components, where ``Dense`` takes ``O(n^3 d^3)`` in a step and this
@@ -39,8 +38,9 @@ class Modal(AbstractFactorisation):
     It works with ``TS1`` and ``SLR1`` of an ``ODE`` of order one or two (the directions are those of the derivative
     with respect to ``u``), priors with one output scale for all components, and all strategies. A
     ``FixedPointSmoother`` keeps all steps under it. Not with data, an uncertain ``u0``, ``stop_at``, lifted equations
-    and leave-one-out residuals. The factor of an ``InitialState`` is that of neighbouring pairs of components. Gradients
-    take the directions as constant. Schur forms are only available on CPUs: elsewhere use ``Dense`` or ``Subspace``.
+    and leave-one-out residuals. The factor of an ``InitialState`` is that of neighbouring pairs of components.
+    Gradients take the directions as constant. Schur forms are only available on CPUs: elsewhere use ``Dense`` or
+    ``Subspace``.
 
     Raises ``ValueError``, as ``Solver`` is made or in the first step, for parts with which it does not work.
 
@@ -51,24 +51,23 @@ class Modal(AbstractFactorisation):
     (1, 4)
     """
 
-    basis: Float[Array, "*lanes d d"] | None = None
-    order: Float[Array, "*lanes d"] | None = None
-    couples_equations = True
-    adapts = True
+    basis: Any = None
+    order: Any = None
 
-    def __init__(self, basis: Any = None, order: Any = None):
+    def __init__(self, basis: Float[Array, "*lanes d d"] | None = None, order: Float[Array, "*lanes d"] | None = None):
+        # Set for the layout of a state, with directions of the equation where they are known.
         self.basis, self.order = basis, order
 
     def __repr__(self) -> str:
         return "Modal()"
 
-    @property
+    @property  # type: ignore[misc]  # an abstract variable may be a property
     def lanes(self) -> int:  # type: ignore[override]
         """The number of leading axes of the basis: for times, and for a batch of solutions."""
         return 0 if self.basis is None else self.basis.ndim - 2
 
     def fit(self, u: PyTree) -> "Modal":
-        flat, _ = ravel_pytree(u)
+        flat = jax.eval_shape(lambda u: ravel_pytree(u)[0], u)
         return Modal(jnp.eye(flat.size, dtype=flat.dtype), jnp.arange(flat.size).astype(flat.dtype))
 
     def batch_shape(self, d: int) -> tuple[int, ...]:
@@ -78,17 +77,16 @@ class Modal(AbstractFactorisation):
         return _PAIRS.pack(derivatives @ self.basis)
 
     def unpack(self, mean: Float[Array, "*batch rows cols"], d: int) -> Float[Array, "m d"]:
-        assert self.basis is not None
         return _PAIRS.unpack(mean, d) @ self.basis.T
 
     def unpack_std(self, std: Float[Array, "*batch rows"], d: int) -> Float[Array, "m d"]:
         raise ValueError("Modal() needs all rows of a factor for a standard deviation: use Layout.std.")
 
-    def std(self, factor: Float[Array, "*batch rows dim"], d: int) -> Float[Array, "m d"]:
-        assert self.basis is not None
-        blocks, rows, _ = factor.shape
-        parts = jnp.reshape(factor, (blocks, rows, -1, 2))
-        basis = jnp.reshape(jnp.pad(self.basis, ((0, 0), (0, d % 2))), (d, blocks, 2))
+    def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
+        d = self.basis.shape[0]
+        (blocks, rows, dim), size = factor.shape, min(2, d)
+        parts = jnp.reshape(factor, (blocks, rows, dim // size, size))
+        basis = jnp.reshape(jnp.pad(self.basis, ((0, 0), (0, -d % size))), (d, blocks, size))
         # One by one, so that XLA drops the derivatives of which nothing is used.
         stds = [safe_norm(parts[:, :, i] @ jnp.moveaxis(basis, 0, 2), axis=(0, 1)) for i in range(parts.shape[2])]
         return jnp.stack(stds)
@@ -110,13 +108,13 @@ class Modal(AbstractFactorisation):
     def _in_basis(self, jacobian):
         return self.basis.T @ jacobian @ self.basis
 
-    def turn_to(self, other: "Modal") -> Float[Array, "d d"]:
-        """The directions of another basis in terms of those of this one, as columns."""
-        assert self.basis is not None and other.basis is not None
+    def turn_to(self, other: AbstractAdaptiveFactorisation) -> Float[Array, "d d"]:
+        assert isinstance(other, Modal)
         return self.basis.T @ other.basis
 
     def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
-        _PAIRS.check(prior, constraint, strategy, calibration, error)
+        if hasattr(calibration, "leave_one_out"):
+            raise ValueError(refused(self, calibration))
         if not constraint.first_order or not constraint.problem.is_explicit or constraint.problem.num_rows > 1:
             raise ValueError(
                 "Modal() takes its directions from the Jacobian of an explicit equation: use TS1(ODE(f)), or another "
@@ -128,7 +126,7 @@ class Modal(AbstractFactorisation):
     def adapt(
         self, coupling: Coupling, dt: Float[Array, ""] | None
     ) -> tuple["Modal", Float[Array, "d d"], Bool[Array, ""]]:
-        jacobian = lax.stop_gradient(-coupling.from_columns(coupling.matrix[..., :2]))
+        jacobian = lax.stop_gradient(-coupling.from_columns(coupling.matrix[..., : coupling.size]))
         eye, turns = jnp.eye(len(jacobian), dtype=jacobian.dtype), jnp.array(True)
         if dt is not None:
             turns = _have_turned(jacobian, self.order, dt)
@@ -146,9 +144,9 @@ def _have_turned(jacobian, order, dt):
 def schur_directions(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array, " d"]]:
     """Orthonormal directions in which a matrix is triangular but for blocks of two; and the order of these directions.
 
-    The two of each complex pair of eigenvalues come first, side by side; of real eigenvalues any two may stand together.
-    The matrix has no entries in a direction from one with a smaller number in the order; those of a pair have the same.
-    Not finite for a matrix that is not.
+    The two of each complex pair of eigenvalues come first, side by side; of real eigenvalues any two may stand
+    together. The matrix has no entries in a direction from one with a smaller number in the order; those of a pair have
+    the same. Not finite for a matrix that is not.
     """
     triangle, directions = jax.scipy.linalg.schur(matrix)
     below = jnp.diagonal(triangle, -1) != 0

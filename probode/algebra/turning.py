@@ -7,6 +7,8 @@ the later one in the old directions, and that one given itself in the new ones.
 Axes: ``blocks`` of two of ``d`` directions (one is empty where ``d`` is odd), ``dim = 2 n`` for ``n`` derivatives.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -14,19 +16,31 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .coordinates import Conditional, determined_coordinates, from_coordinates
-from .linalg import triangularise
-from .normal import Normal, certain, deviation
+from .factorisations import Layout
+from .linalg import triangularise_tall
+from .normal import Normal, certain, deviation, pad
 
 
 def turn_state(x: Normal, turn: Float[Array, "d d"]) -> Normal:
     """The state ``x`` in the directions ``turn``, columns in terms of the old ones, with a square factor."""
     (blocks, rows, dim), d = x.factor.shape, turn.shape[0]
-    n = dim // 2
-    turns = jnp.reshape(jnp.pad(turn, ((0, d % 2), (0, d % 2))), (blocks, 2, blocks, 2))
-    mean = jnp.einsum("jna,jaib->inb", jnp.reshape(x.mean, (blocks, n, 2)), turns)
-    factor = jnp.einsum("jrna,jaib->ijrnb", jnp.reshape(x.factor, (blocks, rows, n, 2)), turns)
+    size, more = min(2, d), -d % min(2, d)
+    n = dim // size
+    turns = jnp.reshape(jnp.pad(turn, ((0, more), (0, more))), (blocks, size, blocks, size))
+    mean = jnp.einsum("jna,jaib->inb", jnp.reshape(x.mean, (blocks, n, size)), turns)
+    factor = jnp.einsum("jrna,jaib->ijrnb", jnp.reshape(x.factor, (blocks, rows, n, size)), turns)
     stacks = jnp.reshape(factor, (blocks, blocks * rows, dim))
-    return Normal(jnp.reshape(mean, (blocks, dim, 1)), jax.vmap(lambda rows: triangularise(None, rows))(stacks))
+    return Normal(jnp.reshape(mean, (blocks, dim, 1)), jax.vmap(triangularise_tall)(stacks))
+
+
+def in_layout(x: Normal, old: Layout, new: Layout) -> Normal:
+    """A state that is stored in the ``old`` layout as it is in the ``new`` one."""
+    if not old.factorisation.adapts:
+        return x
+    one: Any = old.factorisation
+    other: Any = new.factorisation
+    same = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a, b: jnp.all(a == b), one, other))
+    return lax.cond(same, lambda x: pad(x, x.mean.shape[-2]), lambda x: turn_state(x, one.turn_to(other)), x)
 
 
 class TurnedConditional(eqx.Module):

@@ -117,7 +117,7 @@ def plot_phase(
     every = max(1, -(-at.shape[0] // ellipses))
     look = {"color": line.get_color(), "alpha": 0.25, "linewidth": 0}
     for row in range(0, at.shape[0], every):
-        values, vectors = np.linalg.eigh(_covariance(known.marginals.factor[row], known.layout, i, j))
+        values, vectors = np.linalg.eigh(_covariance(known, row, i, j))
         angle = np.degrees(np.arctan2(vectors[1, 1], vectors[0, 1]))
         width, height = 2 * std * np.sqrt(np.maximum(values[::-1], 0))
         ax.add_patch(Ellipse((at[row, i], at[row, j]), width, height, angle=angle, **look))
@@ -256,12 +256,12 @@ def _chosen(components, d):
     return [i % d for i in chosen]
 
 
-def _covariance(factor, layout, i, j):
-    """The ``(2, 2)`` covariance of two components of ``u``."""
-    if layout.couples:
-        columns = np.asarray(factor)[:, [i, j]]
-        return columns.T @ columns
-    return np.diag(np.asarray(layout.std(factor))[0, [i, j]] ** 2)
+def _covariance(known, row, i, j):
+    """The ``(2, 2)`` covariance of two components of ``u`` at one of the times of a posterior."""
+    here = known.at(row)
+    if here.layout.factorisation.own_algebra:
+        return np.diag(columns(here.std, axes=0)[[i, j]] ** 2)
+    return np.asarray(here.covariance)[np.ix_([i, j], [i, j])]
 
 
 def _about_bands(ax, bands, std, magnify):

@@ -120,6 +120,7 @@ def solve_grid_iterated(
         grid = grid_times(grid, layout)
         start = _start_about(solver, u0, grid, args, solver.constraint.problem.split(u0.mean))
     first = solver.solve_grid(start, grid, args=args, data=data)
+    first.layout.require_lasting("solve_grid_iterated")
     return _iterate(solver, u0, grid, args, data, first, jnp.asarray(tolerance, first.t.dtype), number)
 
 

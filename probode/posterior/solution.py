@@ -235,7 +235,8 @@ class Solution(eqx.Module):
             message = "at(t) needs a time that was saved, or a solve that keeps its steps (SaveAt(dense=True))"
             # Of the numbers themselves: of a single row the index would not be looked at, and the check left out.
             marginals = require(jax.tree.map(lambda x: x[i], self.marginals), near, message, t=t)
-            layout = jax.tree.map(lambda x: x[i], self.layout)
+            layout = self.layout
+            layout = jax.tree.map(lambda x: x[i], layout) if layout.factorisation.adapts else layout
             moves = None if self.spread is None else self.spread.means[:, i]
         start = joint(layout, marginals, self.order, moves)
         means = tuple(self.layout.unravel(u) for u in start.mean)

@@ -20,7 +20,7 @@ from ..algebra.coordinates import Conditional, coordinates_of, draw, from_coordi
 from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose
 from ..algebra.normal import Normal, certain, deviation, pad, push
-from ..algebra.turning import TurnedConditional, turn_state
+from ..algebra.turning import TurnedConditional, in_layout
 from ..priors.prior import AbstractPrior, AbstractPriorFamily
 from ..stepping.kept import Row
 from ..stepping.times import Interval
@@ -139,18 +139,21 @@ def evaluate(
 def _evaluate(path, t):
     i, at_left, at_right = _locate(path, t)
     rows = path.rows
-    ends = rows.t, rows.distribution, path.smoothed, rows.output_scale, rows.layout, rows.prior
-    ends = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 2), ends)
-    (t_left, x_left, known_left, scale_left, layout_left, _), (
-        t_right,
-        x_right,
-        known_right,
-        scale_right,
-        layout_right,
-        prior,
-    ) = (_row(ends, end) for end in (0, 1))
+    kept = rows.t, rows.distribution, path.smoothed, rows.output_scale, rows.layout, rows.prior
+    kept = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 2), kept)
+    (
+        (t_left, x_left, known_left, scale_left, layout_left, _),
+        (
+            t_right,
+            x_right,
+            known_right,
+            scale_right,
+            layout_right,
+            prior,
+        ),
+    ) = (_row(kept, end) for end in (0, 1))
     left, right = _posterior(x_left, known_left), _posterior(x_right, known_right)
-    there = right if layout_left is None else _in_layout(layout_left, layout_right, right)
+    there = right if layout_left is None else in_layout(right, layout_right, layout_left)
     prior = path.prior if prior is None else prior
     here, predicted, past = _between(path.layout, prior, scale_right, x_left, t - t_left, t_right - t)
     if path.smoothed is not None:
@@ -203,7 +206,7 @@ def sample_at(
         t_right = jnp.where(same, t_later, path.rows.t[i + 1])
         end = rows[i + 1]
         if path.rows.layout is not None:
-            end = _in_layout(path.layout_of(i), path.layout_of(i + 1), certain(end)).mean
+            end = in_layout(certain(end), path.layout_of(i + 1), path.layout_of(i)).mean
         x_right = jnp.where(same, x_later, end)
         again = t == t_right
         prior, scale, left = path.prior_of(i + 1), path.rows.output_scale[i + 1], certain(rows[i])
@@ -218,14 +221,6 @@ def sample_at(
     _, (xs, layouts) = lax.scan(body, start, (ts[order], jax.random.split(key, ts.size)), reverse=True)
     xs, layouts = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x), (xs, layouts))
     return xs, path.layout if layouts is None else layouts
-
-
-def _in_layout(layout, other, state):
-    """A state, stored as in the ``other`` layout, as it is in this one; correlations that it does not keep are dropped."""
-    one, another = layout.factorisation, other.factorisation
-    same = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a, b: jnp.all(a == b), one, another))
-    turned = lambda x: turn_state(x, another.turn_to(one))  # noqa: E731
-    return lax.cond(same, lambda x: pad(x, x.mean.shape[-2]), turned, state)
 
 
 def _locate(path, t):

@@ -101,6 +101,7 @@ class RosenbrockIOUP(AbstractPriorFamily):
             raise TypeError(
                 "RosenbrockIOUP takes its rate from an ODE of order one: for other equations use IOUP or IWP."
             )
+        layout.require_own_equations(type(self).__name__)
         # The equation u' - f = 0 has the derivative -J with respect to u.
         rate = -problem.first_order(t, us, layout, args).matrix[..., : layout.identity().shape[-1]]
         if layout.batch_shape:

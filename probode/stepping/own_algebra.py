@@ -24,7 +24,7 @@ class AbstractOwnAlgebra(AbstractFactorisation):
     True
     """
 
-    lanes: eqx.AbstractVar[int]  # type: ignore[misc]
+    lanes: eqx.AbstractVar[int]
     own_algebra = True
 
     @abstractmethod
@@ -40,5 +40,5 @@ class AbstractOwnAlgebra(AbstractFactorisation):
         """The attempt of a ``Step`` to ``t``, with its ``update`` and what of that is ``unexplained``."""
 
     @abstractmethod
-    def std(self, factor: Float[Array, "rows dim"], d: int) -> Float[Array, "m d"]:
+    def std(self, factor: Float[Array, "rows dim"]) -> Float[Array, "m d"]:
         """Standard deviations of all components, derivative by derivative."""

@@ -7,7 +7,6 @@ whether the solution does something there that neither end shows.
 
 import dataclasses
 import functools as ft
-import math
 
 import equinox as eqx
 import jax
@@ -79,10 +78,11 @@ def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Arra
     """
     std = safe_norm(innovation.factor, axis=-2)[..., None]
     unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
-    floor = lax.stop_gradient(root_mean_square(unknown, axis=(-2, -1)))
-    if equation.coupling is not None:
-        # One scale explains all residuals together.
-        floor = equation.coupling.for_each(safe_norm(floor) / math.sqrt(floor.size))
+    if (coupling := equation.coupling) is None:
+        floor = root_mean_square(unknown, axis=(-2, -1))
+    else:
+        floor = coupling.for_each(root_mean_square(coupling.flat(unknown)))
+    floor = lax.stop_gradient(floor)
     # In the prior's own units it has to be a number, too, which in single precision it may not be.
     floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
     return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))

@@ -41,7 +41,7 @@ class Ahead(eqx.Module):
 
     moves: Float[Array, "N *state"]
     residuals: Float[Array, "N *residual"]
-    whitened: Float[Array, "N *residual"]
+    whitened: Float[Array, "N *rows"]
     scale: Float[Array, "*batch"]
 
 

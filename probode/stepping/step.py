@@ -236,12 +236,13 @@ class Step(eqx.Module):
             error,
             spread,
         )
+        kept: Conditional | TurnedConditional | None = past
         if self.layout.factorisation.adapts:
             layout, turned, *turn = self._adapted(equation, distribution, t - before.t)
             state = dataclasses.replace(state, layout=layout, distribution=turned)
-            past = None if past is None else TurnedConditional(past, distribution, turned, *turn)
+            kept = None if past is None else TurnedConditional(past, distribution, turned, *turn)
         weight = influence.weight * counts.astype(influence.weight.dtype)
-        return Stepped(state, past, dataclasses.replace(influence, weight=weight), zero_so_far)
+        return Stepped(state, kept, dataclasses.replace(influence, weight=weight), zero_so_far)
 
     def fixed(self, before: State, t: Float[Array, ""], past: Conditional | None = None) -> Stepped:
         """One step to the time ``t`` without error control; shorter than round-off it only predicts."""
@@ -264,10 +265,11 @@ class Step(eqx.Module):
         if past is not None:
             assert stepped.past is not None
             past = pad_noise(past, stepped.past.noise.shape[-2])
-            if isinstance(stepped.past, TurnedConditional):
-                past = TurnedConditional.without(past, waited.distribution, self.layout.size)
+        kept: Conditional | TurnedConditional | None = past
+        if past is not None and self.layout.factorisation.adapts:
+            kept = TurnedConditional.without(past, waited.distribution, self.layout.size)
         no_influence = jax.tree.map(jnp.zeros_like, stepped.influence)
-        return choose(short, Stepped(waited, past, no_influence), stepped)
+        return choose(short, Stepped(waited, kept, no_influence), stepped)
 
     def ahead(self, before: State, t: Float[Array, ""], attempted: Attempt) -> Ahead:
         """The spread of an uncertain start at the prediction of an attempt, without derivatives.
@@ -279,7 +281,7 @@ class Step(eqx.Module):
 
     def nothing(
         self, before: State, past: Conditional | None, *, influence: bool
-    ) -> tuple[Conditional | None, Influence | None]:
+    ) -> tuple[Conditional | TurnedConditional | None, Influence | None]:
         """Zeros of the shapes in which a step returns ``past``, if any, and the ``influence`` of the equation."""
         if past is None and not influence:
             return None, None
@@ -295,7 +297,8 @@ class Step(eqx.Module):
 
     def _adapted(self, equation, x, dt):
         """The layout for the next steps, the state in it, and the turn that has led to it, if there was one."""
-        factorisation, turn, turns = self.layout.factorisation.adapt(equation.coupling, dt)
+        own: Any = self.layout.factorisation  # one that adapts
+        factorisation, turn, turns = own.adapt(equation.coupling, dt)
         square = pad(x, x.mean.shape[-2])
         turned = lax.cond(turns, turn_state, lambda x, _: x, square, turn)
         return dataclasses.replace(self.layout, factorisation=factorisation), turned, turn, turns

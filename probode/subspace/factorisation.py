@@ -182,7 +182,7 @@ class Subspace(AbstractOwnAlgebra):
         need(plain, calibration, "use DynamicCalibration(), MLECalibration() or NoCalibration()")
         need(isinstance(error, StateError), error, "use error=StateError()")
 
-    def std(self, factor: Float[Array, "rows dim"], d: int) -> Float[Array, "m d"]:
+    def std(self, factor: Float[Array, "rows dim"]) -> Float[Array, "m d"]:
         """Standard deviations of all components, derivative by derivative."""
         r, basis = self.rank, jnp.asarray(self.basis, factor.dtype)
         outside = safe_sqrt(1 - jnp.sum(basis**2, axis=1))  # the length of each unit vector's part in the complement
