@@ -57,7 +57,7 @@ def probode_method(name: str, ode: Any, num_derivatives: int) -> tuple[Any, Any,
 
     "EK0" and "EK1"; "EK0 twice" evaluates the vector field twice in each accepted step. "Taylor" observes all
     derivatives in every step, with three evaluations of their series, "Taylor twice" with two; "EK1 lifted" observes
-    the first three, with the Jacobian.
+    the first three, with the Jacobian. "EK1 modal" keeps pairs of directions, those of the Jacobian's Schur form.
     """
     import probode
 
@@ -70,6 +70,7 @@ def probode_method(name: str, ode: Any, num_derivatives: int) -> tuple[Any, Any,
         "EK0": (prior, probode.TS0(ode), probode.Isotropic()),
         "EK0 twice": (prior, probode.TS0(ode, evaluations=2), probode.Isotropic()),
         "EK1": (prior, probode.TS1(ode), probode.Dense()),
+        "EK1 modal": (prior, probode.TS1(ode), probode.Modal()),
         "EK1 lifted": (probode.RelativeScale(prior), probode.TS1(ode.lifted(2), evaluations=2), probode.Dense()),
     }[name]
 
@@ -311,6 +312,9 @@ def _probode_configurations():
         ("2nd Taylor twice", 8, "local", "integral", 0.95, False),
         ("EK1 lifted", 5, "local", "integral", 0.95, True),
         ("EK1 lifted", 7, "local", "integral", 0.95, False),
+        ("EK1 modal", 4, "state", "integral", 0.95, False),
+        ("EK1 modal", 5, "residual", "integral", 0.95, True),
+        ("EK1 modal", 5, "residual", "brisk pi", 0.9, False),
         ("EK1", 5, "residual", "integral", 0.95, True),
         ("EK1", 5, "residual", "pi", 0.9, True),
         ("EK1", 5, "residual", "brisk pi", 0.9, False),
@@ -370,8 +374,9 @@ def _others():
 
 
 def _purpose(method):
-    dense = method in ("EK1", "EK1 lifted", "TS1")
-    return None if dense else False, dense, method.startswith("2nd ")
+    dense = method in ("EK1", "EK1 lifted", "EK1 modal", "TS1")
+    stiff = True if method == "EK1 modal" else None if dense else False
+    return stiff, dense, method.startswith("2nd ")
 
 
 def available(family: str) -> bool:

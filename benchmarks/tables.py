@@ -36,9 +36,9 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """The method alone, as in `EK0(5) twice evaluated`."""
-        found = re.match(r"(?:2nd )?(\w+)( lifted)?( twice)?(\(\d+\))?", self.parts)
-        method, lifted, twice, order = found.groups(default="")
-        return f"{method}{lifted}{order}{twice and ' twice evaluated'}"
+        found = re.match(r"(?:2nd )?(\w+)( lifted| modal)?( twice)?(\(\d+\))?", self.parts)
+        method, kind, twice, order = found.groups(default="")
+        return f"{method}{kind}{order}{twice and ' twice evaluated'}"
 
 
 class Race(NamedTuple):

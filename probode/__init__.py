@@ -6,6 +6,7 @@ from importlib.metadata import version as _version
 from . import testing as testing
 from .algebra.blocks import Blocks as Blocks
 from .algebra.coordinates import Conditional as Conditional
+from .algebra.coupling import AbstractAdaptiveFactorisation as AbstractAdaptiveFactorisation
 from .algebra.coupling import AbstractCoupledFactorisation as AbstractCoupledFactorisation
 from .algebra.derivatives import NoiseSplit as NoiseSplit
 from .algebra.factorisations import AbstractFactorisation as AbstractFactorisation

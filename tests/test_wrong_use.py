@@ -334,6 +334,82 @@ CASES = [
         ValueError,
         r"Isotropic\(\) has one output scale.*(BlockDiagonal|Dense)",
     ),
+    (
+        "output_scale-modal",
+        lambda: solve(output_scale=jnp.ones(2), constraint=po.TS1, factorisation=po.Modal()),
+        ValueError,
+        r"Modal\(\) has one output scale.*Dense",
+    ),
+    ("modal-TS0", lambda: solver(factorisation=po.Modal()), ValueError, r"Modal\(\).*Jacobian.*use TS1\(ODE\(f\)\)"),
+    (
+        "modal-residual",
+        lambda: po.Solver(po.IWP(2), po.TS1(po.Residual(lambda t, u, du, args: du + u)), factorisation=po.Modal()),
+        ValueError,
+        r"Modal\(\).*explicit equation",
+    ),
+    *(
+        (
+            f"{type(coupled).__name__}-{label}",
+            lambda coupled=coupled, parts=parts: solve(**{"constraint": po.TS1, "factorisation": coupled, **parts}),
+            ValueError,
+            rf"{type(coupled).__name__}\(\).*Dense\(\)",
+        )
+        for coupled in (po.Modal(), po.Blocks(1))
+        for label, parts in {
+            "leave-one-out": {"calibration": po.LeaveOneOutCalibration()},
+            "stop_at": {"controller": control(stop_at=[0.5])},
+            "Noisy": {"constraint": lambda ode: po.Noisy(po.TS1(ode), 0.1)},
+            "Stack": {"constraint": lambda ode: po.Stack(po.TS1(ode), po.TS1(ode))},
+        }.items()
+    ),
+    (
+        "modal-uncertain",
+        lambda: solve(po.Normal(U, U), constraint=po.TS1, factorisation=po.Modal()),
+        ValueError,
+        r"uncertain u0.*Modal\(\)",
+    ),
+    (
+        "modal-data",
+        lambda: solver(constraint=po.TS1, factorisation=po.Modal()).solve(
+            U, 0.0, 1.0, data=po.Observations(jnp.array([0.5]), U[None], noise=0.1)
+        ),
+        ValueError,
+        r"data.*Modal\(\)",
+    ),
+    ("blocks-zero", lambda: po.Blocks(0), ValueError, r"Blocks\(partition\).*>= 1"),
+    ("blocks-floats", lambda: po.Blocks([0.0, 1.0]), TypeError, r"Blocks\(partition\).*PyTree of integers"),
+    (
+        "blocks-other-labels",
+        lambda: solve(constraint=po.TS1, factorisation=po.Blocks([0, 1, 1])),
+        ValueError,
+        r"Blocks\(partition\).*structure of u",
+    ),
+    (
+        "blocks-residual",
+        lambda: po.Solver(
+            po.IWP(2), po.TS1(po.Residual(lambda t, u, du, args: du + u)), factorisation=po.Blocks(1)
+        ).solve(U, 0.0, 1.0),
+        ValueError,
+        r"Blocks\(\) needs an explicit equation.*Dense",
+    ),
+    (
+        "blocks-lifted",
+        lambda: po.Solver(po.IWP(3), po.TS1(po.ODE(logistic).lifted(1)), factorisation=po.Blocks(1)).solve(U, 0.0, 1.0),
+        ValueError,
+        r"Blocks\(\).*not a lifted one.*Dense",
+    ),
+    (
+        "resume-other-blocks",
+        lambda: solve(
+            solve(constraint=po.TS1, factorisation=po.Blocks(1)).state,
+            1.0,
+            2.0,
+            constraint=po.TS1,
+            factorisation=po.Blocks(2),
+        ),
+        ValueError,
+        r"Blocks\(1\).*Blocks\(2\)",
+    ),
     ("prior-a-class", lambda: po.Solver(po.IWP, po.TS0(po.ODE(logistic))), TypeError, r"Solver\(prior\).*IWP\(\)"),
     ("strategy-a-class", lambda: solver(strategy=po.Filter), TypeError, r"Solver\(strategy\).*Filter\(\)"),
     ("constraint-an-ODE", lambda: po.Solver(po.IWP(2), po.ODE(logistic)), TypeError, r"Solver\(constraint\)"),

@@ -29,8 +29,8 @@ class Blocks(AbstractCoupledFactorisation):
     With groups of ``s`` of ``d`` components a step costs ``O(d^3 + n^3 d s^2)`` for ``n`` derivatives, where ``Dense``
     takes ``O(n^3 d^3)``. With ``TS1`` and ``SLR1`` there is one output scale for all groups, with ``TS0``, which does
     not couple them, one for each. It works with an ``ODE`` of any order (lifted only with ``TS0``), without ``Stack``,
-    ``Noisy``, ``stop_at`` and leave-one-out residuals. Data are seen component by component, as under
-    ``BlockDiagonal``.
+    ``Noisy``, ``stop_at`` and leave-one-out residuals. Of what data observe each group keeps its own part, as each
+    component does under ``BlockDiagonal``.
 
     Raises ``TypeError`` for a partition that does not consist of integers, ``ValueError`` for a block size below 1 and,
     in a solve, for labels that do not fit ``u`` or parts that it does not work with.

@@ -151,7 +151,9 @@ class Observations(eqx.Module):
             point = self._mode(i, x, layout, args)
         equation = self.linearise(i, point, layout, args)
         coordinates, whitened, pivots = _observe_about(point, x, equation)
-        log_density = -jnp.sum(whitened**2) / 2 - whitened.shape[-1] * jnp.sum(jnp.log(jnp.abs(pivots)))
+        # Where blocks differ in size there are rows that no component has, with pivots of zero.
+        sizes = jnp.where(pivots == 0, 1, jnp.abs(pivots))
+        log_density = -jnp.sum(whitened**2) / 2 - whitened.shape[-1] * jnp.sum(jnp.log(sizes))
         if self.log_density is None:
             return coordinates, log_density - jnp.sum(self.mask[i]).astype(layout.dtype) * np.log(2 * np.pi) / 2
         # The normal density that stands for this one has its own value where the two touch.

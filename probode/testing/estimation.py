@@ -25,7 +25,8 @@ def check_factorisation(factorisation: AbstractFactorisation, *, d: int = 4) -> 
     - ``unpack`` is the inverse of ``pack``, with ``batch_shape`` as leading axes; ``project`` is linear and keeps
       multiples of the identity; ``lift`` gives all components the same covariance.
     - A linear map over the derivatives acts on all components alike.
-    - Where components do not depend on each other, a smoother returns what it returns under ``Dense``.
+    - Where components do not depend on each other, a smoother returns what it returns under ``Dense``. One that couples
+      equations does so in a first step from a certain state, whatever the components depend on.
     - Single precision is kept, and solves work under the transformations of JAX.
 
     Raises ``TypeError`` for another kind of part. A factorisation that does not smooth, as those with an algebra of
@@ -64,8 +65,25 @@ def check_factorisation(factorisation: AbstractFactorisation, *, d: int = 4) -> 
     law = f"{name}: where components do not depend on each other it gives what Dense() gives"
     equal(own.mean, full.mean, f"{law}, in the mean", 1e-10)
     equal(own.std, full.std, f"{law}, in the standard deviation", 1e-8)
+    if factorisation.couples_equations:
+        _check_coupling(factorisation, layout, stack, jacobian)
     has_dtype(solve(factorisation, u0.astype(jnp.float32)).marginals, jnp.float32, f"{name} keeps single precision")
     survives(lambda f, x: solve(f, u0 * x).mean[-1], factorisation, jnp.asarray(1.3), "a solve under it")
+
+
+def _check_coupling(factorisation, layout, stack, jacobian):
+    name = type(factorisation).__name__
+    coupling = layout.factorisation.couple([jacobian])
+    law = f"{name}: couple returns the derivative of u' - f with respect to u and u' of all blocks"
+    expected = layout.pack((stack[1] - jacobian @ stack[0])[None])
+    equal(coupling.times(layout.pack(stack[:2])), expected, law, 1e-12)
+    ode = ODE(lambda t, u, args: jnp.asarray(jacobian, u.dtype) @ u + jnp.cos(t))
+    solvers = [Solver(IWP(2), TS1(ode), factorisation=f) for f in (factorisation, Dense())]
+    own, full = (solver.step(solver.init(stack[0], 0.0), 0.3) for solver in solvers)
+    law = f"{name}: the first step from a certain state is that of Dense()"
+    for k in range(3):
+        equal(own.derivative(k).mean, full.derivative(k).mean, f"{law}, in the mean", 1e-10)
+        equal(own.derivative(k).std, full.derivative(k).std, f"{law}, in the standard deviation", 1e-8)
 
 
 def check_strategy(strategy: AbstractStrategy) -> None:

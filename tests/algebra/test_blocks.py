@@ -126,7 +126,7 @@ def test_partitions_are_like_u():
         return jax.tree.map(lambda x: -x + jnp.sum(u["a"]) * 0.1, u)
 
     grid = np.linspace(0.0, 0.5, 3)
-    runs = [solver(po.Blocks(p), field).solve_grid(u0, grid) for p in (cells, {"a": [[5], 7, [5]], "b": [7, 7]})[:1]]
+    runs = [solver(po.Blocks(p), field).solve_grid(u0, grid) for p in (cells, {"a": np.array([9, 2, 9]), "b": 2})]
     flat = solver(po.Blocks(np.array([0, 1, 0, 1, 1])), lambda t, u, args: -u + jnp.sum(u[:3]) * 0.1)
     expected = flat.solve_grid(U0, grid)
     for own in runs:
@@ -178,5 +178,9 @@ def test_it_works_with_everything_else():
     uncertain = po.Normal(U0, np.full(5, 0.01))
     own, expected = (solver(f, glued).solve(uncertain, 0.0, 1.0) for f in (po.Blocks([0, 1, 1, 0, 1]), po.Dense()))
     np.testing.assert_allclose(own.std, expected.std, rtol=1e-6)
+    data = po.Observations(np.array([0.3, 0.7]), np.stack([U0, 0.5 * U0]), noise=0.1)
+    own, expected = (solver(f, glued).solve(U0, 0.0, 1.0, data=data) for f in (po.Blocks([0, 1, 1, 0, 1]), po.Dense()))
+    np.testing.assert_allclose(own.data_log_likelihood, expected.data_log_likelihood, rtol=1e-3)
+    np.testing.assert_allclose(own.std, expected.std, rtol=0.2)  # with other steps
     single = solver(po.Blocks(2)).solve(jnp.asarray(U0, jnp.float32), 1.0, 0.0)
     assert single.std.dtype == jnp.float32 and np.all(np.isfinite(single.std)) and np.all(single.std > 0)
