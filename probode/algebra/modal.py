@@ -40,8 +40,8 @@ class Modal(AbstractAdaptiveFactorisation):
     with respect to ``u``), priors with one output scale for all components, and all strategies. A
     ``FixedPointSmoother`` keeps all steps under it. Not with data, an uncertain ``u0``, ``stop_at``, lifted equations
     and leave-one-out residuals. The factor of an ``InitialState`` is that of neighbouring pairs of components.
-    Gradients take the directions as constant. Schur forms are only available on CPUs: elsewhere use ``Dense`` or
-    ``Subspace``.
+    Gradients take the directions as constant. Under ``jax.vmap`` of a solve every step of every lane computes a Schur
+    form; ``solve_ensemble`` does not. They are only available on CPUs: elsewhere use ``Dense`` or ``Subspace``.
 
     Raises ``ValueError``, as ``Solver`` is made or in the first step, for parts with which it does not work.
 

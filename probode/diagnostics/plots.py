@@ -155,7 +155,8 @@ def plot_local_error(solution: Any, ax: Any = None) -> Any:
     """
     ax = _axes(ax)
     t, ends = _steps(solution, "plot_local_error")
-    path, layout = solution.trajectory, solution.layout
+    path = solution.trajectory
+    layout = path.layout
 
     def added(i):
         transition = path.prior_of(i).transition(path.rows.t[i] - path.rows.t[i - 1], layout)

@@ -209,6 +209,24 @@ def test_lanes_have_directions_of_their_own():
             assert relative(batch.mean[i], single.mean) < 1e-9 and relative(batch.std[i], single.std) < 1e-7
 
 
+@pytest.mark.thorough
+def test_reports_and_pictures():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    (field, u0), strategy = brusselator(3), po.FixedIntervalSmoother()
+    own = solver(po.Modal(), field, nu=4, strategy=strategy)
+    tight = po.IntegralController(1e-10, 1e-12)
+    reference = solver(po.Dense(), field, nu=6, strategy=strategy, controller=tight).solve(u0, 0.0, 2.0)
+    report = po.calibration_report(
+        own, lambda t: reference.evaluate(t).mean, u0=u0, t0=0.0, t1=2.0, tolerances=(1e-3, 1e-5), show=False
+    )
+    assert np.all(report.smoothed < 10) and np.all(report.smoothed > 1e-5)
+    solution = own.solve(u0, 0.0, 2.0)
+    solution.plot()
+    po.plots.plot_phase(solution)
+    po.plots.plot_local_error(solution)
+    plt.close("all")
+
+
 DEFECTIVE = np.array([[-1.0, 1, 0], [0, -1, 1], [0, 0, -1]])
 
 
