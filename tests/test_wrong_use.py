@@ -376,6 +376,12 @@ CASES = [
         ValueError,
         r"data.*Modal\(\)",
     ),
+    (
+        "modal-basis",
+        lambda: solve(constraint=po.TS1, factorisation=po.Modal(jnp.eye(2))),
+        ValueError,
+        r"Modal\(\) finds its directions by itself",
+    ),
     ("blocks-zero", lambda: po.Blocks(0), ValueError, r"Blocks\(partition\).*>= 1"),
     ("blocks-floats", lambda: po.Blocks([0.0, 1.0]), TypeError, r"Blocks\(partition\).*PyTree of integers"),
     (

@@ -43,6 +43,9 @@ class Modal(AbstractAdaptiveFactorisation):
     Gradients take the directions as constant. Under ``jax.vmap`` of a solve every step of every lane computes a Schur
     form; ``solve_ensemble`` does not. They are only available on CPUs: elsewhere use ``Dense`` or ``Subspace``.
 
+    - ``basis``, ``order``: not to be passed. In the layout of a state they are its directions, as columns, and their
+      order in the Schur form.
+
     Raises ``ValueError``, as ``Solver`` is made or in the first step, for parts with which it does not work.
 
     >>> import jax.numpy as jnp, probode
@@ -56,7 +59,6 @@ class Modal(AbstractAdaptiveFactorisation):
     order: Any = None
 
     def __init__(self, basis: Float[Array, "*lanes d d"] | None = None, order: Float[Array, "*lanes d"] | None = None):
-        # Set for the layout of a state, with directions of the equation where they are known.
         self.basis, self.order = basis, order
 
     def __repr__(self) -> str:
@@ -68,6 +70,8 @@ class Modal(AbstractAdaptiveFactorisation):
         return 0 if self.basis is None else self.basis.ndim - 2
 
     def fit(self, u: PyTree) -> "Modal":
+        if self.basis is not None:
+            raise ValueError("Modal() finds its directions by itself: pass no basis, or use Subspace(basis).")
         flat = jax.eval_shape(lambda u: ravel_pytree(u)[0], u)
         return Modal(jnp.eye(flat.size, dtype=flat.dtype), jnp.arange(flat.size).astype(flat.dtype))
 
