@@ -78,6 +78,7 @@ def test_a_constant_normal_jacobian_makes_it_dense(matrix, strategy):
     check_equal(own, expected, 2e-10)
 
 
+@pytest.mark.thorough
 def test_so_does_one_in_an_equation_of_second_order():
     stiffness = SYMMETRIC[:4, :4]
     field = lambda t, u, du, args: jnp.asarray(stiffness) @ u - 0.3 * du  # noqa: E731

@@ -93,6 +93,7 @@ def test_it_works_with_everything(factorisation, calibration):
     assert solution.evaluate(0.3).mean["a"].shape == ()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_an_uncertain_initial_value_is_linearised_again(order):
     # u' = -u^2, u(0) = 2 and u(1) = 2/3, and as u'' = 2 u^3; the prior of u(0) is one standard deviation off. With

@@ -461,6 +461,7 @@ def test_gradients(constraint, factorisation):
     check_jacobians(value, jnp.array([20.0, 10.0]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("calibration", [po.DynamicCalibration(), *left_to_nox(po.NoCalibration())], ids=name)
 def test_components_at_rest_have_derivatives(calibration):
     # Their residuals, moves and sizes are zero, where roots and norms have no derivative.

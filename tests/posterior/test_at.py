@@ -95,6 +95,7 @@ def test_the_start_of_an_equation_of_second_order_has_the_velocity():
     assert end.factor.shape == (4, 4)
 
 
+@pytest.mark.thorough
 def test_under_transformations():
     solver = po.Solver(po.IWP(2), po.TS1(po.ODE(lambda t, u, rate: -rate * u)))
     solve = lambda rate: solver.solve(jnp.ones(2), 0.0, 1.0, args=rate)  # noqa: E731

@@ -26,6 +26,7 @@ def numbers(solution):
     return [x for x in jax.tree.leaves(solution) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("parts", first_of(*PARTS), ids=lambda parts: "-".join(map(name, parts.values())))
 def test_pieces_give_the_answer_of_one_loop(parts, monkeypatch):
     """Under ``jit`` there is one loop with room for ``max_steps``; outside of it pieces, here of 7 steps."""
@@ -45,6 +46,7 @@ def test_pieces_give_the_answer_of_one_loop(parts, monkeypatch):
         np.testing.assert_allclose(own, expected, rtol=1e-9)
 
 
+@pytest.mark.thorough
 def test_every_step_has_an_entry_and_the_others_repeat_the_last():
     solver = po.Solver(po.IWP(3), po.TS1(po.ODE(lotka_volterra)), loop=po.BoundedLoop(200))
     whole = jax.jit(lambda u0: (s := solver.solve(u0, 0.0, 3.0, save_at=po.SaveAt(steps=True))).t + 0 * s.mean[:, 0])(

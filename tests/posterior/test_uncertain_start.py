@@ -33,7 +33,7 @@ def exact(ts):
 @pytest.mark.parametrize(
     ("factorisation", "strategy"),
     [
-        (po.Dense(), po.Filter()),
+        *left_to_nox((po.Dense(), po.Filter())),
         # Mapped along directions and components at once, the derivative of an elimination mixed up the two axes.
         (po.BlockDiagonal(), po.FixedPointSmoother()),
         *left_to_nox(

@@ -122,6 +122,7 @@ def test_what_happens_inside_a_step_is_seen(case, constraint, factorisation):
             np.testing.assert_allclose(solution.mean[0, 0], right, rtol=20 * rtol)
 
 
+@pytest.mark.thorough
 def test_a_first_length_is_trusted():
     # One step over everything, as asked for: whoever names a first step knows the problem.
     solver = po.Solver(po.IWP(4), po.TS1(po.ODE(lambda t, u, args: jnp.ones_like(u))))

@@ -67,6 +67,7 @@ def on_a_grid():
     return frozen(POINT), jax.jit(jax.jacfwd(frozen))(POINT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("loop", LOOPS, ids=repr)
 def test_derivatives_are_those_of_the_steps_however_they_are_divided(loop):
     values, derivatives = on_a_grid()
@@ -82,6 +83,7 @@ def test_derivatives_are_those_of_the_steps_however_they_are_divided(loop):
         assert relative(found, derivatives) < 1e-8
 
 
+@pytest.mark.thorough
 def test_lanes_that_fail_or_end_early():
     """They have the gradients that they have alone, with respect to what they share with others, too."""
 
@@ -114,6 +116,7 @@ def test_memory_grows_like_the_square_root_of_the_number_of_steps():
     assert memory(40_000) < 10 * memory(400)
 
 
+@pytest.mark.thorough
 def test_progress_is_told_once():
     told = []
 
