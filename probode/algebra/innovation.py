@@ -1,11 +1,13 @@
 """The residual of a linearised equation held against the noise of a step alone, and what that noise explains of it."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .coupling import solve_upper
-from .linalg import eliminate, product, root_mean_square, substitute, triangularise
+from .factorisations import Layout
+from .linalg import eliminate, product, root_mean_square, safe_norm, substitute, triangularise
 from .linearisation import Linearisation
 from .normal import batched
 from .transition import Transition
@@ -88,6 +90,16 @@ def whiten(
     if (coupling := equation.coupling) is None:
         return batched(substitute)(factor, z)
     return coupling.for_each(substitute(coupling.from_columns(factor), coupling.flat(z)))
+
+
+def residual_std(equation: Linearisation, innovation: Innovation, layout: Layout) -> Float[Array, " d"]:
+    """The standard deviations of the residual of every component under the noise of the step, with its local scale."""
+    factor = innovation.scale[..., None, None] * innovation.factor
+    if (coupling := equation.coupling) is None:
+        return layout.std(factor)[0]
+    # The rows are those of one root, of which the directions of an adaptive factorisation may mix the columns.
+    rows = jax.vmap(lambda row: layout.unpack(coupling.split(row[:, None]))[0])(coupling.from_columns(factor))
+    return safe_norm(rows, axis=0)
 
 
 def smoothing_weights(

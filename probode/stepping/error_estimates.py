@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..algebra.factorisations import Layout
-from ..algebra.innovation import explained, posterior_noise
+from ..algebra.innovation import explained, posterior_noise, residual_std
 from ..algebra.linalg import root_mean_square
 from .attempt import Attempt
 
@@ -159,8 +159,7 @@ class ResidualError(AbstractErrorEstimate):
                 "equation with noise may have other units and shapes. Use error=StateError()."
             )
         k = equation.gives.start
-        std = layout.std(innovation.scale[..., None, None] * innovation.factor)[0]
-        return jnp.abs(dt) ** k / math.factorial(k) * std
+        return jnp.abs(dt) ** k / math.factorial(k) * residual_std(equation, innovation, layout)
 
 
 class StateError(AbstractErrorEstimate):
