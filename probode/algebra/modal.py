@@ -132,9 +132,9 @@ class Modal(AbstractAdaptiveFactorisation):
         self, coupling: Coupling, dt: Float[Array, ""] | None
     ) -> tuple["Modal", Float[Array, "d d"], Bool[Array, ""]]:
         jacobian = lax.stop_gradient(-coupling.from_columns(coupling.matrix[..., : coupling.size]))
-        eye, turns = jnp.eye(len(jacobian), dtype=jacobian.dtype), jnp.array(True)
-        if dt is not None:
-            turns = _have_turned(jacobian, self.order, dt)
+        eye = jnp.eye(len(jacobian), dtype=jacobian.dtype)
+        # At the start it need not be finite, as where the field has a square root of zero.
+        turns = jnp.all(jnp.isfinite(jacobian)) if dt is None else _have_turned(jacobian, self.order, dt)
         turn, order = lax.cond(turns, schur_directions, lambda _: (eye, self.order), jacobian)
         return Modal(self.basis @ turn, order), turn, turns
 
@@ -151,7 +151,7 @@ def schur_directions(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], 
 
     The two of each complex pair of eigenvalues come first, side by side; of real eigenvalues any two may stand
     together. The matrix has no entries in a direction from one with a smaller number in the order; those of a pair have
-    the same. Not finite for a matrix that is not.
+    the same. For a finite matrix.
     """
     triangle, directions = jax.scipy.linalg.schur(matrix)
     below = jnp.diagonal(triangle, -1) != 0

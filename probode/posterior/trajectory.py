@@ -141,23 +141,15 @@ def _evaluate(path, t):
     rows = path.rows
     kept = rows.t, rows.distribution, path.smoothed, rows.output_scale, rows.layout, rows.prior
     kept = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i, 2), kept)
-    (
-        (t_left, x_left, known_left, scale_left, layout_left, _),
-        (
-            t_right,
-            x_right,
-            known_right,
-            scale_right,
-            layout_right,
-            prior,
-        ),
-    ) = (_row(kept, end) for end in (0, 1))
+    t_left, x_left, known_left, scale_left, layout_left, _ = _row(kept, 0)
+    t_right, x_right, known_right, scale_right, layout_right, prior = _row(kept, 1)
     left, right = _posterior(x_left, known_left), _posterior(x_right, known_right)
-    there = right if layout_left is None else in_layout(right, layout_right, layout_left)
     prior = path.prior if prior is None else prior
     here, predicted, past = _between(path.layout, prior, scale_right, x_left, t - t_left, t_right - t)
     if path.smoothed is not None:
-        here = from_coordinates(marginalise(coordinates_of(there, predicted), past), here)
+        # The step was taken in the layout of its left end.
+        later = right if layout_left is None else in_layout(right, layout_right, layout_left)
+        here = from_coordinates(marginalise(coordinates_of(later, predicted), past), here)
     # At the ends of the step ``here`` must not be used. The transition over a length of zero is the identity, and its
     # derivative makes that of the result with respect to ``t`` right.
     ends = (left, t_left, scale_left, layout_left), (right, t_right, scale_right, layout_right)

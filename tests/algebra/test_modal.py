@@ -244,6 +244,13 @@ def test_jacobians_of_all_kinds(matrix):
     assert single.std.dtype == jnp.float32 and np.all(np.abs(single.mean[-1] - np.sin(2.0)) < 1e-2)
 
 
+def test_a_jacobian_that_is_infinite_at_the_start():
+    field = lambda t, u, args: jnp.stack([jnp.ones_like(t), jnp.sqrt(u[0])])  # noqa: E731
+    solution = solver(po.Modal(), field).solve(np.zeros(2), 0.0, 1.0)
+    np.testing.assert_allclose(solution.mean[-1], [1.0, 2 / 3], rtol=1e-3)
+    assert np.all(np.isfinite(solution.std)) and np.all(solution.std[-1, 1] > 0)
+
+
 @pytest.mark.thorough
 def test_a_solve_goes_on_in_its_own_directions():
     own, u0 = solver(po.Modal(), van_der_pol), np.array([2.0, 0.0])
