@@ -92,6 +92,10 @@ CASES += [
     for f, c in itertools.product(FACTORISATIONS, CALIBRATIONS)
 ]
 CASES += [
+    (f"{type(f).__name__}, {name}", {"factorisation": f, "constraint": po.TS1} | kwargs)
+    for f, (name, kwargs) in itertools.product((po.Blocks(1), po.Modal()), STRATEGIES.items())
+]
+CASES += [
     (f"{type(f).__name__}, {name}", {"factorisation": f} | kwargs)
     for f in FACTORISATIONS
     for name, kwargs in {

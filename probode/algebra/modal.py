@@ -157,5 +157,5 @@ def schur_directions(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], 
     below = jnp.diagonal(triangle, -1) != 0
     second = jnp.append(False, below)
     columns = jnp.argsort(~(jnp.append(below, False) | second), stable=True)
-    order = jnp.arange(len(matrix)) - second
+    order = jnp.arange(len(matrix)) - second.astype(int)
     return directions[:, columns], order[columns].astype(matrix.dtype)

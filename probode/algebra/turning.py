@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .coordinates import Conditional, determined_coordinates, from_coordinates
 from .factorisations import Layout
@@ -48,19 +48,20 @@ class TurnedConditional(eqx.Module):
 
     - ``past``: the ``Conditional`` given the coordinates of the later state ``before`` it was turned.
     - ``before``, ``after``: that state in the old directions, and in the new ones.
-    - ``turn``: the new directions as columns in terms of the old ones; ``turned``: whether there was a turn at all.
+    - ``turn``: the new directions as columns in terms of the old ones; ``turned``: one if there was a turn at all, else
+      zero (a number like the others, since rows of a solve are flat arrays).
     """
 
     past: Conditional
     before: Normal
     after: Normal
     turn: Float[Array, "d d"]
-    turned: Bool[Array, ""]
+    turned: Float[Array, ""]
 
     @staticmethod
     def without(past: Conditional, x: Normal, size: int) -> "TurnedConditional":
         """``past`` of a state ``x`` with ``size`` components that was not turned."""
-        return TurnedConditional(past, x, x, jnp.eye(size, dtype=x.mean.dtype), jnp.array(False))
+        return TurnedConditional(past, x, x, jnp.eye(size, dtype=x.mean.dtype), jnp.zeros((), x.mean.dtype))
 
     @property
     def noise(self) -> Float[Array, "*batch q p"]:
@@ -74,7 +75,7 @@ class TurnedConditional(eqx.Module):
             state = turn_state(from_coordinates(later, self.after), self.turn.T)
             return determined_coordinates(state, self.before)
 
-        return lax.cond(self.turned, turned_back, lambda later: later, later)
+        return lax.cond(self.turned > 0, turned_back, lambda later: later, later)
 
     def coordinates_before(self, later: Float[Array, "*batch rows cols"]) -> Float[Array, "*batch rows cols"]:
         """The later state's coordinates before the turn, from those after it."""
@@ -83,7 +84,7 @@ class TurnedConditional(eqx.Module):
             state = certain(self.after.mean + deviation(self.after.factor, later))
             return determined_coordinates(turn_state(state, self.turn.T), self.before).mean
 
-        return lax.cond(self.turned, turned_back, lambda later: later, later)
+        return lax.cond(self.turned > 0, turned_back, lambda later: later, later)
 
     def rescaled(self, factor: Float[Array, "*batch 1 1"]) -> "TurnedConditional":
         """The same with all covariances multiplied by ``factor^2``."""

@@ -238,9 +238,10 @@ class Step(eqx.Module):
         )
         kept: Conditional | TurnedConditional | None = past
         if self.layout.factorisation.adapts:
-            layout, turned, *turn = self._adapted(equation, distribution, t - before.t)
-            state = dataclasses.replace(state, layout=layout, distribution=turned)
-            kept = None if past is None else TurnedConditional(past, distribution, turned, *turn)
+            layout, after, turn, turned = self._adapted(equation, distribution, t - before.t)
+            state = dataclasses.replace(state, layout=layout, distribution=after)
+            if past is not None:
+                kept = TurnedConditional(past, distribution, after, turn, turned.astype(t.dtype))
         weight = influence.weight * counts.astype(influence.weight.dtype)
         return Stepped(state, kept, dataclasses.replace(influence, weight=weight), zero_so_far)
 
