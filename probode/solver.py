@@ -115,7 +115,13 @@ class Solver(eqx.Module):
                 f"An equation of order {constraint.order} needs a prior with at least as many derivatives, "
                 f"but {type(prior).__name__} has num_derivatives={prior.num_derivatives}."
             )
-        if factorisation.own_algebra or factorisation.couples_equations:
+        if factorisation.couples_equations and isinstance(calibration, AbstractLeaveOneOut):
+            raise ValueError(
+                f"{type(factorisation).__name__}() does not work with {type(calibration).__name__}(): what earlier and "
+                "later residuals say of a step couples all blocks. Use DynamicCalibration() or MLECalibration(), or "
+                "Dense()."
+            )
+        if factorisation.own_algebra or factorisation.adapts:
             factorisation.check(prior, constraint, strategy, calibration, self.error)
 
     def __hash__(self) -> int:
@@ -176,7 +182,7 @@ class Solver(eqx.Module):
 
     @hinted
     def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None, data: Observations | None = None) -> Solution:
-        """The ``Solution`` at all points of ``grid``, with one step between any two neighbours and no error control.
+        """The ``Solution`` on a grid of times: one step from each point to the next, without error control.
 
         - ``grid``: times ``(time,)``, increasing or decreasing, from ``t0`` to ``t1``; between equal neighbours there
           is no step.
@@ -342,7 +348,7 @@ def _solve_grid(solver, start, grid, args, layout, data):
 
 
 def _part(name, value, kind, *others):
-    """``value``, a part of a solver; raises ``TypeError`` unless it is an instance of one of the kinds."""
+    """Returns ``value`` itself if it is a part of one of the kinds; raises ``TypeError`` otherwise."""
     kinds, hint = (kind, *others), ""
     if not isinstance(value, kinds):
         if isinstance(value, type) and issubclass(value, kinds):

@@ -97,9 +97,7 @@ class Blocks(AbstractCoupledFactorisation):
                 "components. Use Dense()."
             )
         groups = self.groups(d)
-        rows = groups.fill(groups.fill(jacobian).T).T
-        blocks = jnp.reshape(rows, (groups.number, groups.size, groups.number, groups.size))
-        return jnp.moveaxis(jnp.diagonal(blocks, axis1=0, axis2=2), 2, 0)
+        return jnp.moveaxis(jnp.diagonal(groups.between(jacobian), axis1=0, axis2=2), 2, 0)
 
     def couple(self, jacobians: Sequence[Float[Array, "d d"]]) -> Coupling:
         d, dtype = jacobians[0].shape[1], jacobians[0].dtype
@@ -110,21 +108,9 @@ class Blocks(AbstractCoupledFactorisation):
         matrix = jnp.moveaxis(jnp.concatenate(blocks, axis=-1), 1, 0)
         return Coupling(matrix, tuple(sorted(groups.place_of)), groups.size)
 
-    def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
-        if hasattr(calibration, "leave_one_out"):
-            raise ValueError(refused(self, calibration))
-
-
-def refused(factorisation: AbstractCoupledFactorisation, calibration: Any) -> str:
-    """Why a calibration by leave-one-out residuals does not work where equations couple the blocks."""
-    return (
-        f"{type(factorisation).__name__}() does not work with {type(calibration).__name__}(): what earlier and later "
-        "residuals say of a step couples all blocks. Use DynamicCalibration() or MLECalibration(), or Dense()."
-    )
-
 
 class _Labels(NamedTuple):
-    """Integers like ``u``: the structure, and the leaves, each with its shape."""
+    """The labels of a partition as something that can be hashed: their structure, and each leaf's shape and values."""
 
     structure: Any
     leaves: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
@@ -180,6 +166,11 @@ class _Groups(NamedTuple):
             return x[:, np.argsort(places)]
         return jnp.zeros((x.shape[0], self.number * self.size), x.dtype).at[:, places].set(x)
 
+    def between(self, matrix: Float[Array, "d d"]) -> Float[Array, "number size number size"]:
+        """The blocks of a matrix, from one group to another."""
+        places = self.fill(self.fill(matrix).T).T
+        return jnp.reshape(places, (self.number, self.size, self.number, self.size))
+
 
 @ft.cache
 def _groups(labels: tuple[int, ...]) -> _Groups:
@@ -189,3 +180,7 @@ def _groups(labels: tuple[int, ...]) -> _Groups:
         within[group == i] = np.arange(count[i])
     size = int(count.max())
     return _Groups(len(names), size, tuple((group * size + within).tolist()))
+
+
+# Neighbours two by two, as they stand in the layout of ``Modal``.
+PAIRS = Blocks(2)

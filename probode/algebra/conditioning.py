@@ -257,7 +257,9 @@ def _mixture(equation, noise):
 
 
 def _replacement(equation, noise):
-    """A right inverse of ``H`` on the entries of the state that ``z`` replaces, and flags: one for all other entries.
+    """A matrix ``B`` with ``H B = I``, and a vector that is zero where a row of ``B`` is not, and one elsewhere.
+
+    These rows are the entries of the state that ``z`` replaces.
 
     Gauss-Jordan elimination, in which the pivot of a row is its entry with most noise. Given an exact equation the
     covariance of the state is singular; as many entries as the equation has rows are left out, so that no singular

@@ -34,7 +34,7 @@ from .linalg import product, substitute, triangularise
 class AbstractCoupledFactorisation(AbstractFactorisation):
     """A covariance in independent blocks, of which the mean is conditioned on explicit equations as a whole.
 
-    A subclass defines ``fit``, ``couple`` and ``check`` beside the methods of ``AbstractFactorisation``, in which its
+    A subclass defines ``fit`` and ``couple`` beside the methods of ``AbstractFactorisation``, in which its
     batch has one axis, for the blocks; ``project`` returns the part of each block's own equations.
     ``couples_equations`` is true. Not for data that couple blocks, ``stop_at``, equations of general form and
     leave-one-out residuals.
@@ -54,15 +54,12 @@ class AbstractCoupledFactorisation(AbstractFactorisation):
     def couple(self, jacobians: Sequence[Float[Array, "d d"]]) -> "Coupling":
         """The derivative of ``u^(k) - f`` from those of ``f`` with respect to ``u, ..., u^(k-1)``."""
 
-    @abstractmethod
-    def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
-        """Raises ``ValueError`` for parts of a solver with which this factorisation does not work."""
-
 
 class AbstractAdaptiveFactorisation(AbstractCoupledFactorisation):
     """A covariance in pairs of directions, which are chosen anew in the course of a solve.
 
-    A subclass defines ``adapt``, ``turn_to`` and ``std`` beside the methods of ``AbstractCoupledFactorisation``.
+    A subclass defines ``check``, ``adapt``, ``turn_to`` and ``std`` beside the methods of
+    ``AbstractCoupledFactorisation``.
     ``adapts`` is true. ``lanes``: how many leading axes its arrays have, for times and for a batch of solutions.
 
     >>> import probode
@@ -72,6 +69,10 @@ class AbstractAdaptiveFactorisation(AbstractCoupledFactorisation):
 
     lanes: eqx.AbstractVar[int]
     adapts = True
+
+    @abstractmethod
+    def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
+        """Nothing; raises ``ValueError`` for parts of a solver with which this factorisation does not work."""
 
     @abstractmethod
     def adapt(

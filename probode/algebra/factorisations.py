@@ -321,17 +321,18 @@ class Layout(eqx.Module):
 
     def require_shared_algebra(self, what: str) -> None:
         """Raises ``ValueError`` under a factorisation with an algebra of its own; ``what``: what is not available."""
-        if self.factorisation.own_algebra:
-            raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
+        self._refuse(what, self.factorisation.own_algebra)
 
     def require_own_equations(self, what: str) -> None:
         """Raises ``ValueError`` where equations couple the blocks of a covariance; ``what``: what is not available."""
-        if self.factorisation.couples_equations:
-            raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
+        self._refuse(what, self.factorisation.couples_equations)
 
     def require_lasting(self, what: str) -> None:
         """Raises ``ValueError`` where the layout changes during a solve; ``what``: what is not available."""
-        if self.factorisation.adapts:
+        self._refuse(what, self.factorisation.adapts)
+
+    def _refuse(self, what, unavailable):
+        if unavailable:
             raise ValueError(f"{what} is not available under {type(self.factorisation).__name__}(): use Dense().")
 
     @property
@@ -352,5 +353,8 @@ def layout_of(example: PyTree, num_derivatives: int, factorisation: AbstractFact
 
 
 def fitted(factorisation: Any, u: PyTree) -> AbstractFactorisation:
-    """The factorisation for a state like ``u``."""
+    """The factorisation as a layout needs it: for one that depends on the structure or size of ``u``, that for ``u``.
+
+    Others are returned as they are.
+    """
     return factorisation.fit(u) if factorisation.couples_equations else factorisation

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..util import describe
@@ -46,7 +47,7 @@ def moments(layout: Layout, state: Normal, k: int) -> Moments:
             std = jnp.where(stds[j] > 0, stds[j], _std_through_the_field(means, std, j))
         return Moments(layout.unravel(means[k]), layout.unravel(std))
 
-    return over_times(one, layout, state)(layout, state.mean, state.factor)
+    return over_times(one, layout, state.mean, 2)(layout, state.mean, state.factor)
 
 
 @compiled
@@ -64,7 +65,8 @@ def covariance(layout: Layout, state: Normal, k: int, moves: Float[Array, "N ...
         return cov + jnp.diag(jnp.where(jnp.diagonal(cov) > 0, 0, variance))
 
     mapped = (std,) if moves is None else (std, jnp.moveaxis(moves, 0, -1 - len(layout.batch_shape) - 2))
-    return over_times(one, layout, state, len(mapped))(layout, state.mean, state.factor, *mapped)
+    mapped = (state.mean, state.factor, *mapped)
+    return over_times(one, layout, state.mean, len(mapped))(layout, *mapped)
 
 
 @compiled
@@ -92,13 +94,13 @@ def _root(layout, mean, factor, moves, first, last):
     return jnp.concatenate([root, *(jax.vmap(part)(x) for x in moves)])
 
 
-def over_times(one: Callable, layout: Layout, state: Normal, others: int = 0) -> Callable:
-    """``one(layout, mean, factor, *others)`` mapped over the axes of ``state`` for times and lanes.
+def over_times(one: Callable, layout: Layout, mean: Float[Array, "..."], number: int) -> Callable:
+    """The function ``one(layout, *arrays)`` of so many arrays, mapped over the axes of a mean for times and lanes.
 
     A layout that differs from time to time, or from lane to lane, has these axes, too.
     """
-    for axis in reversed(range(state.mean.ndim - 2 - len(layout.batch_shape))):
-        one = jax.vmap(one, in_axes=(0 if axis < layout.lanes else None, 0, 0) + (0,) * others)
+    for axis in reversed(range(mean.ndim - 2 - len(layout.batch_shape))):
+        one = jax.vmap(one, in_axes=(0 if axis < layout.lanes else None, *[0] * number))
     return one
 
 
@@ -166,7 +168,7 @@ class Posterior(eqx.Module):
         k = as_integer(k, "derivative(k)", 0, self.layout.num_derivatives)
         return moments(self.layout, self.marginals, k)
 
-    def at(self, i: int) -> "Posterior":
+    def at(self, i: int | np.integer | Array) -> "Posterior":
         """The posterior at the ``i``-th of several times."""
         layout = self.layout
         if layout.factorisation.adapts:

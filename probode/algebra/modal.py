@@ -10,12 +10,11 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .blocks import Blocks, refused
+from .blocks import PAIRS
 from .coupling import AbstractAdaptiveFactorisation, Coupling
 from .linalg import safe_norm
 
 
-_PAIRS = Blocks(2)
 # By how much the Jacobian may turn the directions before they are taken anew, as the tangent of an angle. On a
 # Brusselator with 64 components 0.1 takes 2 to 9 Schur forms for 46 to 172 steps; with 0.3 errors are five times as
 # large, with 0.03 nothing improves.
@@ -76,22 +75,22 @@ class Modal(AbstractAdaptiveFactorisation):
         return Modal(jnp.eye(flat.size, dtype=flat.dtype), jnp.arange(flat.size).astype(flat.dtype))
 
     def batch_shape(self, d: int) -> tuple[int, ...]:
-        return _PAIRS.batch_shape(d)
+        return PAIRS.batch_shape(d)
 
     def pack(self, derivatives: Float[Array, "m d"]) -> Float[Array, "*batch rows cols"]:
-        return _PAIRS.pack(derivatives @ self.basis)
+        return PAIRS.pack(derivatives @ self.basis)
 
     def unpack(self, mean: Float[Array, "*batch rows cols"], d: int) -> Float[Array, "m d"]:
-        return _PAIRS.unpack(mean, d) @ self.basis.T
+        return PAIRS.unpack(mean, d) @ self.basis.T
 
     def unpack_std(self, std: Float[Array, "*batch rows"], d: int) -> Float[Array, "m d"]:
         raise ValueError("Modal() needs all rows of a factor for a standard deviation: use Layout.std.")
 
     def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
-        d = self.basis.shape[0]
-        (blocks, rows, dim), size = factor.shape, min(2, d)
-        parts = jnp.reshape(factor, (blocks, rows, dim // size, size))
-        basis = jnp.reshape(jnp.pad(self.basis, ((0, 0), (0, -d % size))), (d, blocks, size))
+        (d, _), (blocks, rows, dim) = self.basis.shape, factor.shape
+        groups = PAIRS.groups(d)
+        parts = jnp.reshape(factor, (blocks, rows, dim // groups.size, groups.size))
+        basis = jnp.reshape(groups.fill(self.basis), (d, blocks, groups.size))
         # One by one, so that XLA drops the derivatives of which nothing is used.
         stds = [safe_norm(parts[:, :, i] @ jnp.moveaxis(basis, 0, 2), axis=(0, 1)) for i in range(parts.shape[2])]
         return jnp.stack(stds)
@@ -102,13 +101,13 @@ class Modal(AbstractAdaptiveFactorisation):
                 "Modal() has one output scale for all components, but the prior's output_scale has one for each. "
                 "Pass a scalar output_scale, or use Dense()."
             )
-        return _PAIRS.lift(matrix, scale, d)
+        return PAIRS.lift(matrix, scale, d)
 
     def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
-        return _PAIRS.project(self._in_basis(jacobian))
+        return PAIRS.project(self._in_basis(jacobian))
 
     def couple(self, jacobians: Sequence[Float[Array, "d d"]]) -> Coupling:
-        return _PAIRS.couple([self._in_basis(jacobian) for jacobian in jacobians])
+        return PAIRS.couple([self._in_basis(jacobian) for jacobian in jacobians])
 
     def _in_basis(self, jacobian):
         return self.basis.T @ jacobian @ self.basis
@@ -118,8 +117,6 @@ class Modal(AbstractAdaptiveFactorisation):
         return self.basis.T @ other.basis
 
     def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
-        if hasattr(calibration, "leave_one_out"):
-            raise ValueError(refused(self, calibration))
         if not constraint.first_order or not constraint.problem.is_explicit or constraint.problem.num_rows > 1:
             raise ValueError(
                 "Modal() takes its directions from the Jacobian of an explicit equation: use TS1(ODE(f)), or another "

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .blocks import PAIRS
 from .coordinates import Conditional, determined_coordinates, from_coordinates
 from .factorisations import Layout
 from .linalg import triangularise_tall
@@ -23,10 +24,8 @@ from .normal import Normal, certain, deviation, pad
 
 def turn_state(x: Normal, turn: Float[Array, "d d"]) -> Normal:
     """The state ``x`` in the directions ``turn``, columns in terms of the old ones, with a square factor."""
-    (blocks, rows, dim), d = x.factor.shape, turn.shape[0]
-    size, more = min(2, d), -d % min(2, d)
-    n = dim // size
-    turns = jnp.reshape(jnp.pad(turn, ((0, more), (0, more))), (blocks, size, blocks, size))
+    (blocks, rows, dim), groups = x.factor.shape, PAIRS.groups(turn.shape[0])
+    size, n, turns = groups.size, dim // groups.size, groups.between(turn)
     mean = jnp.einsum("jna,jaib->inb", jnp.reshape(x.mean, (blocks, n, size)), turns)
     factor = jnp.einsum("jrna,jaib->ijrnb", jnp.reshape(x.factor, (blocks, rows, n, size)), turns)
     stacks = jnp.reshape(factor, (blocks, blocks * rows, dim))

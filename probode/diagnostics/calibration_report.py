@@ -184,7 +184,7 @@ def _whitened(marginals, truth, layout):
         error = layout.unpack(mean)[0] - u
         return _whiten(Normal(mean, factor), layout.pack(error[None])), jnp.abs(error), layout.std(factor)[0]
 
-    return over_times(one, layout, marginals, 1)(layout, marginals.mean, marginals.factor, truth)
+    return over_times(one, layout, marginals.mean, 3)(layout, marginals.mean, marginals.factor, truth)
 
 
 @batched

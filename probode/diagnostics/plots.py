@@ -99,7 +99,7 @@ def plot(
 def plot_phase(
     solution: Any, ax: Any = None, *, components: tuple[int, int] = (0, 1), std: float = 2.0, ellipses: int = 40
 ) -> Any:
-    """The axes with two components of the mean drawn against each other, and ellipses of their covariance.
+    """The axes with a phase plot: one component of the mean against another, with ellipses of their covariance.
 
     ``components``: the two indices into the ravelled ``u``. ``std``: the size of the ellipses, in standard deviations.
     ``ellipses``: their largest number. Where the factorisation keeps components independent the axes of the ellipses

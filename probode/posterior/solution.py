@@ -1,5 +1,6 @@
 """The result of a solve: the posterior at the saved times, how the solve ended, and what it cost."""
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -222,8 +223,7 @@ class Solution(eqx.Module):
         """
         self.layout.require_shared_algebra("The distribution of the whole u")
         if self.is_dense:
-            posterior = self.evaluate(t := as_scalar(t, "at(t)"))
-            marginals, layout, moves = posterior.marginals, posterior.layout, posterior.moves
+            known = self.evaluate(t := as_scalar(t, "at(t)"))
         else:
             self._single("at")
             t = as_scalar(t, "at(t)").astype(self.t.dtype)
@@ -233,12 +233,10 @@ class Solution(eqx.Module):
             i = self.t.size - 1 - xp.argmin(gap[::-1])
             near = gap[i] <= 4 * np.finfo(self.t.dtype).eps * abs(t)
             message = "at(t) needs a time that was saved, or a solve that keeps its steps (SaveAt(dense=True))"
+            known = self._saved.at(i)
             # Of the numbers themselves: of a single row the index would not be looked at, and the check left out.
-            marginals = require(jax.tree.map(lambda x: x[i], self.marginals), near, message, t=t)
-            layout = self.layout
-            layout = jax.tree.map(lambda x: x[i], layout) if layout.factorisation.adapts else layout
-            moves = None if self.spread is None else self.spread.means[:, i]
-        start = joint(layout, marginals, self.order, moves)
+            known = dataclasses.replace(known, marginals=require(known.marginals, near, message, t=t))
+        start = joint(known.layout, known.marginals, self.order, known.moves)
         means = tuple(self.layout.unravel(u) for u in start.mean)
         return Normal(means[0] if self.order == 1 else means, start.factor)
 
@@ -422,10 +420,7 @@ def _moved(states, moves, key):
 
 
 def _trajectory_of_u(states, layout):
-    def one(layout, state, _):
-        return layout.unravel(layout.unpack(state)[0])
-
-    return over_times(one, layout, Normal(states, states))(layout, states, states)
+    return over_times(lambda layout, x: layout.unravel(layout.unpack(x)[0]), layout, states, 1)(layout, states)
 
 
 def _draws(one, key, shape):

@@ -15,7 +15,6 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
-from ..algebra.factorisations import Layout
 from ..algebra.linalg import choose, detach, is_finite
 from ..algebra.normal import Normal
 from ..util.checks import as_triple
@@ -184,7 +183,6 @@ class Stepper(eqx.Module):
 
     control: Control
     interval: Interval
-    layout: Layout
     stops: Float[Array, " times"] | None
     smallest: Float[Array, ""]
     placeholder_dt: Float[Array, ""]
@@ -217,7 +215,6 @@ class Stepper(eqx.Module):
         return Stepper(
             control,
             interval,
-            now.layout,
             stops,
             shortest_near_zero(solve.dt),
             # The length of a step that is not taken, in lanes of a vmap: short, but with powers that are numbers.

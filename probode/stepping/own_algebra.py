@@ -29,7 +29,7 @@ class AbstractOwnAlgebra(AbstractFactorisation):
 
     @abstractmethod
     def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
-        """Raises ``ValueError`` for parts of a solver that this factorisation has no formulas for."""
+        """Nothing; raises ``ValueError`` for parts of a solver that this factorisation has no formulas for."""
 
     @abstractmethod
     def start(self, x: Normal) -> Normal:

@@ -370,7 +370,10 @@ class Step(eqx.Module):
         return lambda x: self.constraint.linearise(t, x, self.layout, self.args).residual
 
     def _condition(self, before, t, attempted, scale, past):
-        """The update, the equation that it is about, and how far the last of several linearisations has moved it."""
+        """The posterior after a step (``Update``), the equation that it is given, and the size of the last iteration.
+
+        That is by how much the last of several linearisations has moved the innovation; zero if there is only one.
+        """
         transition, equation, iteration = attempted.transition, attempted.equation, self.constraint.iteration
         predicted = Normal(attempted.mean, push(before.distribution, transition.matrix).factor)
         if self.calibration.relinearise:

@@ -158,7 +158,7 @@ class Subspace(AbstractOwnAlgebra):
         calibration: AbstractCalibration,
         error: AbstractErrorEstimate,
     ) -> None:
-        """Raises ``ValueError`` for parts of a solver with which this factorisation has no formulas."""
+        """Nothing; raises ``ValueError`` for parts of a solver with which this factorisation has no formulas."""
 
         def need(condition, part, words):
             if not condition:
