@@ -60,6 +60,7 @@ from .information.constraints import TS1 as TS1
 from .information.constraints import AbstractConstraint as AbstractConstraint
 from .information.constraints import Noisy as Noisy
 from .information.constraints import Stack as Stack
+from .information.events import Event as Event
 from .information.iteration import Iteration as Iteration
 from .information.observations import Observations as Observations
 from .information.regression import SLR0 as SLR0
@@ -69,6 +70,7 @@ from .information.regression import GaussHermite as GaussHermite
 from .information.regression import SphericalCubature as SphericalCubature
 from .information.regression import UnscentedTransform as UnscentedTransform
 from .ivp import solve_ivp as solve_ivp
+from .posterior.events import Occurrences as Occurrences
 from .posterior.solution import SaveAt as SaveAt
 from .posterior.solution import Solution as Solution
 from .priors.iwp import IWP as IWP

@@ -20,17 +20,19 @@ from .estimation.calibration import AbstractLeaveOneOut
 from .estimation.strategies import Filter
 from .information.observations import Observations
 from .posterior.assemble import answer
+from .posterior.events import occurrences
 from .posterior.solution import Solution
 from .posterior.uncertain_start import push_forward
 from .requests import Request
 from .stepping.adaptive import begin, end, is_running
+from .stepping.events import Events
 from .stepping.keeping import solve_keeping_steps, solve_keeping_times
 from .stepping.kept import Kept, Row
 from .stepping.restarts import starts_uncertain
 from .stepping.spread import value_and_moves
 from .stepping.step import Step
 from .stepping.step_sizes import Control, bounded_step, first_step
-from .stepping.stops import restart_at_stops
+from .stepping.stops import restart_at_jumps
 from .stepping.times import beside
 from .util.checks import is_traced
 from .util.tracing import compiled
@@ -49,7 +51,8 @@ def answer_request(solver: Any, request: Request, args: PyTree) -> Solution:
     """The ``Solution`` of an adaptive solve, pushed forward along the directions in which its start is uncertain."""
     if request.start.directions is not None:
         return _solve_uncertain(solver, request, args)
-    if not _keeps_steps(solver, request) or is_traced(solver, request, args) or solver.controller.limits.stops.size:
+    jumps = request.events is not None or solver.controller.limits.stops.size
+    if jumps or not _keeps_steps(solver, request) or is_traced(solver, request, args):
         return _solve_adaptive(solver, request, args)
     begun = _begun(solver, request, args)
     # The user's function may close over traced values.
@@ -95,14 +98,14 @@ def _begun(solver, request, args):
 @compiled
 def _piece(solver, request, args, solve, room):
     step, control = _parts(solver, request, args)
-    kept = _keep_steps(solver, request, step, control, solve, room)
-    return *kept, is_running(kept[0], request.interval, solver.loop)
+    solve, rows, reached, _ = _keep_steps(solver, request, step, control, solve, room)
+    return solve, rows, reached, is_running(solve, request.interval, solver.loop)
 
 
 @compiled
 def _answer(solver, request, args, solve, rows, reached):
-    step, _ = _parts(solver, request, args)
-    return _answer_with(solver, request, step, solve, rows, reached, dense=True)
+    step, control = _parts(solver, request, args)
+    return _answer_with(solver, request, step, control, solve, rows, reached, None, dense=True)[0]
 
 
 @compiled
@@ -111,16 +114,33 @@ def _solve_adaptive(solver: Any, request: Request, args: PyTree) -> Solution:
 
     ``Solution.result`` says whether the solve has failed.
     """
+    solution, happenings = _solved(solver, request, args)
+    return _with_events(solution, request, solver, args, happenings)
+
+
+def _with_events(solution, request, solver, args, happenings, moves=None):
+    """The solution with its events. ``moves``: how the states at these move with an uncertain start."""
+    if request.events is None:
+        return solution
+    _, control = _parts(solver, request, args)
+    spread, ended = solution.spread, solution.state
+    moving = None if spread is None else spread.trajectory
+    events = occurrences(control.events, happenings, ended, solution.trajectory, moving, moves)
+    return dataclasses.replace(solution, events=events)
+
+
+def _solved(solver, request, args):
+    """The ``Solution`` without its events, and the states at these as they were kept."""
     step, control, begun = _begin(solver, request, args)
     if dense := _keeps_steps(solver, request):
-        solve, rows, reached = _keep_steps(solver, request, step, control, begun)
+        kept = _keep_steps(solver, request, step, control, begun)
     else:
         save_at = request.save_at
         # At ``t1`` alone smoother and filter agree: without this line conditionals would be computed and not used.
         strategy = solver.strategy if save_at.ts is not None or save_at.t0 else Filter()
         times = jnp.zeros(0, request.layout.dtype) if save_at.ts is None else jnp.asarray(save_at.ts)
-        solve, rows, reached = solve_keeping_times(step, control, strategy, begun, request.interval, times)
-    return _answer_with(solver, request, step, solve, rows, reached, dense=dense)
+        kept = solve_keeping_times(step, control, strategy, begun, request.interval, times)
+    return _answer_with(solver, request, step, control, *kept, dense=dense)
 
 
 def _keep_steps(solver, request, step, control, solve, room=None):
@@ -128,9 +148,9 @@ def _keep_steps(solver, request, step, control, solve, room=None):
     return solve_keeping_steps(step, control, solver.strategy, solve, request.interval, influence=influence, room=room)
 
 
-def _answer_with(solver, request, step, solve, rows, reached, *, dense):
-    kept = Kept(rows, reached, dense, most=solver.loop.max_steps)
-    return answer(request.save_at, kept, end(solve, request.interval), step, solver.loop)
+def _answer_with(solver, request, step, control, solve, rows, reached, happenings, *, dense):
+    kept, ended = Kept(rows, reached, dense, most=solver.loop.max_steps), end(solve, request.interval)
+    return answer(request.save_at, kept, ended, step, solver.loop, control.events, happenings)
 
 
 def _parts(solver, request, args):
@@ -143,6 +163,9 @@ def _parts(solver, request, args):
         # Two equal steps to a datum instead of a very short last one, whose residual would be round-off, and likewise
         # what it adds to a likelihood.
         control = dataclasses.replace(control, must_hit=request.data.ts, halve_before_hit=True)
+    if request.events is not None:
+        events = Events(request.events, solver.constraint.problem, args, request.max_events)
+        control = dataclasses.replace(control, events=events)
     # An uncertain start, and a state conditioned on data, are rightly updated by residuals that the noise of a step
     # does not explain: such steps must not be refused.
     doubts = not solver.calibration.is_local and request.data is None and start.is_certain
@@ -159,11 +182,13 @@ def _begin(solver, request, args):
         layout.require_own_equations("stop_at")
         behind, until = beside(t0, interval.direction, stops), interval.nearest(stops, t0)
     state = start.state(step, solver.initialisation, t0, behind)
+    if control.events is not None:
+        control.events.check(t0, layout)
     if start.directions is not None and start.resumed is None:
         mean = lambda u0: start.at(u0).state(step, solver.initialisation, t0, behind).distribution.mean  # noqa: E731
         _, spread = detach(value_and_moves(mean, detach(start.mean), start.directions))
         state = dataclasses.replace(state, spread=spread)
-    if stops is not None and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
+    if control.jumps and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
         distribution = pad(state.distribution, state.distribution.mean.shape[-2])
         state = dataclasses.replace(state, distribution=distribution)
     if request.dt0 is not None:
@@ -195,15 +220,19 @@ def _moving_with_time(step, state, interval):
 def _go_on(step, control, begun, before, interval, *, choose_dt):
     """The solve ``begun`` with the controller's memory of the one ``before``, which it resumes.
 
-    If that has ended at a jump of the equation, without a restart, the state is restarted behind it.
+    If that has ended at a jump of the equation, without a restart, the state is restarted behind it. What it knew of
+    events, such as that it has ended at one, is still known if they are as many.
     """
     begun = dataclasses.replace(begun, controller=before.controller)
-    passing_stop = restart_at_stops(step, control, begun, interval, None)
-    if passing_stop is None:
+    if begun.watch is not None and before.watch is not None and begun.watch.side.shape == before.watch.side.shape:
+        begun = dataclasses.replace(begun, watch=dataclasses.replace(begun.watch, side=before.watch.side))
+    pass_jump = restart_at_jumps(step, control, begun, interval, None)
+    if pass_jump is None:
         return begun
     if before.last_restart is not None:
         begun = dataclasses.replace(begun, last_restart=before.last_restart)
-    new, *_ = passing_stop(begun, None, begun.last_restart.t != begun.t)
+    happen = None if begun.watch is None else jnp.zeros(begun.watch.counts.shape, bool)
+    new, *_ = pass_jump(begun, None, begun.last_restart.t != begun.t, happen)
     return new if choose_dt else dataclasses.replace(new, dt=begun.dt)
 
 
@@ -212,6 +241,8 @@ def _solve_uncertain(solver, request, args):
     start = request.start
 
     def solve(mean):
-        return _solve_adaptive(solver, dataclasses.replace(request, start=start.at(mean)), args)
+        return _solved(solver, dataclasses.replace(request, start=start.at(mean)), args)
 
-    return push_forward(solve, start.mean, start.directions)
+    solution, happenings, tangents = push_forward(solve, start.mean, start.directions)
+    moves = None if happenings is None else jnp.moveaxis(tangents.distribution.mean, 0, 1)
+    return _with_events(solution, request, solver, args, happenings, moves)

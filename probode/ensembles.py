@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from .adaptive_solve import answer_request
+from .information.events import as_events
 from .posterior.solution import Solution
 from .requests import bind, check_request, floats_to_arrays
 from .solver import Solver
@@ -41,6 +42,8 @@ def solve_ensemble(
     lanes_per_block: Any = None,
     cost: Any = None,
     mesh: Mesh | None = None,
+    events: Any = None,
+    max_events: Any = 64,
 ) -> Solution:
     """The ``Solution`` of the same equation for many initial values, intervals or parameters, with a leading axis.
 
@@ -49,7 +52,7 @@ def solve_ensemble(
       an uncertain initial value (``Normal``) in its mean and its factor.
     - ``in_axes``: the axes of lanes of ``(u0s, t0, t1, args)``, as in ``jax.vmap``; by default the first axis of
       ``u0s`` alone.
-    - ``save_at``, ``dt0``: as in ``Solver.solve``, shared by all lanes.
+    - ``save_at``, ``dt0``, ``events``, ``max_events``: as in ``Solver.solve``, shared by all lanes.
     - ``lanes_per_block``: how many lanes step together, as under ``jax.vmap``; by default one on CPUs, on accelerators
       all lanes of a device.
     - ``cost``: ``(lanes,)``, an estimate of the work of each lane, in any unit. Lanes of similar cost then share a
@@ -68,7 +71,8 @@ def solve_ensemble(
     >>> solutions.mean.shape  # lanes, times, components
     (3, 1, 2)
     """
-    solver, args = floats_to_arrays((solver, args))
+    events = None if events is None else as_events(events)
+    solver, args, events = floats_to_arrays((solver, args, events))
     operands = jax.tree.map(_automatic_sharding, (u0s, t0, t1, args))
     axes = _axes(in_axes, operands)
     lanes = _number_of_lanes(operands, axes)
@@ -78,7 +82,8 @@ def solve_ensemble(
     # A lane whose interval is empty stays at its start: the lane that is checked has another one, if there is any.
     one = 0 if is_traced(t0s, t1s) else int(np.argmax(np.atleast_1d(np.asarray(t0s) != np.asarray(t1s))))
     u0, one_t0, one_t1, one_args = eqx.combine(jax.tree.map(lambda x: x[one], mapped), shared)
-    request = check_request(solver, u0, one_t0, one_t1, save_at, dt0)
+    most = as_integer(max_events, "max_events", 1)
+    request = check_request(solver, u0, one_t0, one_t1, save_at, dt0, events=events, max_events=most)
     times = _check_times(u0s, t0s, t1s, request)
     # Of lanes with times of their own some may begin where they end.
     may_be_empty = request.may_be_empty or axes[1] is not None or axes[2] is not None

@@ -56,12 +56,14 @@ def solve_ivp(
     throw: bool = True,
     progress: Any = None,
     data: Observations | None = None,
+    events: Any = None,
+    max_events: Any = 64,
 ) -> Solution:
     """The ``Solution`` of ``u' = f(t, u, args)`` from ``u0``, with a standard choice of the solver's parts.
 
     - ``vector_field``: called as ``f(t, u, args)``; returns a PyTree like ``u``.
     - ``t_span``: the pair ``(t0, t1)``.
-    - ``u0``, ``args``, ``throw``, ``progress``, ``data``: as in ``Solver.solve``.
+    - ``u0``, ``args``, ``throw``, ``progress``, ``data``, ``events``, ``max_events``: as in ``Solver.solve``.
     - ``method``: ``"EK1"``, an extended Kalman filter with the full Jacobian and a dense covariance, for small and for
       stiff problems; ``"EK0"``, which needs no Jacobian and has an isotropic covariance, for large problems that are
       not stiff, but whose uncertainty does not know that solutions may diverge, and is far too small where they do; or
@@ -123,7 +125,19 @@ def solve_ivp(
         initialisation=TaylorMode() if initialisation is None else initialisation,
     )
     first = dt0 if first_step is None else first_step
-    return solver.solve(u0, t0, t1, args=args, save_at=save_at, dt0=first, throw=throw, progress=progress, data=data)
+    return solver.solve(
+        u0,
+        t0,
+        t1,
+        args=args,
+        save_at=save_at,
+        dt0=first,
+        throw=throw,
+        progress=progress,
+        data=data,
+        events=events,
+        max_events=max_events,
+    )
 
 
 def _method(

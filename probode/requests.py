@@ -19,9 +19,10 @@ from .equations.problems import AbstractProblem
 from .estimation.calibration import AbstractCalibration
 from .estimation.initialisation import InitialState
 from .estimation.strategies import AbstractStrategy
+from .information.events import Event
 from .information.observations import Observations
 from .posterior.solution import SaveAt, Solution
-from .posterior.uncertain_start import check_uncertain, directions_of
+from .posterior.uncertain_start import check_moves, check_uncertain, directions_of
 from .stepping.adaptive import AdaptiveState
 from .stepping.controllers import AbstractController
 from .stepping.progress import AbstractProgress
@@ -39,6 +40,7 @@ class Request(eqx.Module):
     - ``dt0``: the length of the first attempt; ``None`` if it is to be chosen.
     - ``layout``: how the state is stored.
     - ``data``: observations, if any; ``progress``: the meter, if any.
+    - ``events``: if there are any; ``max_events``: how often they may happen.
     - ``must_hit``: times at which steps end without a jump of the equation, if any.
     - ``may_be_empty``: whether ``t0`` and ``t1`` may be equal: they are different where they are known.
     """
@@ -50,6 +52,8 @@ class Request(eqx.Module):
     layout: Layout
     data: Observations | None = None
     progress: AbstractProgress | None = None
+    events: tuple[Event, ...] | None = None
+    max_events: int = eqx.field(static=True, default=64)
     must_hit: Float[Array, " times"] | None = None
     may_be_empty: bool = eqx.field(static=True, default=False)
 
@@ -63,6 +67,8 @@ def check_request(
     dt0: Any,
     data: Observations | None = None,
     progress: AbstractProgress | None = None,
+    events: tuple[Event, ...] | None = None,
+    max_events: int = 64,
 ) -> Request:
     """The ``Request`` of a call ``solver.solve(...)``; raises ``TypeError`` or ``ValueError`` for wrong input.
 
@@ -83,11 +89,15 @@ def check_request(
         if start.resumed is not None:
             message = "What is seen at the time from which a solve goes on belongs to the solve before"
             data = eqx.tree_at(lambda d: d.ts, data, require(data.ts, data.ts != t0, message))
+    if events is not None:
+        t1 = check_events(events, solver.constraint.problem, layout, t0, t1)
     may_be_empty = is_traced(t0, t1)
     t0, t1, ts, dt0 = (None if x is None else jnp.asarray(x) for x in (t0, t1, ts, dt0))
     if ts is not None:
         save_at = eqx.tree_at(lambda s: s.ts, save_at, ts)
-    return Request(start, Interval(t0, t1), save_at, dt0, layout, data, progress, may_be_empty=may_be_empty)
+    return Request(
+        start, Interval(t0, t1), save_at, dt0, layout, data, progress, events, max_events, may_be_empty=may_be_empty
+    )
 
 
 def bind(solver: Any, u0: PyTree, *, uncertain: bool = False) -> tuple[AbstractStart, Layout]:
@@ -236,6 +246,30 @@ def check_data(data: Any, calibration: AbstractCalibration, start: AbstractStart
             "An uncertain u0 is pushed forward along the solution, and learns nothing from data. Pass an InitialState "
             "(from solver.initialise) with a factor of its own."
         )
+
+
+def check_events(
+    events: tuple[Event, ...],
+    problem: AbstractProblem,
+    layout: Layout,
+    t0: Array | np.ndarray,
+    t1: Array | np.ndarray,
+) -> Array | np.ndarray:
+    """``t1`` unchanged; raises ``ValueError`` for events that a solve cannot have, as a known time that is ``t0``."""
+    layout.require_shared_algebra("An event")
+    for event in events:
+        if event.reset is not None:
+            check_moves(layout.factorisation, layout.size, "a reset")
+            layout.require_own_equations("A reset")
+            if not problem.is_explicit and not event.is_scheduled:
+                raise ValueError(
+                    "A reset where a function crosses zero needs an equation solved for its highest derivative (ODE): "
+                    "for a Residual the velocity behind the event is not known. Resets at known times are possible."
+                )
+        if event.is_scheduled:
+            message = "A known time of an Event is t0: what happens there belongs into u0"
+            t1 = require(t1, (event.g.astype(layout.dtype) != t0).all(), message, t0=t0)
+    return t1
 
 
 def data_between(data: Observations, t0: Array | np.ndarray, t1: Array | np.ndarray, layout: Layout) -> Observations:

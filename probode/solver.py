@@ -25,6 +25,7 @@ from .estimation.calibration import AbstractCalibration, AbstractLeaveOneOut, Dy
 from .estimation.initialisation import AbstractInitialisation, InitialState, TaylorMode
 from .estimation.strategies import AbstractStrategy, Filter
 from .information.constraints import AbstractConstraint
+from .information.events import Event, as_events
 from .information.observations import Observations
 from .posterior.assemble import answer
 from .posterior.reasons import raise_unless_successful
@@ -44,7 +45,7 @@ from .stepping.starts import FromValues
 from .stepping.state import State
 from .stepping.step_sizes import smallest_error
 from .util import describe
-from .util.checks import require_flag
+from .util.checks import as_integer, require_flag
 from .util.tracing import compiled
 from .util.words import hinted
 
@@ -148,6 +149,8 @@ class Solver(eqx.Module):
         throw: Any = True,
         progress: Any = None,
         data: Observations | None = None,
+        events: Any = None,
+        max_events: Any = 64,
     ) -> Solution:
         """The ``Solution`` from ``t0`` to ``t1``, with steps chosen by the error estimate and the controller.
 
@@ -163,6 +166,9 @@ class Solver(eqx.Module):
         - ``progress``: a meter to which the share of the interval that is done is reported, such as ``TextProgress()``
           or ``TqdmProgress()``.
         - ``data``: observations on which the posterior is conditioned as well; steps end at their times.
+        - ``events``: an ``Event`` or a PyTree of them; when they happened is in ``Solution.events``. Steps end at
+          events. One that ends the solve is a success: the last saved state is at its time.
+        - ``max_events``: how often they may happen, all together; with more the solve ends, and has failed.
 
         ``eqx.filter_jit(solver.solve)`` and ``jax.jit(solver.solve, static_argnames="throw")`` work; the second
         compiles anew for every solver. ``jax.vmap`` maps arguments given by name, too, along their first axis: map a
@@ -172,12 +178,14 @@ class Solver(eqx.Module):
         help. With ``throw=False`` nothing raises, also later: times of ``save_at`` that were not reached are NaN, and
         in place of ``t1`` stand the time and the state that were reached; see ``Solution.result``. Raises ``TypeError``
         or ``ValueError`` for wrong input, for an uncertain ``u0`` or data together with a calibration that rescales all
-        covariances at the end, and for parts that do not support what is asked for.
+        covariances at the end, and for parts that do not support what is asked for: ``Subspace`` knows no events, and
+        ``Isotropic``, ``Blocks`` and ``Modal`` no resets.
         """
         require_flag(throw, "throw")
         if not isinstance(progress, AbstractProgress | None):
             raise TypeError(f"progress must be a meter, such as TextProgress() or TqdmProgress(), got {progress!r}.")
-        solution = solve_through(self, None, u0, t0, t1, args, save_at, dt0, data, progress)
+        bounds = {} if events is None else {"events": as_events(events), "max_events": max_events}
+        solution = solve_through(self, None, u0, t0, t1, args, save_at, dt0, data, progress, **bounds)
         return raise_unless_successful(solution, self, t0, t1) if throw else solution
 
     @hinted
@@ -277,6 +285,8 @@ def solve_through(
     dt0: Any = None,
     data: Observations | None = None,
     progress: AbstractProgress | None = None,
+    events: tuple[Event, ...] | None = None,
+    max_events: Any = 64,
 ) -> Solution:
     """The ``Solution`` of an initial value problem, computed with steps that end at the times ``through``, if any.
 
@@ -285,7 +295,8 @@ def solve_through(
     Unlike at the controller's ``stop_at`` the equation does not jump there, and the state is not restarted.
     """
     given, (solver, args) = solver, requests.floats_to_arrays((solver, args))
-    request = requests.check_request(given, u0, t0, t1, save_at, dt0, data, progress)
+    events, max_events = requests.floats_to_arrays(events), as_integer(max_events, "max_events", 1)
+    request = requests.check_request(given, u0, t0, t1, save_at, dt0, data, progress, events, max_events)
     request = dataclasses.replace(request, must_hit=through)
     with _named(solver, request.layout, args):
         return answer_request(solver, request, args)
@@ -322,8 +333,8 @@ def _step(solver, state, dt, args):
 @compiled
 def _solve_grid(solver, start, grid, args, layout, data):
     if start.directions is not None:
-        solve = lambda mean: _solve_grid(solver, FromValues(mean), grid, args, layout, None)  # noqa: E731
-        return push_forward(solve, start.mean, start.directions)
+        solve = lambda mean: (_solve_grid(solver, FromValues(mean), grid, args, layout, None), None)  # noqa: E731
+        return push_forward(solve, start.mean, start.directions)[0]
     step = step_of(solver, layout, args, data)
     state = start.state(step, solver.initialisation, grid[0])
     remember, influences = solver.strategy.remember, isinstance(solver.calibration, AbstractLeaveOneOut)
@@ -344,7 +355,7 @@ def _solve_grid(solver, start, grid, args, layout, data):
     steps = jnp.asarray(grid.size - 1, jnp.int32)
     ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
     kept = Kept(rows, jnp.ones(grid.size, bool), dense=True, most=grid.size - 1)
-    return answer(SaveAt(t0=True, steps=True, dense=True), kept, ended, step, solver.loop)
+    return answer(SaveAt(t0=True, steps=True, dense=True), kept, ended, step, solver.loop)[0]
 
 
 def _part(name, value, kind, *others):

@@ -29,8 +29,8 @@ class Blocks(AbstractCoupledFactorisation):
     With groups of ``s`` of ``d`` components a step costs ``O(d^3 + n^3 d s^2)`` for ``n`` derivatives, where ``Dense``
     takes ``O(n^3 d^3)``. With ``TS1`` and ``SLR1`` there is one output scale for all groups, with ``TS0``, which does
     not couple them, one for each. It works with an ``ODE`` of any order (lifted only with ``TS0``), without ``Stack``,
-    ``Noisy``, ``stop_at`` and leave-one-out residuals. Of what data observe each group keeps its own part, as each
-    component does under ``BlockDiagonal``.
+    ``Noisy``, ``stop_at`` and leave-one-out residuals. If data involve several groups, each group is updated by its own
+    block of their Jacobian: the rows and columns for its own components.
 
     Raises ``TypeError`` for a partition that does not consist of integers, ``ValueError`` for a block size below 1 and,
     in a solve, for labels that do not fit ``u`` or parts that it does not work with.
@@ -56,16 +56,16 @@ class Blocks(AbstractCoupledFactorisation):
     def fit(self, u: PyTree) -> "Blocks":
         if not isinstance(self.labels, _Labels):
             return self
-        return Blocks(np.asarray(self.labels.like(u)))
+        return Blocks(np.asarray(self.labels.labels_for(u)))
 
     def groups(self, d: int) -> "_Groups":
-        """Which of ``d`` components each block has."""
+        """The groups of ``d`` components, and the place of each component among them."""
         if isinstance(self.labels, int):
-            return _groups(tuple(i // self.labels for i in range(d)))
+            return _groups_of(tuple(i // self.labels for i in range(d)))
         ((shape, values), *others) = self.labels.leaves
         if others or shape != (d,):
             raise ValueError(f"{self!r} does not fit {d} components.")
-        return _groups(values)
+        return _groups_of(values)
 
     def batch_shape(self, d: int) -> tuple[int, ...]:
         return (self.groups(d).number,)
@@ -119,7 +119,7 @@ class _Labels(NamedTuple):
         leaves = [np.reshape(values, shape).tolist() for shape, values in self.leaves]
         return repr(jax.tree.unflatten(self.structure, leaves))
 
-    def like(self, u: PyTree) -> tuple[int, ...]:
+    def labels_for(self, u: PyTree) -> tuple[int, ...]:
         """The labels of all numbers of ``u``, ravelled."""
         example, structure = jax.tree.flatten(u)
         shapes, leaves = jax.tree.map(jnp.shape, u), self.leaves
@@ -173,7 +173,7 @@ class _Groups(NamedTuple):
 
 
 @ft.cache
-def _groups(labels: tuple[int, ...]) -> _Groups:
+def _groups_of(labels: tuple[int, ...]) -> _Groups:
     names, group, count = np.unique(labels, return_inverse=True, return_counts=True)
     within = np.zeros(len(labels), int)
     for i in range(len(names)):
@@ -182,5 +182,5 @@ def _groups(labels: tuple[int, ...]) -> _Groups:
     return _Groups(len(names), size, tuple((group * size + within).tolist()))
 
 
-# Neighbours two by two, as they stand in the layout of ``Modal``.
+# The layout of ``Modal``: directions ``2i`` and ``2i+1`` form a pair.
 PAIRS = Blocks(2)

@@ -9,11 +9,12 @@ by block: ::
     A = [B]     S = A^T A,     w | z ~ N(-A S^-1 z, F^T F),     F = G^-T [I, -L],     L = B D^-1,     G^T G = I + L L^T
         [D]
 
-``S^(1/2)`` and ``G`` are triangles of stacks, of ``[D; B]`` and ``[I; L^T]``. Nothing is subtracted: a stiff direction,
-in which ``L`` is 1e8, has its variance of 1e-16 with all digits.
+``S^(1/2)`` and ``G`` are triangles of stacks, of ``[D; B]`` and ``[I; L^T]``. Nothing is subtracted, so a variance of
+1e-16 (``L`` = 1e8) keeps full relative accuracy.
 
-Axes: ``blocks`` of ``s`` components, ``d`` equations in all, ``q = k s``, and the leading ``p = q + s`` entries of the
-state of a block.
+Axes: ``blocks`` of ``s`` components; ``d`` equations in all, of order ``k``; ``q = k s`` and ``bq = blocks * q``; the
+leading ``p = q + s`` entries of the state of a block. The equations are in the order of the blocks, which need not be
+that of the components.
 """
 
 from abc import abstractmethod
@@ -36,8 +37,9 @@ class AbstractCoupledFactorisation(AbstractFactorisation):
 
     A subclass defines ``fit`` and ``couple`` beside the methods of ``AbstractFactorisation``, in which its
     batch has one axis, for the blocks; ``project`` returns the part of each block's own equations.
-    ``couples_equations`` is true. Not for data that couple blocks, ``stop_at``, equations of general form and
-    leave-one-out residuals.
+    ``couples_equations`` is true. It does not work with ``stop_at``, equations of general form and leave-one-out
+    residuals. If data involve several blocks, each block is updated by its own part of them: that which ``project``
+    keeps of their Jacobian.
 
     >>> import probode
     >>> isinstance(probode.Blocks(2), probode.AbstractCoupledFactorisation)
@@ -60,7 +62,8 @@ class AbstractAdaptiveFactorisation(AbstractCoupledFactorisation):
 
     A subclass defines ``check``, ``adapt``, ``turn_to`` and ``std`` beside the methods of
     ``AbstractCoupledFactorisation``.
-    ``adapts`` is true. ``lanes``: how many leading axes its arrays have, for times and for a batch of solutions.
+    ``adapts`` is true; data and an uncertain ``u0`` are refused. ``lanes``: how many leading axes its arrays have, for
+    times and for a batch of solutions.
 
     >>> import probode
     >>> isinstance(probode.Modal(), probode.AbstractAdaptiveFactorisation)
@@ -72,7 +75,7 @@ class AbstractAdaptiveFactorisation(AbstractCoupledFactorisation):
 
     @abstractmethod
     def check(self, prior: Any, constraint: Any, strategy: Any, calibration: Any, error: Any) -> None:
-        """Nothing; raises ``ValueError`` for parts of a solver with which this factorisation does not work."""
+        """Raises ``ValueError`` for parts of a solver with which this factorisation does not work; returns nothing."""
 
     @abstractmethod
     def adapt(
@@ -97,9 +100,11 @@ class Coupling(eqx.Module):
     """The whole derivative of an explicit equation with respect to a state that is kept in independent blocks.
 
     - ``matrix``: of all ``d`` equations with respect to the leading ``p`` entries of each block; the last ``s`` columns
-      are the identity on ``u^(k)``.
-    - ``places``: where each equation stands among the ``blocks * s`` rows of a residual in the layout, of which some
-      are empty where blocks differ in size.
+      are the identity on ``u^(k)``. Rows are in the order of ``places``, not of the components: those of
+      ``Blocks([0, 1, 0, 1])`` are the equations of the components 0, 2, 1, 3.
+    - ``places``: where each row of ``matrix`` stands among the ``blocks * s`` rows of a residual in the layout, of
+      which some are empty where blocks differ in size; increasing.
+    - ``size``: ``s``, the number of components of a block, of the largest one where blocks differ in size.
     """
 
     matrix: Float[Array, "blocks d p"]
@@ -107,7 +112,7 @@ class Coupling(eqx.Module):
     size: int = eqx.field(static=True)
 
     def flat(self, z: Float[Array, "blocks s cols"]) -> Float[Array, "d cols"]:
-        """A residual in the layout as that of all equations, one below the other."""
+        """A residual in the layout as that of all equations, one below the other in the order of ``places``."""
         return jnp.reshape(z, (-1, z.shape[-1]))[np.asarray(self.places)]
 
     def split(self, z: Float[Array, "d cols"]) -> Float[Array, "blocks s cols"]:
@@ -122,7 +127,7 @@ class Coupling(eqx.Module):
         return jnp.zeros((rows, *z.shape[1:]), z.dtype).at[np.asarray(self.places)].set(z)
 
     def times(self, x: Float[Array, "blocks p cols"]) -> Float[Array, "blocks s cols"]:
-        """The product with the leading entries of all blocks."""
+        """``H x`` in the layout of a residual, for the leading entries ``x`` of the states of all blocks."""
         return self.split(jnp.einsum("bdp,bpc->dc", self.matrix, x))
 
     def columns(self, root: Float[Array, "rows d"]) -> Float[Array, "blocks rows s"]:
@@ -137,7 +142,7 @@ class Coupling(eqx.Module):
         """What all equations have together, repeated for each block."""
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.matrix.shape[0], *x.shape)), shared)
 
-    def observed(self, roots: Float[Array, "blocks p p"]) -> tuple[Float[Array, "kq d"], Float[Array, "d d"]]:
+    def observed(self, roots: Float[Array, "blocks p p"]) -> tuple[Float[Array, "bq d"], Float[Array, "d d"]]:
         """``B`` and ``D``, for blocks with these upper triangular right square roots."""
         a, q = jax.vmap(lambda r, h: product(r, h.T))(roots, self.matrix), roots.shape[-1] - self.size
         b, d = (jnp.reshape(x, (-1, x.shape[-1])) for x in (a[:, :q], a[:, q:]))
@@ -156,7 +161,8 @@ class Coupling(eqx.Module):
     def conditioned(self, roots: Float[Array, "blocks p p"]) -> Float[Array, "blocks p p"]:
         """Upper triangular roots of the covariances of the coordinates of each block, given the equation."""
         (below, _), q = self.observed(roots), roots.shape[-1] - self.size
-        # D has the blocks of the roots. Where one has no variance, neither has the equation.
+        # The blocks of D are the lower right corners of ``roots``, as H is the identity there. Zero pivots give zero
+        # slopes (``substitute``).
         own, columns = roots[:, q:, q:], self.columns(below)
         slopes = jax.vmap(lambda r, b: substitute(r, b.T))(own, columns)  # L^T, the rows of each block
         rows = jnp.reshape(slopes, (-1, below.shape[0]))

@@ -59,7 +59,7 @@ def covariance(layout: Layout, state: Normal, k: int, moves: Float[Array, "N ...
     std = moments(layout, state, k).std
 
     def one(layout, mean, factor, std, *moves):
-        root = _root(layout, mean, factor, moves, k, k + 1)
+        root = root_of(layout, mean, factor, moves, k, k + 1)
         cov, variance = product(root.T, root), jnp.square(layout.ravel(std))
         # The estimated deviation of a derivative that has no variance stands for errors whose correlations are unknown.
         return cov + jnp.diag(jnp.where(jnp.diagonal(cov) > 0, 0, variance))
@@ -75,11 +75,13 @@ def joint(layout: Layout, state: Normal, k: int, moves: Float[Array, "N ..."] | 
 
     ``moves``: see ``widen``; ``None`` for a certain start.
     """
-    root = _root(layout, state.mean, state.factor, () if moves is None else (moves,), 0, k)
+    root = root_of(layout, state.mean, state.factor, () if moves is None else (moves,), 0, k)
     return Normal(layout.unpack(state.mean)[:k], triangularise(None, root))
 
 
-def _root(layout, mean, factor, moves, first, last):
+def root_of(
+    layout: Layout, mean: Float[Array, "*state"], factor: Float[Array, "..."], moves: tuple, first: int, last: int
+) -> Float[Array, "rows numbers"]:
     """A right square root of the covariance of ``u^(first), ..., u^(last - 1)``, ``(rows, (last - first) d)``."""
 
     def part(state):

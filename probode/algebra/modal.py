@@ -35,12 +35,12 @@ class Modal(AbstractAdaptiveFactorisation):
     from 1e-3 to 1e-6, errors squared over variances, averaged over the components at the end, were between 0.0005 and
     2 with ``IWP(5)`` (``Dense``: 0.0007 and 0.02 on HIRES), and up to 16 with ``IWP(4)``.
 
-    It works with ``TS1`` and ``SLR1`` of an ``ODE`` of order one or two (the directions are those of the derivative
-    with respect to ``u``), priors with one output scale for all components, and all strategies. A
-    ``FixedPointSmoother`` keeps all steps under it. Not with data, an uncertain ``u0``, ``stop_at``, lifted equations
-    and leave-one-out residuals. The factor of an ``InitialState`` is that of neighbouring pairs of components.
-    Gradients take the directions as constant. Under ``jax.vmap`` of a solve every step of every lane computes a Schur
-    form; ``solve_ensemble`` does not. They are only available on CPUs: elsewhere use ``Dense`` or ``Subspace``.
+    It works with ``TS1`` and ``SLR1`` of an ``ODE`` of any order (the directions are those of the derivative with
+    respect to ``u``), priors with one output scale for all components, and all strategies. A ``FixedPointSmoother``
+    keeps all steps under it. It does not work with data, an uncertain ``u0``, ``stop_at``, lifted equations and
+    leave-one-out residuals. The factor of an ``InitialState`` is that of neighbouring pairs of components. Gradients
+    take the directions as constant. Under ``jax.vmap`` of a solve every step of every lane computes a Schur form;
+    ``solve_ensemble`` does not. JAX has Schur forms on CPUs only: elsewhere use ``Dense`` or ``Subspace``.
 
     - ``basis``, ``order``: not to be passed. In the layout of a state they are its directions, as columns, and their
       order in the Schur form.
@@ -137,7 +137,7 @@ class Modal(AbstractAdaptiveFactorisation):
 
 
 def _have_turned(jacobian, order, dt):
-    """Whether the directions are no longer those of the Jacobian, in units of one over the length of a step."""
+    """Whether max ``|J_ij| / (|J_ii| + |J_jj| + 1 / |dt|)`` below the diagonal blocks of ``J`` exceeds ``_TURN``."""
     size = jnp.abs(jnp.diagonal(jacobian)) + 0.5 / jnp.abs(dt)
     below = order[:, None] > order[None]
     return jnp.max(jnp.where(below, jnp.abs(jacobian) / (size[:, None] + size[None]), 0)) > _TURN
@@ -147,8 +147,8 @@ def schur_directions(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], 
     """Orthonormal directions in which a matrix is triangular but for blocks of two; and the order of these directions.
 
     The two of each complex pair of eigenvalues come first, side by side; of real eigenvalues any two may stand
-    together. The matrix has no entries in a direction from one with a smaller number in the order; those of a pair have
-    the same. For a finite matrix.
+    together. With the directions as the columns of ``B``, ``(B^T M B)[i, j] = 0`` wherever ``order[i] > order[j]``; the
+    two of a complex pair share a number. For a finite matrix ``M``.
     """
     triangle, directions = jax.scipy.linalg.schur(matrix)
     below = jnp.diagonal(triangle, -1) != 0

@@ -1,8 +1,9 @@
 """States in pairs of directions, of which the directions are changed in the course of a solve.
 
 The covariance of a state consists of independent blocks, one for each pair of directions. In new directions the blocks
-are again those of the pairs: what would correlate them is dropped. For smoothers an earlier state is then known given
-the later one in the old directions, and that one given itself in the new ones.
+are again those of the pairs: what would correlate them is dropped. A smoother has the coordinates ``w`` of an earlier
+state given those of the later one, ``v``. A ``TurnedConditional`` keeps ``w | v`` for the old directions and the later
+state in both, so that ``v`` can be computed from the new coordinates.
 
 Axes: ``blocks`` of two of ``d`` directions (one is empty where ``d`` is odd), ``dim = 2 n`` for ``n`` derivatives.
 """

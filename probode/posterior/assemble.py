@@ -6,25 +6,39 @@ import jax
 import jax.numpy as jnp
 
 from ..algebra.linalg import is_finite
+from ..algebra.normal import Normal
 from ..stepping.adaptive import AdaptiveState
+from ..stepping.events import Events, Happening
 from ..stepping.kept import Kept
 from ..stepping.loops import AbstractLoop
-from ..stepping.result import Result
+from ..stepping.result import Result, has_failed
 from ..stepping.step import Step
+from .events import ended_at_event
 from .leave_one_out import left_out_squares
 from .solution import SaveAt, Solution
 from .trajectory import column, evaluate, rescale, rows_of_steps, trajectory
 
 
-def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: AbstractLoop) -> Solution:
-    """The ``Solution`` at the times of ``save_at``: ``t0``, then ``ts`` or the end of every step, then ``t1``.
+def answer(
+    save_at: SaveAt,
+    kept: Kept,
+    ended: AdaptiveState,
+    step: Step,
+    loop: AbstractLoop,
+    events: Events | None = None,
+    happenings: Happening | None = None,
+) -> tuple[Solution, Happening | None]:
+    """The ``Solution`` at the times of ``save_at``, but for its events: ``t0``, ``ts`` or the ends of steps, ``t1``.
 
     - ``save_at``: which times; its ``ts`` have the dtype of the state.
     - ``kept``: the states that the loop has kept.
     - ``ended``: the adaptive solve after its last step.
     - ``step``: prior, calibration, layout and data of the solve.
     - ``loop``: for the number of attempts that were allowed.
+    - ``events``: if there are any; ``happenings``: the states at those that have happened, which come back calibrated.
     """
+    if events is not None:
+        kept, ended = _at_last_event(kept, ended, events, happenings)
     rows, reached, layout, calibration = kept.rows, kept.reached, step.layout, step.calibration
     ts = None if save_at.ts is None else jnp.asarray(save_at.ts)
     statistics = ended.current.statistics
@@ -37,6 +51,10 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
     factor = calibration.finalise(statistics)
     if factor is not None:
         rows = rescale(rows, factor)
+        if happenings is not None:
+            x = happenings.distribution
+            x = Normal(x.mean, x.factor * factor[None, ..., None, None])
+            happenings = dataclasses.replace(happenings, distribution=x)
     path = trajectory(rows, reached, step.prior, layout, dense=kept.dense)
 
     def row(i):
@@ -52,7 +70,7 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
         parts.append(jax.tree.map(lambda x: x[None], row(path.last)))
     t, marginals, output_scale, layouts = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     # Accepted states are finite, but the final factor and smoothing may overflow: NaN would be called successful.
-    spoilt = (ended.result == Result.successful) & ~is_finite((marginals, output_scale, factor))
+    spoilt = ~has_failed(ended.result) & ~is_finite((marginals, output_scale, factor))
     result = Result.where(spoilt, Result.nonfinite, ended.result)
     if ts is not None:
         start = int(save_at.t0)
@@ -74,7 +92,7 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
     ones = jnp.ones(layout.batch_shape, layout.dtype)
     log_likelihood = ended.current.evidence.log_likelihood(ones if factor is None else factor)
     kept_path = path if kept.dense or path.smoothed is not None else None
-    return Solution(
+    solution = Solution(
         t,
         marginals,
         output_scale,
@@ -87,3 +105,21 @@ def answer(save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: 
         step.constraint.problem.num_initial_values,
         data_log_likelihood=None if step.data is None else ended.current.data_evidence,
     )
+    return solution, happenings
+
+
+def _at_last_event(kept, ended, events, happenings):
+    """The rows and the end of a solve with the last state at the time of the event that has ended it, if one has."""
+    if all(event.terminal is None for event in events.events):
+        return kept, ended
+    ended = ended_at_event(events, happenings, ended)
+    rows, t, mean = kept.rows, ended.t, ended.current.distribution.mean
+    if rows.t.size == 2:
+        # The start and the end alone: written so, the derivative is compiled in less time.
+        ts, means = jnp.stack([rows.t[0], t]), jnp.stack([rows.distribution.mean[0], mean])
+    else:
+        last = (ended.result == Result.event) & (jnp.arange(rows.t.size) >= jnp.sum(kept.reached) - 1)
+        ts = jnp.where(last, t, rows.t)
+        means = jnp.where(column(last, rows.distribution.mean), mean[None], rows.distribution.mean)
+    rows = dataclasses.replace(rows, t=ts, distribution=Normal(means, rows.distribution.factor))
+    return dataclasses.replace(kept, rows=rows), ended

@@ -249,6 +249,14 @@ def _no_tolerance(parts, facts):
     yield f"Choose other units of u, or a larger atol: controller={parts.controller}(atol=...)."
 
 
+def _too_many_events(parts, facts):
+    yield "If so many are meant, pass a larger max_events, to solve or solve_ivp."
+    yield (
+        "Where they follow each other ever faster, as the bounces of a ball that comes to rest, end the solve after a "
+        "number of them (Event(terminal=20)), or at an event of its own, as a speed that is small."
+    )
+
+
 _REMEDIES = {
     "max_steps_reached": _too_many_steps,
     "initial_state_nonfinite": _bad_start,
@@ -256,6 +264,7 @@ _REMEDIES = {
     "step_size_too_small": _too_short_steps,
     "scale_mismatch": _wrong_scale,
     "tolerance_out_of_range": _no_tolerance,
+    "max_events_reached": _too_many_events,
 }
 
 

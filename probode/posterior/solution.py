@@ -19,6 +19,7 @@ from ..util import describe
 from ..util.checks import as_float, as_scalar, is_traced, require
 from ..util.tracing import compiled
 from ..util.words import hint_for_attribute
+from .events import Occurrences
 from .trajectory import Trajectory, column, evaluate, sample_at
 
 
@@ -95,7 +96,8 @@ class Solution(eqx.Module):
       ``(time,)``, or ``(time, d)`` under ``BlockDiagonal``; 1 without calibration.
     - ``log_likelihood``: the log marginal likelihood of the equation holding at every step, under the covariances that
       are reported; NaN under ``Subspace``.
-    - ``result``: a ``Result``, ``Result.successful`` or the reason why the solve ended before ``t1``.
+    - ``result``: a ``Result``: ``Result.successful``, ``Result.event`` if an event has ended the solve, or the reason
+      why it failed before ``t1``.
     - ``stats``: ``num_steps``, the number of attempted steps; ``num_accepted_steps`` and ``num_rejected_steps`` of
       them; ``max_steps``, the largest number allowed. Where linearisations are iterated also ``last_move``: how far the
       last iteration of a step moved an innovation, in its standard deviations, the largest over all steps; small if all
@@ -108,6 +110,7 @@ class Solution(eqx.Module):
     - ``order``: ``k``, how many of ``u, u', ...`` an initial value has.
     - ``data_log_likelihood``: the log density of the data passed to the solve, each datum given those before it and
       the equation up to its time; ``None`` without data.
+    - ``events``: the ``Occurrences`` of events, in the order in which they happened; ``None`` in a solve without.
 
     >>> import probode
     >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
@@ -126,6 +129,7 @@ class Solution(eqx.Module):
     order: int = eqx.field(static=True)
     spread: Spread | None = None
     data_log_likelihood: Float[Array, ""] | None = None
+    events: Occurrences | None = None
 
     def __repr__(self) -> str:
         kind = ("smoothed" if self.is_smoothed else "filtered") + (", dense" if self.is_dense else "")

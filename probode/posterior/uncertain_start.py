@@ -67,31 +67,47 @@ def check_uncertain(factorisation: AbstractFactorisation, calibration: AbstractC
     check_moves(factorisation, size)
 
 
-def check_moves(factorisation: AbstractFactorisation, size: int) -> None:
-    """Raises ``ValueError`` where the ``size`` components of ``u`` share one covariance, as under ``Isotropic``."""
+def check_moves(factorisation: AbstractFactorisation, size: int, what: str = "an uncertain u0") -> None:
+    """Raises ``ValueError`` where the ``size`` components of ``u`` share one covariance, as under ``Isotropic``.
+
+    ``what``: what moves them.
+    """
     cols = factorisation.pack(jnp.zeros((1, size))).shape[-1]
     if cols > 1:
         raise ValueError(
-            f"{type(factorisation).__name__}() has one covariance for all components, but an uncertain u0 moves them "
+            f"{type(factorisation).__name__}() has one covariance for all components, but {what} moves them "
             "differently. Use Dense() or BlockDiagonal()."
         )
 
 
-def push_forward(solve: Callable[[PyTree], Solution], u0: PyTree, directions: PyTree) -> Solution:
+def push_forward(
+    solve: Callable[[PyTree], tuple[Solution, PyTree]], u0: PyTree, directions: PyTree
+) -> tuple[Solution, PyTree, PyTree]:
     """The solution of ``solve(u0)``, with the covariance that its derivatives along the directions add.
 
     ``u0``: the mean of the initial value, or that of the state from which a solve is resumed. ``directions``: PyTrees
-    like it, stacked along a leading axis ``N``.
+    like it, stacked along a leading axis ``N``. Also what ``solve`` returns besides, and its derivatives.
     """
-    solution, tangent = value_and_moves(solve, u0, directions)
-    means = tangent.marginals.mean
-    current = dataclasses.replace(solution.state.current, spread=tangent.state.current.distribution.mean)
-    return dataclasses.replace(
+    (solution, more), (tangent, moves_of_more) = value_and_moves(solve, u0, directions)
+    layout, last = solution.layout, solution.state.current
+
+    def fixed(mean, moves, t_moves):
+        # The state at a time that moves itself, that of an event, moves less or more at a fixed one.
+        us = layout.unpack(mean)
+        velocity = layout.pack(jnp.concatenate([us[1:], jnp.zeros_like(us[:1])]))
+        return moves - jnp.reshape(t_moves, (-1,) + (1,) * mean.ndim) * velocity
+
+    means = jax.vmap(fixed, in_axes=(0, 1, 1), out_axes=1)(solution.marginals.mean, tangent.marginals.mean, tangent.t)
+    at_end = tangent.state.current
+    spread = fixed(last.distribution.mean, at_end.distribution.mean, at_end.t)
+    current = dataclasses.replace(last, spread=spread)
+    solution = dataclasses.replace(
         solution,
         marginals=widen(solution.marginals, means),
         state=dataclasses.replace(solution.state, current=current),
         spread=Spread(means, tangent.trajectory),
     )
+    return solution, more, moves_of_more
 
 
 def spread_start(start: Callable[[PyTree], Normal], u0: PyTree, directions: PyTree) -> Normal:

@@ -20,6 +20,7 @@ from ..algebra.normal import Normal
 from ..util.checks import as_triple
 from ..util.tracing import traced_once
 from .attempt import Attempt
+from .events import Seen, Watch
 from .loops import AbstractLoop
 from .progress import tell
 from .residuals import defect_inside, scale_inside, with_defects, with_scale_inside
@@ -56,7 +57,8 @@ class Restart(eqx.Module):
 class AdaptiveState(eqx.Module):
     """A running adaptive solve: the solver's state, the next step's length, and the controller's memory.
 
-    ``last_restart``: at a jump of the equation; ``None`` in a solve without stops.
+    ``last_restart``: at a jump; ``None`` in a solve without stops and resets. ``watch``: what is known of events;
+    ``None`` in a solve without events.
 
     >>> import probode
     >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0).state.t.item()
@@ -70,6 +72,7 @@ class AdaptiveState(eqx.Module):
     num_accepted_steps: Int[Array, ""]
     result: Result
     last_restart: Restart | None = None
+    watch: Watch | None = None
 
     def __repr__(self) -> str:
         return f"AdaptiveState(current={self.current!r})"
@@ -88,11 +91,11 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     # Nothing is known of such a start. Its mean says which numbers are to blame.
     factor = jnp.where(fine, state.distribution.factor, jnp.nan)
     state = dataclasses.replace(state, distribution=Normal(state.distribution.mean, factor))
-    last_restart = None
-    if control.stops(dt.dtype) is not None:
+    last_restart, watch = None, None if control.events is None else control.events.start(state)
+    if control.jumps:
         last_restart = Restart(jnp.full((), jnp.nan, dt.dtype), jnp.zeros(state.layout.batch_shape, bool))
     return AdaptiveState(
-        state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, last_restart
+        state, lax.stop_gradient(dt), control.controller.init(dt.dtype), zero, zero, result, last_restart, watch
     )
 
 
@@ -139,7 +142,7 @@ class Taken(eqx.Module):
 
     ``past``: an earlier state given ``current``, as one flat array. ``influence``: of the equation, where it is kept.
     ``zero_so_far``: whether all residuals since the last restart are zero. ``fine``: whether all numbers are finite.
-    ``likely``: whether the scale explains the residual.
+    ``likely``: whether the scale explains the residual. ``seen``: of the events, if there are any.
     """
 
     current: State
@@ -148,17 +151,40 @@ class Taken(eqx.Module):
     zero_so_far: Bool[Array, "*batch"] | None
     fine: Bool[Array, ""]
     likely: Bool[Array, ""]
+    seen: Seen | None
+
+    @property
+    def cut(self) -> Bool[Array, ""]:
+        """Whether an event lies inside of the step, to which the next attempt goes."""
+        return jnp.array(False) if self.seen is None else self.seen.cut
+
+    @property
+    def coarse(self) -> Bool[Array, ""]:
+        """Whether the step is too long to see all events."""
+        return jnp.array(False) if self.seen is None else self.seen.coarse
 
 
 class Note(eqx.Module):
     """What has to be known of an accepted attempt to take its step again: nothing that is differentiated.
 
     ``dt``: the length that was asked for, before it was cut to hit a time. ``inside``: the scale of the residual at a
-    time inside the step.
+    time inside the step. ``target``: the time of an event to which the step went, or infinite; ``happen``: which events
+    are at its end; ``None`` in a solve without events.
     """
 
     dt: Float[Array, ""]
     inside: Float[Array, "*batch"]
+    target: Float[Array, ""] | None
+    happen: Bool[Array, " events"] | None
+
+    @staticmethod
+    def before(solve: AdaptiveState, inside: Any = None, seen: Seen | None = None) -> "Note":
+        """The note on the step from here; without the other arguments, an example."""
+        inside = jnp.zeros_like(solve.current.output_scale) if inside is None else inside
+        if solve.watch is None:
+            return Note(solve.dt, inside, None, None)
+        happen = jnp.zeros(solve.watch.counts.shape, bool) if seen is None else seen.happen
+        return Note(solve.dt, inside, solve.watch.target, happen)
 
 
 class Move(eqx.Module):
@@ -189,6 +215,7 @@ class Stepper(eqx.Module):
     attempt: Any
     measure: Any
     condition: Any
+    look: Any
     order: int = eqx.field(static=True)
     caution: float = eqx.field(static=True)
 
@@ -212,6 +239,9 @@ class Stepper(eqx.Module):
         sides = () if solve.last_restart is None else (t1, solve.last_restart.zero_so_far)
         condition = ft.partial(_condition, step, control, influence is not None)
         condition = traced_once(condition, now, t1, attempted, left, *sides)
+        look = None
+        if control.events is not None:
+            look = traced_once(ft.partial(control.events.look, interval), solve.watch, now, now, solve.dt)
         return Stepper(
             control,
             interval,
@@ -222,6 +252,7 @@ class Stepper(eqx.Module):
             attempt,
             measure,
             condition,
+            look,
             step.order_of_error(attempted),
             step.caution(attempted),
         )
@@ -256,11 +287,11 @@ class Stepper(eqx.Module):
         good = good & jnp.isfinite(norm) & active
         # A rejected attempt leaves the state as it was.
         zero_so_far = None if solve.last_restart is None else solve.last_restart.zero_so_far
-        rejected = lambda *_: Taken(before, past, influence, zero_so_far, jnp.array(True), jnp.array(True))  # noqa: E731
-        accepted = lambda *given: self.taken(leg, attempted, zero_so_far, influence, *given)  # noqa: E731
+        rejected = lambda *_: self.nothing_taken(solve, past, zero_so_far, influence)  # noqa: E731
+        accepted = lambda *given: self.taken(leg, attempted, solve, zero_so_far, influence, *given)  # noqa: E731
         taken = lax.cond(good, accepted, rejected, before, past, leaving(past, leg.t))
         new, good = self.decide(solve, leg, active, good, norm, taken, attempted, (proposed, memory))
-        return Move(new, taken.past, taken.influence, good, Note(solve.dt, inside))
+        return Move(new, taken.past, taken.influence, good, Note.before(solve, inside, taken.seen))
 
     def repeat(
         self,
@@ -279,7 +310,10 @@ class Stepper(eqx.Module):
         that is known to be fine, and what is returned has no meaning.
         """
         before = solve.current
-        leg = self.leg(dataclasses.replace(solve, dt=note.dt), active)
+        watch = solve.watch
+        if watch is not None and note.target is not None:
+            watch = dataclasses.replace(watch, target=note.target)
+        leg = self.leg(dataclasses.replace(solve, dt=note.dt, watch=watch), active)
         t = jnp.where(active, leg.t, before.t)
         seen_at = t if leg.since is None else jnp.where(active, leg.seen_at, leg.since)
         leg = dataclasses.replace(leg, t=t, seen_at=seen_at, dt=jnp.where(active, leg.dt, self.placeholder_dt))
@@ -301,7 +335,8 @@ class Stepper(eqx.Module):
     def leg(self, solve: AdaptiveState, active: Bool[Array, ""]) -> Leg:
         """Where the next attempt goes."""
         t_now = solve.t
-        t, dt, clipped, floor = next_time(self.control, t_now, solve.dt, self.interval, self.smallest)
+        target = None if solve.watch is None else solve.watch.target
+        t, dt, clipped, floor = next_time(self.control, t_now, solve.dt, self.interval, self.smallest, target)
         direction = self.interval.direction
         dt = jnp.where(active, dt, direction)
         if self.stops is None:
@@ -310,20 +345,43 @@ class Stepper(eqx.Module):
         seen_at, since = beside(t, -direction, self.stops), beside(t_now, direction, self.stops)
         return Leg(t, dt, seen_at, since, clipped, floor)
 
+    def nothing_taken(self, solve: AdaptiveState, past: Array, zero_so_far: Any, influence: Any) -> Taken:
+        """What is left of an attempt that was rejected: the state before it."""
+        true, seen = jnp.array(True), None
+        if solve.watch is not None:
+            seen = Seen.nothing(solve.watch)
+        return Taken(solve.current, past, influence, zero_so_far, true, true, seen)
+
     def taken(
-        self, leg: Leg, attempted: Attempt, zero_so_far: Any, influence: Any, before: State, past: Array, left: Any
+        self,
+        leg: Leg,
+        attempted: Attempt,
+        solve: AdaptiveState,
+        zero_so_far: Any,
+        influence: Any,
+        before: State,
+        past: Array,
+        left: Any,
     ) -> Taken:
         """The posterior after an accepted attempt, given the equation; the state before it if that is of no use.
 
-        Of no use is what is not finite, or what the output scale does not explain.
+        Of no use is what is not finite, or what the output scale does not explain, and a step beyond an event.
         """
         sides = () if zero_so_far is None else (leg.seen_at, zero_so_far)
         after, likely = self.condition(before, leg.t, attempted, left, *sides)
         # An attempt can be fine where what conditioning makes of it is not: a further evaluation of the equation may
         # leave its domain, a covariance the range of floating-point numbers.
-        fine = is_usable(after[0])
-        new, past, influence, zero_so_far = choose(fine & likely, after, (before, past, influence, zero_so_far))
-        return Taken(new, past, influence, zero_so_far, fine, likely)
+        fine, seen = is_usable(after[0]), None
+        use = fine & likely
+        if self.look is not None:
+            seen = self.look(solve.watch, before, after[0], solve.dt)
+            fine = fine & seen.finite
+            use = fine & likely & ~seen.cut
+            seen = dataclasses.replace(
+                seen, watch=choose(fine & likely, seen.watch, solve.watch), happen=seen.happen & use
+            )
+        new, past, influence, zero_so_far = choose(use, after, (before, past, influence, zero_so_far))
+        return Taken(new, past, influence, zero_so_far, fine, likely, seen)
 
     def decide(
         self,
@@ -342,7 +400,8 @@ class Stepper(eqx.Module):
         """
         (proposed, memory), length = proposal, jnp.abs(leg.dt)
         usable = taken.fine & taken.likely
-        spoilt, good, finite = good & ~usable, good & usable, jnp.isfinite(norm) & taken.fine
+        cut = good & usable & taken.cut
+        spoilt, good, finite = good & ~usable, good & usable & ~cut, jnp.isfinite(norm) & taken.fine
         proposed = trusted(self.caution * proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
         kept = jnp.where(leg.clipped, jnp.maximum(proposed, solve.dt), proposed)
@@ -353,19 +412,20 @@ class Stepper(eqx.Module):
         longest = self.control.controller.limits.longest.astype(length.dtype)
         proposed = jnp.clip(proposed, leg.floor, longest)
         # What was asked for, too: the length of the shortest step is rounded to one between two times.
-        stuck = active & ~good & (jnp.minimum(solve.dt, length) <= leg.floor)
+        stuck = active & ~good & ~cut & (jnp.minimum(solve.dt, length) <= leg.floor)
         failure = Result.where(taken.likely, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
         tiny = good & ~tolerance_in_range(self.control, solve.current.layout.unpack(attempted.mean)[0])
         last_restart = None if solve.last_restart is None else Restart(solve.last_restart.t, taken.zero_so_far)
         new = AdaptiveState(
             taken.current,
-            proposed,
-            choose(active & usable, memory, solve.controller),
+            jnp.where(cut, jnp.where(taken.coarse, length / 2, solve.dt), proposed),
+            choose(active & usable & ~cut, memory, solve.controller),
             solve.num_steps + 1,
             solve.num_accepted_steps + good.astype(jnp.int32),
             Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
             last_restart,
+            None if taken.seen is None else taken.seen.watch,
         )
         if self.control.progress is not None:
             share = self.interval.share

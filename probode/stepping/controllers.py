@@ -123,7 +123,10 @@ class AbstractController(eqx.Module):
 
     @abstractmethod
     def init(self, dtype: DTypeLike) -> Any:
-        """The controller's state before the first attempt: a PyTree of arrays."""
+        """The controller's state before the first attempt: a PyTree of arrays.
+
+        ``dtype``: that of the solver's state, and of ``dt`` in ``propose``.
+        """
 
     @abstractmethod
     def propose(
@@ -133,7 +136,9 @@ class AbstractController(eqx.Module):
         when the attempt is not finite) and of order ``dt^order``: whether to accept, the next ``dt``, the next state.
 
         The loop has applied the tolerances, and applies the limits to what is proposed; a step is at most three times
-        as long as the one before.
+        as long as the one before. The next state is kept after a rejected attempt, too. The one before is put back only
+        where an accepted step is refused after all, since its result is not finite or the output scale does not explain
+        its residual.
         """
 
 

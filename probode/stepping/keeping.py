@@ -1,7 +1,7 @@
-"""What an adaptive solve keeps: every step, or those that hold the times asked for.
+"""What an adaptive solve keeps: every step, or those that hold the times asked for; and all events.
 
-At the controller's stops, where the equation may jump, the state is restarted: such a time has two
-rows, the state before the jump and the one behind it.
+At a jump, a stop of the controller or an event with a reset, the state is restarted: such a time has two rows, the
+state before the jump and the one behind it.
 """
 
 import dataclasses
@@ -19,18 +19,56 @@ from jaxtyping import Array, Bool, Float, Int
 from ..algebra.coordinates import pad_noise, with_square_noise
 from ..estimation.strategies import AbstractStrategy
 from .adaptive import AdaptiveState, Move, Stepper
+from .events import Happening
 from .kept import Row
-from .passing import AbstractKeeping, Written, pass_all
+from .passing import AbstractKeeping, Tables, Written, pass_all
+from .result import Result
 from .state import State
 from .step import Step
 from .step_sizes import Control
-from .stops import restart_at_stops
+from .stops import restart_at_jumps
 from .times import Interval
+
+
+def _count_events(control, move):
+    """The solve after an attempt, which may be its last one by its events, and the rows of these."""
+    solve, events, happen = move.solve, control.events, move.note.happen
+    if events is None:
+        return solve, []
+    watch, ends, too_many = events.counted(solve.watch, solve.t, happen)
+    result = Result.where(ends & (solve.result == Result.successful), Result.event, solve.result)
+    result = Result.where(too_many, Result.max_events_reached, result)
+    places = solve.watch.number + jnp.cumsum(happen) - 1
+    kept = events.happenings(solve.current, happen)
+    written = [
+        Written(ravel_pytree(row)[0], places[i], happen[i] & (places[i] < events.most), table=1)
+        for i, row in enumerate(kept)
+    ]
+    return dataclasses.replace(solve, watch=watch, result=result), written
+
+
+def _tables(control: Control, state: State, rows: Float[Array, "rows flat"]) -> Tables:
+    """The arrays that a solve writes to: its rows, and those of events if there are any."""
+    if control.events is None:
+        return (rows,)
+    flat, _ = _example_of_event(control, state)
+    return rows, jnp.zeros((control.events.most, flat.size), flat.dtype)
+
+
+def _example_of_event(control, state):
+    return ravel_pytree(control.events.happenings(state, jnp.zeros(len(control.events.events), bool))[0])
+
+
+def _happenings(control: Control, state: State, tables: Tables) -> Happening | None:
+    """All events of a solve, stacked; ``None`` in a solve without them."""
+    if control.events is None:
+        return None
+    return jax.vmap(_example_of_event(control, state)[1])(tables[1])
 
 
 class _Steps(eqx.Module):
     solve: AdaptiveState
-    stops: Int[Array, ""]  # number of restarts
+    restarts: Int[Array, ""]
 
 
 class KeepingSteps(AbstractKeeping):
@@ -38,33 +76,37 @@ class KeepingSteps(AbstractKeeping):
 
     stepper: Stepper
     number: int = eqx.field(static=True)
-    before: Int[Array, ""]
+    accepted_before: Int[Array, ""]
     strategy: AbstractStrategy
     no_past: Any
     no_influence: Any
-    passing_stop: Any
+    pass_jump: Any
 
     def is_running(self, carry: _Steps) -> Bool[Array, ""]:
-        has_room = carry.solve.num_accepted_steps + carry.stops - self.before < self.number - 1
+        has_room = self.place(carry.solve, carry.restarts) < self.number - 1
         return self.stepper.running(carry.solve) & has_room
 
+    def place(self, solve: AdaptiveState, restarts: Int[Array, ""]) -> Int[Array, ""]:
+        """The row of the present state."""
+        return solve.num_accepted_steps + restarts - self.accepted_before
+
     def attempt(self, carry: _Steps, take: Callable) -> tuple[_Steps, list[Written], Move]:
-        solve, stops = carry.solve, carry.stops
+        solve, restarts = carry.solve, carry.restarts
         left = self.strategy.remember(solve.current.distribution)
         flat_past, unpack_past = ravel_pytree(self.no_past)
         move = take(solve, flat_past, lambda past, t: left, self.no_influence)
-        new = move.solve
+        new, events = _count_events(self.stepper.control, move)
         row, _ = ravel_pytree(Row.of(new.current, unpack_past(move.past), move.influence))
-        written = [Written(row, new.num_accepted_steps + stops - self.before, move.accepted)]
-        if self.passing_stop is not None:
+        written = [Written(row, self.place(new, restarts), move.accepted), *events]
+        if self.pass_jump is not None:
             past = with_square_noise(self.strategy.remember(new.current.distribution))
-            new, past, restarted = self.passing_stop(new, past, move.accepted)
+            new, past, restarted = self.pass_jump(new, past, move.accepted, move.note.happen)
             if self.no_past is not None:
                 past = pad_noise(past, self.no_past.noise.shape[-2])
             row, _ = ravel_pytree(Row.of(new.current, past, self.no_influence))
-            stops = stops + restarted.astype(jnp.int32)
-            written.append(Written(row, new.num_accepted_steps + stops - self.before, restarted))
-        return _Steps(new, stops), written, move
+            restarts = restarts + restarted.astype(jnp.int32)
+            written.append(Written(row, self.place(new, restarts), restarted))
+        return _Steps(new, restarts), written, move
 
 
 def solve_keeping_steps(
@@ -76,12 +118,12 @@ def solve_keeping_steps(
     *,
     influence: bool = False,
     room: int | None = None,
-) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
-    """Solve to the end; the rows at the start and after every accepted step, and which of them are real.
+) -> tuple[AdaptiveState, Row, Bool[Array, " rows"], Happening | None]:
+    """Solve to the end; the rows at the start and after every accepted step, and which of them are real; the events.
 
-    There are ``max_steps + 1`` rows, and one more for every stop: the state before it and the restarted one
+    There are ``max_steps + 1`` rows, and one more for every jump: the state before it and the restarted one
     (``Row.restarted``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation.
-    With ``room`` for fewer rows (not in a solve with stops) the solve ends when these are full. Raises ``ValueError``
+    With ``room`` for fewer rows (not in a solve with jumps) the solve ends when these are full. Raises ``ValueError``
     if the rows cannot have a place in memory.
     """
     left = strategy.remember(solve.current.distribution)
@@ -89,9 +131,11 @@ def solve_keeping_steps(
     first, unpack = ravel_pytree(Row.of(solve.current, no_past, none))
     number = room or control.loop.max_steps + 1
     _require_memory(number, first)
-    jumps = control.stops(interval.t1.dtype) is not None
-    if jumps:
-        number += control.controller.limits.stops.size
+    stops, events = control.stops(interval.t1.dtype), control.events
+    if stops is not None:
+        number += stops.size
+    if events is not None and any(event.reset is not None for event in events.functions):
+        number += events.most
     keeping = KeepingSteps(
         Stepper.of(step, control, solve, interval, left, none),
         number,
@@ -99,33 +143,35 @@ def solve_keeping_steps(
         strategy,
         no_past,
         none,
-        restart_at_stops(step, control, solve, interval, with_square_noise(left)),
+        restart_at_jumps(step, control, solve, interval, with_square_noise(left)),
     )
-    begun, rows = _Steps(solve, jnp.zeros((), jnp.int32)), jnp.zeros((number, first.size), first.dtype)
-    carry, rows = pass_all(keeping, begun, rows)
-    solve = carry.solve
-    rows, reached = _repeat_last(rows.at[0].set(first), solve.num_accepted_steps + carry.stops - keeping.before)
-    rows = jax.vmap(unpack)(rows)
-    if jumps:
+    begun, table = _Steps(solve, jnp.zeros((), jnp.int32)), jnp.zeros((number, first.size), first.dtype)
+    carry, tables = pass_all(keeping, begun, _tables(control, solve.current, table))
+    flat, reached = _repeat_last(tables[0].at[0].set(first), keeping.place(carry.solve, carry.restarts))
+    rows = jax.vmap(unpack)(flat)
+    if control.jumps:
         again = jnp.append(False, (rows.t[1:] == rows.t[:-1]) & reached[1:])
         rows = dataclasses.replace(rows, restarted=again)
-    return solve, rows, reached
+    return carry.solve, rows, reached, _happenings(control, solve.current, tables)
 
 
 class _Times(eqx.Module):
     solve: AdaptiveState
-    past: Float[Array, " flat"]  # of the last state kept, in the coordinates of the current one
+    past: Float[Array, " flat"]  # the conditional of the last state kept given the current one
     passed: Int[Array, ""]  # how many of the times lie behind
     kept: Int[Array, ""]  # in how many steps
 
 
 class KeepingTimes(AbstractKeeping):
-    """The steps that hold a time are kept; what lies between them is marginalised as it is passed."""
+    """The steps that hold a time are kept; what lies between them is marginalised as it is passed.
+
+    ``ahead``: the times with the sign that makes them grow (``Interval.ahead``), and infinity.
+    """
 
     stepper: Stepper
     ahead: Float[Array, " times"]
     strategy: AbstractStrategy
-    passing_stop: Any
+    pass_jump: Any
 
     def is_running(self, carry: _Times) -> Bool[Array, ""]:
         return self.stepper.running(carry.solve)
@@ -147,16 +193,16 @@ class KeepingTimes(AbstractKeeping):
     def attempt(self, carry: _Times, take: Callable) -> tuple[_Times, list[Written], Move]:
         solve, (_, unpack_past) = carry.solve, self.remember(carry.solve.current)
 
-        def passing(solve, past, moved):
-            solve, past, _ = self.passing_stop(solve, unpack_past(past), moved)
+        def jump(solve, past, move):
+            solve, past, _ = self.pass_jump(solve, unpack_past(past), move.accepted, move.note.happen)
             return solve, ravel_pytree(past)[0]
 
         if self.ahead.size == 1:  # infinity alone
             move = take(solve, carry.past, lambda past, t: unpack_past(past))
-            new, past = move.solve, move.past
-            if self.passing_stop is not None:
-                new, past = passing(new, past, move.accepted)
-            return dataclasses.replace(carry, solve=new, past=past), [], move
+            (new, events), past = _count_events(self.stepper.control, move), move.past
+            if self.pass_jump is not None:
+                new, past = jump(new, past, move)
+            return dataclasses.replace(carry, solve=new, past=past), events, move
 
         def leaving(past, t):
             holds = self.ahead[carry.passed] <= self.stepper.interval.ahead(lax.stop_gradient(t))
@@ -166,19 +212,19 @@ class KeepingTimes(AbstractKeeping):
             return Row.of(state, unpack_past(past))
 
         move = take(solve, carry.past, leaving)
-        new, past = move.solve, move.past
+        (new, events), past = _count_events(self.stepper.control, move), move.past
         behind = self.passed(new.t)
         keep = behind > carry.passed
         # One flat row: the price of an iteration is that of its instructions.
         kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
         past = jnp.where(keep, self.remember(new.current)[0], past)
-        if self.passing_stop is not None:
-            new, past = passing(new, past, move.accepted)
+        if self.pass_jump is not None:
+            new, past = jump(new, past, move)
             kept.append(row_with(new.current, past))
             past = jnp.where(keep, self.remember(new.current)[0], past)
         row, _ = ravel_pytree(tuple(kept))
         after = _Times(new, past, behind, carry.kept + keep.astype(jnp.int32))
-        return after, [Written(row, carry.kept, keep)], move
+        return after, [Written(row, carry.kept, keep), *events], move
 
 
 def solve_keeping_times(
@@ -188,12 +234,12 @@ def solve_keeping_times(
     solve: AdaptiveState,
     interval: Interval,
     ts: Float[Array, " times"],
-) -> tuple[AdaptiveState, Row, Bool[Array, " rows"]]:
-    """Solve to the end; the rows at the start, at both ends of the steps that hold one of ``ts``, and at the end.
+) -> tuple[AdaptiveState, Row, Bool[Array, " rows"], Happening | None]:
+    """Solve to the end; rows at the start, both ends of the steps that hold one of ``ts``, and the end; the events.
 
     The prior tells what happens inside a step; what lies between the steps kept is marginalised as it is passed. There
     are two rows for every step that may hold a time, and two more; those not reached, as the flags say, repeat the last
-    one. In a solve with stops a step that is kept has a third row, with which the next one starts.
+    one. In a solve with jumps a step that is kept has a third row, with which the next one starts.
     """
     past = with_square_noise(strategy.remember(solve.current.distribution))
     start, unpack_past = ravel_pytree(past)
@@ -203,22 +249,24 @@ def solve_keeping_times(
 
     at_start = row_with(solve.current, start)
     first, unpack = ravel_pytree(at_start)
-    passing_stop = restart_at_stops(step, control, solve, interval, past)
+    pass_jump = restart_at_jumps(step, control, solve, interval, past)
     # No more steps than these can hold a time.
-    number, width = min(ts.size, control.loop.max_steps), 2 if passing_stop is None else 3
+    number, width = min(ts.size, control.loop.max_steps), 2 if pass_jump is None else 3
     ahead = jnp.append(interval.ahead(lax.stop_gradient(ts)), jnp.inf)
     stepper = Stepper.of(step, control, solve, interval, past)
-    keeping = KeepingTimes(stepper, ahead, strategy, passing_stop)
-    carry, rows = pass_all(keeping, keeping.start(solve), jnp.zeros((number, width * first.size), first.dtype))
+    keeping = KeepingTimes(stepper, ahead, strategy, pass_jump)
+    table = jnp.zeros((number, width * first.size), first.dtype)
+    carry, tables = pass_all(keeping, keeping.start(solve), _tables(control, solve.current, table))
+    happenings, rows = _happenings(control, solve.current, tables), tables[0]
     solve = carry.solve
     if ts.size == 0:
         # As they are: XLA hands larger arrays, such as all of this in one, to other threads, which costs 30 us.
         ends = at_start, row_with(solve.current, carry.past)
-        return solve, jax.tree.map(lambda *xs: jnp.stack(xs), *ends), jnp.ones(2, bool)
+        return solve, jax.tree.map(lambda *xs: jnp.stack(xs), *ends), jnp.ones(2, bool), happenings
     last, _ = ravel_pytree(row_with(solve.current, carry.past))
     rows = jnp.concatenate([first[None], rows.reshape(-1, first.size), last[None]])
     rows, reached = _repeat_last(rows.at[width * carry.kept + 1].set(last), width * carry.kept + 1)
-    return solve, jax.vmap(unpack)(rows), reached
+    return solve, jax.vmap(unpack)(rows), reached, happenings
 
 
 def _require_memory(number, row):

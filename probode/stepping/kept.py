@@ -1,4 +1,4 @@
-"""What a solve keeps of the states that it passes."""
+"""The record of one kept state, ``Row``, and of all states that a solve has kept, ``Kept``."""
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float
@@ -15,7 +15,8 @@ from .state import State
 class Kept(eqx.Module):
     """The rows of a solve, which of them are real, and whether they are all of its steps.
 
-    ``most``: how many steps there may be, each with an entry in the answer where every step is asked for.
+    ``dense``: whether the rows are the ends of all steps; otherwise those of the steps that hold saved times, the start
+    and the end. ``most``: how many steps there may be, each with an entry in the answer where every step is asked for.
     """
 
     rows: "Row"
@@ -25,13 +26,13 @@ class Kept(eqx.Module):
 
 
 class Row(eqx.Module):
-    """What is kept of one time: or, stacked, of many.
+    """The record of one kept state: or, stacked, of many.
 
-    ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends there; ``past``: the previous
-    kept state's coordinates given those of this one, ``None`` for a filter; ``influence``: of the equation in that
-    step, where it is needed; ``prior``: that of the step, if every step has its own; ``restarted``: whether the row is
-    that before it, at the same time, restarted behind a jump, ``None`` where nothing jumps; ``layout``: of the
-    distribution, where it may change from step to step (``adapts``).
+    ``t``: the time of the state; ``distribution``: given the data up to ``t``; ``output_scale``: of the step that ends
+    there; ``past``: the previous kept state's coordinates given those of this one, ``None`` for a filter;
+    ``influence``: of the equation in that step, where it is needed; ``prior``: that of the step, if every step has its
+    own; ``restarted``: whether the row is that before it, at the same time, restarted behind a jump, ``None`` where
+    nothing jumps; ``layout``: of the distribution, where it may change from step to step (``adapts``).
     """
 
     t: Float[Array, "..."]
@@ -45,6 +46,6 @@ class Row(eqx.Module):
 
     @staticmethod
     def of(state: State, past: Conditional | TurnedConditional | None, influence: Influence | None = None) -> "Row":
-        """What is kept of a state."""
+        """The record of a state."""
         layout = state.layout if state.layout.factorisation.adapts else None
         return Row(state.t, state.distribution, state.output_scale, past, influence, state.prior, layout=layout)

@@ -28,15 +28,23 @@ from .loops import AbstractLoop, repeat
 
 
 class Written(eqx.Module):
-    """A state to be written, as one flat row; its place among the rows, and whether it is to be written at all."""
+    """A row to be written: its numbers, its place among the rows, and whether it is to be written at all.
+
+    ``table``: in which of the arrays of rows.
+    """
 
     row: Float[Array, " flat"]
     place: Int[Array, ""]
     real: Bool[Array, ""]
+    table: int = eqx.field(static=True, default=0)
+
+
+# Arrays of rows, which are only written: of states, and of events where there are any.
+Tables = tuple[Float[Array, "_ _"], ...]
 
 
 class AbstractKeeping(eqx.Module):
-    """What an adaptive solve keeps of the states that it passes: rows, which are only written.
+    """The rule by which the states that an adaptive solve passes become rows, which are only written.
 
     A subclass says what goes from attempt to attempt, the carry, whose field ``solve`` is the ``AdaptiveState``.
     """
@@ -51,7 +59,8 @@ class AbstractKeeping(eqx.Module):
     def attempt(self, carry: Any, take: Callable[..., Move]) -> tuple[Any, list[Written], Move]:
         """The carry after an attempt, the rows that it writes, and the attempt itself.
 
-        ``take(solve, past, leaving, influence)``: makes the attempt, as ``Stepper.advance`` or ``Stepper.repeat``.
+        ``take(solve, past, leaving, influence)``: makes the attempt, as ``Stepper.advance`` or ``Stepper.repeat``,
+        where the other arguments are explained.
         """
 
 
@@ -67,10 +76,7 @@ class Blocks(eqx.Module):
 
     @staticmethod
     def of(loop: AbstractLoop) -> "Blocks":
-        """The division for a loop: as many blocks as it has checkpoints.
-
-        By default there are about as many blocks as steps in one.
-        """
+        """The division for a loop: as many blocks as it has checkpoints, by default about the root of ``max_steps``."""
         number = math.ceil(math.sqrt(loop.max_steps)) if loop.checkpoints is None else loop.checkpoints
         number = min(number, loop.max_steps)
         return Blocks(number, math.ceil(loop.max_steps / number), loop.notes_steps)
@@ -79,7 +85,7 @@ class Blocks(eqx.Module):
 class Record(eqx.Module):
     """What is known of the accepted steps: the carry before each block, notes on the steps, and their number.
 
-    As a tangent it has no number.
+    In a tangent ``number`` is ``None``.
     """
 
     starts: PyTree
@@ -87,7 +93,7 @@ class Record(eqx.Module):
     number: Int[Array, ""] | None
 
 
-def pass_all(keeping: AbstractKeeping, carry: Any, rows: Float[Array, "rows flat"]) -> tuple[Any, Array]:
+def pass_all(keeping: AbstractKeeping, carry: Any, rows: Tables) -> tuple[Any, Tables]:
     """The carry and the rows at the end of a solve, from those at its start."""
     ended = _pass(keeping, carry, rows, None)[:2]
     loop = keeping.stepper.control.loop
@@ -118,7 +124,8 @@ def _search(keeping, carry, rows, blocks, limit=None):
         rows, starts, notes = kept
         new, written, move = keeping.attempt(carry, keeping.stepper.advance)
         for row in written:
-            rows = rows.at[row.place].set(row.row, pred=row.real)
+            into = rows[row.table].at[row.place].set(row.row, pred=row.real)
+            rows = (*rows[: row.table], into, *rows[row.table + 1 :])
         if starts is not None:
             block, i = jnp.divmod(carry.solve.num_accepted_steps - before, blocks.length)
             starts = put(starts, carry, block, move.accepted & (i == 0))
@@ -130,7 +137,7 @@ def _search(keeping, carry, rows, blocks, limit=None):
         return carry, rows, None
     # Blocks that are not reached begin with a state that can be differentiated, too, in other lanes of a vmap.
     starts = jax.tree.map(lambda x: jnp.broadcast_to(x, (blocks.number, *x.shape)), carry)
-    notes = Note(carry.solve.dt, jnp.zeros_like(carry.solve.current.output_scale)) if blocks.noted else None
+    notes = Note.before(carry.solve) if blocks.noted else None
     notes = jax.tree.map(lambda x: jnp.zeros((blocks.number, blocks.length, *x.shape), x.dtype), notes)
     kept = rows, jax.tree.leaves(starts), jax.tree.leaves(notes)
     carry, (rows, *leaves) = repeat(loop, running, body, carry, kept)
@@ -153,7 +160,7 @@ def _(primals, tangents):
     t_carry, t_rows, t_starts = _push(keeping, carry, rows, ended[2], parts, tangents)
     if blocks is None:
         return (*ended[:2], None), (t_carry, t_rows, None)
-    # The derivative of a derivative goes through the states from which that begins.
+    # A second derivative needs the tangents of the states with which blocks begin, too.
     t_notes = jax.tree.map(lambda _: None, ended[2].notes)
     return ended, (t_carry, t_rows, Record(t_starts, t_notes, None))
 
@@ -164,11 +171,11 @@ def _push(keeping, carry, rows, record, blocks, tangents):
     moving, _ = eqx.partition(carry, eqx.is_inexact_array)
     t_begun = _with_zeros(t_carry, moving)
     # Where no step was accepted, as in a lane that has failed at its start, derivatives may be NaN: zero times NaN is
-    # NaN, so they are kept from what goes in as well as from what comes out.
+    # NaN, so tangents are set to zero before the steps, and replaced after them.
     some = record.number > 0
     t_keeping, t_moving = jax.tree.map(lambda t: jnp.where(some, t, 0), (t_keeping, t_begun))
     # One more row, for what is not to be kept.
-    t_rows = jnp.pad(_with_zeros(t_rows, rows), ((0, 1), (0, 0)))
+    t_rows = jax.tree.map(lambda t: jnp.pad(t, ((0, 1), (0, 0))), _with_zeros(t_rows, rows))
 
     def retake(keeping, moving, still, note, active):
         """The carry after a step that is taken once more, the rows that it writes, and their places."""
@@ -177,18 +184,20 @@ def _push(keeping, carry, rows, record, blocks, tangents):
         # What only the search needs goes on as it is, so that nothing is computed for it.
         solve = dataclasses.replace(new.solve, dt=before.solve.dt, controller=before.solve.controller)
         moving, still = eqx.partition(dataclasses.replace(new, solve=solve), eqx.is_inexact_array)
-        places = [jnp.where(w.real & active, w.place, rows.shape[0]) for w in written]
-        return moving, [w.row for w in written], still, places
+        places = [jnp.where(w.real & active, w.place, rows[w.table].shape[0]) for w in written]
+        tables = [w.table for w in written]
+        return moving, [w.row for w in written], still, places, tables
 
     @computed_again
     def step(moving, still, t_moving, t_rows, note, active):
         """The carry after a step, and the tangents."""
         along = lambda keeping, moving: retake(keeping, moving, still, note, active)  # noqa: E731
-        (new, _, new_still, places), (t_new, t_written, *_) = eqx.filter_jvp(
+        (new, _, new_still, places, tables), (t_new, t_written, *_) = eqx.filter_jvp(
             along, (keeping, moving), (t_keeping, t_moving)
         )
-        for place, t_row in zip(places, t_written, strict=True):
-            t_rows = t_rows.at[place].set(t_row)
+        for place, table, t_row in zip(places, tables, t_written, strict=True):
+            into = t_rows[table].at[place].set(t_row)
+            t_rows = (*t_rows[:table], into, *t_rows[table + 1 :])
         new, old = (new, new_still, _with_zeros(t_new, new)), (moving, still, t_moving)
         return *choose(active, new, old), t_rows
 
@@ -197,7 +206,7 @@ def _push(keeping, carry, rows, record, blocks, tangents):
         """The tangents after the steps of a block, of which the ``first`` one goes from ``start``."""
         notes = _notes(keeping, start, rows, blocks.length) if notes is None else notes
 
-        # Also around the branch: otherwise what it takes from outside would be kept for every step.
+        # Also around the branch: otherwise what that closes over would be kept for every step.
         @computed_again
         def step_if_any(state, x):
             i, note = x
@@ -217,7 +226,7 @@ def _push(keeping, carry, rows, record, blocks, tangents):
     firsts = jnp.arange(blocks.number, dtype=record.number.dtype) * blocks.length
     parts = firsts, record.starts, record.notes
     (t_moving, t_rows), t_starts = lax.scan(block_if_any, (t_moving, t_rows), parts)
-    return choose(some, t_moving, t_begun), t_rows[:-1], t_starts
+    return choose(some, t_moving, t_begun), jax.tree.map(lambda t: t[:-1], t_rows), t_starts
 
 
 def _notes(keeping, start, rows, number):

@@ -7,6 +7,7 @@ is initialised again, as one that depends on ``u`` to first order (``u + du`` ha
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..algebra.coordinates import Conditional, root_of_sum
@@ -87,6 +88,41 @@ def _powers(equation, dim, cols, k):
     while told.shape[0] and rows.shape[0] < dim:
         rows = jnp.concatenate([rows, product(told[:cols], rows[-width:])])
     return pad_rows(rows, dim)
+
+
+def displaced(
+    x: Normal, z: Float[Array, "k d"], saltation: Float[Array, "k d k d"], past: Conditional | None, layout: Layout
+) -> tuple[Normal, Conditional | None]:
+    """A state with other ``u, ..., u^(k-1)``, which move with the old ones, and the ``past`` in its coordinates.
+
+    Where the components of ``u`` are independent, each keeps its own coordinates, and what comes to it from others is
+    noise. ``saltation``: the derivative of the new ones. The higher derivatives are as they were.
+    """
+    k, d = z.shape
+    mean = layout.pack(layout.unpack(x.mean).at[:k].set(z))
+    if layout.couples:
+        whole = jnp.reshape(saltation, (k * d, k * d))
+        return Normal(mean, x.factor.at[:, : k * d].set(product(x.factor[:, : k * d], whole.T))), past
+    moved, i = jnp.einsum("milj,jrl->ijrm", saltation, x.factor[..., :k]), np.arange(d)
+    own, others = moved[i, i], jnp.reshape(moved.at[i, i].set(0), (d, -1, k))
+    factor, past = _with_noise(x.factor, own, others, past)
+    return Normal(mean, factor), past
+
+
+@batched
+def _with_noise(factor, own, others, past):
+    """The factor of a state whose first entries have other rows, and independent noise; the past in its coordinates."""
+    k, rows = own.shape[1], own
+    if past is not None:
+        rows = jnp.concatenate([own, past.cross], axis=1)
+    none = jnp.zeros((others.shape[0], rows.shape[1] - k), factor.dtype)
+    rows = jnp.concatenate([rows, jnp.concatenate([others, none], axis=1)])
+    triangle, left = eliminate(jnp.zeros((k, rows.shape[1]), factor.dtype), rows)
+    new = jnp.zeros_like(factor).at[:k, :k].set(triangle[:, :k])
+    if past is not None:
+        cross = pad_rows(triangle[:, k:], factor.shape[0])
+        past = Conditional(past.shift, cross, root_of_sum(past.noise, left))
+    return new, past
 
 
 @batched

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool
 
 
 class Result(eqx.Enumeration):
-    """How a solve ended: ``successful`` or the reason why it stopped before ``t1``.
+    """How a solve ended: ``successful``, ``event`` if one has ended it, or the reason why it stopped before ``t1``.
 
     It is printed with its name, and ``Result[result]`` is that name.
 
@@ -31,6 +31,8 @@ class Result(eqx.Enumeration):
     step_size_too_small: Any = "step_size_too_small"
     scale_mismatch: Any = "scale_mismatch"
     tolerance_out_of_range: Any = "tolerance_out_of_range"
+    event: Any = "event"
+    max_events_reached: Any = "max_events_reached"
 
 
 _WHY = {
@@ -44,12 +46,15 @@ _WHY = {
     "be lost.",
     "tolerance_out_of_range": "The solve stopped because what rtol and atol allow for a component became so small that "
     "the squares of such errors are no numbers (1e-148 in float64, 1e-35 in float32).",
+    "event": "The solve ended at an event.",
+    "max_events_reached": "The solve stopped because more events happened than max_events, or infinitely many at one "
+    "time.",
 }
 
 
 def has_failed(result: Result) -> Bool[Array, "*lanes"]:
     """Whether a solve with this result stopped before ``t1`` for a reason that nobody asked for."""
-    return result != Result.successful
+    return (result != Result.successful) & (result != Result.event)
 
 
 def in_words(result: Result) -> str:

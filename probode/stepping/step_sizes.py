@@ -27,6 +27,7 @@ from ..priors.prior import AbstractPrior
 from .attempt import Attempt
 from .controllers import AbstractController
 from .error_estimates import AbstractErrorEstimate
+from .events import Events
 from .loops import AbstractLoop
 from .progress import AbstractProgress
 from .spread import Ahead
@@ -44,10 +45,10 @@ _GROWTH = 3.0
 class Control(eqx.Module):
     """The parts of a solver that choose the steps, and who is told how far they got.
 
-    ``initialisation``: how derivatives are computed behind the controller's ``stop_at``, as at ``t0``. ``must_hit``:
-    further times that must be hit, at which nothing happens to the equation: those of data. ``halve_before_hit``:
-    whether two equal steps go to a time that must be hit, not a whole one and what is left. ``refuses_unexplained``:
-    whether a step is refused whose residual the output scale does not explain.
+    ``initialisation``: how derivatives are computed behind a jump, as at ``t0``. ``must_hit``: further times that must
+    be hit, at which nothing happens to the equation: those of data. ``halve_before_hit``: whether two equal steps go to
+    a time that must be hit, not a whole one and what is left. ``refuses_unexplained``: whether a step is refused whose
+    residual the output scale does not explain. ``events``: if there are any.
     """
 
     error: AbstractErrorEstimate
@@ -58,11 +59,19 @@ class Control(eqx.Module):
     must_hit: Float[Array, " times"] | None = None
     halve_before_hit: bool = eqx.field(static=True, default=False)
     refuses_unexplained: bool = eqx.field(static=True, default=False)
+    events: Events | None = None
 
     def stops(self, dtype: DTypeLike) -> Float[Array, " times"] | None:
-        """The times at which the equation may jump, if there are any."""
-        stops = self.controller.limits.stops
-        return stops.astype(dtype) if stops.size else None
+        """The times at which the equation may jump, if there are any: the controller's, and known times of events."""
+        known = None if self.events is None else self.events.times
+        stops = [x.astype(dtype) for x in (self.controller.limits.stops, known) if x is not None and x.size]
+        return jnp.concatenate(stops) if stops else None
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the state may be restarted in the course of a solve."""
+        resets = self.events is not None and self.events.resets
+        return resets or self.stops(self.controller.limits.stops.dtype) is not None
 
 
 @functools.cache
@@ -116,7 +125,8 @@ def first_step(
     residual = math.comb(nu + 1, order) ** (1 / (nu + 1))
     # Where all derivatives are observed there is nothing to recover.
     term = term * (1 if state.derivatives_known else sustained_share(nu, order)) / residual
-    candidates = jnp.stack([term, safe_divide(c[0], c[1])])
+    # The size of a solution below the tolerance says nothing: it may be the round-off of zero.
+    candidates = jnp.stack([term, jnp.where(c[0] >= 1, safe_divide(c[0], c[1]), 0)])
     dt = jnp.min(jnp.where((candidates > 0) & jnp.isfinite(candidates), candidates, span))
     moves = sum(c[k] * span**k for k in range(1, nu + 1)) > 1
     dt = jnp.minimum(dt, jnp.where(moves, _LARGEST_SHARE, _BLIND_SHARE) * span)
@@ -158,17 +168,19 @@ def bounded_step(control: Control, dt: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def next_time(
-    control: Control, t: Array, dt: Array, interval: Interval, smallest: Array
+    control: Control, t: Array, dt: Array, interval: Interval, smallest: Array, target: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
     """Where the next attempt goes: its time and signed length, whether it was cut to hit a time, the shortest length.
 
     The step reaches for the next time that must be hit; it is stretched, or divided in two equal ones, never followed
     by a sliver of round-off. ``smallest``: the shortest length where ``t = 0``; elsewhere it is a few units of
-    round-off of ``t``. The length is the difference of two times that have been rounded, and never zero.
+    round-off of ``t``. ``target``: the time of an event that was found, or infinite. The length is the difference of
+    two times that have been rounded, and never zero.
     """
     eps = jnp.finfo(t.dtype).eps
     floor = jnp.maximum(4 * eps * jnp.abs(t), smallest)
-    hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.must_hit) if x is not None]
+    target = None if target is None else target[None]
+    hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.must_hit, target) if x is not None]
     ahead = interval.nearest(jnp.concatenate(hits), t) if hits else interval.t1
     room = interval.ahead(ahead - t)
     floor = jnp.maximum(floor, control.controller.limits.shortest.astype(t.dtype))

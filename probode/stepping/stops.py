@@ -1,8 +1,9 @@
-"""What happens at a stop, a time at which the equation jumps, in an adaptive solve: the state is restarted."""
+"""What happens where a solve jumps, at a stop of the equation or an event with a reset: the state is restarted."""
 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -11,74 +12,103 @@ from ..algebra.linalg import choose, detach, is_finite
 from ..algebra.normal import Normal
 from ..util.tracing import traced_once
 from .adaptive import AdaptiveState, Restart
-from .restarts import restart
+from .restarts import displaced, restart
+from .result import Result
 from .spread import value_and_moves
 from .step import Step
 from .step_sizes import Control, bounded_step, first_step
 from .times import Interval, beside, is_jump
 
 
-def restart_at_stops(
+def restart_at_jumps(
     step: Step, control: Control, solve: AdaptiveState, interval: Interval, past: Conditional | None
 ) -> Any:
-    """The function that restarts the state at stops, to be called after every attempt; ``None`` without any stops.
+    """The function that restarts the state at jumps, to be called after every attempt; ``None`` without any.
 
-    ``fn(solve, past, moved)`` returns the solve, the past given its state, and whether it was restarted: if it has
-    ``moved``, to a stop before the end of the interval. Otherwise solve and past come back as they were. It was traced
-    once, for a ``past`` of these shapes, with what users' functions close over among its inputs.
+    ``fn(solve, past, moved, happen)`` returns the solve, the past given its state, and whether it was restarted: if it
+    has ``moved`` to a stop before the end of the interval, or to events with a reset. Otherwise solve and past come
+    back as they were. ``happen``: which events there are, ``(events,)``, none of them unless it has moved; ``None`` in
+    a solve without events. The function was traced once, for a ``past`` of these shapes, with what users' functions
+    close over among its inputs.
     """
-    dtype, begun, direction = interval.t1.dtype, solve, interval.direction
-    stops = control.stops(dtype)
-    if stops is None:
+    if not control.jumps:
         return None
+    dtype, begun, direction = interval.t1.dtype, solve, interval.direction
+    stops, events = control.stops(dtype), control.events
+    with_reset = None if events is None or not events.resets else events
     layout, constraint, args = step.layout, step.constraint, step.args
+    low = constraint.problem.num_initial_values
 
-    def restart_spread(now, t):
-        problem, initialise = constraint.problem, control.initialisation.initialise
-        u, *moves = (layout.unpack(x)[: problem.num_initial_values] for x in (now.distribution.mean, *now.spread))
-        start = lambda u: initialise(problem, t, u, layout, detach(args)).mean  # noqa: E731
-        return value_and_moves(start, u, jnp.stack(moves))[1]
+    def behind(t):
+        return t if stops is None else beside(t, direction, stops)
 
-    def pass_stop(solve, past, moved):
-        now = solve.current
-        here = moved & is_jump(now.t, stops) & (interval.remaining(now.t) > 0)
+    def pass_jump(solve, past, moved, happen):
+        now, here = solve.current, jnp.array(False)
+        if stops is not None:
+            here = moved & is_jump(now.t, stops) & (interval.remaining(now.t) > 0)
+        is_reset = jnp.array(False)
+        if with_reset is not None:
+            have_one = jnp.asarray([event.reset is not None for event in with_reset.events])
+            is_reset = moved & jnp.any(happen & have_one)
+            here = here | is_reset
 
-        def start(now, past):
+        def jump(solve, past):
             # Lanes of a vmap come here wherever they are: they differentiate at a point that is known to be fine.
+            now = solve.current
             t = jnp.where(here, now.t, begun.t)
             mean = jnp.where(here, now.distribution.mean, begun.current.distribution.mean)
-            x = Normal(mean, now.distribution.factor)
-            behind = beside(t, direction, stops)
-            return restart(constraint, control.initialisation, behind, x, past, layout, args)
+            x, error, spread = Normal(mean, now.distribution.factor), now.global_error, now.spread
+            new_past = past
+            if with_reset is not None:
+                flags = (happen & is_reset).astype(dtype)
+                z, saltation, leaving = with_reset.pass_through(t, layout.unpack(mean), flags, layout, direction)
+                x, new_past = displaced(x, z, saltation, past, layout)
+                along = lambda move: jnp.tensordot(saltation, move[:low], axes=2)  # noqa: E731
+                if now.carries_error:
+                    whole = layout.unpack(error)
+                    error = layout.pack(whole.at[:low].set(along(whole)))
+                if now.is_spread:
+                    whole = jax.vmap(layout.unpack)(spread)
+                    spread = jax.vmap(layout.pack)(whole.at[:, :low].set(jax.vmap(along)(whole)))
+            if now.is_spread:
+                spread = restart_spread(*detach((x.mean, spread, behind(t))))
+            x, new_past = restart(constraint, control.initialisation, behind(t), x, new_past, layout, args)
+            # The memory of scales is reset by an update with scale zero that is not informative.
+            nothing = jnp.zeros_like(now.output_scale), jnp.zeros((*layout.batch_shape, 1, 1), layout.dtype)
+            forgotten = step.calibration.update(now.statistics, *nothing, jnp.zeros((), bool))
+            current = dataclasses.replace(now, distribution=x, statistics=forgotten, global_error=error, spread=spread)
+            watch = solve.watch
+            if with_reset is not None:
+                watch = with_reset.behind_reset(watch, current, happen, leaving)
+            until = (interval.t1 if stops is None else interval.nearest(stops, now.t)) - now.t
+            prior = step.prior if current.prior is None else current.prior
+            # As in a solve that starts here: so one with stops takes the steps of its pieces.
+            dt = first_step(control, detach(current), detach(prior), until, constraint)
+            # Resets often repeat, and steps that would see nothing of what comes need not be tried each time.
+            dt = jnp.where(is_reset, jnp.minimum(dt, solve.dt), dt)
+            new = dataclasses.replace(
+                solve,
+                current=current,
+                dt=lax.stop_gradient(bounded_step(control, dt)),
+                controller=control.controller.init(dtype),
+                last_restart=Restart(lax.stop_gradient(now.t), jnp.ones_like(solve.last_restart.zero_so_far)),
+                watch=watch,
+            )
+            # Where no derivatives satisfy the equation together with u, as an algebraic one that jumps, the state goes
+            # on; but not from a state that a reset has made infinite.
+            finite = here & is_finite(x)
+            failed = is_reset & ~finite
+            new, new_past = choose(finite, (new, new_past), (solve, past))
+            result = Result.where(failed, Result.nonfinite, new.result)
+            return dataclasses.replace(new, result=result), new_past, finite
 
-        x, new_past = lax.cond(here, start, lambda now, past: (now.distribution, past), now, past)
-        # Where no derivatives satisfy the equation together with u, as an algebraic one that jumps, the state goes on.
-        restarted = here & is_finite(x)
-        x, past = choose(restarted, (x, new_past), (now.distribution, past))
-        # The memory of scales is reset by an update with scale zero that is not informative.
-        nothing = jnp.zeros_like(now.output_scale), jnp.zeros((*layout.batch_shape, 1, 1), layout.dtype)
-        forgotten = step.calibration.update(now.statistics, *nothing, jnp.zeros((), bool))
-        statistics = choose(restarted, forgotten, now.statistics)
-        current = dataclasses.replace(now, distribution=x, statistics=statistics)
-        if now.is_spread:
-            spread = jnp.where(restarted, restart_spread(*detach((now, beside(now.t, direction, stops)))), now.spread)
-            current = dataclasses.replace(current, spread=spread)
-        until = interval.nearest(stops, now.t) - now.t
-        prior = step.prior if current.prior is None else current.prior
-        # As in a solve that starts here: so one with stops takes the steps of its pieces.
-        dt = first_step(control, detach(current), detach(prior), until, constraint)
-        dt = bounded_step(control, dt)
-        new = dataclasses.replace(
-            solve,
-            current=current,
-            dt=jnp.where(restarted, lax.stop_gradient(dt), solve.dt),
-            controller=choose(restarted, control.controller.init(dtype), solve.controller),
-            last_restart=choose(
-                restarted,
-                Restart(lax.stop_gradient(now.t), jnp.ones_like(solve.last_restart.zero_so_far)),
-                solve.last_restart,
-            ),
-        )
-        return new, past, restarted
+        def restart_spread(mean, spread, t):
+            u, *moves = (layout.unpack(x)[:low] for x in (mean, *spread))
+            initialise = control.initialisation.initialise
+            start = lambda u: initialise(constraint.problem, t, u, layout, detach(args)).mean  # noqa: E731
+            return value_and_moves(start, u, jnp.stack(moves))[1]
 
-    return traced_once(pass_stop, solve, past, jnp.zeros((), bool))
+        return lax.cond(here, jump, lambda *same: (*same, jnp.array(False)), solve, past)
+
+    happen = None if events is None else jnp.zeros(len(events.events), bool)
+    return traced_once(pass_jump, solve, past, jnp.zeros((), bool), happen)

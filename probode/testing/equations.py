@@ -104,7 +104,10 @@ def check_constraint(
     single = linearise(in_single(constraint), jnp.asarray(t, jnp.float32), stack.astype(jnp.float32), narrow)
     has_dtype(single, jnp.float32, f"{name}: a linearisation has the dtype of the state")
     survives(
-        lambda c, x: jnp.ravel(linearise(c, x, stack).residual), constraint, jnp.asarray(t), "a linearisation, in time,"
+        lambda c, x: jnp.ravel(linearise(c, x, stack).residual),
+        constraint,
+        jnp.asarray(t),
+        "a linearisation as a function of time",
     )
     span = 0.5
 

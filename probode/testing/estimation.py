@@ -174,6 +174,7 @@ def check_calibration(calibration: AbstractCalibration, *, scale_free: bool = Tr
         # The start has not been calibrated. Where nothing has been, the next law tells.
         larger = np.asarray(solve(1.0, units=8.0).output_scale[1:] / one.output_scale[1:])
         law = f"{name}: for c u instead of u the output scale is c times as large: a standard deviation, not a variance"
+        finite(larger, law)
         what = f"for c=8 one that is c^{np.mean(np.log(larger)) / np.log(8):.2g} times as large"
         if not np.all(larger == 1):
             equal(larger, np.full_like(larger, 8.0), law, 1e-6, what=what)

@@ -39,24 +39,33 @@ def equal(got: Any, want: Any, law: str, rtol: float = 1e-9, atol: float = 0.0, 
     """
     got, want = np.asarray(got), np.asarray(want)
     hold(got.shape == want.shape, law, f"shape {got.shape} instead of {want.shape}")
-    finite(got, law)
+    finite(got, law, what)
+    finite(want, law, what, name="what it is compared with")
     if got.size:
         largest = np.max(np.abs(got - want))
         off = largest / max(np.max(np.abs(want)), np.finfo(float).tiny)
-        allowed = f"{what}{', ' if what else ''}a relative deviation of {off:.1e}, tolerance {rtol:g}"
+        allowed = f"{_then(what)}a relative deviation of {off:.1e}, tolerance {rtol:g}"
         if atol:
             allowed += f", and an absolute one of {largest:.1e}, tolerance {atol:g}"
         hold(largest <= atol or off <= rtol, law, f"{allowed}, in {got.dtype}")
 
 
-def finite(tree: Any, law: str) -> None:
-    """Raises ``LawBroken`` unless all floating-point arrays of a PyTree are finite."""
+def finite(tree: Any, law: str, what: str = "", *, name: str = "") -> None:
+    """Raises ``LawBroken`` unless all floating-point arrays of a PyTree are finite.
+
+    ``what``: was found, in words. ``name``: of the PyTree, for the message.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if eqx.is_inexact_array_like(leaf):
-            leaf, name = np.asarray(leaf), jax.tree_util.keystr(path)
+            leaf, where = np.asarray(leaf), name + jax.tree_util.keystr(path)
             for kind, found in (("NaN", np.isnan(leaf)), ("infinite", np.isinf(leaf))):
-                number = f"{np.sum(found)} of {leaf.size} entries" + (f" of {name}" if name else "")
-                hold(~found, law, f"{kind} in {number}, {leaf.dtype}")
+                number = f"{np.sum(found)} of {leaf.size} entries" + (f" of {where}" if where else "")
+                hold(~found, law, f"{_then(what)}{kind} in {number}, {leaf.dtype}")
+
+
+def _then(what):
+    """Words, and a comma for what follows them, if there are any."""
+    return f"{what}, " if what else ""
 
 
 def has_dtype(tree: Any, dtype: Any, law: str) -> None:
@@ -86,8 +95,9 @@ def survives(fn: Callable, part: Any, x: Any, name: str, *, differentiable: bool
     ``x``: a number. ``name``: of what ``fn`` returns, for the messages.
     """
     leaves, tree = jax.tree.flatten(part)
-    law = f"New values do not retrace {name}: numbers are arrays (convert them with jnp.asarray), or static for good"
-    hold(not any(isinstance(leaf, float) for leaf in leaves), law, "a Python float among the fields")
+    law = f"New values do not retrace {name}: fields with numbers are arrays (jnp.asarray), or static and never changed"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+        hold(not isinstance(leaf, float), law, f"a Python float in the field {jax.tree_util.keystr(path).lstrip('.')}")
     traces = 0
 
     def counted(part, x):

@@ -55,8 +55,9 @@ def check_error(error: AbstractErrorEstimate) -> None:
     # Rows are about u, u', ..., which have units of their own.
     units = 4.0 ** np.arange(coarse.shape[0])[:, None] if coarse.ndim == 2 else 1.0
     longer = estimate(error, 0.05, time=4.0) / units
-    power = float(jnp.log(error.norm(longer) / error.norm(coarse)) / np.log(4))
     law = f"{law}, so that they do not depend on the unit of time"
+    finite(longer, law)
+    power = float(jnp.log(error.norm(longer) / error.norm(coarse)) / np.log(4))
     equal(longer, coarse, law, 1e-8, what=f"an error in units of u / time^{power:.2g}; multiply by |dt|^{power:.2g}")
     finite(estimate(error, 1e-9), f"{name}, dt=1e-9: errors are finite")
     hold(estimate(error, -0.02) > 0, f"{name}, dt=-0.02: time may run backwards")

@@ -15,6 +15,7 @@ from probode import testing
 from probode.algebra.linearisation import Linearisation
 from probode.algebra.normal import Normal
 from probode.algebra.transition import Transition
+from probode.testing.laws import equal
 
 from ..extending.test_calibration import MaximumLikelihood
 from ..extending.test_controller import Constant
@@ -158,6 +159,14 @@ class Cancels(WrongPower):
     def transition(self, dt, layout):
         own = po.IWP(2).transition(dt, layout)
         return Transition(own.matrix, own.noise * (1 + 1e-7 * jnp.cos(1e3 * dt)), own.magnitude)
+
+
+class IsNaNInOneStep(WrongPower):
+    """The noise by the root of a difference that round-off makes negative in one of the steps of the checks."""
+
+    def transition(self, dt, layout):
+        right = po.IWP(2).transition(dt, layout)
+        return Transition(right.matrix, jnp.where(jnp.abs(dt - 2e-3) < 1e-9, jnp.nan, right.noise), right.magnitude)
 
 
 class TurnedDrift(WrongPower):
@@ -389,7 +398,7 @@ class TurnsOver(po.AbstractJacobian):
         (testing.check_prior, ForgetsDtype(), "dtype of the state"),
         (testing.check_prior, NoDerivatives(), r"derivative of u\^\(i\) is u\^\(i\+1\)"),
         (testing.check_prior, SameNoiseBackwards(), "back in time"),
-        (testing.check_prior, Retraces(), "do not retrace"),
+        (testing.check_prior, Retraces(), "do not retrace a transition as .*: .*a Python float in the field rate"),
         (
             testing.check_prior,
             VanLoan(),
@@ -447,6 +456,11 @@ class TurnsOver(po.AbstractJacobian):
             "up to one are accepted.*Found: 0.999",
         ),
         (testing.check_prior, Cancels(), "drift of the matrix. Found: perhaps the cancellation.*relative deviation"),
+        (
+            testing.check_prior,
+            IsNaNInOneStep(),
+            "dt=0.002.*drift of the matrix. Found: perhaps the cancellation.*NaN in .* of what it is compared with",
+        ),
         (testing.check_loop, OneTooMany(), "max_steps"),
         (testing.check_initialisation, StartsAtZero(), "those of the equation, at its time"),
         (testing.check_initialisation, Guesses(), "initial value is kept"),
@@ -458,6 +472,22 @@ class TurnsOver(po.AbstractJacobian):
 def test_broken_parts_are_told_the_law(check, part, law):
     with pytest.raises(testing.LawBroken, match=law):
         check(part)
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "found"),
+    [
+        ([1.0, 2.0], [1.0, np.nan], "NaN in 1 of 2 entries of what it is compared with, float64"),
+        ([1.0, 2.0], [np.inf, 2.0], "infinite in 1 of 2 entries of what it is compared with, float64"),
+        ([np.nan, 2.0], [np.nan, 2.0], "NaN in 1 of 2 entries, float64"),
+        ([1.0, 2.0], [1.0, 4.0], "a relative deviation of 5.0e-01, tolerance 1e-09, in float64"),
+    ],
+)
+def test_what_is_found_where_numbers_are_not_equal(got, want, found):
+    with pytest.raises(testing.LawBroken, match=f"^It holds. Found: in words, {found}.$"):
+        equal(got, want, "It holds", what="in words")
+    with pytest.raises(testing.LawBroken, match=f"^It holds. Found: {found}.$"):
+        equal(got, want, "It holds")
 
 
 class TwoValues(Constant):

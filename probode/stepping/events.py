@@ -1,0 +1,383 @@
+"""Events in an adaptive solve: how they are found in a step, at what time they are, and what a reset does to a state.
+
+A step in which an event is found is not taken: another one goes from the same state to its time. There the event
+happens, if it lies within a small part of a step; the rest is the ``delay``, by Newton's method, through which its time
+is differentiated: ``dt* = -(g_theta + g_u u_theta) / (g_t + g_u u')``.
+
+Axes: ``events``; of these ``functions`` are found, the others happen at known times; ``k`` derivatives ``u, ...,
+u^(k-1)`` that an initial value has.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..algebra.factorisations import Layout
+from ..algebra.linalg import detach, safe_divide
+from ..algebra.normal import Normal
+from ..algebra.roots import along_step, coefficients, first_crossing, is_resolved, last_sign, noise, points, with_side
+from ..equations.problems import AbstractProblem, flat_field
+from ..information.events import Event
+from .state import State
+from .times import Interval, is_jump, round_off
+
+
+# So many derivatives at both ends of a step make the polynomial in which roots are looked for; fewer in single
+# precision, where the round-off of its coefficients would be seen.
+_DERIVATIVES = {8: 6, 4: 4}
+# An event so close to the end of a step, as a share of a usual one, happens there; and where one is expected at the end
+# of a step, but lies so close behind it, by the error of the polynomial, the next attempt goes there.
+_CLOSE, _BEHIND = 1e-10, 1e-3
+# Coefficients of this size, compared with the largest, are far from zero.
+_FAR = 0.05
+# A step is not halved to see roots below so many of the shortest ones: of a function that jumps it would not help.
+_COARSE = 100
+# Behind a reset a function so small, compared with its size in the step before, is zero.
+ZERO = 1e-7
+# An event this soon after itself, in units of the shortest steps, has accumulated.
+_AT_ONCE = 20
+
+
+class Watch(eqx.Module):
+    """What is known of the events between two attempts.
+
+    - ``side``: the sign of every function where the state is; zero if that is a root, which has been dealt with.
+    - ``size``: the largest absolute value of every function in the last step.
+    - ``target``: the time of an event ahead, to which the next step goes; infinite if none was found. ``due``: which
+      functions have it.
+    - ``counts``: how often every event has happened, and ``last`` when; ``number``: how often all together.
+    """
+
+    side: Float[Array, " functions"]
+    size: Float[Array, " functions"]
+    target: Float[Array, ""]
+    due: Bool[Array, " functions"]
+    counts: Int[Array, " events"]
+    last: Float[Array, " events"]
+    number: Int[Array, ""]
+
+
+class Seen(eqx.Module):
+    """What an accepted attempt shows of the events: which happen at its end, or that it goes too far.
+
+    ``cut``: whether an event lies further inside, to which the next attempt goes; or half the way, if the step is
+    ``coarse``: too long to see all roots of a function. ``finite``: whether all functions are.
+    """
+
+    watch: Watch
+    happen: Bool[Array, " events"]
+    cut: Bool[Array, ""]
+    coarse: Bool[Array, ""]
+    finite: Bool[Array, ""]
+
+    @staticmethod
+    def nothing(watch: Watch, happen: Any = None) -> "Seen":
+        """Nothing is seen but events at known times, if any ``happen``."""
+        happen = jnp.zeros(watch.counts.shape, bool) if happen is None else happen
+        no = jnp.array(False)
+        return Seen(watch, happen, no, no, ~no)
+
+
+class Crossing(eqx.Module):
+    """How a function crosses zero near a state: after a ``delay``, there with a ``rate`` in time and a ``gradient``.
+
+    ``velocity``: of ``(u, ..., u^(k-1))`` there. ``touches``: whether the rate is zero; it is given as one then. At
+    known times delay and gradient are zero.
+    """
+
+    delay: Float[Array, ""]
+    rate: Float[Array, ""]
+    gradient: Float[Array, "k d"]
+    velocity: Float[Array, "k d"]
+    touches: Bool[Array, ""]
+
+    def moves(self, z: Float[Array, "k d"]) -> Float[Array, ""]:
+        """By how much the time of the crossing moves with a displacement ``z`` of the state at a fixed time."""
+        return -jnp.sum(self.gradient * z) / self.rate
+
+
+class Leaving(eqx.Module):
+    """How a function leaves zero behind a reset: to which ``side``, zero if it does not.
+
+    ``within``: how large it may be a ``delay`` before or behind that.
+    """
+
+    side: Float[Array, ""]
+    within: Float[Array, ""]
+
+
+class Happening(eqx.Module):
+    """The state at an event, before a reset, as it is kept: a row of numbers.
+
+    ``which``: the number of the event; ``happen``: all events at that time, as ones and zeros.
+    """
+
+    t: Float[Array, "..."]
+    which: Float[Array, "..."]
+    happen: Float[Array, "... events"]
+    distribution: Normal
+    layout: Layout | None
+
+
+class Events(eqx.Module):
+    """The events of a solve, bound to its problem; ``most``: how often they may happen, all together."""
+
+    events: tuple[Event, ...]
+    problem: AbstractProblem
+    args: PyTree
+    most: int = eqx.field(static=True)
+
+    @property
+    def functions(self) -> list[Event]:
+        """The events that have to be found."""
+        return [event for event in self.events if not event.is_scheduled]
+
+    @property
+    def times(self) -> Float[Array, " times"] | None:
+        """All known times; ``None`` without any."""
+        known = [event.g for event in self.events if event.is_scheduled]
+        return jnp.concatenate(known) if known else None
+
+    @property
+    def resets(self) -> bool:
+        """Whether any event has a reset."""
+        return any(event.reset is not None for event in self.events)
+
+    def check(self, t0: Float[Array, ""], layout: Layout) -> None:
+        """Raises ``TypeError`` or ``ValueError`` unless all functions and resets can be called and fit the problem."""
+        example = layout.unravel(jnp.zeros(layout.size, layout.dtype))
+        for i, event in enumerate(self.events):
+            name = "the event" if len(self.events) == 1 else f"event {i}"
+            event.check(t0, (example,) * self.problem.num_initial_values, self.args, name)
+
+    def values(self, t: Float[Array, ""], z: Float[Array, "k d"], layout: Layout) -> Float[Array, " functions"]:
+        """The functions at ``z = (u, ..., u^(k-1))``."""
+        us = [layout.unravel(u) for u in z]
+        values = [jnp.asarray(event.g(t, *us, self.args), layout.dtype) for event in self.functions]
+        return jnp.stack(values) if values else jnp.zeros(0, layout.dtype)
+
+    def start(self, state: State) -> Watch:
+        """What is known before the first attempt. A function within round-off of zero is at a root."""
+        counts = jnp.zeros(len(self.events), jnp.int32)
+        none = counts, jnp.full(counts.shape, jnp.nan, state.t.dtype), jnp.zeros((), jnp.int32)
+        no_target = jnp.full((), jnp.inf, state.t.dtype)
+        if not self.functions:
+            zero = jnp.zeros(0, state.t.dtype)
+            return Watch(zero, zero, no_target, zero != 0, *none)
+        z = self._low(state)
+        at = lambda t, z: self.values(t, z, state.layout)  # noqa: E731
+        along_t = jax.jvp(at, (state.t, z), (jnp.ones_like(state.t), jnp.zeros_like(z)))[1]
+        gradients = jax.jacfwd(at, argnums=1)(state.t, z)
+        parts = jnp.abs(along_t * state.t) + jnp.sum(jnp.abs(gradients * z), axis=(1, 2))
+        parts = jnp.where(jnp.isfinite(parts), parts, 0)
+        values = at(state.t, z)
+        side = jnp.where(jnp.abs(values) <= 64 * jnp.finfo(z.dtype).eps * parts, 0, jnp.sign(values))
+        return detach(Watch(side, jnp.abs(values), no_target, jnp.zeros(side.shape, bool), *none))
+
+    def look(self, interval: Interval, watch: Watch, before: State, after: State, length: Float[Array, ""]) -> Seen:
+        """What a step shows of the events. ``length``: of a usual step, one that was not cut to hit a time."""
+        watch, before, after, length = detach((watch, before, after, length))
+        here = [is_jump(after.t, event.g.astype(after.t.dtype)) for event in self.events if event.is_scheduled]
+        if not self.functions:
+            return Seen.nothing(watch, self._all([], here))
+        values = self._along(before, after)
+        b = jax.vmap(coefficients, in_axes=1)(values)
+        size = jnp.max(jnp.abs(values), axis=0)
+        # Most steps stay far from zero: that none of the coefficients comes near it is seen at once.
+        far = jnp.min(b * watch.side[:, None], axis=1) > _FAR * jnp.max(jnp.abs(b), axis=1)
+        none = jnp.zeros(size.shape, bool)
+        nothing = watch.side, jnp.full_like(after.t, jnp.inf), none, none, jnp.array(False)
+        search = lambda b, values: self._search(interval, watch, b, values, before.t, after.t, length)  # noqa: E731
+        side, target, due, happen, coarse = lax.cond(jnp.all(far), lambda *_: nothing, search, b, values)
+        cut = jnp.isfinite(target)
+        size = jnp.where(cut, watch.size, size)
+        new = dataclasses.replace(watch, side=side, size=size, target=target, due=due)
+        here = [known & ~cut for known in here]
+        return Seen(new, self._all(list(happen), here), cut, coarse, jnp.all(jnp.isfinite(values)))
+
+    def _search(self, interval, watch, b, values, start, end, length):
+        """The first roots of the functions with coefficients ``b`` in a step from ``start`` to ``end``.
+
+        Returns on which side of zero they end; the time inside of the step to which the next attempt goes, or infinity;
+        which of them are zero there; which of them are zero at the end; and whether the step is too coarse to tell.
+        """
+        h, dt = jnp.abs(end - start), end - start
+        b = jax.vmap(with_side)(b, watch.side)
+        directions = jnp.asarray([event.direction for event in self.functions], b.dtype)
+        share, found = jax.vmap(first_crossing)(b, directions)
+        unit = jnp.maximum(_CLOSE, 64 * jnp.finfo(b.dtype).eps)
+        shortest = 2 * round_off(jnp.maximum(jnp.abs(start), jnp.abs(end)))
+        near = jnp.maximum(jnp.minimum(unit * length, _BEHIND * h), shortest)
+        expected = watch.due & (jnp.abs(end - watch.target) <= near)
+        behind = self._just_behind(b, h, directions, jnp.where(expected, _BEHIND * h, near))
+        behind = jnp.where(behind <= interval.remaining(end), h + behind, jnp.inf)
+        way = jnp.where(found, share * h, behind)
+        # A shorter step could not be taken.
+        first = jnp.maximum(jnp.min(way), shortest)
+        here = jnp.abs(first - h) <= near
+        cut = jnp.isfinite(first) & ~here
+        together = way <= first + near
+        happen = together & here
+        coarse = jnp.any(~jax.vmap(is_resolved, in_axes=1)(values)) & (h > _COARSE * shortest)
+        side = jnp.where(cut | coarse, watch.side, jnp.where(happen, 0, jax.vmap(last_sign)(b)))
+        target = jnp.where(cut, start + jnp.sign(dt) * first, jnp.inf)
+        target = jnp.where(coarse, start + dt / 2, target)
+        return side, target, together & cut & ~coarse, happen & ~coarse, coarse
+
+    def crossing(self, t: Float[Array, ""], us: Float[Array, "n d"], happen: Array, layout: Layout) -> Crossing:
+        """How the first function of those that happen crosses zero near a state with the derivatives ``us``.
+
+        Two steps of Newton's method: one makes the first derivatives of the delay right, both the second ones, too.
+        """
+        k = self.problem.num_initial_values
+        found = [happen[i] > 0 for i, event in enumerate(self.events) if not event.is_scheduled]
+        zero, velocity = jnp.zeros_like(t), us[1 : k + 1]
+        if not found:
+            return Crossing(zero, jnp.ones_like(t), jnp.zeros_like(velocity), velocity, jnp.array(False))
+        index, any_found = jnp.argmax(jnp.stack(found)), jnp.any(jnp.stack(found))
+
+        def g(t, z):
+            return self.values(t, z, layout)[index]
+
+        def after(delay):
+            near = advanced(us, delay, k + 1)
+            value, rate = jax.jvp(g, (t + delay, near[:k]), (jnp.ones_like(t), near[1:]))
+            return value, jnp.where(any_found & (rate != 0), rate, 1), near, any_found & (rate == 0)
+
+        delay = zero
+        for _ in range(2):
+            value, rate, *_ = after(delay)
+            delay = delay - jnp.where(any_found, value / rate, 0)
+        _, rate, near, touches = after(delay)
+        gradient = jnp.where(any_found, jax.grad(g, argnums=1)(t + delay, near[:k]), 0)
+        return Crossing(delay, rate, gradient, near[1:], touches)
+
+    def reset(self, t: Float[Array, ""], z: Float[Array, "k d"], happen: Array, layout: Layout) -> Float[Array, "k d"]:
+        """``(u, ..., u^(k-1))`` after the resets of all events that happen, one after the other."""
+        for i, event in enumerate(self.events):
+            if event.reset is not None:
+                us = event.reset(t, *(layout.unravel(u) for u in z), self.args)
+                new = jnp.stack([layout.ravel(u) for u in (us if len(z) > 1 else (us,))])
+                z = jnp.where(happen[i] > 0, new, z)
+        return z
+
+    def pass_through(
+        self, t: Float[Array, ""], us: Float[Array, "n d"], happen: Array, layout: Layout, direction: Float[Array, ""]
+    ) -> tuple[Float[Array, "k d"], Float[Array, "k d k d"], Leaving]:
+        """``(u, ..., u^(k-1))`` at ``t`` on the way that begins with the reset; its derivative, the saltation matrix.
+
+        The reset is at ``t + delay``: the state goes there, through the reset, and back with its new velocity. With
+        ``dt* = -g_z dz / rate`` the derivative is ``R_z + (R_z f_before + R_t - f_after) dt*/dz``.
+
+        Also how the function leaves zero. ``direction``: in which time runs, 1 or -1.
+        """
+        k = self.problem.num_initial_values
+        crossing = self.crossing(t, us, happen, layout)
+        at, before = t + crossing.delay, advanced(us, crossing.delay, k)
+        fn = lambda t, z: self.reset(t, z, happen, layout)  # noqa: E731
+        after, along = jax.jvp(fn, (at, before), (jnp.ones_like(t), crossing.velocity))
+        if self.problem.is_explicit:
+            field = flat_field(self.problem, layout, self.args)
+            velocity = lambda t, z: jnp.concatenate([z[1:], field(t, z)[None]])  # noqa: E731
+            new = velocity(at, after)
+            half = crossing.delay / 2
+            # The rule of the midpoint, so that second derivatives are right as well.
+            back = after - crossing.delay * velocity(at - half, after - half * new)
+            leaving = self._leaving(crossing, at, after, new, happen, layout, direction)
+        else:
+            # At known times: there is no delay.
+            new, back = jnp.zeros_like(after), after
+            leaving = Leaving(jnp.zeros_like(t), jnp.zeros_like(t))
+        moves = -crossing.gradient / crossing.rate
+        jacobian = jax.jacfwd(fn, argnums=1)(at, before)
+        return back, jacobian + (along - new)[:, :, None, None] * moves, detach(leaving)
+
+    def _leaving(self, crossing, t, z, velocity, happen, layout, direction):
+        """How the function leaves zero behind a reset to ``z``."""
+        found = [happen[i] for i, event in enumerate(self.events) if not event.is_scheduled]
+        if not found:
+            return Leaving(jnp.zeros_like(crossing.delay), jnp.zeros_like(crossing.delay))
+        g = lambda t, z: self.values(t, z, layout)[jnp.argmax(jnp.stack(found))]  # noqa: E731
+        _, rate = jax.jvp(g, (t, z), (jnp.ones_like(t), velocity))
+        return Leaving(jnp.sign(rate) * direction, 2 * jnp.abs(rate * crossing.delay))
+
+    def behind_reset(self, watch: Watch, state: State, happen: Bool[Array, " events"], leaving: Leaving) -> Watch:
+        """What is known behind a reset. A function that has crossed zero may start there again, or elsewhere."""
+        if not self.functions:
+            return watch
+        values = self.values(state.t, self._low(state), state.layout)
+        found = jnp.stack([happen[i] for i, event in enumerate(self.events) if not event.is_scheduled])
+        zero = found & (jnp.abs(values) <= jnp.maximum(ZERO * watch.size, leaving.within))
+        side = jnp.where(zero, leaving.side, jnp.sign(values))
+        return dataclasses.replace(watch, side=lax.stop_gradient(side))
+
+    def counted(
+        self, watch: Watch, t: Float[Array, ""], happen: Bool[Array, " events"]
+    ) -> tuple[Watch, Bool[Array, ""], Bool[Array, ""]]:
+        """The numbers of events after some have happened at ``t``; whether one of these ends the solve.
+
+        And whether they are too many: more than there is room for, or one so soon after itself that the times cannot
+        be told apart.
+        """
+        counts = watch.counts + happen.astype(jnp.int32)
+        number = watch.number + jnp.sum(happen, dtype=jnp.int32)
+        most = jnp.asarray(
+            [np.iinfo(np.int32).max if e.terminal is None else e.terminal for e in self.events], jnp.int32
+        )
+        ends = jnp.any(happen & (counts >= most))
+        # Otherwise a ball that comes to rest would fall through the floor, between two floating-point numbers.
+        at_once = jnp.any(happen & (jnp.abs(t - watch.last) <= _AT_ONCE * round_off(t)))
+        new = dataclasses.replace(
+            watch, counts=counts, number=number, last=lax.stop_gradient(jnp.where(happen, t, watch.last))
+        )
+        return new, ends, at_once | (number > self.most)
+
+    def happenings(self, state: State, happen: Bool[Array, " events"]) -> list[Happening]:
+        """The state before a reset as every one of the events would keep it."""
+        flags = happen.astype(state.t.dtype)
+        layout = state.layout if state.layout.factorisation.adapts else None
+        return [
+            Happening(state.t, jnp.full_like(state.t, i), flags, state.distribution, layout)
+            for i in range(len(self.events))
+        ]
+
+    def _low(self, state):
+        return state.layout.unpack(state.distribution.mean)[: self.problem.num_initial_values]
+
+    def _all(self, functions, scheduled):
+        """Flags of the two kinds of events in the order of all."""
+        kinds = {False: iter(functions), True: iter(scheduled)}
+        return jnp.stack([next(kinds[event.is_scheduled]) for event in self.events])
+
+    def _along(self, before, after):
+        """The functions at Chebyshev's points of a step, ``(points, functions)``, both ends included."""
+        most = _DERIVATIVES[before.t.dtype.itemsize]
+        first, second = (x.layout.unpack(x.distribution.mean)[:most] for x in (before, after))
+        k, n, dt = self.problem.num_initial_values, first.shape[0], after.t - before.t
+        at = points(2 * n)
+        z = jnp.stack([along_step(first[j:], second[j:], dt, at) for j in range(k)], axis=1)
+        ts = jnp.append(before.t + jnp.asarray(at[:-1], dt.dtype) * dt, after.t)
+        return jax.vmap(lambda t, z: self.values(t, z, after.layout))(ts, z)
+
+    def _just_behind(self, b, h, directions, most):
+        """How far behind the end of a step functions cross zero, if it is no further than ``most``; else infinite."""
+        side, slope = jax.vmap(last_sign)(b), (b.shape[1] - 1) * (b[:, -1] - b[:, -2])
+        approaching = (side * slope < 0) & ((directions == 0) | (directions == -side))
+        # An end in the round-off of zero may be on either side of it.
+        end = jnp.where(jnp.abs(b[:, -1]) > jax.vmap(noise)(b), jnp.abs(b[:, -1]), 0)
+        distance = h * safe_divide(end, jnp.abs(slope))
+        return jnp.where(approaching & (distance <= most), distance, jnp.inf)
+
+
+def advanced(us: Float[Array, "n d"], delay: Float[Array, ""], number: int) -> Float[Array, "number d"]:
+    """The first derivatives after a short time, by the Taylor polynomial of all."""
+    n = us.shape[0]
+    weights = [delay**i / math.factorial(i) for i in range(n)]
+    return jnp.stack([sum(weights[i] * us[j + i] for i in range(n - j)) for j in range(number)])
