@@ -28,6 +28,7 @@ PARTS = [
     ["stability"],
     ["inference"],
     ["tempering"],
+    ["events"],
     ["fuzz"],
     ["fuzz", "--stiff"],
 ]

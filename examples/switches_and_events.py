@@ -2,8 +2,8 @@
 # # Switches and events
 #
 # The right-hand side of an equation may jump at times that are known in advance: then the controller gets these times,
-# or the equation is solved in pieces. Or a solve has to end at a time that is not known, when some event happens: then
-# we take the steps ourselves.
+# or the equation is solved in pieces. Or something happens at a time that is not known, where the solution reaches a
+# threshold: an event, which ends the solve or changes the solution.
 #
 # ## Switches
 
@@ -88,64 +88,65 @@ for a, b in zip([0.0, *switches], [*switches, 24.0], strict=True):
 print(f"{'in pieces':18s} {accepted:4d} steps, error {abs(float(u.mean) - exact(24.0)):.1e}")
 
 # %% [markdown]
-# ## Doses
-#
-# A dose is a jump of `u` itself, not of the equation. So a solve goes up to the dose, and the next one starts where it
-# ended, with the dose. `solution.end` is the distribution at the end, and `Normal(end.mean + dose, end.factor)` keeps
-# its uncertainty. Of means alone equal intervals are a `lax.scan`, compiled once and differentiable:
-
-
-# %%
-def eliminated(t, u, rate):
-    return -rate * u
-
-
-drug = probode.Solver(
-    probode.IWP(4), probode.TS1(probode.ODE(eliminated)), controller=probode.IntegralController(1e-6, 1e-9)
-)
-
-
-def after_doses(rate, dose):
-    """The amount 8 hours after the last of seven doses, one every 8 hours."""
-
-    def interval(u, _):
-        return drug.solve(u + dose, 0.0, 8.0, args=rate).mean[-1], None
-
-    return jax.lax.scan(interval, jnp.zeros(()), length=7)[0]
-
-
-amount, (by_rate, by_dose) = jax.jit(jax.value_and_grad(after_doses, argnums=(0, 1)))(0.1, 2.0)
-decays = np.exp(-0.8 * np.arange(1, 8))
-expected = 2 * decays.sum(), -16 * (np.arange(1, 8) * decays).sum(), decays.sum()
-print(f"seven doses: {amount:.6f}, by rate {by_rate:.5f}, by dose {by_dose:.6f}")
-print("check:       {:.6f}, by rate {:.5f}, by dose {:.6f}".format(*expected))
-
-first = drug.solve(2.0, 0.0, 8.0, args=0.1).end
-second = drug.solve(probode.Normal(first.mean + 2.0, first.factor), 8.0, 16.0, args=0.1)
-print(f"after two of them: {second.mean[-1]:.6f} +- {second.std[-1]:.0e}")
-
-# %% [markdown]
 # ## Events
 #
-# When does the room, without a heater, reach ten degrees? `init` returns the state at the start, and `step` a new state
-# after one step of given length; the old state is not changed, so a step can be repeated with another length. We take
-# steps until the temperature is below ten degrees, and then find the length of the last step by Newton's method, with
-# the derivative of the temperature, which is part of the state.
+# When does a room without a heater reach ten degrees? That time is not known in advance. An `Event` is a function of
+# the solution; where it crosses zero the solve ends, and the last saved time is that of the event. How sure the time is
+# follows from the uncertainty of the temperature and from how fast it falls.
 
 
 # %%
-def cooling(t, u, args):
-    return -0.2 * u * (1 + 0.1 * jnp.sin(t))
+def cooling(t, u, rate):
+    return -rate * u * (1 + 0.1 * jnp.sin(t))
 
 
-solver = probode.Solver(probode.IWP(5), probode.TS1(probode.ODE(cooling)))
-before = after = solver.init(25.0, 0.0)
-while after.mean > 10.0:
-    before, after = after, solver.step(after, 0.5)
-dt = 0.25
-for _ in range(8):
-    at = solver.step(before, dt)
-    dt = dt - (float(at.mean) - 10.0) / float(at.derivative(1).mean)
-time = float(at.t)
-print(f"ten degrees at t = {time:.6f}, give or take {float(at.std / abs(at.derivative(1).mean)):.0e}")
+ten_degrees = probode.Event(lambda t, u, args: u - 10.0, direction=-1)
+solver = probode.Solver(
+    probode.IWP(5), probode.TS1(probode.ODE(cooling)), controller=probode.IntegralController(1e-6, 1e-8)
+)
+solution = solver.solve(probode.Normal(25.0, 0.1), 0.0, 24.0, args=0.2, events=ten_degrees)
+time = float(solution.t[0])
+print(f"{solution.result}: ten degrees at t = {time:.6f} +- {solution.events.t_std[0]:.6f}")
 print(f"check: {25.0 * np.exp(-0.2 * (time + 0.1 * (1 - np.cos(time)))):.8f} degrees then")
+slope = jax.grad(lambda rate: solver.solve(25.0, 0.0, 24.0, args=rate, events=ten_degrees).t[0])(0.2)
+print(f"with a rate larger by 0.01 it comes {-0.01 * slope:.4f} hours earlier")
+
+# %% [markdown]
+# ## Resets
+#
+# A thermostat turns the heater on below 18 degrees and off above 21. Whether it is on is a component of the solution
+# that does not change by itself; two events with a `reset` change it. Neither ends the solve, so it goes on, with the
+# derivatives of the equation that holds from then on.
+
+
+# %%
+def room_with_thermostat(t, u, args):
+    return {"degrees": 5.0 * u["heater"] - 0.2 * u["degrees"], "heater": jnp.zeros_like(u["heater"])}
+
+
+def switch(to):
+    return lambda t, u, args: {"degrees": u["degrees"], "heater": jnp.full_like(u["heater"], to)}
+
+
+too_cold = probode.Event(lambda t, u, args: u["degrees"] - 18.0, direction=-1, reset=switch(1.0))
+too_warm = probode.Event(lambda t, u, args: u["degrees"] - 21.0, direction=1, reset=switch(0.0))
+solver = probode.Solver(
+    probode.IWP(4),
+    probode.TS1(probode.ODE(room_with_thermostat)),
+    controller=probode.IntegralController(1e-6, 1e-8),
+    strategy=probode.FixedIntervalSmoother(),
+)
+solution = solver.solve({"degrees": 10.0, "heater": 1.0}, 0.0, 12.0, events=[too_cold, too_warm])
+events = solution.events
+names = ("on", "off")
+happened = range(int(events.count))
+print("heater", ", ".join(f"{names[int(events.which[i])]} at {events.t[i]:.3f}" for i in happened))
+# Towards 25 degrees while it is on, towards zero while it is off.
+heating, falling = 5 * np.log(7 / 4), 5 * np.log(21 / 18)
+print(f"check: a cycle takes {heating + falling:.6f}, found {events.t[2] - events.t[0]:.6f}")
+probode.plots.plot(solution, components=[0])
+plt.show()
+
+# %% [markdown]
+# Doses, which come at known times, are in [doses](doses.py), a ball in [bouncing_ball](bouncing_ball.py), many neurons
+# with spikes of their own in [spiking_neurons](spiking_neurons.py).

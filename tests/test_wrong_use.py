@@ -93,6 +93,11 @@ def lanes():
     return jax.vmap(lambda u0: solve(u0, save_at=po.SaveAt(dense=True), loop=po.ForwardLoop(64)))(jnp.stack([U, 2 * U]))
 
 
+@ft.cache
+def lanes_with_events():
+    return jax.vmap(lambda u0: with_events(event(terminal=False), u0).events)(jnp.stack([U, 2 * U]))
+
+
 def exact(t):
     return np.ones((t.size, 2))
 
@@ -116,12 +121,87 @@ def numpy_in_place(t, u, args):
     return du
 
 
+def with_events(events, u0=U, t0=0.0, t1=1.0, *, max_events=64, **parts):
+    return solver(**parts).solve(u0, t0, t1, events=events, max_events=max_events)
+
+
+def event(g=lambda t, u, args: u[0] - 0.15, **options):
+    return po.Event(g, **options)
+
+
 KEY = jax.random.key(0)
 # What the note on an error in a vector field begins with.
 CALLED = r"vector field of an ODE of order 1 was called as f\(t, u, args\) with t=f.*"
 
 # id, what the user does, the exceptions that may come, what the message must say (regular expression, over lines)
 CASES = [
+    # events
+    ("event-no-function", lambda: po.Event("bounce"), TypeError, "Event.g. must be callable as g.*known times"),
+    ("event-number", lambda: po.Event(1.0), ValueError, r"times of an Event .*shape \(times,\)"),
+    ("event-infinite-time", lambda: po.Event([1.0, np.inf]), ValueError, "times of an Event must be finite"),
+    ("event-direction", lambda: event(direction=2), ValueError, r"direction.* 1 \(upwards\), -1"),
+    ("event-direction-bool", lambda: event(direction=True), ValueError, "direction"),
+    ("event-terminal", lambda: event(terminal=0), ValueError, r"Event\(terminal\)"),
+    ("event-reset", lambda: event(reset=0.0), TypeError, r"Event\(reset\) must be callable"),
+    (
+        "events-function",
+        lambda: with_events(lambda t, u, args: u[0]),
+        TypeError,
+        r"events must be.*Wrap it: Event\(g\)",
+    ),
+    ("events-empty", lambda: with_events([]), ValueError, "events holds no Event"),
+    ("events-max", lambda: with_events(event(), max_events=0), ValueError, "max_events"),
+    (
+        "event-boolean",
+        lambda: with_events(event(lambda t, u, args: u[0] > 1)),
+        TypeError,
+        "True or False.*crosses zero",
+    ),
+    ("event-vector", lambda: with_events(event(lambda t, u, args: u)), ValueError, "one number.*several events"),
+    ("event-integer", lambda: with_events(event(lambda t, u, args: 1)), TypeError, "real, floating-point"),
+    ("event-signature", lambda: with_events(event(lambda t, u: u[0])), TypeError, r"called as g\(t, u, args\)"),
+    (
+        "event-reset-structure",
+        lambda: with_events(event(reset=lambda t, u, args: u[0])),
+        ValueError,
+        "The value of the reset of the event must have the shape of u0",
+    ),
+    (
+        "event-second-of-two",
+        lambda: with_events([event(), event(lambda t, u, args: u)]),
+        ValueError,
+        "function of event 1 must return one number",
+    ),
+    ("event-time-is-t0", lambda: with_events(event([0.0, 0.5])), ValueError, "known time of an Event is t0.*into u0"),
+    (
+        "event-isotropic-reset",
+        lambda: with_events(event(reset=lambda t, u, args: u), factorisation=po.Isotropic()),
+        ValueError,
+        r"Isotropic\(\) has one covariance.*a reset moves.*Use Dense",
+    ),
+    (
+        "event-modal-reset",
+        lambda: with_events(event(reset=lambda t, u, args: u), factorisation=po.Modal(), constraint=po.TS1),
+        ValueError,
+        r"A reset is not available under Modal\(\): use Dense",
+    ),
+    (
+        "event-subspace",
+        lambda: with_events(event(), factorisation=po.Subspace(jnp.eye(2)), constraint=po.TS1),
+        ValueError,
+        "An event is not available under Subspace",
+    ),
+    (
+        "event-residual-reset",
+        lambda: po.Solver(po.IWP(2), po.TS1(po.Residual(lambda t, u, du, args: du + u))).solve(
+            U, 0.0, 1.0, events=event(reset=lambda t, u, args: u)
+        ),
+        ValueError,
+        "solved for its highest derivative.*known times are possible",
+    ),
+    ("event-grid", lambda: solver().solve_grid(U, [0.0, 1.0], events=event()), TypeError, "solve_grid finds none"),
+    ("event-cdf-of-lanes", lambda: lanes_with_events().cdf(0.5), ValueError, "single solution.*vmap"),
+    ("event-cdf-time", lambda: with_events(event()).events.cdf("now"), TypeError, r"cdf\(t\)"),
     # the initial value
     ("u0-complex", lambda: solve(U + 1j), TypeError, "u0 is complex.*real and the imaginary part"),
     ("u0-integers", lambda: solve(jnp.array([1, 2])), TypeError, "u0 has dtype int.*floating point"),
@@ -739,7 +819,7 @@ CASES = [
     ("solution-message", lambda: solution().message, AttributeError, r"\.result, in words summary\(\)"),
     ("solution-sol", lambda: dense().sol(0.5), AttributeError, r"'sol': any time is evaluate\(t\)"),
     ("solution-nfev", lambda: solution().nfev, AttributeError, r"\.stats\[\"num_steps\"\]"),
-    ("solution-t_events", lambda: solution().t_events, AttributeError, "'t_events': events"),
+    ("solution-t_events", lambda: solution().t_events, AttributeError, r"'t_events': .*\.events\.t"),
     ("solution-unknown", lambda: solution().foo, AttributeError, "'Solution' object has no attribute 'foo'"),
     ("sample-a-seed", lambda: dense().sample(0), TypeError, r"sample\(key\).*jax\.random\.key\(0\), got 0"),
     (

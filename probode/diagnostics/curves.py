@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from ..algebra.marginals import Posterior
+from ..algebra.marginals import Posterior, widen
 
 
 # How many times are drawn where any time can be had, or about how many where cubics join a few.
@@ -61,16 +61,20 @@ def curves(solution: Any, k: int, ts: Any) -> Curves:
 def _known(solution, ts):
     """The posterior at the times to draw, and one with the slopes there; ``None`` unless these are the ends of steps.
 
-    At a jump of the equation there are two rows at one time, with the slopes before and behind it.
+    At a jump there are two rows at one time: the state before, and the one behind it.
     """
     if ts is not None:
         return solution.evaluate(ts), None
     if not solution.is_dense:
         return Posterior(solution.t, solution.marginals, solution.layout), None
     path = solution.trajectory
+    real = np.flatnonzero(path.reached)
     kept = path.rows.t, path.rows.distribution, path.rows.layout
-    t, rows, layouts = jax.tree.map(lambda x: x[np.flatnonzero(path.reached)], kept)
-    return solution.evaluate(t), Posterior(t, rows, path.layout if layouts is None else layouts)
+    t, rows, layouts = jax.tree.map(lambda x: x[real], kept)
+    moves = None if solution.spread is None else solution.spread.trajectory.rows.distribution.mean[:, real]
+    states = rows if moves is None else widen(rows, moves)
+    known = Posterior(t, states, path.layout if layouts is None else layouts, moves)
+    return known, known
 
 
 def many_times(solution: Any) -> Float[np.ndarray, " time"]:

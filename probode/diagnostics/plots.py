@@ -42,7 +42,8 @@ def plot(
     A smoother that has kept its steps is drawn at any time. A filter knows the solution at the ends of its steps, and
     predictions between them, which jump there: if it has kept its steps, their ends are drawn, with markers where they
     are few, joined by the cubics that have their means and derivatives (standard deviations: by straight lines). Other
-    solutions are drawn at their saved times, joined by straight lines.
+    solutions are drawn at their saved times, joined by straight lines. Events are marked by dotted lines, with bands of
+    the standard deviations of their times.
 
     - ``solution``: a ``Solution``, not a batch.
     - ``ax``: the axes to draw on, new ones by default.
@@ -85,6 +86,7 @@ def plot(
         if draws is not None:
             others = draws[:, :, i] if magnify == 1 else mean + magnify * (draws[:, :, i] - mean)
             ax.plot(t, others.T, color=line.get_color(), linewidth=0.5, alpha=0.5)
+    _mark_events(ax, solution.events, std * magnify)
     ax.set_xlabel("time")
     if not ax.get_ylabel():
         ax.set_ylabel(_derivative(names[chosen[0]] if len(chosen) == 1 else "u", derivative))
@@ -225,6 +227,15 @@ def plot_work_precision(results: Mapping[str, tuple[Any, Any]], ax: Any = None, 
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     return ax
+
+
+def _mark_events(ax, events, std):
+    """Dotted lines at the times of events, in bands of ``std`` standard deviations."""
+    for i in range(0 if events is None else int(events.count)):
+        t, width = float(events.t[i]), std * float(events.t_std[i])
+        ax.axvline(t, color="0.6", linestyle=":", linewidth=0.8, zorder=0)
+        if 0 < width < np.inf:
+            ax.axvspan(t - width, t + width, color="0.6", alpha=0.2, linewidth=0, zorder=0)
 
 
 def _axes(ax):

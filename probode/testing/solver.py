@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..equations.problems import ODE
+from ..information.events import Event
 from ..posterior.solution import SaveAt
 from ..requests import smallest_rtol
 from ..solver import Solver
@@ -24,6 +25,8 @@ def check_solver(
     - The same call returns the same numbers, which are finite, also under ``jit`` (traced once) and ``vmap``.
     - The result at ``t1`` does not depend on which times are saved. A solve in two parts arrives where one does; so
       does a solve back to ``t0``, for an ``ODE`` of order one, unless it fails.
+    - An event ends it where its function crosses zero, in the state in which a solve to that time ends (but for
+      factorisations with an algebra of their own, which have no events).
     - Single precision is kept, unless ``rtol`` is too small for it. An initial value that is NaN ends in a ``Result``
       other than successful.
     - The derivative with respect to the initial value agrees with finite differences on the same steps.
@@ -81,6 +84,16 @@ def check_solver(
         "A solve that goes on arrives where one solve does",
         f"{deviation:.1e} off",
     )
+
+    if not solver.factorisation.own_algebra:
+        time = Event(lambda t, *us: t - 0.5 * (t0 + t1))
+        stopped = solver.solve(u0, t0, t1, args=args, events=time)
+        hold(stopped.result == Result.event, "An event ends a solve")
+        equal(stopped.t[-1], 0.5 * (t0 + t1), "An event is where its function crosses zero", 1e-12)
+        whole = solver.solve(u0, t0, 0.5 * (t0 + t1), args=args)
+        off = jnp.max(jnp.abs(flat(stopped.mean) - flat(whole.mean)) / (1 + jnp.abs(flat(whole.mean))))
+        law = "A solve that ends at an event arrives where one to that time does"
+        hold(off < 100 * jnp.max(rtol + atol), law, f"{off:.1e} off")
 
     if jnp.min(rtol) >= smallest_rtol(jnp.float32):  # of smaller ones a solve says that it cannot meet them
         single = solver.solve(in_single(u0), t0, t1, args=args, throw=False)

@@ -68,6 +68,10 @@ def facts(solution: Any, ending: Callable) -> list[tuple[str, str]]:
     if solution.data_log_likelihood is not None:
         rows.append(("log likelihood of the data", _range(solution.data_log_likelihood)))
     rows.append(("standard deviation of u", f"at most {_largest(solution.std):.3g}"))
+    if solution.events is not None:
+        times = solution.events.t[np.isfinite(solution.events.t)]
+        when = f", t = {_range(times)}" if times.size else ""
+        rows.append(("events", f"{_range(solution.events.count)}{when}"))
     return rows
 
 

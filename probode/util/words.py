@@ -15,7 +15,8 @@ _STEPS = "the number of attempts is the loop's: Solver(..., loop=BoundedLoop(max
 _TIMES = "the times to keep are save_at=..., an array or a SaveAt"
 _FIELD = "the vector field belongs to the solver: Solver(prior, TS1(ODE(vector_field)))"
 _METHOD = "a method is the parts of a solver: Solver(IWP(4), TS1(ODE(f))), or solve_ivp(..., method='EK1')"
-_EVENTS = "events are not found; keep the steps (SaveAt(dense=True)) and look for roots of evaluate(t)"
+_EVENTS = "events=..., of solve or solve_ivp, is an Event(g) or several; solve_grid finds none, between its times"
+_HAPPENED = "when events have happened is .events.t, the states there .events.mean"
 _DENSE = "keep every step with save_at=SaveAt(dense=True), for Solution.evaluate(t)"
 _GRADIENTS = "the loop decides what can be differentiated: Solver(..., loop=BoundedLoop() or CheckpointedLoop())"
 _EXACT = "nothing is needed: Jacobians are exact, by automatic differentiation; others: ODE(f, jacobian=...)"
@@ -35,7 +36,7 @@ _KEYWORDS = {
     **dict.fromkeys(("adjoint", "adjoint_method", "adjoint_options"), _GRADIENTS),
     **dict.fromkeys(("max_steps", "mxstep", "max_num_steps"), _STEPS),
     **dict.fromkeys(("terms", "term", "fun", "func", "f", "vf", "vector_field", "rhs", "ode"), _FIELD),
-    **dict.fromkeys(("event", "events", "discrete_terminating_event"), _EVENTS),
+    **dict.fromkeys(("event", "events", "discrete_terminating_event", "terminal", "callback"), _EVENTS),
     **dict.fromkeys(("method", "algorithm", "alg"), _METHOD),
     **dict.fromkeys(("jac", "jacobian", "jac_sparsity", "Dfun"), _EXACT),
     **dict.fromkeys(("p", "params", "parameters", "theta"), "parameters of the vector field are args=..."),
@@ -59,7 +60,7 @@ _ATTRIBUTES = {
     **dict.fromkeys(("success", "successful", "retcode", "converged"), "compare .result == Result.successful"),
     **dict.fromkeys(("status", "message"), "how it ended is .result, in words summary()"),
     **dict.fromkeys(("sol", "interpolation", "interpolate", "dense_output", "ode_solution"), "any time is evaluate(t)"),
-    **dict.fromkeys(("t_events", "y_events", "event_mask", "events"), _EVENTS),
+    **dict.fromkeys(("t_events", "y_events", "event_mask"), _HAPPENED),
     **dict.fromkeys(("nfev", "njev", "nlu", "num_steps", "nsteps"), 'numbers of steps are .stats["num_steps"]'),
     **dict.fromkeys(("num_accepted_steps", "num_rejected_steps"), "it is an entry of the dictionary .stats"),
     **dict.fromkeys(("t0", "t1"), "the times kept are .t, the end reached is .state.t"),
