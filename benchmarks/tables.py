@@ -76,6 +76,7 @@ CALIBRATED = {
     "EK0 dynamic, per component": "`TS0(ode)`, `BlockDiagonal()`, `DynamicCalibration()`",
 }
 SENSITIVE = ("pleiades", "arenstorf_three_body")
+EVENT_COSTS = ("run", "compile", "gradient_run", "gradient_compile")
 FITS = {"pendulum": "pendulum, length", "lotka_volterra": "Lotka-Volterra, two rates"}
 
 
@@ -86,6 +87,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "gpu": gpu(results),
         "calibration": calibration(results),
         "tempering": tempering(results),
+        "events": events(results),
         "stability": stability(results),
         "first_calls": first_calls(results),
     }
@@ -137,6 +139,16 @@ def tempering(results: pathlib.Path = RESULTS) -> str:
         lost = {row["method"]: float(row["error"]) for row in summary.read(f"tempering_{problem}", results)}
         rows.append([words, *(f"{1 - lost[method]:.2f}" for method in methods)])
     return _table(["", *methods], rows)
+
+
+def events(results: pathlib.Path = RESULTS) -> str:
+    """The table of what an event costs that never happens, relative to the same solve without."""
+    (row,) = summary.read("events", results)
+    found = f"{row['solves']} systems, {row['roots']} roots: {row['missed']} missed, {row['invented']} invented"
+    rows = []
+    for kind, words in {"event": "an event that ends the solve", "reset": "an event with a reset"}.items():
+        rows.append([words, *(f"{float(row[f'{kind}_{cost}']):.2f}" for cost in EVENT_COSTS)])
+    return _table(["", "run", "compile", "run of a gradient", "compile a gradient"], rows) + f"\n\n{found}."
 
 
 def first_calls(results: pathlib.Path = RESULTS) -> str:

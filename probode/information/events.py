@@ -16,7 +16,7 @@ from ..util.checks import as_float, as_integer, require
 class Event(eqx.Module):
     """What happens where ``g(t, u, args)`` crosses zero along the solution, or at known times.
 
-    - ``g``: a function that returns one real number; for an equation of order ``k`` it is called as
+    - ``g``: a continuous function that returns one real number; for an equation of order ``k`` it is called as
       ``g(t, u, du, ..., args)`` with ``u, ..., u^(k-1)``. Or an array of times, ``(times,)``, as for doses: steps end
       there. Those outside of the interval of the solve do not occur.
     - ``direction``: 1 if only crossings from negative to positive count, in the direction in which time runs in the

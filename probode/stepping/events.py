@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +33,10 @@ from .times import Interval, is_jump, round_off
 # So many derivatives at both ends of a step make the polynomial in which roots are looked for; fewer in single
 # precision, where the round-off of its coefficients would be seen.
 _DERIVATIVES = {8: 6, 4: 4}
-# An event so close to the end of a step, as a share of a usual one, happens there; and where one is expected at the end
-# of a step, but lies so close behind it, by the error of the polynomial, the next attempt goes there.
-_CLOSE, _BEHIND = 1e-10, 1e-3
+# An event so close to the end of a step happens there, as a share of a usual one, and at most of this one. Where one is
+# expected at the end of a step, but lies so close behind it, by the error of the polynomial, the next attempt goes there:
+# a step that ended just before it would be followed by a very short one, whose round-off takes a large output scale.
+_CLOSE, _SHARE, _BEHIND = 1e-10, 1e-3, 0.1
 # Coefficients of this size, compared with the largest, are far from zero.
 _FAR = 0.05
 # A step is not halved to see roots below so many of the shortest ones: of a function that jumps it would not help.
@@ -195,7 +197,9 @@ class Events(eqx.Module):
         none = jnp.zeros(size.shape, bool)
         nothing = watch.side, jnp.full_like(after.t, jnp.inf), none, none, jnp.array(False)
         search = lambda b, values: self._search(interval, watch, b, values, before.t, after.t, length)  # noqa: E731
-        side, target, due, happen, coarse = lax.cond(jnp.all(far), lambda *_: nothing, search, b, values)
+        # Lanes of a vmap that are far from zero find nothing, when others search.
+        some = eqxi.unvmap_any(~far)
+        side, target, due, happen, coarse = lax.cond(some, search, lambda *_: nothing, b, values)
         cut = jnp.isfinite(target)
         size = jnp.where(cut, watch.size, size)
         new = dataclasses.replace(watch, side=side, size=size, target=target, due=due)
@@ -214,7 +218,7 @@ class Events(eqx.Module):
         share, found = jax.vmap(first_crossing)(b, directions)
         unit = jnp.maximum(_CLOSE, 64 * jnp.finfo(b.dtype).eps)
         shortest = 2 * round_off(jnp.maximum(jnp.abs(start), jnp.abs(end)))
-        near = jnp.maximum(jnp.minimum(unit * length, _BEHIND * h), shortest)
+        near = jnp.maximum(jnp.minimum(unit * length, _SHARE * h), shortest)
         expected = watch.due & (jnp.abs(end - watch.target) <= near)
         behind = self._just_behind(b, h, directions, jnp.where(expected, _BEHIND * h, near))
         behind = jnp.where(behind <= interval.remaining(end), h + behind, jnp.inf)
@@ -333,7 +337,8 @@ class Events(eqx.Module):
         )
         ends = jnp.any(happen & (counts >= most))
         # Otherwise a ball that comes to rest would fall through the floor, between two floating-point numbers.
-        at_once = jnp.any(happen & (jnp.abs(t - watch.last) <= _AT_ONCE * round_off(t)))
+        found = jnp.asarray([not event.is_scheduled for event in self.events])
+        at_once = jnp.any(happen & found & (jnp.abs(t - watch.last) <= _AT_ONCE * round_off(t)))
         new = dataclasses.replace(
             watch, counts=counts, number=number, last=lax.stop_gradient(jnp.where(happen, t, watch.last))
         )

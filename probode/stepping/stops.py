@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -108,7 +109,8 @@ def restart_at_jumps(
             start = lambda u: initialise(constraint.problem, t, u, layout, detach(args)).mean  # noqa: E731
             return value_and_moves(start, u, jnp.stack(moves))[1]
 
-        return lax.cond(here, jump, lambda *same: (*same, jnp.array(False)), solve, past)
+        # In lanes of a vmap without a jump everything is as it was, where others have one.
+        return lax.cond(eqxi.unvmap_any(here), jump, lambda *same: (*same, jnp.array(False)), solve, past)
 
     happen = None if events is None else jnp.zeros(len(events.events), bool)
     return traced_once(pass_jump, solve, past, jnp.zeros((), bool), happen)
