@@ -225,14 +225,19 @@ def _go_on(step, control, begun, before, interval, *, choose_dt):
     """
     begun = dataclasses.replace(begun, controller=before.controller)
     if begun.watch is not None and before.watch is not None and begun.watch.side.shape == before.watch.side.shape:
-        begun = dataclasses.replace(begun, watch=dataclasses.replace(begun.watch, side=before.watch.side))
+        # Of the same functions, but perhaps with other parameters: zero is where they are small.
+        here = (before.watch.side == 0) & (begun.watch.size <= 1e-6 * before.watch.size)
+        side = jnp.where(here, 0, begun.watch.side)
+        begun = dataclasses.replace(begun, watch=dataclasses.replace(begun.watch, side=side))
     pass_jump = restart_at_jumps(step, control, begun, interval, None)
     if pass_jump is None:
         return begun
     if before.last_restart is not None:
         begun = dataclasses.replace(begun, last_restart=before.last_restart)
-    happen = None if begun.watch is None else jnp.zeros(begun.watch.counts.shape, bool)
-    new, *_ = pass_jump(begun, None, begun.last_restart.t != begun.t, happen)
+    none: tuple = (None, None)
+    if begun.watch is not None:
+        none = jnp.zeros(begun.watch.counts.shape, bool), jnp.zeros_like(begun.t)
+    new, *_ = pass_jump(begun, None, begun.last_restart.t != begun.t, *none)
     return new if choose_dt else dataclasses.replace(new, dt=begun.dt)
 
 

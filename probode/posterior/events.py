@@ -111,7 +111,8 @@ def occurrences(
     number = jnp.minimum(watch.number, events.most)
     real = jnp.arange(events.most) < number
     # What is not real is differentiated at a point that is known to be fine.
-    example = events.happenings(ended.current, jnp.zeros(len(events.events), bool))[0]
+    none = jnp.zeros(len(events.events), bool)
+    example = events.happenings(ended.current, none, jnp.zeros_like(ended.t))[0]
     happenings = jax.vmap(lambda real, row: choose(real, row, example))(real, happenings)
 
     def known(_):
@@ -141,10 +142,11 @@ def _one(events, row, layout, moves):
     n, d = us.shape
     index = row.which.astype(jnp.int32)
     alone = jnp.where(jnp.arange(len(events.events)) == index, 1, 0).astype(us.dtype)
-    crossing = events.crossing(row.t, us, alone, layout)
+    crossing = events.crossing(row.t, us, alone, row.near, layout)
     at = row.t + crossing.delay
-    # All rows at the fixed time: by how much u, u', ... are uncertain.
+    # All rows at the fixed time of the event: by how much u, u', ... are uncertain.
     root = jnp.reshape(root_of(layout, x.mean, x.factor, moves, 0, n), (-1, n, d))
+    root = jax.vmap(lambda row: advanced(row, crossing.delay, n))(root)
     sooner = jax.vmap(crossing.moves)(root[:, :k])
     before, fn = advanced(us, crossing.delay, k), lambda t, z: events.reset(t, z, row.happen, layout)
     on_surface = root[:, :k] + sooner[:, None, None] * crossing.velocity
@@ -153,6 +155,9 @@ def _one(events, row, layout, moves):
     behind = behind + sooner[:, None, None] * along
     stds = safe_norm(on_surface[:, 0], axis=0), safe_norm(behind[:, 0], axis=0)
     t_std = jnp.where(crossing.touches, jnp.inf, safe_norm(sooner, axis=0))
+    # After a reset the solution goes on from the time of the state: there ``evaluate`` is behind it.
+    exact = jnp.any(row.happen * events.have_reset > 0)
+    at = jnp.where(exact, row.t + crossing.delay - lax.stop_gradient(crossing.delay), at)
     return at, t_std, (before[0], after[0]), stds, *_course(events, at, us, crossing.delay, root, index, layout)
 
 
@@ -187,10 +192,12 @@ def ended_at_event(events: Events, happenings: Happening, ended: AdaptiveState) 
     assert watch is not None
     layout, last = current.layout, jnp.clip(watch.number - 1, 0, events.most - 1)
     ends = ended.result == Result.event
-    example = events.happenings(current, jnp.zeros(len(events.events), bool))[0]
+    none = jnp.zeros(len(events.events), bool)
+    example = events.happenings(current, none, jnp.zeros_like(current.t))[0]
     row = choose(ends, jax.tree.map(lambda x: x[last], happenings), example)
     own = layout if row.layout is None else row.layout
-    delay = events.crossing(row.t, own.unpack(row.distribution.mean), row.happen, own).delay
+    alone = jnp.where(jnp.arange(len(events.events)) == row.which, 1, 0)
+    delay = events.crossing(row.t, own.unpack(row.distribution.mean), alone, row.near, own).delay
     delay = jnp.where(ends, delay, 0)
     us = layout.unpack(current.distribution.mean)
     mean = layout.pack(advanced(us, delay, us.shape[0]))

@@ -52,6 +52,7 @@ class Parts:
     error: str
     is_relative: bool
     is_lifted: bool
+    has_events: bool
     shares_scale: bool
     can_couple: bool
     rescales: bool
@@ -100,10 +101,11 @@ def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -
         limits.longest,
         limits.shortest,
     )
-    return stop_if(solution, failed, ft.partial(explain, _parts(solver, solution.layout)), facts)
+    parts = _parts(solver, solution.layout, has_events=solution.events is not None)
+    return stop_if(solution, failed, ft.partial(explain, parts), facts)
 
 
-def _parts(solver, layout):
+def _parts(solver, layout, *, has_events):
     constraint, prior, problem = solver.constraint, solver.prior, solver.constraint.problem
     return Parts(
         loop=type(solver.loop).__name__,
@@ -118,6 +120,7 @@ def _parts(solver, layout):
         error=type(solver.error).__name__,
         is_relative=isinstance(prior, AbstractPriorFamily) or not hasattr(prior, "output_scale"),
         is_lifted=problem.num_rows > 1,
+        has_events=has_events,
         shares_scale=layout.batch_shape == () or layout.factorisation.couples_equations,
         can_couple=layout.couples or (layout.factorisation.couples_equations and not layout.factorisation.adapts),
         rescales=solver.calibration.rescales or not solver.calibration.is_local,
@@ -204,6 +207,9 @@ def _bad_start(parts, facts):
 
 
 def _not_finite(parts, facts):
+    if parts.has_events:
+        yield "It may be the function of an event, or its reset, that is infinite or NaN there:"
+        yield "guard that with jnp.where or jnp.maximum."
     yield from _singular(facts)
     if not _has_grown(facts):
         yield "Or it leaves the domain of the vector field: guard that with jnp.where or jnp.maximum."

@@ -93,11 +93,14 @@ def push_forward(
 
     def fixed(mean, moves, t_moves):
         # The state at a time that moves itself, that of an event, moves less or more at a fixed one.
+        if t_moves is None:
+            return moves
         us = layout.unpack(mean)
         velocity = layout.pack(jnp.concatenate([us[1:], jnp.zeros_like(us[:1])]))
         return moves - jnp.reshape(t_moves, (-1,) + (1,) * mean.ndim) * velocity
 
-    means = jax.vmap(fixed, in_axes=(0, 1, 1), out_axes=1)(solution.marginals.mean, tangent.marginals.mean, tangent.t)
+    moves = solution.marginals.mean, tangent.marginals.mean, tangent.t
+    means = jax.vmap(fixed, in_axes=(0, 1, 1), out_axes=1)(*moves)
     at_end = tangent.state.current
     spread = fixed(last.distribution.mean, at_end.distribution.mean, at_end.t)
     current = dataclasses.replace(last, spread=spread)

@@ -169,22 +169,23 @@ class Note(eqx.Module):
 
     ``dt``: the length that was asked for, before it was cut to hit a time. ``inside``: the scale of the residual at a
     time inside the step. ``target``: the time of an event to which the step went, or infinite; ``happen``: which events
-    are at its end; ``None`` in a solve without events.
+    are at its end, up to ``near``; ``None`` in a solve without events.
     """
 
     dt: Float[Array, ""]
     inside: Float[Array, "*batch"]
     target: Float[Array, ""] | None
     happen: Bool[Array, " events"] | None
+    near: Float[Array, ""] | None
 
     @staticmethod
     def before(solve: AdaptiveState, inside: Any = None, seen: Seen | None = None) -> "Note":
         """The note on the step from here; without the other arguments, an example."""
         inside = jnp.zeros_like(solve.current.output_scale) if inside is None else inside
         if solve.watch is None:
-            return Note(solve.dt, inside, None, None)
-        happen = jnp.zeros(solve.watch.counts.shape, bool) if seen is None else seen.happen
-        return Note(solve.dt, inside, solve.watch.target, happen)
+            return Note(solve.dt, inside, None, None, None)
+        seen = Seen.nothing(solve.watch) if seen is None else seen
+        return Note(solve.dt, inside, solve.watch.target, seen.happen, seen.near)
 
 
 class Move(eqx.Module):

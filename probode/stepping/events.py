@@ -34,9 +34,11 @@ from .times import Interval, is_jump, round_off
 # precision, where the round-off of its coefficients would be seen.
 _DERIVATIVES = {8: 6, 4: 4}
 # An event so close to the end of a step happens there, as a share of a usual one, and at most of this one. Where one is
-# expected at the end of a step, but lies so close behind it, by the error of the polynomial, the next attempt goes there:
-# a step that ended just before it would be followed by a very short one, whose round-off takes a large output scale.
-_CLOSE, _SHARE, _BEHIND = 1e-10, 1e-3, 0.1
+# expected at the end, but lies so close behind it, by the error of the polynomial, the next attempt goes there: a step
+# that ended just before it would be followed by a very short one, whose round-off takes a large output scale.
+_CLOSE, _SHARE, _BEHIND = 1e-13, 1e-3, 0.1
+# After so many attempts that were meant to end at an event the next one halves the time in which it is.
+_TRIES = 4
 # Coefficients of this size, compared with the largest, are far from zero.
 _FAR = 0.05
 # A step is not halved to see roots below so many of the shortest ones: of a function that jumps it would not help.
@@ -53,7 +55,8 @@ class Watch(eqx.Module):
     - ``side``: the sign of every function where the state is; zero if that is a root, which has been dealt with.
     - ``size``: the largest absolute value of every function in the last step.
     - ``target``: the time of an event ahead, to which the next step goes; infinite if none was found. ``due``: which
-      functions have it.
+      functions have it. ``before``, ``behind``: between which lengths of the step it lies; ``tries``: how many attempts
+      have gone to it.
     - ``counts``: how often every event has happened, and ``last`` when; ``number``: how often all together.
     """
 
@@ -61,6 +64,9 @@ class Watch(eqx.Module):
     size: Float[Array, " functions"]
     target: Float[Array, ""]
     due: Bool[Array, " functions"]
+    before: Float[Array, ""]
+    behind: Float[Array, ""]
+    tries: Int[Array, ""]
     counts: Int[Array, " events"]
     last: Float[Array, " events"]
     number: Int[Array, ""]
@@ -69,12 +75,14 @@ class Watch(eqx.Module):
 class Seen(eqx.Module):
     """What an accepted attempt shows of the events: which happen at its end, or that it goes too far.
 
-    ``cut``: whether an event lies further inside, to which the next attempt goes; or half the way, if the step is
-    ``coarse``: too long to see all roots of a function. ``finite``: whether all functions are.
+    ``near``: how far from the end they may be. ``cut``: whether an event lies further inside, to which the next attempt
+    goes; or half the way, if the step is ``coarse``: too long to see all roots of a function. ``finite``: whether all
+    functions are.
     """
 
     watch: Watch
     happen: Bool[Array, " events"]
+    near: Float[Array, ""]
     cut: Bool[Array, ""]
     coarse: Bool[Array, ""]
     finite: Bool[Array, ""]
@@ -84,14 +92,14 @@ class Seen(eqx.Module):
         """Nothing is seen but events at known times, if any ``happen``."""
         happen = jnp.zeros(watch.counts.shape, bool) if happen is None else happen
         no = jnp.array(False)
-        return Seen(watch, happen, no, no, ~no)
+        return Seen(watch, happen, jnp.zeros_like(watch.target), no, no, ~no)
 
 
 class Crossing(eqx.Module):
     """How a function crosses zero near a state: after a ``delay``, there with a ``rate`` in time and a ``gradient``.
 
-    ``velocity``: of ``(u, ..., u^(k-1))`` there. ``touches``: whether the rate is zero; it is given as one then. At
-    known times delay and gradient are zero.
+    ``velocity``: of ``(u, ..., u^(k-1))`` there. ``touches``: whether the function does not cross zero there, as
+    one that jumps; a rate of zero is given as one. At known times delay and gradient are zero.
     """
 
     delay: Float[Array, ""]
@@ -118,12 +126,14 @@ class Leaving(eqx.Module):
 class Happening(eqx.Module):
     """The state at an event, before a reset, as it is kept: a row of numbers.
 
-    ``which``: the number of the event; ``happen``: all events at that time, as ones and zeros.
+    ``which``: the number of the event; ``happen``: all events at that time, as ones and zeros; ``near``: by how much
+    their times may differ from that of the state.
     """
 
     t: Float[Array, "..."]
     which: Float[Array, "..."]
     happen: Float[Array, "... events"]
+    near: Float[Array, "..."]
     distribution: Normal
     layout: Layout | None
 
@@ -148,6 +158,11 @@ class Events(eqx.Module):
         return jnp.concatenate(known) if known else None
 
     @property
+    def have_reset(self) -> np.ndarray:
+        """Which events have a reset, as ones and zeros."""
+        return np.asarray([float(event.reset is not None) for event in self.events])
+
+    @property
     def resets(self) -> bool:
         """Whether any event has a reset."""
         return any(event.reset is not None for event in self.events)
@@ -167,9 +182,10 @@ class Events(eqx.Module):
 
     def start(self, state: State) -> Watch:
         """What is known before the first attempt. A function within round-off of zero is at a root."""
-        counts = jnp.zeros(len(self.events), jnp.int32)
-        none = counts, jnp.full(counts.shape, jnp.nan, state.t.dtype), jnp.zeros((), jnp.int32)
         no_target = jnp.full((), jnp.inf, state.t.dtype)
+        counts, number = jnp.zeros(len(self.events), jnp.int32), jnp.zeros((), jnp.int32)
+        bounds = jnp.zeros((), state.t.dtype), no_target, number
+        none = *bounds, counts, jnp.full(counts.shape, jnp.nan, state.t.dtype), number
         if not self.functions:
             zero = jnp.zeros(0, state.t.dtype)
             return Watch(zero, zero, no_target, zero != 0, *none)
@@ -195,50 +211,83 @@ class Events(eqx.Module):
         # Most steps stay far from zero: that none of the coefficients comes near it is seen at once.
         far = jnp.min(b * watch.side[:, None], axis=1) > _FAR * jnp.max(jnp.abs(b), axis=1)
         none = jnp.zeros(size.shape, bool)
-        nothing = watch.side, jnp.full_like(after.t, jnp.inf), none, none, jnp.array(False)
+        zero, infinite, tries = jnp.zeros_like(after.t), jnp.full_like(after.t, jnp.inf), jnp.zeros_like(watch.tries)
+        nothing = watch.side, infinite, none, none, jnp.array(False), (zero, infinite, tries)
         search = lambda b, values: self._search(interval, watch, b, values, before.t, after.t, length)  # noqa: E731
         # Lanes of a vmap that are far from zero find nothing, when others search.
-        some = eqxi.unvmap_any(~far)
-        side, target, due, happen, coarse = lax.cond(some, search, lambda *_: nothing, b, values)
+        some = eqxi.unvmap_any(jnp.any(~far) | (watch.tries > 0))
+        side, target, due, happen, coarse, (low, high, tries) = lax.cond(some, search, lambda *_: nothing, b, values)
         cut = jnp.isfinite(target)
         size = jnp.where(cut, watch.size, size)
-        new = dataclasses.replace(watch, side=side, size=size, target=target, due=due)
+        new = dataclasses.replace(
+            watch, side=side, size=size, target=target, due=due, before=low, behind=high, tries=tries
+        )
         here = [known & ~cut for known in here]
-        return Seen(new, self._all(list(happen), here), cut, coarse, jnp.all(jnp.isfinite(values)))
+        near = self._near(before.t, after.t, length)[1]
+        return Seen(new, self._all(list(happen), here), near, cut, coarse, jnp.all(jnp.isfinite(values)))
 
     def _search(self, interval, watch, b, values, start, end, length):
         """The first roots of the functions with coefficients ``b`` in a step from ``start`` to ``end``.
 
         Returns on which side of zero they end; the time inside of the step to which the next attempt goes, or infinity;
-        which of them are zero there; which of them are zero at the end; and whether the step is too coarse to tell.
+        which of them are zero there; which of them are zero at the end; whether the step is too coarse to tell;
+        and between which lengths of a step the root lies, with the number of tries.
         """
         h, dt = jnp.abs(end - start), end - start
         b = jax.vmap(with_side)(b, watch.side)
         directions = jnp.asarray([event.direction for event in self.functions], b.dtype)
         share, found = jax.vmap(first_crossing)(b, directions)
-        unit = jnp.maximum(_CLOSE, 64 * jnp.finfo(b.dtype).eps)
-        shortest = 2 * round_off(jnp.maximum(jnp.abs(start), jnp.abs(end)))
-        near = jnp.maximum(jnp.minimum(unit * length, _SHARE * h), shortest)
+        first_sign, last = jnp.sign(b[:, 0]), jax.vmap(last_sign)(b)
+        shortest, near = self._near(start, end, length)
         expected = watch.due & (jnp.abs(end - watch.target) <= near)
         behind = self._just_behind(b, h, directions, jnp.where(expected, _BEHIND * h, near))
         behind = jnp.where(behind <= interval.remaining(end), h + behind, jnp.inf)
         way = jnp.where(found, share * h, behind)
+        # Between which lengths the first root lies: where the step came for it and has not reached it, and where the
+        # function has another sign at the end.
+        came, some, nearest = jnp.any(expected), jnp.any(found), jnp.argmin(way)
+        crossed = found[nearest] & (last[nearest] * first_sign[nearest] < 0)
+        again = watch.tries > 0
+        low = jnp.where(again, jnp.where(came & ~some, jnp.maximum(watch.before, h), watch.before), 0)
+        high = jnp.where(again, watch.behind, jnp.inf)
+        high = jnp.where(crossed, jnp.minimum(high, h), high)
         # A shorter step could not be taken.
         first = jnp.maximum(jnp.min(way), shortest)
-        here = jnp.abs(first - h) <= near
+        closed = came & (high - low <= near)
+        here = (jnp.abs(first - h) <= near) | closed
+        # Of a function with a kink or a steep slope the polynomial's root may be wrong again and again: then by halves.
+        between = (low < first) & (first < high)
+        halves = jnp.isfinite(high) & again & ~here & ((watch.tries > _TRIES) | ~between)
+        first = jnp.where(halves, (low + high) / 2, first)
         cut = jnp.isfinite(first) & ~here
-        together = way <= first + near
-        happen = together & here
-        coarse = jnp.any(~jax.vmap(is_resolved, in_axes=1)(values)) & (h > _COARSE * shortest)
-        side = jnp.where(cut | coarse, watch.side, jnp.where(happen, 0, jax.vmap(last_sign)(b)))
+        together = jnp.where(closed & ~some, expected, jnp.isfinite(way) & (way <= first + near))
+        coarse = jnp.any(~jax.vmap(is_resolved, in_axes=1)(values)) & ~closed & (h > _COARSE * shortest)
+        coarse = coarse & ~halves
+        happen = together & here & ~coarse
+        # Behind an event the function is where it is, or at zero as long as it has not clearly crossed that.
+        over = jnp.where((jnp.abs(b[:, -1]) > jax.vmap(noise)(b)) & (b[:, -1] * first_sign < 0), jnp.sign(b[:, -1]), 0)
+        side = jnp.where(cut | coarse, watch.side, jnp.where(happen, over, last))
         target = jnp.where(cut, start + jnp.sign(dt) * first, jnp.inf)
         target = jnp.where(coarse, start + dt / 2, target)
-        return side, target, together & cut & ~coarse, happen & ~coarse, coarse
+        goes = cut & ~coarse
+        bounds = jnp.where(goes, low, 0), jnp.where(goes, high, jnp.inf), jnp.where(goes, watch.tries + 1, 0)
+        due = jnp.where(halves, watch.due | found, together) & goes
+        return side, target, due, happen, coarse, bounds
 
-    def crossing(self, t: Float[Array, ""], us: Float[Array, "n d"], happen: Array, layout: Layout) -> Crossing:
+    def _near(self, start, end, length):
+        """The length of the shortest step, and how close to its end an event has to be to happen there."""
+        unit = jnp.maximum(_CLOSE, 64 * jnp.finfo(end.dtype).eps)
+        shortest = 2 * round_off(jnp.maximum(jnp.abs(start), jnp.abs(end)))
+        return shortest, jnp.maximum(jnp.minimum(unit * length, _SHARE * jnp.abs(end - start)), shortest)
+
+    def crossing(
+        self, t: Float[Array, ""], us: Float[Array, "n d"], happen: Array, near: Float[Array, ""], layout: Layout
+    ) -> Crossing:
         """How the first function of those that happen crosses zero near a state with the derivatives ``us``.
 
-        Two steps of Newton's method: one makes the first derivatives of the delay right, both the second ones, too.
+        One that jumps there, or that data have moved, does not cross zero within ``near``: then there is no delay, and
+        nothing is known of its rate. Two steps of Newton's method: one makes the first derivatives of the delay right,
+        both the second ones, too.
         """
         k = self.problem.num_initial_values
         found = [happen[i] > 0 for i, event in enumerate(self.events) if not event.is_scheduled]
@@ -251,17 +300,19 @@ class Events(eqx.Module):
             return self.values(t, z, layout)[index]
 
         def after(delay):
-            near = advanced(us, delay, k + 1)
-            value, rate = jax.jvp(g, (t + delay, near[:k]), (jnp.ones_like(t), near[1:]))
-            return value, jnp.where(any_found & (rate != 0), rate, 1), near, any_found & (rate == 0)
+            there = advanced(us, delay, k + 1)
+            value, rate = jax.jvp(g, (t + delay, there[:k]), (jnp.ones_like(t), there[1:]))
+            return value, jnp.where(any_found & (rate != 0), rate, 1), there, any_found & (rate == 0)
 
         delay = zero
         for _ in range(2):
             value, rate, *_ = after(delay)
             delay = delay - jnp.where(any_found, value / rate, 0)
-        _, rate, near, touches = after(delay)
-        gradient = jnp.where(any_found, jax.grad(g, argnums=1)(t + delay, near[:k]), 0)
-        return Crossing(delay, rate, gradient, near[1:], touches)
+        jumps = ~(jnp.abs(delay) <= 2 * near)
+        delay = jnp.where(jumps, 0, delay)
+        _, rate, there, touches = after(delay)
+        gradient = jnp.where(any_found, jax.grad(g, argnums=1)(t + delay, there[:k]), 0)
+        return Crossing(delay, rate, gradient, there[1:], touches | (jumps & any_found))
 
     def reset(self, t: Float[Array, ""], z: Float[Array, "k d"], happen: Array, layout: Layout) -> Float[Array, "k d"]:
         """``(u, ..., u^(k-1))`` after the resets of all events that happen, one after the other."""
@@ -273,7 +324,13 @@ class Events(eqx.Module):
         return z
 
     def pass_through(
-        self, t: Float[Array, ""], us: Float[Array, "n d"], happen: Array, layout: Layout, direction: Float[Array, ""]
+        self,
+        t: Float[Array, ""],
+        us: Float[Array, "n d"],
+        happen: Array,
+        near: Float[Array, ""],
+        layout: Layout,
+        direction: Float[Array, ""],
     ) -> tuple[Float[Array, "k d"], Float[Array, "k d k d"], Leaving]:
         """``(u, ..., u^(k-1))`` at ``t`` on the way that begins with the reset; its derivative, the saltation matrix.
 
@@ -283,7 +340,9 @@ class Events(eqx.Module):
         Also how the function leaves zero. ``direction``: in which time runs, 1 or -1.
         """
         k = self.problem.num_initial_values
-        crossing = self.crossing(t, us, happen, layout)
+        # The time of the reset is that of the first function that has one; others that happen then only watch.
+        happen = happen * self.have_reset
+        crossing = self.crossing(t, us, happen, near, layout)
         at, before = t + crossing.delay, advanced(us, crossing.delay, k)
         fn = lambda t, z: self.reset(t, z, happen, layout)  # noqa: E731
         after, along = jax.jvp(fn, (at, before), (jnp.ones_like(t), crossing.velocity))
@@ -305,7 +364,7 @@ class Events(eqx.Module):
 
     def _leaving(self, crossing, t, z, velocity, happen, layout, direction):
         """How the function leaves zero behind a reset to ``z``."""
-        found = [happen[i] for i, event in enumerate(self.events) if not event.is_scheduled]
+        found = [happen[i] > 0 for i, event in enumerate(self.events) if not event.is_scheduled]
         if not found:
             return Leaving(jnp.zeros_like(crossing.delay), jnp.zeros_like(crossing.delay))
         g = lambda t, z: self.values(t, z, layout)[jnp.argmax(jnp.stack(found))]  # noqa: E731
@@ -317,7 +376,8 @@ class Events(eqx.Module):
         if not self.functions:
             return watch
         values = self.values(state.t, self._low(state), state.layout)
-        found = jnp.stack([happen[i] for i, event in enumerate(self.events) if not event.is_scheduled])
+        reset = happen & (self.have_reset > 0)
+        found = jnp.stack([reset[i] for i, event in enumerate(self.events) if not event.is_scheduled])
         zero = found & (jnp.abs(values) <= jnp.maximum(ZERO * watch.size, leaving.within))
         side = jnp.where(zero, leaving.side, jnp.sign(values))
         return dataclasses.replace(watch, side=lax.stop_gradient(side))
@@ -344,12 +404,12 @@ class Events(eqx.Module):
         )
         return new, ends, at_once | (number > self.most)
 
-    def happenings(self, state: State, happen: Bool[Array, " events"]) -> list[Happening]:
+    def happenings(self, state: State, happen: Bool[Array, " events"], near: Float[Array, ""]) -> list[Happening]:
         """The state before a reset as every one of the events would keep it."""
         flags = happen.astype(state.t.dtype)
         layout = state.layout if state.layout.factorisation.adapts else None
         return [
-            Happening(state.t, jnp.full_like(state.t, i), flags, state.distribution, layout)
+            Happening(state.t, jnp.full_like(state.t, i), flags, near, state.distribution, layout)
             for i in range(len(self.events))
         ]
 

@@ -39,7 +39,7 @@ def _count_events(control, move):
     result = Result.where(ends & (solve.result == Result.successful), Result.event, solve.result)
     result = Result.where(too_many, Result.max_events_reached, result)
     places = solve.watch.number + jnp.cumsum(happen) - 1
-    kept = events.happenings(solve.current, happen)
+    kept = events.happenings(solve.current, happen, move.note.near)
     written = [
         Written(ravel_pytree(row)[0], places[i], happen[i] & (places[i] < events.most), table=1)
         for i, row in enumerate(kept)
@@ -56,7 +56,8 @@ def _tables(control: Control, state: State, rows: Float[Array, "rows flat"]) -> 
 
 
 def _example_of_event(control, state):
-    return ravel_pytree(control.events.happenings(state, jnp.zeros(len(control.events.events), bool))[0])
+    none = jnp.zeros(len(control.events.events), bool)
+    return ravel_pytree(control.events.happenings(state, none, jnp.zeros_like(state.t))[0])
 
 
 def _happenings(control: Control, state: State, tables: Tables) -> Happening | None:
@@ -100,7 +101,7 @@ class KeepingSteps(AbstractKeeping):
         written = [Written(row, self.place(new, restarts), move.accepted), *events]
         if self.pass_jump is not None:
             past = with_square_noise(self.strategy.remember(new.current.distribution))
-            new, past, restarted = self.pass_jump(new, past, move.accepted, move.note.happen)
+            new, past, restarted = self.pass_jump(new, past, move.accepted, move.note.happen, move.note.near)
             if self.no_past is not None:
                 past = pad_noise(past, self.no_past.noise.shape[-2])
             row, _ = ravel_pytree(Row.of(new.current, past, self.no_influence))
@@ -194,7 +195,7 @@ class KeepingTimes(AbstractKeeping):
         solve, (_, unpack_past) = carry.solve, self.remember(carry.solve.current)
 
         def jump(solve, past, move):
-            solve, past, _ = self.pass_jump(solve, unpack_past(past), move.accepted, move.note.happen)
+            solve, past, _ = self.pass_jump(solve, unpack_past(past), move.accepted, move.note.happen, move.note.near)
             return solve, ravel_pytree(past)[0]
 
         if self.ahead.size == 1:  # infinity alone

@@ -26,11 +26,11 @@ def restart_at_jumps(
 ) -> Any:
     """The function that restarts the state at jumps, to be called after every attempt; ``None`` without any.
 
-    ``fn(solve, past, moved, happen)`` returns the solve, the past given its state, and whether it was restarted: if it
-    has ``moved`` to a stop before the end of the interval, or to events with a reset. Otherwise solve and past come
-    back as they were. ``happen``: which events there are, ``(events,)``, none of them unless it has moved; ``None`` in
-    a solve without events. The function was traced once, for a ``past`` of these shapes, with what users' functions
-    close over among its inputs.
+    ``fn(solve, past, moved, happen, near)`` returns the solve, the past given its state, and whether it was restarted:
+    if it has ``moved`` to a stop before the end of the interval, or to events with a reset. Otherwise solve and past
+    come back as they were. ``happen``: which events there are, ``(events,)``, none of them unless it has moved, and
+    ``near``, how far from them the state may be; both ``None`` in a solve without events. The function was traced once,
+    for a ``past`` of these shapes, with what users' functions close over among its inputs.
     """
     if not control.jumps:
         return None
@@ -43,14 +43,13 @@ def restart_at_jumps(
     def behind(t):
         return t if stops is None else beside(t, direction, stops)
 
-    def pass_jump(solve, past, moved, happen):
+    def pass_jump(solve, past, moved, happen, near):
         now, here = solve.current, jnp.array(False)
         if stops is not None:
             here = moved & is_jump(now.t, stops) & (interval.remaining(now.t) > 0)
         is_reset = jnp.array(False)
         if with_reset is not None:
-            have_one = jnp.asarray([event.reset is not None for event in with_reset.events])
-            is_reset = moved & jnp.any(happen & have_one)
+            is_reset = moved & jnp.any(happen & (with_reset.have_reset > 0))
             here = here | is_reset
 
         def jump(solve, past):
@@ -62,7 +61,7 @@ def restart_at_jumps(
             new_past = past
             if with_reset is not None:
                 flags = (happen & is_reset).astype(dtype)
-                z, saltation, leaving = with_reset.pass_through(t, layout.unpack(mean), flags, layout, direction)
+                z, saltation, leaving = with_reset.pass_through(t, layout.unpack(mean), flags, near, layout, direction)
                 x, new_past = displaced(x, z, saltation, past, layout)
                 along = lambda move: jnp.tensordot(saltation, move[:low], axes=2)  # noqa: E731
                 if now.carries_error:
@@ -113,4 +112,5 @@ def restart_at_jumps(
         return lax.cond(eqxi.unvmap_any(here), jump, lambda *same: (*same, jnp.array(False)), solve, past)
 
     happen = None if events is None else jnp.zeros(len(events.events), bool)
-    return traced_once(pass_jump, solve, past, jnp.zeros((), bool), happen)
+    near = None if events is None else jnp.zeros((), dtype)
+    return traced_once(pass_jump, solve, past, jnp.zeros((), bool), happen, near)

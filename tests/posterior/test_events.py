@@ -159,6 +159,24 @@ def test_the_distribution_of_a_time_is_not_normal():
     np.testing.assert_array_equal(solution.events.cdf(jnp.asarray([0.4, 0.6]))[0], [0.0, 1.0])
 
 
+def test_the_deviation_of_a_time_is_differentiated_at_the_time_of_the_event():
+    """``std(t) = s / |u'|`` of an oscillator that starts at an uncertain phase: by the level."""
+    s, osc = 1e-2, solver(swing, nu=5)
+    event = po.Event(lambda t, u, args: u[0] - args)
+
+    def deviation(level):
+        start = po.Normal(jnp.asarray([1.0, 0.0]), jnp.asarray([s, 2 * s]))
+        return osc.solve(start, 0.0, 5.0, args=level, events=event).events.t_std[0]
+
+    def exact(level):
+        t = jnp.arccos(level)
+        return s * jnp.sqrt(jnp.cos(t) ** 2 + 4 * jnp.sin(t) ** 2) / jnp.sin(t)
+
+    np.testing.assert_allclose(deviation(0.3), exact(0.3), rtol=1e-7)
+    for derivative in (jax.jacfwd, jax.grad):
+        np.testing.assert_allclose(jax.jit(derivative(deviation))(0.3), jax.grad(exact)(0.3), rtol=1e-5)
+
+
 def test_intervals_of_event_times_hold_the_times():
     """1000 uncertain starts of an oscillator; closed forms of the true times."""
     s, level, draws = 0.02, 0.3, 1000

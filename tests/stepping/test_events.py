@@ -84,7 +84,12 @@ def test_a_bouncing_ball(factorisation, constraint, strategy):
 
 
 def test_output_is_continuous_from_the_right():
-    solution = solver(strategy=po.FixedIntervalSmoother()).solve(START, 0.0, 1.0, events=BOUNCE)
+    ball = solver(strategy=po.FixedIntervalSmoother())
+    for height in (0.7, 1.3, 1.9):
+        solution = ball.solve({"x": height, "v": 0.0}, 0.0, 2.0, events=BOUNCE)
+        at = solution.evaluate(solution.events.t[: int(solution.events.count)])
+        assert np.all(np.asarray(at.mean["v"]) > 0)
+    solution = ball.solve(START, 0.0, 1.0, events=BOUNCE)
     t, speed = solution.events.t[0], np.sqrt(2 * GRAVITY)
     assert abs(float(solution.evaluate(t).mean["v"]) - LOSS * speed) < 1e-9
     assert abs(float(solution.evaluate(t - 1e-9).mean["v"]) + speed) < 1e-6
@@ -313,6 +318,67 @@ def test_lifted_equations(parts):
     solution = ball.solve(START, 0.0, 2.3, events=BOUNCE)
     np.testing.assert_allclose(solution.events.t[:4], impacts(4), rtol=1e-13)
     np.testing.assert_allclose(solution.mean["x"][-1], ball_at(2.3), atol=1e-12)
+
+
+STEEP = {
+    "kink": lambda t, u, args: jnp.where(u < 0.5, 100 * (u - 0.5), 0.01 * (u - 0.5)),
+    "other kink": lambda t, u, args: jnp.where(u < 0.5, 0.01 * (u - 0.5), 100 * (u - 0.5)),
+    "cubic root": lambda t, u, args: jnp.cbrt(u - 0.5),
+    "jump": lambda t, u, args: jnp.where(u > 0.5, 3.0, -1.0),
+}
+
+
+@pytest.mark.parametrize("kind", STEEP)
+def test_functions_that_no_polynomial_is_close_to(kind):
+    """The time between two signs is halved; of one that jumps the time is known, but not how sure it is."""
+    line = solver(lambda t, u, args: jnp.ones_like(u), controller=po.IntegralController(1e-6, 1e-8))
+    solution = line.solve(0.0, 0.0, 1.0, events=po.Event(STEEP[kind], terminal=False))
+    assert solution.events.count == 1 and solution.stats["num_steps"] < 200
+    np.testing.assert_allclose(solution.events.t[0], 0.5, atol=1e-12)
+    assert kind != "jump" or np.isinf(solution.events.t_std[0])
+
+
+def test_a_function_that_oscillates_within_a_step():
+    """The covariance is that of a solve without events: no step is so short that its round-off counts."""
+    line = solver(lambda t, u, args: jnp.ones_like(u), nu=4, controller=po.IntegralController(1e-3, 1e-3))
+    event = po.Event(lambda t, u, args: jnp.sin(40 * u), terminal=False)
+    solution = line.solve(0.0, 0.0, 2.0, events=event, dt0=2.0)
+    np.testing.assert_allclose(solution.events.t[:25], np.pi / 40 * np.arange(1, 26), rtol=1e-12)
+    assert solution.events.count == 25 and np.all(np.asarray(solution.events.t_std[:25]) < 1e-12)
+
+
+def test_data_that_move_the_solution_across_zero():
+    """The time is that of the datum, and nothing tells how sure it is."""
+    line = po.Solver(
+        po.IWP(2, output_scale=3.0),
+        po.TS1(po.ODE(lambda t, u, args: -0.5 * jnp.ones_like(u))),
+        calibration=po.NoCalibration(),
+        controller=po.IntegralController(1e-4, 1e-4),
+    )
+    data = po.Observations([0.8], jnp.asarray([-1.0]), 0.01)
+    event = po.Event(lambda t, u, args: u - 0.2, terminal=False)
+    solution = line.solve(1.0, 0.0, 3.0, events=event, data=data)
+    assert solution.events.count == 1
+    np.testing.assert_allclose(solution.events.t[0], 0.8, rtol=1e-9)
+
+
+def test_an_event_that_only_watches_does_not_change_a_reset_at_the_same_time():
+    line = solver(lambda t, u, args: jnp.ones_like(u))
+    watch = po.Event(lambda t, u, args: u[0] - 0.5, terminal=False)
+    known = po.Event([0.5], reset=lambda t, u, args: u * jnp.asarray([2.0, 0.5]))
+    end = lambda u0: line.solve(u0, 0.0, 0.75, events=[watch, known]).mean[-1]  # noqa: E731
+    jacobian = jax.jit(jax.jacfwd(end))(jnp.asarray([0.0, 1.0]))
+    np.testing.assert_allclose(jacobian, [[2, 0], [0, 0.5]], atol=1e-12)
+
+
+def test_a_solve_that_goes_on_with_other_parameters_has_other_events():
+    osc = solver(swing, nu=5)
+    first = osc.solve(jnp.asarray([1.0, 0.0]), 0.0, 2.0, args=0.3, events=LEVEL)
+    for level in (0.9, -0.9):
+        further = osc.solve(first.state, 2.0, 4.0, args=level, events=LEVEL)
+        expected = np.asarray([np.pi - np.arccos(0.9), np.pi + np.arccos(0.9)]) if level < 0 else np.zeros(0)
+        assert int(further.events.count) == len(expected)
+        np.testing.assert_allclose(further.events.t[: len(expected)], expected, atol=1e-7)
 
 
 def test_a_function_that_is_not_a_number_ends_the_solve():
