@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import probode as po
-from tests.helpers import central_differences
+from tests.helpers import central_differences, first_of
 from tests.stepping.test_events import BOUNCE, GRAVITY, GROUND, LOSS, START, impacts, solver, swing
 
 
@@ -65,7 +65,7 @@ def test_second_derivatives_through_resets():
     np.testing.assert_allclose(jax.jacfwd(jax.grad(time))(jnp.asarray(1.0)), expected, rtol=1e-8)
 
 
-@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("forward", first_of(True, False))
 def test_derivatives_of_a_nonlinear_problem_are_those_of_differences(forward):
     """A curved surface that moves, and a reset that depends on time, state and parameters."""
     surface = po.Event(
@@ -210,7 +210,7 @@ def test_after_a_reset_the_covariance_is_that_of_many_balls():
     np.testing.assert_allclose(solution.covariance[-1], np.cov(samples), rtol=0.02)
 
 
-@pytest.mark.parametrize("uncertain", [False, True])
+@pytest.mark.parametrize("uncertain", first_of(True, False))
 def test_expected_crossings(uncertain):
     """Of crossings that are sure one each, by resets and ends of a solve too."""
     start = po.Normal(START, {"x": jnp.asarray(1e-3), "v": jnp.asarray(0.0)}) if uncertain else START
@@ -256,6 +256,7 @@ def test_a_terminal_event_and_what_goes_on_from_it():
         np.testing.assert_allclose(second.std[name], whole.std[name], rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_a_calibration_that_rescales_rescales_the_events():
     rate = lambda t, u, args: -u * (1 + 0.5 * jnp.sin(5 * t))  # noqa: E731
     event = po.Event(lambda t, u, args: u - 0.5, terminal=False)
