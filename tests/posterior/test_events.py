@@ -21,6 +21,7 @@ def ball(height, t1=2.3, events=BOUNCE, **options):
     return solver().solve({"x": height, "v": 0 * height}, 0.0, t1, events=events, **options)
 
 
+@pytest.mark.thorough
 def test_the_time_at_which_a_line_crosses_a_level():
     """``t* = q``: its derivative is exactly one, the second derivative zero."""
     time = jax.jit(lambda q: LINE.solve(0.0, 0.0, 2.0, args=q, events=LEVEL).events.t[0])
@@ -30,6 +31,7 @@ def test_the_time_at_which_a_line_crosses_a_level():
     np.testing.assert_allclose(jax.jacfwd(jax.grad(time))(0.7), 0.0, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_the_state_after_a_reset_moves_with_the_level():
     end = jax.jit(lambda p: LINE.solve(0.0, 0.0, 1.0, args=p, events=CYCLE).mean[0])
     np.testing.assert_allclose(end(0.7), 0.3, rtol=1e-13)
@@ -65,6 +67,7 @@ def test_second_derivatives_through_resets():
     np.testing.assert_allclose(jax.jacfwd(jax.grad(time))(jnp.asarray(1.0)), expected, rtol=1e-8)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("forward", first_of(True, False))
 def test_derivatives_of_a_nonlinear_problem_are_those_of_differences(forward):
     """A curved surface that moves, and a reset that depends on time, state and parameters."""
@@ -145,6 +148,7 @@ def test_numerical_uncertainty_goes_through_a_reset(factorisation):
     np.testing.assert_allclose(after[0], [-LOSS * v, 0], atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_the_distribution_of_a_time_is_not_normal():
     """``u' = -u`` from a normal ``u0``: ``P(t* <= t) = Phi((e^t / 2 - 1) / s)``, to the fourth order in ``t - t*``."""
     s, ts = 0.1, jnp.linspace(0.4, 1.0, 7)
@@ -159,6 +163,7 @@ def test_the_distribution_of_a_time_is_not_normal():
     np.testing.assert_array_equal(solution.events.cdf(jnp.asarray([0.4, 0.6]))[0], [0.0, 1.0])
 
 
+@pytest.mark.thorough
 def test_the_deviation_of_a_time_is_differentiated_at_the_time_of_the_event():
     """``std(t) = s / |u'|`` of an oscillator that starts at an uncertain phase: by the level."""
     s, osc = 1e-2, solver(swing, nu=5)
@@ -198,6 +203,7 @@ def test_intervals_of_event_times_hold_the_times():
     assert 0.85 < inside < 0.95
 
 
+@pytest.mark.thorough
 def test_after_a_reset_the_covariance_is_that_of_many_balls():
     s, number = 2e-3, 100_000
     start = po.Normal(START, {"x": jnp.asarray(s), "v": jnp.asarray(s)})
@@ -210,6 +216,7 @@ def test_after_a_reset_the_covariance_is_that_of_many_balls():
     np.testing.assert_allclose(solution.covariance[-1], np.cov(samples), rtol=0.02)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("uncertain", first_of(True, False))
 def test_expected_crossings(uncertain):
     """Of crossings that are sure one each, by resets and ends of a solve too."""
@@ -242,6 +249,7 @@ def test_expected_crossings_of_a_function_that_nearly_touches_zero():
     np.testing.assert_allclose(solution.events.expected_crossings[0], crossings, rtol=0.02)
 
 
+@pytest.mark.thorough
 def test_a_terminal_event_and_what_goes_on_from_it():
     """The state that is resumed has the spread of a fixed time: two pieces give what one solve gives."""
     s = 1e-3

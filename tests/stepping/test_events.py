@@ -83,6 +83,7 @@ def test_a_bouncing_ball(factorisation, constraint, strategy):
     assert np.all(np.isnan(events.t[4:])) and np.all(np.asarray(events.which[4:]) == -1)
 
 
+@pytest.mark.thorough
 def test_output_is_continuous_from_the_right():
     ball = solver(strategy=po.FixedIntervalSmoother())
     for height in (0.7, 1.3, 1.9):
@@ -121,6 +122,7 @@ def test_all_crossings_of_an_oscillator_in_both_directions(forward):
     assert list(np.asarray(solution.events.which[:5])) == [0, 0, 1, 0, -1]
 
 
+@pytest.mark.thorough
 def test_every_root_in_one_long_step():
     """A cubic that one step crosses: all three roots, although the ends have opposite signs."""
     value = lambda t: (t + 6) * (t + 2) * (t - 2)  # noqa: E731
@@ -186,6 +188,7 @@ def test_a_ball_that_comes_to_rest_ends_with_a_code(loss):
         solver().solve(START, 0.0, 5.0, events=back, max_events=3)
 
 
+@pytest.mark.thorough
 def test_how_many_occurrences_end_a_solve():
     solution = solver().solve(
         START,
@@ -245,6 +248,7 @@ def test_known_times():
     np.testing.assert_allclose(at_end.mean[-1], np.exp(-rate) + amount, rtol=1e-8)
 
 
+@pytest.mark.thorough
 def test_known_times_and_functions_together():
     rate = 1.0
     dose = po.Event([0.5, 1.0], reset=lambda t, u, args: u + 1.0)
@@ -255,6 +259,7 @@ def test_known_times_and_functions_together():
     assert second > 1.0
 
 
+@pytest.mark.thorough
 def test_ensembles_and_lanes_have_their_own_events():
     heights = jnp.asarray([0.5, 1.0, 2.0, 40.0])
     ball = solver(controller=po.IntegralController(rtol=1e-6, atol=1e-8))
@@ -275,6 +280,7 @@ def test_single_precision():
     assert abs(float(solution.t[0]) - np.log(2)) < 1e-4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "parts",
     [
@@ -288,6 +294,7 @@ def test_factorisations_without_resets_have_events(parts):
     np.testing.assert_allclose(solution.t, impacts(1), rtol=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "parts",
     first_of(
@@ -362,6 +369,7 @@ def test_data_that_move_the_solution_across_zero():
     np.testing.assert_allclose(solution.events.t[0], 0.8, rtol=1e-9)
 
 
+@pytest.mark.thorough
 def test_an_event_that_only_watches_does_not_change_a_reset_at_the_same_time():
     line = solver(lambda t, u, args: jnp.ones_like(u))
     watch = po.Event(lambda t, u, args: u[0] - 0.5, terminal=False)
@@ -390,6 +398,7 @@ def test_a_function_that_is_not_a_number_ends_the_solve():
     assert solution.result == po.Result.nonfinite
 
 
+@pytest.mark.thorough
 def test_a_reset_to_infinity_ends_the_solve():
     line = solver(lambda t, u, args: jnp.ones_like(u))
     event = po.Event(lambda t, u, args: u - 0.5, reset=lambda t, u, args: u / 0)
