@@ -153,7 +153,11 @@ def _as_labels(partition):
 
 
 class _Groups(NamedTuple):
-    """``number`` groups of at most ``size`` components, each with a place among ``number * size``: ``place_of``."""
+    """A division of the components of ``u`` into groups, and the order in which they are stored.
+
+    There are ``number`` groups with room for ``size`` components each. ``place_of``: for every component its place
+    among these ``number * size``, group by group.
+    """
 
     number: int
     size: int

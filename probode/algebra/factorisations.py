@@ -273,7 +273,7 @@ class Layout(eqx.Module):
         return triangularise(None, jnp.asarray(scale, self.dtype))
 
     def per_component(self, x: PyTree, name: str) -> Float[Array, "*shape"]:
-        """Numbers for the components of ``u``: a scalar, or ``(d,)``.
+        """One number for each component of ``u`` as a vector ``(d,)``, or a scalar if all have the same.
 
         ``x``: a number, or a PyTree like ``u`` whose leaves broadcast to those of ``u``; where ``u`` is an array also a
         list. Raises ``ValueError`` with ``name`` for anything else.

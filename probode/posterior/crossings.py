@@ -10,7 +10,6 @@ analysis of random noise").
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
@@ -50,16 +49,14 @@ def expected_crossings(
     function is reset, or ends the solve, half of its crossing lies behind the last state, and is added; half of one is
     taken off where it starts at zero.
     """
-    functions = np.asarray([i for i, event in enumerate(events.events) if not event.is_scheduled], int)
-    t = path.rows.t
+    functions, t = events.places, path.rows.t
     counts = jnp.full(len(events.events), jnp.nan, t.dtype)
     if functions.size == 0:
         return counts
     rows, place = t.shape[0], jnp.arange(events.most)
-    have_reset = jnp.asarray([event.reset is not None for event in events.events])
     is_last = at_event & (place == number - 1)
     # Which functions are at their end with every event: none where it has not happened.
-    left = jnp.any((happenings.happen > 0) & have_reset, axis=1) | is_last
+    left = jnp.any(happenings.happen * events.have_reset > 0, axis=1) | is_last
     left = (left & (place < number))[:, None] & (happenings.which[:, None] == jnp.asarray(functions, t.dtype))
 
     def step(i):

@@ -111,9 +111,7 @@ def occurrences(
     number = jnp.minimum(watch.number, events.most)
     real = jnp.arange(events.most) < number
     # What is not real is differentiated at a point that is known to be fine.
-    none = jnp.zeros(len(events.events), bool)
-    example = events.happenings(ended.current, none, jnp.zeros_like(ended.t))[0]
-    happenings = jax.vmap(lambda real, row: choose(real, row, example))(real, happenings)
+    happenings = jax.vmap(lambda real, row: choose(real, row, events.example(ended.current)))(real, happenings)
 
     def known(_):
         return jax.vmap(lambda row, *moves: _one(events, row, layout, moves))(
@@ -165,11 +163,10 @@ def _course(events, at, us, delay, root, index, layout):
     """The time derivatives of the function that crosses zero, and a square root of their covariance."""
     k, n = events.problem.num_initial_values, us.shape[0]
     levels = min(n - k + 1, _LEVELS)
-    functions = [i for i, event in enumerate(events.events) if not event.is_scheduled]
-    if not functions:
+    if not events.functions:
         return jnp.zeros(levels, at.dtype), jnp.zeros((levels, levels), at.dtype)
-    place = jnp.argmax(jnp.asarray(functions) == index)
-    is_function = jnp.any(jnp.asarray(functions) == index)
+    place = jnp.argmax(events.places == index)
+    is_function = jnp.any(events.places == index)
 
     def course(us):
         curve = jnp.stack([us[j : j + k] for j in range(levels)])
@@ -192,9 +189,7 @@ def ended_at_event(events: Events, happenings: Happening, ended: AdaptiveState) 
     assert watch is not None
     layout, last = current.layout, jnp.clip(watch.number - 1, 0, events.most - 1)
     ends = ended.result == Result.event
-    none = jnp.zeros(len(events.events), bool)
-    example = events.happenings(current, none, jnp.zeros_like(current.t))[0]
-    row = choose(ends, jax.tree.map(lambda x: x[last], happenings), example)
+    row = choose(ends, jax.tree.map(lambda x: x[last], happenings), events.example(current))
     own = layout if row.layout is None else row.layout
     alone = jnp.where(jnp.arange(len(events.events)) == row.which, 1, 0)
     delay = events.crossing(row.t, own.unpack(row.distribution.mean), alone, row.near, own).delay

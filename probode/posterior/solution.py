@@ -198,14 +198,14 @@ class Solution(eqx.Module):
 
     @property
     def covariance(self) -> Float[Array, "*time d d"]:
-        """Covariance of ``u`` at the saved times, over its components in the order of ``ravel_pytree``.
+        """The covariance matrix of the components of ``u`` at every saved time.
 
-        (``jax.flatten_util.ravel_pytree(u)``.) Raises as ``covariance_of``.
+        Components are in the order of ``jax.flatten_util.ravel_pytree(u)``. Raises as ``covariance_of``.
         """
         return self.covariance_of(0)
 
     def covariance_of(self, k: Any) -> Float[Array, "*time d d"]:
-        """The covariance of ``u^(k)`` at the saved times, as ``covariance`` has it for ``u``.
+        """The covariance matrix of the components of ``u^(k)`` at every saved time, in the order of ``covariance``.
 
         Its diagonal is that of ``derivative(k).std`` squared. Components are independent under ``Isotropic`` and
         ``BlockDiagonal``, unless the initial value was uncertain. Raises ``ValueError`` unless ``k`` is an integer from
@@ -358,7 +358,7 @@ class Solution(eqx.Module):
 
 
 def _check_draws(key, shape):
-    """``shape`` as a tuple; raises ``TypeError`` unless it is one and ``key`` a key of JAX."""
+    """The leading axes of samples as a tuple; raises ``TypeError`` for a wrong ``key`` or ``shape``."""
     if not eqx.is_array(key):
         raise TypeError(f"sample(key) must be a random key of JAX, as jax.random.key(0), got {key!r}.")
     try:

@@ -93,7 +93,7 @@ class Limits(eqx.Module):
 
 
 class AbstractController(eqx.Module):
-    """Accepts or rejects an attempt by the size of its error, and proposes the next length.
+    """The step size control of a solve: whether an attempt is accepted, and how long the next one is.
 
     It knows numbers, not states. A subclass defines ``init`` and ``propose``, and has the fields ``tolerances``, which
     weigh the error, and ``limits``, the bounds and stops of the steps. Raises ``TypeError`` for fields of another kind.

@@ -114,9 +114,9 @@ class Crossing(eqx.Module):
 
 
 class Leaving(eqx.Module):
-    """How a function leaves zero behind a reset: to which ``side``, zero if it does not.
+    """The motion of a function away from zero after a reset.
 
-    ``within``: how large it may be a ``delay`` before or behind that.
+    ``side``: the sign that it takes, zero if it stays. ``within``: how large it may be a ``delay`` before or after.
     """
 
     side: Float[Array, ""]
@@ -152,6 +152,11 @@ class Events(eqx.Module):
         return [event for event in self.events if not event.is_scheduled]
 
     @property
+    def places(self) -> np.ndarray:
+        """The numbers of the events that have to be found, among all."""
+        return np.asarray([i for i, event in enumerate(self.events) if not event.is_scheduled], int)
+
+    @property
     def times(self) -> Float[Array, " times"] | None:
         """All known times; ``None`` without any."""
         known = [event.g for event in self.events if event.is_scheduled]
@@ -165,7 +170,7 @@ class Events(eqx.Module):
     @property
     def resets(self) -> bool:
         """Whether any event has a reset."""
-        return any(event.reset is not None for event in self.events)
+        return bool(np.any(self.have_reset))
 
     def check(self, t0: Float[Array, ""], layout: Layout) -> None:
         """Raises ``TypeError`` or ``ValueError`` unless all functions and resets can be called and fit the problem."""
@@ -237,10 +242,10 @@ class Events(eqx.Module):
         b = jax.vmap(with_side)(b, watch.side)
         directions = jnp.asarray([event.direction for event in self.functions], b.dtype)
         share, found = jax.vmap(first_crossing)(b, directions)
-        first_sign, last = jnp.sign(b[:, 0]), jax.vmap(last_sign)(b)
+        first_sign, last, small = jnp.sign(b[:, 0]), jax.vmap(last_sign)(b), jax.vmap(noise)(b)
         shortest, near = self._near(start, end, length)
         expected = watch.due & (jnp.abs(end - watch.target) <= near)
-        behind = self._just_behind(b, h, directions, jnp.where(expected, _BEHIND * h, near))
+        behind = self._just_behind(b, last, small, h, directions, jnp.where(expected, _BEHIND * h, near))
         behind = jnp.where(behind <= interval.remaining(end), h + behind, jnp.inf)
         way = jnp.where(found, share * h, behind)
         # Between which lengths the first root lies: where the step came for it and has not reached it, and where the
@@ -265,7 +270,7 @@ class Events(eqx.Module):
         coarse = coarse & ~halves
         happen = together & here & ~coarse
         # Behind an event the function is where it is, or at zero as long as it has not clearly crossed that.
-        over = jnp.where((jnp.abs(b[:, -1]) > jax.vmap(noise)(b)) & (b[:, -1] * first_sign < 0), jnp.sign(b[:, -1]), 0)
+        over = jnp.where((jnp.abs(b[:, -1]) > small) & (b[:, -1] * first_sign < 0), jnp.sign(b[:, -1]), 0)
         side = jnp.where(cut | coarse, watch.side, jnp.where(happen, over, last))
         target = jnp.where(cut, start + jnp.sign(dt) * first, jnp.inf)
         target = jnp.where(coarse, start + dt / 2, target)
@@ -290,11 +295,10 @@ class Events(eqx.Module):
         both the second ones, too.
         """
         k = self.problem.num_initial_values
-        found = [happen[i] > 0 for i, event in enumerate(self.events) if not event.is_scheduled]
-        zero, velocity = jnp.zeros_like(t), us[1 : k + 1]
-        if not found:
+        zero, velocity, found = jnp.zeros_like(t), us[1 : k + 1], happen[self.places] > 0
+        if not self.functions:
             return Crossing(zero, jnp.ones_like(t), jnp.zeros_like(velocity), velocity, jnp.array(False))
-        index, any_found = jnp.argmax(jnp.stack(found)), jnp.any(jnp.stack(found))
+        index, any_found = jnp.argmax(found), jnp.any(found)
 
         def g(t, z):
             return self.values(t, z, layout)[index]
@@ -364,10 +368,9 @@ class Events(eqx.Module):
 
     def _leaving(self, crossing, t, z, velocity, happen, layout, direction):
         """How the function leaves zero behind a reset to ``z``."""
-        found = [happen[i] > 0 for i, event in enumerate(self.events) if not event.is_scheduled]
-        if not found:
+        if not self.functions:
             return Leaving(jnp.zeros_like(crossing.delay), jnp.zeros_like(crossing.delay))
-        g = lambda t, z: self.values(t, z, layout)[jnp.argmax(jnp.stack(found))]  # noqa: E731
+        g = lambda t, z: self.values(t, z, layout)[jnp.argmax(happen[self.places] > 0)]  # noqa: E731
         _, rate = jax.jvp(g, (t, z), (jnp.ones_like(t), velocity))
         return Leaving(jnp.sign(rate) * direction, 2 * jnp.abs(rate * crossing.delay))
 
@@ -376,8 +379,7 @@ class Events(eqx.Module):
         if not self.functions:
             return watch
         values = self.values(state.t, self._low(state), state.layout)
-        reset = happen & (self.have_reset > 0)
-        found = jnp.stack([reset[i] for i, event in enumerate(self.events) if not event.is_scheduled])
+        found = (happen & (self.have_reset > 0))[self.places]
         zero = found & (jnp.abs(values) <= jnp.maximum(ZERO * watch.size, leaving.within))
         side = jnp.where(zero, leaving.side, jnp.sign(values))
         return dataclasses.replace(watch, side=lax.stop_gradient(side))
@@ -397,8 +399,7 @@ class Events(eqx.Module):
         )
         ends = jnp.any(happen & (counts >= most))
         # Otherwise a ball that comes to rest would fall through the floor, between two floating-point numbers.
-        found = jnp.asarray([not event.is_scheduled for event in self.events])
-        at_once = jnp.any(happen & found & (jnp.abs(t - watch.last) <= _AT_ONCE * round_off(t)))
+        at_once = jnp.any((happen & (jnp.abs(t - watch.last) <= _AT_ONCE * round_off(t)))[self.places])
         new = dataclasses.replace(
             watch, counts=counts, number=number, last=lax.stop_gradient(jnp.where(happen, t, watch.last))
         )
@@ -413,6 +414,11 @@ class Events(eqx.Module):
             for i in range(len(self.events))
         ]
 
+    def example(self, state: State) -> Happening:
+        """A row as ``happenings`` makes it, of a state at which nothing happens."""
+        none = jnp.zeros(len(self.events), bool)
+        return self.happenings(state, none, jnp.zeros_like(state.t))[0]
+
     def _low(self, state):
         return state.layout.unpack(state.distribution.mean)[: self.problem.num_initial_values]
 
@@ -422,7 +428,7 @@ class Events(eqx.Module):
         return jnp.stack([next(kinds[event.is_scheduled]) for event in self.events])
 
     def _along(self, before, after):
-        """The functions at Chebyshev's points of a step, ``(points, functions)``, both ends included."""
+        """The values of all functions at Chebyshev's points of a step, both ends included: ``(points, functions)``."""
         most = _DERIVATIVES[before.t.dtype.itemsize]
         first, second = (x.layout.unpack(x.distribution.mean)[:most] for x in (before, after))
         k, n, dt = self.problem.num_initial_values, first.shape[0], after.t - before.t
@@ -431,12 +437,12 @@ class Events(eqx.Module):
         ts = jnp.append(before.t + jnp.asarray(at[:-1], dt.dtype) * dt, after.t)
         return jax.vmap(lambda t, z: self.values(t, z, after.layout))(ts, z)
 
-    def _just_behind(self, b, h, directions, most):
+    def _just_behind(self, b, side, small, h, directions, most):
         """How far behind the end of a step functions cross zero, if it is no further than ``most``; else infinite."""
-        side, slope = jax.vmap(last_sign)(b), (b.shape[1] - 1) * (b[:, -1] - b[:, -2])
+        slope = (b.shape[1] - 1) * (b[:, -1] - b[:, -2])
         approaching = (side * slope < 0) & ((directions == 0) | (directions == -side))
         # An end in the round-off of zero may be on either side of it.
-        end = jnp.where(jnp.abs(b[:, -1]) > jax.vmap(noise)(b), jnp.abs(b[:, -1]), 0)
+        end = jnp.where(jnp.abs(b[:, -1]) > small, jnp.abs(b[:, -1]), 0)
         distance = h * safe_divide(end, jnp.abs(slope))
         return jnp.where(approaching & (distance <= most), distance, jnp.inf)
 

@@ -51,20 +51,16 @@ def _tables(control: Control, state: State, rows: Float[Array, "rows flat"]) -> 
     """The arrays that a solve writes to: its rows, and those of events if there are any."""
     if control.events is None:
         return (rows,)
-    flat, _ = _example_of_event(control, state)
+    flat, _ = ravel_pytree(control.events.example(state))
     return rows, jnp.zeros((control.events.most, flat.size), flat.dtype)
-
-
-def _example_of_event(control, state):
-    none = jnp.zeros(len(control.events.events), bool)
-    return ravel_pytree(control.events.happenings(state, none, jnp.zeros_like(state.t))[0])
 
 
 def _happenings(control: Control, state: State, tables: Tables) -> Happening | None:
     """All events of a solve, stacked; ``None`` in a solve without them."""
     if control.events is None:
         return None
-    return jax.vmap(_example_of_event(control, state)[1])(tables[1])
+    _, unpack = ravel_pytree(control.events.example(state))
+    return jax.vmap(unpack)(tables[1])
 
 
 class _Steps(eqx.Module):
