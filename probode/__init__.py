@@ -111,6 +111,8 @@ from .stepping.result import Result as Result
 from .stepping.state import State as State
 from .subspace.factorisation import Subspace as Subspace
 from .subspace.krylov import rightmost_basis as rightmost_basis
+from .trajectories.boundary_values import solve_bvp as solve_bvp
+from .trajectories.periodic import solve_periodic as solve_periodic
 from .util.xla import by_default as _compile_small_loops_by_default
 from .util.xla import compile_small_loops as compile_small_loops
 

@@ -17,6 +17,7 @@ from .posterior.solution import SaveAt, Solution
 from .priors.iwp import IWP
 from .priors.prior import AbstractPrior, AbstractPriorFamily
 from .priors.relative_scale import RelativeScale
+from .requests import pair
 from .solver import Solver
 from .stepping.controllers import AbstractController, IntegralController
 from .stepping.error_estimates import AbstractErrorEstimate
@@ -92,7 +93,7 @@ def solve_ivp(
     >>> f"{solution.mean[0]:.4f}"
     '0.3679'
     """
-    t0, t1 = _pair(t_span)
+    t0, t1 = pair(t_span)
     _said_once("controller", controller, rtol=rtol is not _RTOL, atol=atol is not _ATOL, max_step=max_step is not None)
     _said_once("loop", loop, max_steps=max_steps is not None)
     _said_once("strategy", strategy, t_eval=t_eval is not None, dense_output=dense_output)
@@ -157,14 +158,6 @@ def _method(
     if method == "EK0":
         return prior, TS0(ode), Isotropic()
     return RelativeScale(prior) if nu > 1 else prior, TS1(ode), Dense()
-
-
-def _pair(t_span: Any) -> tuple[Any, Any]:
-    """``t0`` and ``t1``; raises ``ValueError`` unless they are a pair."""
-    pair = isinstance(t_span, (tuple, list)) and len(t_span) == 2
-    if not pair and not (hasattr(t_span, "shape") and t_span.shape == (2,)):
-        raise ValueError(f"t_span must be a pair (t0, t1), got {t_span!r}.")
-    return t_span[0], t_span[1]
 
 
 def _said_once(name: str, value: Any, **others: bool) -> None:

@@ -173,6 +173,14 @@ def time(t: Any, name: str, layout: Layout) -> Array | np.ndarray:
     return require(t, abs(t) < np.inf, f"{name} must be finite", **{name: t})
 
 
+def pair(t_span: Any) -> tuple[Any, Any]:
+    """``t0`` and ``t1`` of a ``t_span``; raises ``ValueError`` unless they are a pair."""
+    pair = isinstance(t_span, (tuple, list)) and len(t_span) == 2
+    if not pair and not (hasattr(t_span, "shape") and t_span.shape == (2,)):
+        raise ValueError(f"t_span must be a pair (t0, t1), got {t_span!r}.")
+    return t_span[0], t_span[1]
+
+
 def two_times(t0: Any, t1: Any, layout: Layout) -> tuple[Array | np.ndarray, Array | np.ndarray]:
     """``t0`` and ``t1`` in the dtype of the state; raises ``ValueError`` unless they are finite.
 

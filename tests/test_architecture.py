@@ -76,7 +76,7 @@ FLOORS = [
     ("requests",),
     ("adaptive_solve",),
     ("solver",),
-    ("ivp", "ensembles", "inference", "diagnostics"),
+    ("ivp", "ensembles", "inference", "diagnostics", "trajectories"),
     ("testing",),
 ]
 # Inside of functions: pictures are made of solutions.

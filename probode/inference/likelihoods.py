@@ -61,7 +61,7 @@ def fenrir_log_likelihood(
     data = data_between(data, *two_times(t0, t1, layout), layout)
     smoother = dataclasses.replace(solver, strategy=FixedPointSmoother())
     solution = solve_through(smoother, data.ts, u0, t0, t1, args, save_at=data.ts)
-    assert solution.trajectory is not None
+    assert isinstance(solution.trajectory, Trajectory)
     return _if_successful(solution, _log_density(solution.trajectory, data, args))
 
 

@@ -16,7 +16,7 @@ from ..stepping.step import Step
 from .events import ended_at_event
 from .leave_one_out import left_out_squares
 from .solution import SaveAt, Solution
-from .trajectory import column, evaluate, rescale, rows_of_steps, trajectory
+from .trajectory import column, rescale, rows_of_steps, trajectory
 
 
 def answer(
@@ -63,7 +63,7 @@ def answer(
 
     parts = [jax.tree.map(lambda x: x[None], row(0))] if save_at.t0 else []
     if ts is not None:
-        parts.append((ts, *evaluate(path, ts)))
+        parts.append((ts, *path.evaluate(ts)))
     elif save_at.steps:
         parts.append(jax.vmap(row)(rows_of_steps(rows, reached, kept.most)))
     if save_at.t1 and not save_at.steps:

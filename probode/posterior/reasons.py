@@ -87,6 +87,7 @@ def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -
     if not is_traced(failed) and not np.any(failed):
         return solution
     state, stats, limits = solution.state, solution.stats, solver.controller.limits
+    assert state is not None
     rtol = solver.controller.tolerances.of(solution.layout).rtol
     facts = Facts(
         solution.result,

@@ -20,7 +20,7 @@ from ..util.checks import as_float, as_scalar, is_traced, require
 from ..util.tracing import compiled
 from ..util.words import hint_for_attribute
 from .events import Occurrences
-from .trajectory import Trajectory, column, evaluate, sample_at
+from .trajectory import AbstractPath, column
 
 
 class SaveAt(eqx.Module):
@@ -77,7 +77,7 @@ class Spread(eqx.Module):
     means: Float[Array, "N time *state"]
     trajectory: Any
 
-    def at(self, path: Trajectory, t: Array) -> Array:
+    def at(self, path: AbstractPath, t: Array) -> Array:
         """Derivatives of the means at the times ``t``, ``(N, *t.shape, *batch, dim, cols)``."""
         move = lambda tangent: eqx.filter_jvp(lambda path: _evaluate(path, t)[0].mean, (path,), (tangent,))[1]  # noqa: E731
         return eqx.filter_vmap(move)(self.trajectory)
@@ -102,7 +102,8 @@ class Solution(eqx.Module):
       them; ``max_steps``, the largest number allowed. Where linearisations are iterated also ``last_move``: how far the
       last iteration of a step moved an innovation, in its standard deviations, the largest over all steps; small if all
       iterations have converged.
-    - ``state``: the state at the end, which can be passed as ``u0`` to a further solve.
+    - ``state``: the state at the end, which can be passed as ``u0`` to a further solve; ``None`` for a boundary value
+      problem.
     - ``layout``: how states are stored.
     - ``trajectory``: the kept states from which ``evaluate`` and ``sample`` compute; ``None`` where none are needed.
     - ``spread``: derivatives with respect to an uncertain initial value, whose share is already in ``marginals``;
@@ -111,6 +112,8 @@ class Solution(eqx.Module):
     - ``data_log_likelihood``: the log density of the data passed to the solve, each datum given those before it and
       the equation up to its time; ``None`` without data.
     - ``events``: the ``Occurrences`` of events, in the order in which they happened; ``None`` in a solve without.
+    - ``parameters``: of ``solve_bvp``, the parameters that were unknown, a ``Normal``; ``None`` elsewhere.
+    - ``period``: of ``solve_periodic``, the ``Moments`` of the period; ``None`` elsewhere.
 
     >>> import probode
     >>> probode.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), 1.0)
@@ -123,13 +126,15 @@ class Solution(eqx.Module):
     log_likelihood: Float[Array, ""]
     result: Result
     stats: dict[str, Num[Array, ""]]
-    state: AdaptiveState
+    state: AdaptiveState | None
     layout: Layout
-    trajectory: Trajectory | None
+    trajectory: AbstractPath | None
     order: int = eqx.field(static=True)
     spread: Spread | None = None
     data_log_likelihood: Float[Array, ""] | None = None
     events: Occurrences | None = None
+    parameters: Normal | None = None
+    period: Moments | None = None
 
     def __repr__(self) -> str:
         kind = ("smoothed" if self.is_smoothed else "filtered") + (", dense" if self.is_dense else "")
@@ -154,12 +159,12 @@ class Solution(eqx.Module):
     @property
     def is_dense(self) -> bool:
         """True if every step was kept, so that ``evaluate`` returns the solution at any time of the interval."""
-        return self.trajectory is not None and self.trajectory.dense
+        return self.trajectory is not None and self.trajectory.is_dense
 
     @property
     def is_smoothed(self) -> bool:
         """Whether the posterior at every time is conditioned on the whole solve, as joint samples need it."""
-        return self.trajectory is not None and self.trajectory.smoothed is not None
+        return self.trajectory is not None and self.trajectory.is_smoothed
 
     def summary(self) -> str:
         """Result, time span, steps, calibration, evidence and largest standard deviation, as text."""
@@ -247,7 +252,7 @@ class Solution(eqx.Module):
     @property
     def end(self) -> Normal:
         """The distribution at the time that was reached, ``t1`` if the solve was successful; see ``at``."""
-        return self.at(self.state.t)
+        return self.at(self.t[-1] if self.state is None else self.state.t)
 
     @property
     def _saved(self) -> Posterior:
@@ -341,8 +346,8 @@ class Solution(eqx.Module):
         if t.ndim > 1:
             raise ValueError(f"{name} must be a time or an array of times of shape (times,), got shape {t.shape}.")
         assert path is not None
-        t0: Any = path.rows.t[0]
-        t1: Any = self.state.t
+        t0: Any = path.interval.t0
+        t1: Any = path.interval.t1
         if not is_traced(t, t0, t1):
             t0, t1 = np.asarray(t0), np.asarray(t1)
             near = np.clip(t, min(t0, t1), max(t0, t1))
@@ -374,7 +379,7 @@ def _where(reached, states):
 
 @compiled
 def _evaluate(path, t):
-    states, _, layouts = evaluate(path, jnp.atleast_1d(t))
+    states, _, layouts = path.evaluate(jnp.atleast_1d(t))
     states, layouts = (states, layouts) if t.ndim else jax.tree.map(lambda x: x[0], (states, layouts))
     return states, path.layout if layouts is None else layouts
 
@@ -403,10 +408,10 @@ def _sample(marginals, layout, key, shape, moves):
 def _sample_path(path, key, shape, ts, missing, moves):
     if missing is not None:
         # A time behind the end would be sampled by extrapolation, and those before it given that.
-        ts = jnp.where(missing, path.rows.t[path.last], ts)
+        ts = jnp.where(missing, path.interval.t1, ts)
 
     def one(key):
-        states, layout = sample_at(path, key, ts)
+        states, layout = path.sample(key, ts)
         states = _moved(states, moves, key)
         if missing is not None:
             states = jnp.where(missing.reshape(-1, *[1] * (states.ndim - 1)), jnp.nan, states)

@@ -6,6 +6,7 @@ them, which gives a joint sample. The state between two rows is that of the prio
 """
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable
 
 import equinox as eqx
@@ -35,7 +36,39 @@ _BLOCK = 64
 _GROUP = 4
 
 
-class Trajectory(eqx.Module):
+class AbstractPath(eqx.Module):
+    """The posterior process over an interval of time: what ``Solution.evaluate`` and ``Solution.sample`` need."""
+
+    @property
+    @abstractmethod
+    def is_dense(self) -> bool:
+        """Whether it is known at all times of the interval, and not only at those that were saved."""
+
+    @property
+    @abstractmethod
+    def is_smoothed(self) -> bool:
+        """Whether the distribution at each time is given the whole solve."""
+
+    @property
+    @abstractmethod
+    def interval(self) -> Interval:
+        """From the first time to the last that was reached."""
+
+    @abstractmethod
+    def evaluate(self, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"], Layout | None]:
+        """The posterior at any times of the interval, with square factors, and the output scales there.
+
+        Also the layouts of these states, if they differ from time to time.
+        """
+
+    @abstractmethod
+    def sample(
+        self, key: PRNGKeyArray, ts: Float[Array, " times"]
+    ) -> tuple[Float[Array, "times *batch dim cols"], Layout]:
+        """One joint sample of the states at any times, in the order of ``ts``, and how they are stored."""
+
+
+class Trajectory(AbstractPath):
     """The posterior process at the times that a solve has kept, from ``t0`` to the last one reached, as a Markov chain.
 
     - ``rows``: the kept states, with a leading axis ``rows``.
@@ -67,9 +100,29 @@ class Trajectory(eqx.Module):
         return self.layout if self.rows.layout is None else _row(self.rows.layout, i)
 
     @property
+    def is_dense(self) -> bool:
+        return self.dense
+
+    @property
+    def is_smoothed(self) -> bool:
+        return self.smoothed is not None
+
+    @property
     def interval(self) -> Interval:
-        """The time interval from that of the first row to that of the last."""
         return Interval(self.rows.t[0], self.rows.t[-1])
+
+    def evaluate(self, ts: Float[Array, " times"]) -> tuple[Normal, Float[Array, "times *batch"], Layout | None]:
+        if jax.default_backend() != "cpu":
+            return jax.vmap(lambda t: _evaluate(self, t))(ts)
+        # A native loop is fastest one by one. Otherwise the operations of each iteration cost more than their
+        # arithmetic, and all times at once would not stay in the cache.
+        group = None if compiles_small_loops() else _GROUP
+        return lax.map(lambda t: _evaluate(self, t), ts, batch_size=group)
+
+    def sample(
+        self, key: PRNGKeyArray, ts: Float[Array, " times"]
+    ) -> tuple[Float[Array, "times *batch dim cols"], Layout]:
+        return _sample_at(self, key, ts)
 
     @property
     def last(self) -> Array:
@@ -122,20 +175,6 @@ def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
     )
 
 
-def evaluate(
-    path: Trajectory, ts: Float[Array, " times"]
-) -> tuple[Normal, Float[Array, "times *batch"], Layout | None]:
-    """The posterior at any times inside the kept steps, with square factors, and the output scales of these steps.
-
-    Also the layouts of these states, if they differ from step to step.
-    """
-    if jax.default_backend() != "cpu":
-        return jax.vmap(lambda t: _evaluate(path, t))(ts)
-    # A native loop is fastest one by one. Otherwise the operations of each iteration cost more than their arithmetic,
-    # and all times at once would not stay in the cache.
-    return lax.map(lambda t: _evaluate(path, t), ts, batch_size=None if compiles_small_loops() else _GROUP)
-
-
 def _evaluate(path, t):
     i, at_left, at_right = _locate(path, t)
     rows = path.rows
@@ -145,7 +184,7 @@ def _evaluate(path, t):
     t_right, x_right, known_right, scale_right, layout_right, prior = _row(kept, 1)
     left, right = _posterior(x_left, known_left), _posterior(x_right, known_right)
     prior = path.prior if prior is None else prior
-    here, predicted, past = _between(path.layout, prior, scale_right, x_left, t - t_left, t_right - t)
+    here, predicted, past = between(path.layout, prior, scale_right, x_left, t - t_left, t_right - t)
     if path.smoothed is not None:
         # The step was taken in the layout of its left end.
         later = right if layout_left is None else in_layout(right, layout_right, layout_left)
@@ -177,9 +216,7 @@ def sample_rows(path: Trajectory, key: PRNGKeyArray) -> Float[Array, "rows *batc
     return mean + jax.vmap(deviation)(factor, coordinates)
 
 
-def sample_at(
-    path: Trajectory, key: PRNGKeyArray, ts: Float[Array, " times"]
-) -> tuple[Float[Array, "times *batch dim cols"], Layout]:
+def _sample_at(path, key, ts):
     """One joint sample of the states at any times inside the kept steps of a smoother, in the order of ``ts``.
 
     Also how they are stored, with an axis of times if that differs from step to step.
@@ -202,7 +239,7 @@ def sample_at(
         x_right = jnp.where(same, x_later, end)
         again = t == t_right
         prior, scale, left = path.prior_of(i + 1), path.rows.output_scale[i + 1], certain(rows[i])
-        here, predicted, past = _between(path.layout, prior, scale, left, t - path.rows.t[i], t_right - t)
+        here, predicted, past = between(path.layout, prior, scale, left, t - path.rows.t[i], t_right - t)
         noise = jax.random.normal(key, (*past.noise.shape[:-1], here.mean.shape[-1]), here.mean.dtype)
         known = coordinates_of(certain(x_right), predicted)
         x = here.mean + deviation(here.factor, draw(past, noise, known.mean))
@@ -223,7 +260,9 @@ def _locate(path, t):
     return i, t == path.rows.t[i], t == path.rows.t[i + 1]
 
 
-def _between(layout, prior, scale, left, before, after):
+def between(
+    layout: Layout, prior: AbstractPrior, scale: Array, left: Normal, before: Array, after: Array
+) -> tuple[Normal, Normal, Conditional]:
     """The prediction from ``left`` over a time ``before``, the one over a further ``after``, and the conditional of
     the first given the second.
 

@@ -97,7 +97,7 @@ def push_forward(
             return moves
         us = layout.unpack(mean)
         velocity = layout.pack(jnp.concatenate([us[1:], jnp.zeros_like(us[:1])]))
-        return moves - jnp.reshape(t_moves, (-1,) + (1,) * mean.ndim) * velocity
+        return moves - jnp.reshape(t_moves, (-1,) + (1,) * mean.ndim) * velocity[None]
 
     moves = solution.marginals.mean, tangent.marginals.mean, tangent.t
     means = jax.vmap(fixed, in_axes=(0, 1, 1), out_axes=1)(*moves)

@@ -33,6 +33,9 @@ class Result(eqx.Enumeration):
     tolerance_out_of_range: Any = "tolerance_out_of_range"
     event: Any = "event"
     max_events_reached: Any = "max_events_reached"
+    max_nodes_reached: Any = "max_nodes_reached"
+    singular: Any = "singular"
+    no_progress: Any = "no_progress"
 
 
 _WHY = {
@@ -47,6 +50,10 @@ _WHY = {
     "tolerance_out_of_range": "The solve stopped because what rtol and atol allow for a component became so small that "
     "the squares of such errors are no numbers (1e-148 in float64, 1e-35 in float32).",
     "event": "The solve ended at an event.",
+    "max_nodes_reached": "The boundary value problem was not solved: with max_nodes nodes the error is larger than the "
+    "tolerances.",
+    "singular": "The boundary value problem was not solved: its conditions do not determine a solution.",
+    "no_progress": "The boundary value problem was not solved: Newton's method does not converge from the guess.",
     "max_events_reached": "The solve stopped because more events happened than max_events, or infinitely many at one "
     "time.",
 }

@@ -48,6 +48,8 @@ def facts(solution: Any, ending: Callable) -> list[tuple[str, str]]:
     if not is_known(solution):
         return [("u", shape_of_u(layout)), ("times", eqx.tree_pformat(solution.t))]
     rows.append(("result", ending(solution.result)))
+    if solution.state is None:
+        return rows + _of_mesh(solution)
     t = np.asarray(solution.t)
     reached = np.asarray(solution.state.current.t)
     # Not all rows are times saved: those of steps that were not needed repeat the last time, those of times that were
@@ -72,6 +74,23 @@ def facts(solution: Any, ending: Callable) -> list[tuple[str, str]]:
         times = solution.events.t[np.isfinite(solution.events.t)]
         when = f", t = {_range(times)}" if times.size else ""
         rows.append(("events", f"{_range(solution.events.count)}{when}"))
+    return rows
+
+
+def _of_mesh(solution):
+    """The summary of a boundary value problem."""
+    stats, t = solution.stats, np.asarray(solution.t)
+    rows = [("time", f"from {_range(t[..., 0])} to {_range(t[..., -1])}")]
+    nodes, iterations, meshes = (_range(stats[f"num_{name}"]) for name in ("nodes", "iterations", "meshes"))
+    rows.append(("mesh", f"{nodes} nodes, after {iterations} Newton steps on {meshes} meshes"))
+    rows.append(("u", f"{shape_of_u(solution.layout)} with {solution.layout.num_derivatives} derivatives"))
+    rows.append(("standard deviation of u", f"at most {_largest(solution.std):.3g}"))
+    if solution.parameters is not None:
+        std = np.linalg.norm(np.asarray(solution.parameters.factor), axis=-2)
+        rows.append(("parameters", f"{brief(solution.parameters.mean)}, standard deviations {_range(std)}"))
+    if solution.period is not None:
+        mean, std = (_range(x) for x in (solution.period.mean, solution.period.std))
+        rows.append(("period", f"{mean}, standard deviation {std}"))
     return rows
 
 

@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
@@ -72,3 +73,27 @@ def computed_again(fn: Callable) -> Callable:
     """The function, of which a derivative in reverse mode keeps nothing but the inputs, and computes the rest again."""
     # In the body of a loop nothing can be merged with what was computed before: barriers would only cost time.
     return jax.checkpoint(fn, prevent_cse=False)
+
+
+def depends_on(fn: Callable, x: PyTree) -> bool:
+    """Whether the value of ``fn(x)`` may depend on ``x``: whether any operation on its way uses it."""
+    jaxpr = jax.make_jaxpr(fn)(x)
+    return any(_reaches(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.invars)))
+
+
+def _reaches(jaxpr, inputs):
+    """Which results of a program depend on those of its inputs that are marked."""
+    marked = {var for var, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+    is_marked = lambda atom: not isinstance(atom, jax.extend.core.Literal) and atom in marked  # noqa: E731
+    for eqn in jaxpr.eqns:
+        inside = [is_marked(atom) for atom in eqn.invars]
+        inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+        inner = getattr(inner, "jaxpr", inner)
+        if inner is not None and len(inner.invars) == len(inside) and len(inner.outvars) == len(eqn.outvars):
+            # A function that is called, as one under jax.jit, may not use all that it is given. (A loop hands on.)
+            called = eqn.primitive.name in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
+            outside = _reaches(inner, inside) if called else [any(inside)] * len(eqn.outvars)
+        else:
+            outside = [any(inside)] * len(eqn.outvars)
+        marked.update(var for var, mark in zip(eqn.outvars, outside, strict=True) if mark)
+    return [is_marked(atom) for atom in jaxpr.outvars]

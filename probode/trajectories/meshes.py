@@ -1,0 +1,157 @@
+"""How good a course on a mesh is, and a better mesh.
+
+The error of a course is the step that Newton's method makes on the mesh with twice as many intervals: so it knows how
+errors of all intervals add up along the solution, with their signs.
+"""
+
+import functools
+import math
+from fractions import Fraction
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..algebra.linalg import product
+from ..equations.problems import flat_residual
+from ..priors.powers import exact_solve
+from .collocation import Course, Equations, Mesh
+from .newton import Scales
+from .rows import map_rows
+
+
+# Where the equation is looked at inside an interval: the inner points of Lobatto's rule with five.
+_INSIDE = (0.5 - np.sqrt(3 / 28), 0.5, 0.5 + np.sqrt(3 / 28))
+# With which power of their length the errors of intervals are taken to grow.
+_ORDER = 8
+# By how much the number of intervals may grow, and by how much if the solution is far from being resolved.
+_MOST, _UNRESOLVED, _FAR = 2.0, 1.5, 1e3
+# How much longer than its neighbour an interval may be.
+_RATIO = 3.0
+
+
+def inside(
+    left: Float[Array, "n d"], right: Float[Array, "n d"], dt: Float[Array, ""], share: Float[Array, ""]
+) -> Float[Array, "n d"]:
+    """The state at a ``share`` of an interval of length ``dt``, by Hermite's polynomial through the states at its ends.
+
+    It is the mean of an integrated Wiener process given these.
+    """
+    n = left.shape[0]
+    near, far = (jnp.asarray(x, left.dtype) for x in _hermite(n))
+    # From the nearer end: powers of a share of at most one half do not cancel each other.
+    is_left = share <= 0.5
+    here, there = jnp.where(is_left, left, right), jnp.where(is_left, right, left)
+    step = jnp.where(is_left, dt, -dt)
+    unit = (step ** jnp.arange(n))[:, None]
+    powers = jnp.where(is_left, share, 1 - share) ** jnp.arange(2 * n)
+    return (product(near @ powers, unit * here) + product(far @ powers, unit * there)) / unit
+
+
+@functools.cache
+def _hermite(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """All derivatives of Hermite's polynomials for ``n`` derivatives at both ends of ``[0, 1]``, by powers.
+
+    Two arrays ``(n, n, 2n)``: for the derivatives at 0, and for those at 1. The last axis is that of the powers, the
+    first one that of the derivative. In exact arithmetic, as the coefficients are large and cancel each other.
+    """
+    size = 2 * n
+    falling = lambda p, i: Fraction(math.factorial(p), math.factorial(p - i)) if p >= i else Fraction(0)  # noqa: E731
+    conditions = [[falling(p, i) if p == i else Fraction(0) for p in range(size)] for i in range(n)]
+    conditions += [[falling(p, i) for p in range(size)] for i in range(n)]
+    columns = exact_solve(conditions, [[Fraction(int(a == b)) for b in range(size)] for a in range(size)])
+    tables = np.zeros((n, size, size))
+    for i in range(n):
+        for data in range(size):
+            for p in range(i, size):
+                tables[i, data, p - i] = float(falling(p, i) * columns[p][data])
+    return tables[:, :n], tables[:, n:]
+
+
+def halved(equations: Equations, mesh: Mesh, course: Course, *, differentiable: bool = False) -> tuple[Mesh, Course]:
+    """The mesh with a node in the middle of every interval, and the course on it."""
+    x, number = course.states, mesh.number
+    half = jnp.full((), 0.5, x.dtype)
+    middle = lambda x: inside(x[0], x[1], x[2], half)  # noqa: E731
+    inner = map_rows(middle, (x[:-1], x[1:], mesh.lengths), number, differentiable=differentiable)
+    behind = (jnp.arange(inner.shape[0]) >= number)[:, None, None]
+    inner = jnp.where(behind, x[number], inner)
+    weave = lambda a, b: jnp.concatenate([jnp.reshape(jnp.stack([a[:-1], b], 1), (-1, *a.shape[1:])), a[-1:]])  # noqa: E731
+    finer = Mesh(weave(mesh.t, (mesh.t[:-1] + mesh.t[1:]) / 2), 2 * number)
+    return finer, Course(weave(x, inner), course.parameters)
+
+
+class Assessment(eqx.Module):
+    """The error of a course on the halved mesh: of ``u``, the largest nearby, and of the parameters.
+
+    ``ratio``: the largest over its tolerance.
+    """
+
+    errors: Float[Array, "points d"]
+    parameters: Float[Array, " P"]
+    ratio: Float[Array, ""]
+
+
+def assess(
+    equations: Equations, mesh: Mesh, course: Course, scales: Scales, *, differentiable: bool = False
+) -> Assessment:
+    """How far the course is from the one on the halved mesh."""
+    finer, on_finer = halved(equations, mesh, course, differentiable=differentiable)
+    linear = equations.linearised(finer, on_finer, differentiable=differentiable)
+    step = linear.step(equations.residuals(finer, on_finer, differentiable=differentiable))
+    # An error that changes its sign is not small because it is zero there.
+    errors = _largest_nearby(_largest_nearby(jnp.abs(step.states[:, 0])))
+    tolerance = scales.atol + scales.rtol * jnp.abs(on_finer.states[:, 0])
+    ratio = jnp.max(jnp.where(finer.is_node[:, None], errors / tolerance, 0))
+    return Assessment(errors, jnp.abs(step.parameters), ratio)
+
+
+def _largest_nearby(x):
+    """The largest of each row and its neighbours."""
+    return jnp.maximum(x, jnp.maximum(jnp.concatenate([x[1:], x[-1:]]), jnp.concatenate([x[:1], x[:-1]])))
+
+
+def better(
+    equations: Equations, mesh: Mesh, course: Course, scales: Scales, ratio: Array, last: Array
+) -> tuple[Mesh, Course]:
+    """The mesh on which all intervals have the same share of the error, and the course on it.
+
+    ``ratio``: of the error and the tolerance; ``last``: that of the mesh before.
+    """
+    x, number, k = course.states, mesh.number, equations.k
+    lengths = jnp.abs(mesh.lengths)
+    field = flat_residual(equations.problem.ode, equations.layout, equations.with_parameters(course.parameters))
+
+    def error(x):
+        left, right, t, dt = x
+        shares = jnp.asarray(_INSIDE, t.dtype)
+        states = jax.vmap(lambda share: inside(left, right, dt, share))(shares)
+        residuals = jax.vmap(lambda share, us: field(t + share * dt, us))(shares, states)
+        tolerance = scales.atol + scales.rtol * jnp.abs(states[1, 0])
+        return jnp.abs(dt) ** k * jnp.sqrt(jnp.mean((residuals / tolerance) ** 2))
+
+    errors = map_rows(error, (x[:-1], x[1:], mesh.t[:-1], mesh.lengths), number)
+    real = jnp.arange(lengths.size) < number
+    amount = jnp.where(real & jnp.isfinite(errors), errors, 0) ** (1 / _ORDER)
+    density = jnp.where(real, amount / lengths, 0)
+    span = jnp.sum(jnp.where(real, lengths, 0))
+    density = jnp.maximum(density, jnp.where(real, jnp.maximum(1e-3 * jnp.sum(amount) / span, 1 / span * 1e-30), 0))
+    for _ in range(2):
+        density = jnp.where(real, jnp.maximum(density, _largest_nearby(density) / _RATIO), 0)
+    filled = jnp.concatenate([jnp.zeros(1, x.dtype), jnp.cumsum(density * lengths)])
+    growth = jnp.where(ratio < _FAR, (4 * ratio) ** (1 / _ORDER), _UNRESOLVED)
+    growth = jnp.clip(jnp.where(ratio > last / 4, _MOST, growth), 1, _MOST)
+    most = mesh.t.size - 1
+    count = jnp.clip(jnp.ceil(number.astype(x.dtype) * growth).astype(number.dtype), 5, most)
+    wanted = filled[number] * jnp.minimum(jnp.arange(most + 1, dtype=x.dtype) / count.astype(x.dtype), 1)
+    # Behind the last node ``filled`` stays the same, and the times repeat.
+    i = jnp.clip(jnp.searchsorted(filled, wanted, side="right") - 1, 0, number - 1)
+    share = jnp.clip((wanted - filled[i]) / (density * lengths)[i], 0, 1)
+    last_node = jnp.arange(most + 1) >= count
+    t = jnp.where(last_node, mesh.t[number], mesh.t[i] + share * mesh.lengths[i])
+
+    states = map_rows(lambda x: inside(x[0], x[1], x[2], x[3]), (x[i], x[i + 1], mesh.lengths[i], share), count + 1)
+    states = jnp.where(last_node[:, None, None], x[number], states).at[0].set(x[0])
+    return Mesh(t, count), Course(states, course.parameters)
