@@ -29,6 +29,7 @@ PARTS = [
     ["inference"],
     ["tempering"],
     ["events"],
+    ["boundary_values"],
     ["fuzz"],
     ["fuzz", "--stiff"],
 ]

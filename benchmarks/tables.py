@@ -88,6 +88,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "calibration": calibration(results),
         "tempering": tempering(results),
         "events": events(results),
+        "boundary_values": boundary_values(results),
         "stability": stability(results),
         "first_calls": first_calls(results),
     }
@@ -149,6 +150,24 @@ def events(results: pathlib.Path = RESULTS) -> str:
     for kind, words in {"event": "an event that ends the solve", "reset": "an event with a reset"}.items():
         rows.append([words, *(f"{float(row[f'{kind}_{cost}']):.2f}" for cost in EVENT_COSTS)])
     return _table(["", "run", "compile", "run of a gradient", "compile a gradient"], rows) + f"\n\n{found}."
+
+
+def boundary_values(results: pathlib.Path = RESULTS) -> str:
+    """The table of boundary value problems: nodes, errors, and times beside SciPy's."""
+    rows = []
+    for row in summary.read("boundary_values", results):
+        if row["tol"] == "1e-06":
+            name = f"{row['problem']}, w = {float(row['small']):g}"
+            if row["result"] != "successful":
+                rows.append([name, row["nodes"], row["result"], "", "", "", ""])
+                continue
+            numbers = (float(row[key]) for key in ("error_over_tol", "chi2"))
+            seconds, scipy_seconds = float(row["seconds"]), float(row["scipy_seconds"])
+            beside = ["-", "-"]
+            if math.isfinite(scipy_seconds):
+                beside = [f"{float(row['scipy_nodes']):.0f}", f"{scipy_seconds / seconds:.1f}"]
+            rows.append([name, row["nodes"], *map(significant, numbers), significant(1e3 * seconds), *beside])
+    return _table(["at 1e-6", "nodes", "error", "chi^2", "ms", "SciPy's nodes", "SciPy's time over ours"], rows)
 
 
 def first_calls(results: pathlib.Path = RESULTS) -> str:

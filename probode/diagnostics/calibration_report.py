@@ -135,6 +135,8 @@ def calibration_report(
 
 def _measure(solution, reference, rtol):
     """The entries of a report for one solution, in the order of its fields."""
+    if solution.state is None:
+        raise ValueError("calibration_report is about initial value problems, not about boundary value problems.")
     path, layout = solution.trajectory, solution.layout
     layout.require_shared_algebra("calibration_report")
     steps = int(solution.stats["num_accepted_steps"])

@@ -79,7 +79,7 @@ def _known(solution, ts):
 
 def many_times(solution: Any) -> Float[np.ndarray, " time"]:
     """Equidistant times from the start of the solve to its end, independent of the times that were saved."""
-    return np.linspace(float(solution.trajectory.rows.t[0]), float(solution.state.t), _POINTS)
+    return np.linspace(float(solution.trajectory.interval.t0), float(solution.trajectory.interval.t1), _POINTS)
 
 
 def columns(tree: PyTree, axes: int = 1) -> np.ndarray:

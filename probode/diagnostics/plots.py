@@ -155,6 +155,8 @@ def plot_local_error(solution: Any, ax: Any = None) -> Any:
     It is the output scale times that of the prior's transition, the largest over the components. Raises ``ValueError``
     if the steps were not kept.
     """
+    if solution.state is None:
+        raise ValueError("plot_local_error is about the steps of an initial value problem: draw plot_steps.")
     ax = _axes(ax)
     t, ends = _steps(solution, "plot_local_error")
     path = solution.trajectory
@@ -331,6 +333,10 @@ def _steps(solution, name):
             f"{name} needs the steps of the solve, which were not kept: solve with strategy=FixedIntervalSmoother(), "
             "or with save_at=SaveAt(dense=True)."
         )
+    if solution.state is None:
+        # The intervals of the mesh of a boundary value problem.
+        number = int(solution.stats["num_nodes"])
+        return np.asarray(solution.t)[:number], np.arange(number)
     # At a jump of the equation there are two rows: the end of a step, and a restart, from which the next step starts.
     ends = np.flatnonzero(path.reached if path.rows.restarted is None else path.reached & ~path.rows.restarted)
     return np.asarray(path.rows.t)[ends], ends

@@ -44,8 +44,8 @@ _STEPS = 2
 
 
 def solve_bvp(
-    problem: ODE | Callable,
-    boundary: Callable,
+    problem: Any,
+    boundary: Any,
     t_span: Any,
     guess: Any,
     *,
@@ -56,7 +56,7 @@ def solve_bvp(
     atol: Any = 1e-6,
     max_nodes: Any = 1024,
     args: PyTree = None,
-    throw: bool = True,
+    throw: Any = True,
 ) -> Solution:
     """The ``Solution`` of a boundary value problem, ``u^(k) = f(t, u, ..., args)`` with conditions at both ends.
 
@@ -142,8 +142,8 @@ def find(
     arguments = Arguments(args, None if parameters is None else unravel)
     conditions = Conditions(boundary, arguments, layout, ode.order)
     lifted: Any = ode.lifted(LEVELS)
-    problem = Equations(lifted, conditions, arguments, layout, jnp.ones(layout.size, layout.dtype))
-    solution = _solve(problem, guess, mesh, span.t0, span.t1, known, _scales(tolerances, layout))
+    bvp = Equations(lifted, conditions, arguments, layout, jnp.ones(layout.size, layout.dtype))
+    solution = _solve(bvp, guess, mesh, span.t0, span.t1, known, _scales(tolerances, layout))
     if parameters is None:
         return solution
     found = solution.parameters
@@ -177,33 +177,33 @@ class _Search(NamedTuple):
 
 
 @compiled
-def _solve(problem, guess, mesh, t0, t1, known, scales):
+def _solve(bvp, guess, mesh, t0, t1, known, scales):
     """The ``Solution`` of a boundary value problem; parameters, if any, are flat in it."""
     # Here, where they are traced, so that they are looked at once.
-    zeros = jnp.zeros(problem.layout.size, problem.layout.dtype)
-    values = (problem.layout.unravel(zeros),) * problem.k
-    problem.problem.ode.check(t0, values, problem.with_parameters(known))
-    problem.boundary.check(known)
-    problem, guess = _with_closures(problem, guess, values, t0, known)
-    found = _search(*detach((problem, guess, scales, mesh, t0, t1, known)))
-    plain = _answer(detach(problem), found.mesh, found, found.errors, found.of_parameters, scales, found.course)
-    return _as_implicit_function(plain, problem, t0, t1, found, scales)
+    zeros = jnp.zeros(bvp.layout.size, bvp.layout.dtype)
+    values = (bvp.layout.unravel(zeros),) * bvp.k
+    bvp.lifted.ode.check(t0, values, bvp.with_parameters(known))
+    bvp.boundary.check(known)
+    bvp, guess = _with_closures(bvp, guess, values, t0, known)
+    found = _search(*detach((bvp, guess, scales, mesh, t0, t1, known)))
+    plain = _answer(detach(bvp), found.mesh, found, found.errors, found.of_parameters, scales, found.course)
+    return _as_implicit_function(plain, bvp, t0, t1, found, scales)
 
 
-def _with_closures(problem, guess, us, t, known):
+def _with_closures(bvp, guess, us, t, known):
     """Equations and guess with functions that hold what they close over, whose derivative is needed or is not."""
-    k, args = problem.k, problem.with_parameters(known)
-    ode, conditions = problem.problem.ode, problem.boundary
+    k, args = bvp.k, bvp.with_parameters(known)
+    ode, conditions = bvp.lifted.ode, bvp.boundary
     ode = ODE(traced_once(ode.vector_field, t, *us, args), order=k, jacobian=ode.jacobian)
     end = us if k > 1 else us[0]
     conditions = dataclasses.replace(conditions, function=traced_once(conditions.function, end, end, args))
     if isinstance(guess, FromFunction):
         guess = FromFunction(traced_once(guess.fn, t))
-    return dataclasses.replace(problem, problem=ode.lifted(LEVELS), boundary=conditions), guess
+    return dataclasses.replace(bvp, lifted=ode.lifted(LEVELS), boundary=conditions), guess
 
 
 @eqx.filter_custom_jvp
-def _as_implicit_function(plain, problem, t0, t1, found, scales):
+def _as_implicit_function(plain, bvp, t0, t1, found, scales):
     """The solution ``plain`` that was found for a problem, with the derivatives of the function that it implies."""
     return plain
 
@@ -213,12 +213,12 @@ def _as_implicit_function(plain, problem, t0, t1, found, scales):
 def _(primals, tangents):
     plain, *inputs = primals
 
-    def again(problem, t0, t1, found, scales):
+    def again(bvp, t0, t1, found, scales):
         # The nodes keep their shares of the interval.
         share = (found.mesh.t - found.mesh.t[0]) / (found.mesh.t[-1] - found.mesh.t[0])
         mesh = Mesh(jnp.where(share < 1, t0 + share * (t1 - t0), t1), found.mesh.number)
         course = found.course
-        equations = _in_proportion(problem, mesh, course, scales)
+        equations = _in_proportion(bvp, mesh, course, scales)
         # With the derivatives held fixed, each of Newton's steps makes one further derivative right, in both modes.
         linear = equations.linearised(*detach((mesh, course)), differentiable=True)
         linear = detach(linear)
@@ -226,15 +226,15 @@ def _(primals, tangents):
             step = linear.step(equations.residuals(mesh, course, differentiable=True))
             course = jax.tree.map(jnp.add, course, step)
         errors = assess(equations, mesh, course, scales, differentiable=True)
-        return _answer(problem, mesh, found, errors.errors[::2], errors.parameters, scales, course, differentiable=True)
+        return _answer(bvp, mesh, found, errors.errors[::2], errors.parameters, scales, course, differentiable=True)
 
     _, moved = eqx.filter_jvp(again, tuple(inputs), tuple(tangents[1:]))
     return plain, moved
 
 
-def _search(problem, guess, scales, mesh, t0, t1, known):
+def _search(bvp, guess, scales, mesh, t0, t1, known):
     """The mesh on which the error meets the tolerances, and the solution on it."""
-    most, n, k = mesh.t.size, problem.n, problem.k
+    most, n, k = mesh.t.size, bvp.n, bvp.k
 
     def guessed(mesh):
         states = map_rows(lambda t: guess.at(t, k, n), mesh.t, mesh.number + 1)
@@ -244,8 +244,8 @@ def _search(problem, guess, scales, mesh, t0, t1, known):
         # From the guess again, as what was found on a mesh that is too coarse may be far off.
         intervals = 2 * now.intervals
         mesh = equidistant(t0, t1, jnp.minimum(intervals, most - 1), most)
-        result = Result.where(failed.singular, Result.singular, Result.no_progress)
-        result = Result.where(is_finite(failed.course.states), result, Result.nonfinite)
+        result = Result.where(failed.singular | failed.nearly_singular, Result.singular, Result.no_progress)
+        result = Result.where(failed.finite, result, Result.nonfinite)
         goes_on = (now.intervals < most - 1) & ~failed.singular
         nothing = jnp.full_like(now.ratio, jnp.inf)
         return now._replace(
@@ -258,7 +258,7 @@ def _search(problem, guess, scales, mesh, t0, t1, known):
         )
 
     def assessed(now, found):
-        equations = _in_proportion(problem, now.mesh, found.course, scales)
+        equations = _in_proportion(bvp, now.mesh, found.course, scales)
         assessment = assess(equations, now.mesh, found.course, scales)
         ratio = assessment.ratio
         good, full = ratio <= 1, now.mesh.number >= most - 1
@@ -276,7 +276,7 @@ def _search(problem, guess, scales, mesh, t0, t1, known):
         )
 
     def body(now):
-        found = newton(_in_proportion(problem, now.mesh, now.course, scales), now.mesh, now.course, scales)
+        found = newton(_in_proportion(bvp, now.mesh, now.course, scales), now.mesh, now.course, scales)
         now = now._replace(meshes=now.meshes + 1, iterations=now.iterations + found.iterations)
         return lax.cond(found.success & ~found.singular, assessed, restarted, now, found)
 
@@ -289,25 +289,27 @@ def _search(problem, guess, scales, mesh, t0, t1, known):
     return lax.while_loop(lambda now: now.is_running & (now.meshes < _MESHES), body, init)
 
 
-def _in_proportion(problem, mesh, course, scales):
+def _in_proportion(bvp, mesh, course, scales):
     """The equations with noise in proportion to the largest values of the components."""
     size = jnp.max(jnp.where(mesh.is_node[:, None], jnp.abs(course.states[:, 0]), 0), axis=0)
     size = size + scales.atol
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
-    return dataclasses.replace(problem, sizes=lax.stop_gradient(size))
+    return dataclasses.replace(bvp, sizes=lax.stop_gradient(size))
 
 
-def _answer(problem, mesh, found, errors, of_parameters, scales, course, *, differentiable=False):
+def _answer(bvp, mesh, found, errors, of_parameters, scales, course, *, differentiable=False):
     """The ``Solution`` about a course with the given errors."""
-    equations = _in_proportion(problem, mesh, course, scales)
+    states = jnp.where(mesh.is_node[:, None, None], course.states, course.states[mesh.number])
+    course = Course(states, course.parameters)
+    equations = _in_proportion(bvp, mesh, course, scales)
     path = mesh_path(equations, mesh, course, errors, differentiable=differentiable)
     # Samples are differentiated whether or not this was.
     system = dataclasses.replace(path.system, chain=dataclasses.replace(path.system.chain, differentiable=True))
     path = dataclasses.replace(path, system=system)
-    moves = path.system.moves(problem.boundary.noise(course, mesh.number))
+    moves = path.system.moves(bvp.boundary.noise(course, mesh.number))
     marginals, spread = path.marginals(), None
     if moves.parameters.shape[0]:
-        means = jax.vmap(jax.vmap(problem.layout.pack))(moves.states)
+        means = jax.vmap(jax.vmap(bvp.layout.pack))(moves.states)
         marginals = widen(marginals, means)
         nothing = jax.tree.map(lambda _: None, path)
         moving = eqx.tree_at(
@@ -327,9 +329,9 @@ def _answer(problem, mesh, found, errors, of_parameters, scales, course, *, diff
         Result.where(spoilt, Result.nonfinite, result),
         {"num_nodes": mesh.number + 1, "num_iterations": found.iterations, "num_meshes": found.meshes},
         None,
-        problem.layout,
+        bvp.layout,
         path,
-        problem.k,
+        bvp.k,
         spread=spread,
         parameters=_distribution(path, moves.parameters, of_parameters) if course.parameters.size else None,
     )

@@ -178,6 +178,6 @@ def _(primals, tangents):
     return (q, r), (jnp.concatenate([along, -first @ (slope.T @ rest)], axis=1), jnp.triu((turn - skew) @ r))
 
 
-def is_singular(chain: Chain) -> Bool[Array, ""]:
-    """Whether the conditions do not determine a solution, or nearly so: up to round-off."""
-    return ~(chain.conditioning > 100 * jnp.finfo(chain.end.dtype).eps)
+def is_singular(chain: Chain, smallest: float = 0.0) -> Bool[Array, ""]:
+    """Whether the conditions do not determine a solution: up to round-off, or to a ``smallest`` pivot."""
+    return ~(chain.conditioning > max(100 * float(jnp.finfo(chain.end.dtype).eps), smallest))

@@ -65,14 +65,14 @@ class Residuals(eqx.Module):
 class Equations(eqx.Module):
     """The equations of a boundary value problem.
 
-    - ``problem``: the ODE and its first time derivatives.
+    - ``lifted``: the ODE and its first time derivatives.
     - ``boundary``: the ``Conditions`` at the ends.
     - ``with_parameters``: the arguments of the vector field, from the flat parameters.
     - ``layout``: how a state is stored.
     - ``sizes``: how large the components of ``u`` are: their noise is in proportion.
     """
 
-    problem: Lifted
+    lifted: Lifted
     boundary: Any
     with_parameters: Callable
     layout: Layout
@@ -81,7 +81,7 @@ class Equations(eqx.Module):
     @property
     def k(self) -> int:
         """The order of the ODE."""
-        return self.problem.ode.order
+        return self.lifted.ode.order
 
     @property
     def n(self) -> int:
@@ -91,7 +91,7 @@ class Equations(eqx.Module):
     def residuals(self, mesh: Mesh, course: Course, *, differentiable: bool = False) -> Residuals:
         """The residuals of a course on a mesh."""
         x, p = course.states, course.parameters
-        node = flat_residual(self.problem, self.layout, self.with_parameters(p))
+        node = flat_residual(self.lifted, self.layout, self.with_parameters(p))
         at_nodes = map_rows(lambda x: node(*x), (mesh.t, x), mesh.number + 1, differentiable=differentiable)
         rule = self._rule()
 
@@ -113,8 +113,8 @@ class Equations(eqx.Module):
 
         def node(x):
             t, us, h = x
-            matrix = self.problem.first_order(t, us, self.layout, self.with_parameters(p)).matrix
-            of_p = jax.jacfwd(lambda p: flat_residual(self.problem, self.layout, self.with_parameters(p))(t, us))(p)
+            matrix = self.lifted.first_order(t, us, self.layout, self.with_parameters(p)).matrix
+            of_p = jax.jacfwd(lambda p: flat_residual(self.lifted, self.layout, self.with_parameters(p))(t, us))(p)
             # In units in which all derivatives of a smooth solution are alike the basis is well conditioned, also where
             # the field is stiff.
             unit = jnp.repeat(h ** -jnp.arange(self.n), self.layout.size)

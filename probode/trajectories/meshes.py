@@ -122,7 +122,7 @@ def better(
     """
     x, number, k = course.states, mesh.number, equations.k
     lengths = jnp.abs(mesh.lengths)
-    field = flat_residual(equations.problem.ode, equations.layout, equations.with_parameters(course.parameters))
+    field = flat_residual(equations.lifted.ode, equations.layout, equations.with_parameters(course.parameters))
 
     def error(x):
         left, right, t, dt = x

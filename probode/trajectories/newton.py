@@ -13,13 +13,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ..algebra.linalg import choose
+from ..algebra.linalg import choose, is_finite
 from .chain import is_singular
 from .collocation import Course, Equations, Mesh
 
 
 # The shortest part of a step that is tried, and how many steps there may be.
 _SHORTEST, _MOST = 1e-5, 40
+# How small the smallest pivot is where a system may be singular, given how inexact its equations are.
+_NEARLY = 1e-8
+# The same where one condition follows from the others: with those of problems that have a solution it is above 1e-6.
+_SINGULAR = 1e-12
 # The part of the tolerances that is small enough for a last step.
 _SMALL = 1e-2
 
@@ -45,11 +49,16 @@ class Scales(eqx.Module):
 
 
 class Converged(NamedTuple):
-    """Where Newton's method has ended: whether it converged, whether it met a singular system, after how many steps."""
+    """Where Newton's method has ended, after how many steps, and whether it converged.
+
+    Otherwise whether its last equations were singular, or nearly so, and whether they were numbers.
+    """
 
     course: Course
     success: Bool[Array, ""]
     singular: Bool[Array, ""]
+    nearly_singular: Bool[Array, ""]
+    finite: Bool[Array, ""]
     iterations: Int[Array, ""]
 
 
@@ -60,6 +69,8 @@ class _Running(NamedTuple):
     done: Bool[Array, ""]
     failed: Bool[Array, ""]
     singular: Bool[Array, ""]
+    nearly_singular: Bool[Array, ""]
+    finite: Bool[Array, ""]
 
 
 def newton(equations: Equations, mesh: Mesh, guess: Course, scales: Scales) -> Converged:
@@ -67,7 +78,9 @@ def newton(equations: Equations, mesh: Mesh, guess: Course, scales: Scales) -> C
 
     def body(now):
         system = equations.linearised(mesh, now.course)
-        step = system.step(equations.residuals(mesh, now.course))
+        residuals = equations.residuals(mesh, now.course)
+        finite = is_finite((residuals, system.basis, system.lift))
+        step = system.step(residuals)
         size = scales.norm(step, now.course, mesh)
 
         def best(damping, rest):
@@ -104,10 +117,12 @@ def newton(equations: Equations, mesh: Mesh, guess: Course, scales: Scales) -> C
             now.iterations + 1,
             small & ~failed,
             failed,
-            is_singular(system.chain),
+            is_singular(system.chain, _SINGULAR) & finite,
+            is_singular(system.chain, _NEARLY),
+            finite,
         )
 
     one, no = jnp.ones((), mesh.t.dtype), jnp.array(False)
-    init = _Running(guess, one, jnp.zeros((), jnp.int32), no, no, no)
+    init = _Running(guess, one, jnp.zeros((), jnp.int32), no, no, no, no, ~no)
     end = lax.while_loop(lambda now: ~(now.done | now.failed) & (now.iterations < _MOST), body, init)
-    return Converged(end.course, end.done, end.singular, end.iterations)
+    return Converged(end.course, end.done, end.singular, end.nearly_singular, end.finite, end.iterations)

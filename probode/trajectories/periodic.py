@@ -36,14 +36,14 @@ _ROUGHLY = 1e-4
 
 
 def solve_periodic(
-    problem: ODE | Callable,
+    problem: Any,
     guess: Any,
     period: Any,
     *,
     rtol: Any = 1e-6,
     atol: Any = 1e-9,
     args: PyTree = None,
-    throw: bool = True,
+    throw: Any = True,
 ) -> Solution:
     """The ``Solution`` over one period of a periodic orbit, ``u(t + T) = u(t)``, with its period and their errors.
 
