@@ -27,8 +27,8 @@ from ..util.failures import stop_if
 from ..util.tracing import compiled, full_precision, traced_once
 from .collocation import Course, Equations, Mesh
 from .conditions import Conditions
-from .guesses import AbstractGuess, FromFunction, as_guess, equidistant, first_mesh
-from .meshes import assess, better
+from .guesses import AbstractGuess, FromFunction, as_guess, first_mesh
+from .meshes import assess, better, halved
 from .newton import Scales, newton
 from .path import mesh_path
 from .rows import map_rows
@@ -162,11 +162,11 @@ class Arguments(eqx.Module):
 
 
 class _Search(NamedTuple):
-    """Where the search for a mesh stands: ``intervals``, of the last equidistant one."""
+    """Where the search for a mesh stands; ``first``: the one with which it began, or began anew."""
 
     mesh: Mesh
     course: Course
-    intervals: Int[Array, ""]
+    first: Mesh
     ratio: Float[Array, ""]
     errors: Float[Array, "nodes d"]
     of_parameters: Float[Array, " P"]
@@ -242,16 +242,15 @@ def _search(bvp, guess, scales, mesh, t0, t1, known):
 
     def restarted(now, failed):
         # From the guess again, as what was found on a mesh that is too coarse may be far off.
-        intervals = 2 * now.intervals
-        mesh = equidistant(t0, t1, jnp.minimum(intervals, most - 1), most)
+        mesh = halved(now.first)
         result = Result.where(failed.singular | failed.nearly_singular, Result.singular, Result.no_progress)
         result = Result.where(failed.finite, result, Result.nonfinite)
-        goes_on = (now.intervals < most - 1) & ~failed.singular
+        goes_on = (mesh.number < most) & ~failed.singular
         nothing = jnp.full_like(now.ratio, jnp.inf)
         return now._replace(
             mesh=choose(goes_on, mesh, now.mesh),
             course=choose(goes_on, guessed(mesh), failed.course),
-            intervals=intervals,
+            first=choose(goes_on, mesh, now.first),
             ratio=nothing,
             result=result,
             is_running=goes_on,
@@ -282,10 +281,9 @@ def _search(bvp, guess, scales, mesh, t0, t1, known):
 
     nothing, result = jnp.zeros((), jnp.int32), Result.where(True, Result.no_progress, Result.successful)
     course = guessed(mesh)
-    start = jnp.maximum(mesh.number, 1)
     infinite = jnp.full((), jnp.inf, t0.dtype)
     errors = infinite * jnp.ones((most, course.states.shape[2]), t0.dtype), infinite * jnp.ones_like(known)
-    init = _Search(mesh, course, start, infinite, *errors, nothing, nothing, result, jnp.array(True))
+    init = _Search(mesh, course, mesh, infinite, *errors, nothing, nothing, result, jnp.array(True))
     return lax.while_loop(lambda now: now.is_running & (now.meshes < _MESHES), body, init)
 
 
@@ -341,7 +339,7 @@ def _distribution(path, moves, errors):
     """The distribution of the parameters: their errors, correlated as in the model, and uncertain conditions."""
     root = path.system.parameters()
     std = safe_norm(root, axis=0)
-    rows = jnp.concatenate([root * safe_divide(errors, std), moves])
+    rows = jnp.concatenate([root * safe_divide(errors, std)[None], moves])
     return Normal(path.course.parameters, triangularise(None, rows))
 
 

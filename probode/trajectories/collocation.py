@@ -25,6 +25,7 @@ from ..algebra.factorisations import Layout
 from ..algebra.linalg import product, substitute
 from ..equations.problems import Lifted, flat_residual
 from ..priors.iwp import IWP
+from ..priors.powers import powers
 from .chain import Chain, Ends, Links, eliminated, orthogonal
 from .rows import map_rows
 
@@ -117,7 +118,7 @@ class Equations(eqx.Module):
             of_p = jax.jacfwd(lambda p: flat_residual(self.lifted, self.layout, self.with_parameters(p))(t, us))(p)
             # In units in which all derivatives of a smooth solution are alike the basis is well conditioned, also where
             # the field is stiff.
-            unit = jnp.repeat(h ** -jnp.arange(self.n), self.layout.size)
+            unit = jnp.repeat(1 / jnp.stack(powers(h, self.n)), self.layout.size)
             matrix = matrix * unit[None]
             size = jnp.linalg.norm(matrix, axis=1)
             basis, triangle = orthogonal((matrix / size[:, None]).T)
@@ -169,7 +170,7 @@ class Equations(eqx.Module):
 
         def rule(dt):
             # In units of the length of an interval all rules are the same.
-            units = jnp.repeat(dt ** jnp.arange(self.n), layout.size)[None]
+            units = jnp.repeat(jnp.stack(powers(dt, self.n)), layout.size)[None]
             return before * units, after * units
 
         return rule

@@ -45,7 +45,12 @@ class Conditions(eqx.Module):
     def check(self, p: Float[Array, " P"]) -> None:
         """Raises ``ValueError`` unless there are as many conditions as unknowns, ``TypeError`` unless they are real."""
         zeros = (jnp.zeros(self.layout.size, self.layout.dtype),) * self.k
-        out = eqx.filter_eval_shape(self._returned, zeros, zeros, p)
+        try:
+            out = eqx.filter_eval_shape(self._returned, zeros, zeros, p)
+        except Exception as raised:
+            given = "u at both ends" if self.k == 1 else f"tuples of u and {self.k - 1} derivatives at both ends"
+            raised.add_note(f"boundary was called as boundary(ua, ub, args), with {given}.")
+            raise
         leaves = [x.mean if _is_normal(x) else x for x in jax.tree.leaves(out, is_leaf=_is_normal)]
         numbers = jax.tree.leaves(leaves)
         if not all(hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) for x in numbers):

@@ -126,8 +126,8 @@ def _float(dtype):
 
 def equidistant(t0: Float[Array, ""], t1: Float[Array, ""], number: Array, most: int) -> Mesh:
     """So many intervals of the same length, with room for ``most`` nodes."""
-    share = jnp.minimum(jnp.arange(most, dtype=t0.dtype) / number, 1)
-    return Mesh(jnp.where(share < 1, t0 + share * (t1 - t0), t1), jnp.asarray(number, jnp.int32))
+    share = jnp.minimum(jnp.arange(most, dtype=t0.dtype) / number.astype(t0.dtype), 1)
+    return Mesh(jnp.where(share < 1, t0 + share * (t1 - t0), t1), jnp.asarray(number, jnp.arange(0).dtype))
 
 
 def first_mesh(mesh: Any, guess: AbstractGuess, t0: Any, t1: Any, dtype: Any, most: int) -> Mesh:
@@ -160,4 +160,4 @@ def _given(mesh, t0, t1, dtype, most):
     t = t.astype(dtype)
     ordered = (xp.diff(t) * xp.sign(t1 - t0) > 0).all() & (t[0] == t0) & (t[-1] == t1)
     t = jnp.asarray(require(t, ordered, message, mesh=mesh))
-    return Mesh(jnp.concatenate([t, jnp.broadcast_to(t[-1], (most - t.size,))]), jnp.asarray(t.size - 1, jnp.int32))
+    return Mesh(jnp.concatenate([t, jnp.broadcast_to(t[-1], (most - t.size,))]), jnp.asarray(t.size - 1))

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..algebra.linalg import product
+from ..algebra.linalg import product, root_mean_square
 from ..equations.problems import flat_residual
-from ..priors.powers import exact_solve
+from ..priors.powers import exact_solve, powers
 from .collocation import Course, Equations, Mesh
 from .newton import Scales
 from .rows import map_rows
@@ -28,6 +28,8 @@ _INSIDE = (0.5 - np.sqrt(3 / 28), 0.5, 0.5 + np.sqrt(3 / 28))
 _ORDER = 8
 # By how much the number of intervals may grow, and by how much if the solution is far from being resolved.
 _MOST, _UNRESOLVED, _FAR = 2.0, 1.5, 1e3
+# The smallest density of nodes, as a part of the mean.
+_LEAST = 1e-3
 # How much longer than its neighbour an interval may be.
 _RATIO = 3.0
 
@@ -45,9 +47,9 @@ def inside(
     is_left = share <= 0.5
     here, there = jnp.where(is_left, left, right), jnp.where(is_left, right, left)
     step = jnp.where(is_left, dt, -dt)
-    unit = (step ** jnp.arange(n))[:, None]
-    powers = jnp.where(is_left, share, 1 - share) ** jnp.arange(2 * n)
-    return (product(near @ powers, unit * here) + product(far @ powers, unit * there)) / unit
+    unit = jnp.stack(powers(step, n))[:, None]
+    monomials = jnp.stack(powers(jnp.where(is_left, share, 1 - share), 2 * n))
+    return (product(near @ monomials, unit * here) + product(far @ monomials, unit * there)) / unit
 
 
 @functools.cache
@@ -70,17 +72,26 @@ def _hermite(n: int) -> tuple[np.ndarray, np.ndarray]:
     return tables[:, :n], tables[:, n:]
 
 
-def halved(equations: Equations, mesh: Mesh, course: Course, *, differentiable: bool = False) -> tuple[Mesh, Course]:
-    """The mesh with a node in the middle of every interval, and the course on it."""
+def halved(mesh: Mesh) -> Mesh:
+    """The mesh with a node in the middle of every interval, in as many rows; it may be too long for them."""
+    return Mesh(_woven(mesh.t, (mesh.t[:-1] + mesh.t[1:]) / 2)[: mesh.t.size], 2 * mesh.number)
+
+
+def on_halved(mesh: Mesh, course: Course, *, differentiable: bool = False) -> tuple[Mesh, Course]:
+    """The halved mesh, with room for it, and the course on it."""
     x, number = course.states, mesh.number
     half = jnp.full((), 0.5, x.dtype)
     middle = lambda x: inside(x[0], x[1], x[2], half)  # noqa: E731
     inner = map_rows(middle, (x[:-1], x[1:], mesh.lengths), number, differentiable=differentiable)
     behind = (jnp.arange(inner.shape[0]) >= number)[:, None, None]
     inner = jnp.where(behind, x[number], inner)
-    weave = lambda a, b: jnp.concatenate([jnp.reshape(jnp.stack([a[:-1], b], 1), (-1, *a.shape[1:])), a[-1:]])  # noqa: E731
-    finer = Mesh(weave(mesh.t, (mesh.t[:-1] + mesh.t[1:]) / 2), 2 * number)
-    return finer, Course(weave(x, inner), course.parameters)
+    finer = Mesh(_woven(mesh.t, (mesh.t[:-1] + mesh.t[1:]) / 2), 2 * number)
+    return finer, Course(_woven(x, inner), course.parameters)
+
+
+def _woven(a, b):
+    """The rows ``a_0, b_0, a_1, b_1, ..., a_n``."""
+    return jnp.concatenate([jnp.reshape(jnp.stack([a[:-1], b], 1), (-1, *a.shape[1:])), a[-1:]])
 
 
 class Assessment(eqx.Module):
@@ -98,12 +109,12 @@ def assess(
     equations: Equations, mesh: Mesh, course: Course, scales: Scales, *, differentiable: bool = False
 ) -> Assessment:
     """How far the course is from the one on the halved mesh."""
-    finer, on_finer = halved(equations, mesh, course, differentiable=differentiable)
+    finer, on_finer = on_halved(mesh, course, differentiable=differentiable)
     linear = equations.linearised(finer, on_finer, differentiable=differentiable)
     step = linear.step(equations.residuals(finer, on_finer, differentiable=differentiable))
     # An error that changes its sign is not small because it is zero there.
     errors = _largest_nearby(_largest_nearby(jnp.abs(step.states[:, 0])))
-    tolerance = scales.atol + scales.rtol * jnp.abs(on_finer.states[:, 0])
+    tolerance = scales.tolerance(on_finer.states[:, 0])
     ratio = jnp.max(jnp.where(finer.is_node[:, None], errors / tolerance, 0))
     return Assessment(errors, jnp.abs(step.parameters), ratio)
 
@@ -120,8 +131,16 @@ def better(
 
     ``ratio``: of the error and the tolerance; ``last``: that of the mesh before.
     """
-    x, number, k = course.states, mesh.number, equations.k
-    lengths = jnp.abs(mesh.lengths)
+    growth = jnp.where(ratio < _FAR, (4 * ratio) ** (1 / _ORDER), _UNRESOLVED)
+    growth = jnp.clip(jnp.where(ratio > last / 4, _MOST, growth), 1, _MOST)
+    number = jnp.ceil(mesh.number.astype(ratio.dtype) * growth).astype(mesh.number.dtype)
+    density = _density(equations, mesh, course, scales)
+    return _moved(mesh, course, density, jnp.clip(number, 5, mesh.t.size - 1))
+
+
+def _density(equations, mesh, course, scales):
+    """How many nodes there should be in a unit of time, up to a factor, for every interval; zero behind the last."""
+    x, k, lengths = course.states, equations.k, jnp.abs(mesh.lengths)
     field = flat_residual(equations.lifted.ode, equations.layout, equations.with_parameters(course.parameters))
 
     def error(x):
@@ -129,29 +148,31 @@ def better(
         shares = jnp.asarray(_INSIDE, t.dtype)
         states = jax.vmap(lambda share: inside(left, right, dt, share))(shares)
         residuals = jax.vmap(lambda share, us: field(t + share * dt, us))(shares, states)
-        tolerance = scales.atol + scales.rtol * jnp.abs(states[1, 0])
-        return jnp.abs(dt) ** k * jnp.sqrt(jnp.mean((residuals / tolerance) ** 2))
+        return jnp.abs(dt) ** k * root_mean_square(residuals / scales.tolerance(states[1, 0])[None])
 
-    errors = map_rows(error, (x[:-1], x[1:], mesh.t[:-1], mesh.lengths), number)
-    real = jnp.arange(lengths.size) < number
+    errors = map_rows(error, (x[:-1], x[1:], mesh.t[:-1], mesh.lengths), mesh.number)
+    real = jnp.arange(lengths.size) < mesh.number
     amount = jnp.where(real & jnp.isfinite(errors), errors, 0) ** (1 / _ORDER)
-    density = jnp.where(real, amount / lengths, 0)
     span = jnp.sum(jnp.where(real, lengths, 0))
-    density = jnp.maximum(density, jnp.where(real, jnp.maximum(1e-3 * jnp.sum(amount) / span, 1 / span * 1e-30), 0))
+    least = jnp.maximum(_LEAST * jnp.sum(amount), jnp.finfo(x.dtype).tiny ** 0.25) / span
+    density = jnp.where(real, jnp.maximum(amount / lengths, least), 0)
     for _ in range(2):
         density = jnp.where(real, jnp.maximum(density, _largest_nearby(density) / _RATIO), 0)
-    filled = jnp.concatenate([jnp.zeros(1, x.dtype), jnp.cumsum(density * lengths)])
-    growth = jnp.where(ratio < _FAR, (4 * ratio) ** (1 / _ORDER), _UNRESOLVED)
-    growth = jnp.clip(jnp.where(ratio > last / 4, _MOST, growth), 1, _MOST)
-    most = mesh.t.size - 1
-    count = jnp.clip(jnp.ceil(number.astype(x.dtype) * growth).astype(number.dtype), 5, most)
-    wanted = filled[number] * jnp.minimum(jnp.arange(most + 1, dtype=x.dtype) / count.astype(x.dtype), 1)
-    # Behind the last node ``filled`` stays the same, and the times repeat.
-    i = jnp.clip(jnp.searchsorted(filled, wanted, side="right") - 1, 0, number - 1)
-    share = jnp.clip((wanted - filled[i]) / (density * lengths)[i], 0, 1)
-    last_node = jnp.arange(most + 1) >= count
-    t = jnp.where(last_node, mesh.t[number], mesh.t[i] + share * mesh.lengths[i])
+    return density
 
-    states = map_rows(lambda x: inside(x[0], x[1], x[2], x[3]), (x[i], x[i + 1], mesh.lengths[i], share), count + 1)
-    states = jnp.where(last_node[:, None, None], x[number], states).at[0].set(x[0])
-    return Mesh(t, count), Course(states, course.parameters)
+
+def _moved(mesh, course, density, number):
+    """The mesh of so many intervals with the same integral of a density, and the course on it."""
+    x, amount = course.states, density * jnp.abs(mesh.lengths)
+    filled = jnp.concatenate([jnp.zeros(1, x.dtype), jnp.cumsum(amount)])
+    nodes = jnp.arange(mesh.t.size)
+    wanted = filled[mesh.number] * jnp.minimum(nodes.astype(x.dtype) / number.astype(x.dtype), 1)
+    i = jnp.searchsorted(filled, wanted, side="right").astype(number.dtype) - 1
+    i = jnp.clip(i, 0, mesh.number - 1)
+    share = jnp.clip((wanted - filled[i]) / amount[i], 0, 1)
+    is_last, last = nodes >= number, mesh.number
+    t = jnp.where(is_last, mesh.t[last], mesh.t[i] + share * mesh.lengths[i])
+    at = x[i], x[i + 1], mesh.lengths[i], share
+    states = map_rows(lambda x: inside(x[0], x[1], x[2], x[3]), at, number + 1)
+    states = jnp.where(is_last[:, None, None], x[last], states).at[0].set(x[0])
+    return Mesh(t, number), Course(states, course.parameters)

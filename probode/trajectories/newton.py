@@ -34,18 +34,24 @@ class Scales(eqx.Module):
     rtol: Float[Array, "*d"]
     atol: Float[Array, "*d"]
 
+    def tolerance(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The error that is allowed of values whose last axis is that of the components."""
+        atol, rtol = (jnp.broadcast_to(x, u.shape) for x in (self.atol, self.rtol))
+        return atol + rtol * jnp.abs(u)
+
     def norm(self, step: Course, course: Course, mesh: Mesh) -> Float[Array, ""]:
         """The root mean square of a step in these units."""
         real = mesh.is_node[:, None]
         u = jnp.where(real, course.states[:, 0], 0)
-        moved = jnp.where(real, step.states[:, 0], 0) / (self.atol + self.rtol * jnp.max(jnp.abs(u), axis=0))
+        largest = jnp.broadcast_to(jnp.max(jnp.abs(u), axis=0)[None], u.shape)
+        moved = jnp.where(real, step.states[:, 0], 0) / self.tolerance(largest)
         total, number = jnp.sum(moved**2), (mesh.number + 1) * u.shape[1]
         if step.parameters.size:
             # Parameters have no tolerance of their own: the mean of those of u.
             rtol, atol = jnp.mean(self.rtol), jnp.mean(self.atol)
             total = total + jnp.sum((step.parameters / (atol + rtol * jnp.abs(course.parameters))) ** 2)
             number = number + step.parameters.size
-        return jnp.sqrt(total / number)
+        return jnp.sqrt(total / number.astype(total.dtype))
 
 
 class Converged(NamedTuple):

@@ -7,10 +7,11 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..algebra.factorisations import Dense, Layout, layout_of
-from ..algebra.linalg import product, substitute, triangularise
+from ..algebra.linalg import product, root_mean_square, substitute, triangularise
 from ..algebra.normal import Normal, certain
 from ..posterior.trajectory import AbstractPath, between
 from ..priors.iwp import IWP
+from ..priors.powers import powers
 from ..stepping.times import Interval
 from .collocation import Course, Equations, Mesh, System
 from .meshes import inside
@@ -90,7 +91,7 @@ class MeshPath(AbstractPath):
 
     def output_scale(self) -> Float[Array, " nodes"]:
         """The output scale in the interval that ends at each node, the root mean square over components."""
-        size = jnp.sqrt(jnp.mean((self.calibration * self.sizes) ** 2, axis=1))
+        size = root_mean_square(self.calibration * self.sizes[None], axis=(1,))
         lengths = jnp.abs(self.mesh.lengths)
         return size * jnp.concatenate([lengths[:1], lengths]) ** (0.5 - self._n)
 
@@ -100,7 +101,7 @@ class MeshPath(AbstractPath):
         def one(t):
             i, share, dt = self._locate(t)
             bridged = bridge(share, self._n)
-            unit = dt ** jnp.arange(self._n)
+            unit = jnp.stack(powers(dt, self._n))
             mean = self._mean(i, share, dt)
             before, after = ((x * unit[None] / unit[:, None]) for x in (bridged.before, bridged.after))
             rows = self._apply(before, self.left[i]) + self._apply(after, self.right[i])
@@ -133,15 +134,16 @@ class MeshPath(AbstractPath):
             end, x_end = jnp.where(same, t_next, self.mesh.t[i] + dt), jnp.where(same, x_next, nodes[i + 1])
             way = end - self.mesh.t[i]
             part = jnp.where(way == 0, 1, (t - self.mesh.t[i]) / jnp.where(way == 0, 1, way))
-            bridged, unit = bridge(part, self._n), jnp.where(way == 0, 1, way) ** jnp.arange(self._n)
+            bridged, unit = bridge(part, self._n), jnp.stack(powers(jnp.where(way == 0, 1, way), self._n))
             mean = inside(nodes[i], x_end, jnp.where(way == 0, 1, way), part)
             weights = jax.random.normal(key, (self._n, self.layout.size), t.dtype)
-            noise = (bridged.root.T @ weights) / unit[:, None] * self.sizes * jnp.abs(way / dt) ** (self._n - 0.5)
+            noise = (bridged.root.T @ weights) / unit[:, None] * self.sizes[None]
+            noise = noise * jnp.abs(way / dt) ** (self._n - 0.5)
             here = jnp.where(part <= 0, nodes[i], jnp.where(part >= 1, x_end, mean + noise))
             scaled = self._calibration_at(i, share).reshape(self._n, -1) * here
             return (t, i, here), self._mean(i, share, dt) + scaled
 
-        start = self.mesh.t[-1], jnp.full((), -1, order.dtype), nodes[0]
+        start = self.mesh.t[-1], jnp.full_like(self.mesh.number, -1), nodes[0]
         _, xs = lax.scan(body, start, (ts[order], jax.random.split(key, ts.size)), reverse=True)
         return jax.vmap(self.layout.pack)(jnp.zeros_like(xs).at[order].set(xs)), self.layout
 
@@ -151,8 +153,8 @@ class MeshPath(AbstractPath):
 
     def _locate(self, t):
         ahead = self.interval.ahead
-        i = jnp.searchsorted(ahead(self.mesh.t), ahead(t), side="right") - 1
-        i = jnp.clip(i, 0, self.mesh.number - 1).astype(jnp.argsort(self.mesh.t).dtype)
+        i = jnp.searchsorted(ahead(self.mesh.t), ahead(t), side="right").astype(self.mesh.number.dtype) - 1
+        i = jnp.clip(i, 0, self.mesh.number - 1)
         dt = self.mesh.lengths[i]
         return i, (t - self.mesh.t[i]) / dt, dt
 
@@ -183,8 +185,9 @@ def mesh_path(
     rows = jnp.concatenate([left, right[mesh.number - 1][None]])
     square = jnp.sum(rows[..., : course.states.shape[2]] ** 2, axis=1)
     # Where a value is given it has no deviation, and those of its derivatives are calibrated as nearby.
-    known = square > 1e-16 * jnp.max(square, axis=0)
-    is_given = jnp.tile(~known, course.states.shape[1]) & (jnp.arange(rows.shape[2]) < course.states.shape[2])
+    known = square > 1e-16 * jnp.max(square, axis=0)[None]
+    d = course.states.shape[2]
+    is_given = jnp.pad(~known, ((0, 0), (0, rows.shape[2] - d)))
     left = jnp.where(is_given[:-1, None], 0, left)
     right = jnp.where(is_given[1:, None], 0, right)
     # Round-off is an error, too.

@@ -16,6 +16,7 @@ from ..estimation.strategies import FixedIntervalSmoother
 from ..information.constraints import TS1
 from ..posterior.solution import SaveAt, Solution
 from ..priors.iwp import IWP
+from ..priors.powers import powers
 from ..requests import floats_to_arrays
 from ..solver import Solver
 from ..stepping.controllers import IntegralController, Tolerances
@@ -76,8 +77,7 @@ def solve_periodic(
     example, t0, guess, mesh = _begun(ode, guess, period, args)
     period, t0 = (jnp.asarray(x, mesh.t.dtype) for x in (period, t0))
     is_forced = depends_on(lambda t: ode.vector_field(t, *(example,) * ode.order, args), t0)
-    begin = guess.at(jnp.zeros_like(t0), ode.order, ode.order + 1)[: ode.order]
-    begin = begin / (period ** jnp.arange(ode.order))[:, None]
+    begin = _first_state(guess, period, ode.order)
     given: Any = (t0, begin, args)
     # ``solve_bvp`` calls field and conditions with (parameters, args): the period that is known takes that place.
     unknown, given = (None, (period, given)) if is_forced else (period, given)
@@ -90,6 +90,12 @@ def solve_periodic(
     )
     solution = _in_time(solution, t0, found)
     return raise_unless_found(solution, _MOST) if throw else solution
+
+
+@compiled
+def _first_state(guess, period, k):
+    """``u, ..., u^(k-1)`` at the beginning of a guess, as derivatives with respect to the time."""
+    return guess.at(jnp.zeros_like(period), k, k + 1)[:k] / jnp.stack(powers(period, k))[:, None]
 
 
 class _InPhase(eqx.Module):
@@ -165,7 +171,7 @@ class _PathInPhase(AbstractGuess):
 
     def at(self, t: Float[Array, ""], k: int, n: int) -> Float[Array, "n d"]:
         t = jnp.asarray(self.t0 + self.period * t, t.dtype)
-        return self.path.at(t, k, n) * jnp.asarray(self.period, t.dtype) ** jnp.arange(n)[:, None]
+        return self.path.at(t, k, n) * jnp.stack(powers(jnp.asarray(self.period, t.dtype), n))[:, None]
 
 
 def _equidistant(example):
@@ -181,7 +187,7 @@ def _nodes_of(path, t0, period):
     i = jnp.minimum(jnp.arange(_MOST) * last // number, last)
     phase = jnp.clip((t[i] - t0) / period, 0, 1)
     # A path that ends before the period, or goes on behind it, has no node at its end.
-    return Mesh(jnp.where(jnp.arange(_MOST) >= number, 1, phase), number.astype(jnp.int32))
+    return Mesh(jnp.where(jnp.arange(_MOST) >= number, 1, phase), number.astype(i.dtype))
 
 
 @compiled
@@ -189,28 +195,28 @@ def _in_time(solution, t0, period):
     """The solution over the times ``t0 + phase * period``."""
     path, layout = solution.trajectory, solution.layout
     n = layout.num_derivatives + 1
-    units = period.mean ** -jnp.arange(n)
+    units = 1 / jnp.stack(powers(period.mean, n))
     entries = jnp.repeat(units, layout.size)
     t = t0 + period.mean * path.mesh.t
 
     def rows(x):
-        return x * entries[:, None]
+        return x * entries[None, :, None]
 
     system = dataclasses.replace(
         path.system,
         basis=rows(path.system.basis),
         lift=rows(path.system.lift),
         along=rows(path.system.along),
-        before=path.system.before / entries,
-        after=path.system.after / entries,
+        before=path.system.before / entries[None, None],
+        after=path.system.after / entries[None, None],
     )
     path = dataclasses.replace(
         path,
         mesh=Mesh(t, path.mesh.number),
-        course=dataclasses.replace(path.course, states=path.course.states * units[:, None]),
+        course=dataclasses.replace(path.course, states=path.course.states * units[None, :, None]),
         system=system,
-        left=path.left * entries,
-        right=path.right * entries,
+        left=path.left * entries[None, None],
+        right=path.right * entries[None, None],
     )
     return dataclasses.replace(
         solution,

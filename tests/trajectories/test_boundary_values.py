@@ -259,6 +259,35 @@ def test_lanes():
     np.testing.assert_allclose(jax.vmap(centre)(ks), [exact_centre(float(k)) for k in ks], rtol=1e-8)
 
 
+def test_strict_promotion():
+    """No implicit promotion of shapes or of types, in values and derivatives."""
+    number = jnp.asarray
+
+    def values(k):
+        conditions = lambda ua, ub, k: (ua[0], po.Normal(ub[0] - number(1.0), number(0.1)), ua[1] - k[0])  # noqa: E731
+        ode = po.ODE(lambda t, u, du, k: -k[0] * u, order=2)
+        solution = po.solve_bvp(ode, conditions, (0.0, 1.0), number([0.0, 1.0, 0.0]), parameters=k, throw=False)
+        t = number([0.1, 0.5])
+        samples = solution.sample(jax.random.key(0), (2,), ts=t)
+        return solution.std, solution.evaluate(t).std, samples, solution.parameters, solution.output_scale
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(lambda k: jax.jvp(values, (k,), (jnp.ones_like(k),)), number(9.0))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("t0", "span", "scale"), [(0.0, 1e-9, 1.0), (0.0, 1e9, 1.0), (0.0, 1.0, 1e-12), (1.7e9, 1.0, 1e12)]
+)
+def test_any_units(t0, span, scale):
+    oscillator = po.ODE(lambda t, u, du, w: -(w**2) * u, order=2)
+    guess, tol = lambda t: 0 * t, 1e-6
+    span_of = (t0, t0 + span)
+    solution = po.solve_bvp(oscillator, ends(0.0, scale), span_of, guess, args=2 / span, rtol=tol, atol=tol * scale)
+    got = solution.evaluate(t0 + 0.25 * span).mean / scale
+    np.testing.assert_allclose(got, math.sin(0.5) / math.sin(2.0), rtol=1e-6)
+
+
 def test_single_precision():
     ode = po.ODE(lambda t, u, du, args: -jnp.exp(u), order=2)
     guess = jnp.zeros(5, jnp.float32)
