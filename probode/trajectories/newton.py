@@ -25,7 +25,7 @@ _NEARLY = 1e-8
 # The same where one condition follows from the others: with those of problems that have a solution it is above 1e-6.
 _SINGULAR = 1e-12
 # The part of the tolerances that is small enough for a last step.
-_SMALL = 1e-2
+_SMALL = 1e-4
 
 
 class Scales(eqx.Module):
