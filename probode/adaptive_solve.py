@@ -149,8 +149,8 @@ def _keep_steps(solver, request, step, control, solve, room=None):
 
 
 def _answer_with(solver, request, step, control, solve, rows, reached, happenings, *, dense):
-    kept, ended = Kept(rows, reached, dense, most=solver.loop.max_steps), end(solve, request.interval)
-    return answer(request.save_at, kept, ended, step, solver.loop, control.events, happenings)
+    kept = Kept(rows, reached, dense, solver.loop.max_steps, control.events, happenings)
+    return answer(request.save_at, kept, end(solve, request.interval), step, solver.loop)
 
 
 def _parts(solver, request, args):

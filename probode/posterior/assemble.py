@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ..algebra.linalg import is_finite
 from ..algebra.normal import Normal
 from ..stepping.adaptive import AdaptiveState
-from ..stepping.events import Events, Happening
+from ..stepping.events import Happening
 from ..stepping.kept import Kept
 from ..stepping.loops import AbstractLoop
 from ..stepping.result import Result, has_failed
@@ -20,13 +20,7 @@ from .trajectory import column, rescale, rows_of_steps, trajectory
 
 
 def answer(
-    save_at: SaveAt,
-    kept: Kept,
-    ended: AdaptiveState,
-    step: Step,
-    loop: AbstractLoop,
-    events: Events | None = None,
-    happenings: Happening | None = None,
+    save_at: SaveAt, kept: Kept, ended: AdaptiveState, step: Step, loop: AbstractLoop
 ) -> tuple[Solution, Happening | None]:
     """The ``Solution`` at the times of ``save_at``, but for its events: ``t0``, ``ts`` or the ends of steps, ``t1``.
 
@@ -35,10 +29,12 @@ def answer(
     - ``ended``: the adaptive solve after its last step.
     - ``step``: prior, calibration, layout and data of the solve.
     - ``loop``: for the number of attempts that were allowed.
-    - ``events``: if there are any; ``happenings``: the states at those that have happened, which come back calibrated.
+
+    Also the states at the events that have happened, calibrated; ``None`` in a solve without.
     """
-    if events is not None:
-        kept, ended = _at_last_event(kept, ended, events, happenings)
+    if kept.events is not None:
+        kept, ended = _at_last_event(kept, ended)
+    happenings = kept.happenings
     rows, reached, layout, calibration = kept.rows, kept.reached, step.layout, step.calibration
     ts = None if save_at.ts is None else jnp.asarray(save_at.ts)
     statistics = ended.current.statistics
@@ -108,11 +104,11 @@ def answer(
     return solution, happenings
 
 
-def _at_last_event(kept, ended, events, happenings):
+def _at_last_event(kept, ended):
     """The rows and the end of a solve with the last state at the time of the event that has ended it, if one has."""
-    if all(event.terminal is None for event in events.events):
+    if all(event.terminal is None for event in kept.events.events):
         return kept, ended
-    ended = ended_at_event(events, happenings, ended)
+    ended = ended_at_event(kept.events, kept.happenings, ended)
     rows, t, mean = kept.rows, ended.t, ended.current.distribution.mean
     if rows.t.size == 2:
         # The start and the end alone: written so, the derivative is compiled in less time.

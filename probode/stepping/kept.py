@@ -9,6 +9,7 @@ from ..algebra.factorisations import Layout
 from ..algebra.normal import Normal
 from ..algebra.turning import TurnedConditional
 from ..priors.prior import AbstractPrior
+from .events import Events, Happening
 from .state import State
 
 
@@ -17,12 +18,15 @@ class Kept(eqx.Module):
 
     ``dense``: whether the rows are the ends of all steps; otherwise those of the steps that hold saved times, the start
     and the end. ``most``: how many steps there may be, each with an entry in the answer where every step is asked for.
+    ``events``, ``happenings``: if there are events, and the states at those that have happened.
     """
 
     rows: "Row"
     reached: Bool[Array, " rows"]
     dense: bool = eqx.field(static=True)
     most: int = eqx.field(static=True)
+    events: Events | None = None
+    happenings: Happening | None = None
 
 
 class Row(eqx.Module):
