@@ -137,6 +137,7 @@ def test_the_limits_of_the_mesh():
         solved("turning", 1e-4, 1e-8, max_nodes=40)
 
 
+@pytest.mark.thorough
 def test_continuation():
     """A corner of width 1e-4, which Newton's method does not find from a line, from the solution of a wider one."""
     solution, small = None, 0.1
@@ -290,6 +291,7 @@ def test_any_units(t0, span, scale):
     np.testing.assert_allclose(got, math.sin(0.5) / math.sin(2.0), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_single_precision():
     ode = po.ODE(lambda t, u, du, args: -jnp.exp(u), order=2)
     guess = jnp.zeros(5, jnp.float32)
