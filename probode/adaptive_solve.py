@@ -119,7 +119,10 @@ def _solve_adaptive(solver: Any, request: Request, args: PyTree) -> Solution:
 
 
 def _with_events(solution, request, solver, args, happenings, moves=None):
-    """The solution with its events. ``moves``: how the states at these move with an uncertain start."""
+    """The solution of a request with the times and states of its events, if any were asked for.
+
+    ``moves``: the derivatives of these states with respect to an uncertain initial value.
+    """
     if request.events is None:
         return solution
     _, control = _parts(solver, request, args)

@@ -200,15 +200,19 @@ def smallest_rtol(dtype: DTypeLike) -> float:
 def resolvable(controller: AbstractController, layout: Layout, t1: Array | np.ndarray) -> Array | np.ndarray:
     """``t1`` unchanged; raises ``ValueError`` for tolerances that do not fit ``u``, or are below its round-off."""
     controller.tolerances.of(layout)
-    smallest = smallest_rtol(layout.dtype)
+    for rtol in jax.tree.leaves(controller.rtol):
+        t1 = require_resolvable(t1, as_float(rtol, "rtol"), layout.dtype)
+    return t1
+
+
+def require_resolvable(x: Any, rtol: Array | np.ndarray, dtype: DTypeLike) -> Any:
+    """``x`` unchanged; raises ``ValueError`` for a relative tolerance that is positive and below ``smallest_rtol``."""
+    smallest = smallest_rtol(dtype)
     message = (
-        f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {layout.dtype}; loosen it, "
+        f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {dtype}; loosen it, "
         "or use float64: jax.config.update('jax_enable_x64', True) and a float64 u0"
     )
-    for rtol in jax.tree.leaves(controller.rtol):
-        rtol = as_float(rtol, "rtol")
-        t1 = require(t1, (rtol == 0) | (rtol >= smallest), message, rtol=rtol)
-    return t1
+    return require(x, (rtol == 0) | (rtol >= smallest), message, rtol=rtol)
 
 
 def save_times(

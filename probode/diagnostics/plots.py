@@ -271,7 +271,7 @@ def _chosen(components, d):
 
 
 def _covariance(known, row, i, j):
-    """The ``(2, 2)`` covariance of two components of ``u`` at one of the times of a posterior."""
+    """The covariance matrix of two components of ``u`` at one time of a posterior, ``(2, 2)``."""
     here = known.at(row)
     if here.layout.factorisation.own_algebra:
         return np.diag(columns(here.std, axes=0)[[i, j]] ** 2)

@@ -79,9 +79,10 @@ class Facts(NamedTuple):
 
 
 def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -> Solution:
-    """The solution itself; raises ``RuntimeError`` with the reason and what would help if it did not reach ``t1``.
+    """The solution unchanged, if it has reached ``t1``; otherwise raises ``RuntimeError``.
 
-    ``solver``, ``t0``, ``t1``: of the solve. In a compiled program the error is raised when it runs.
+    The error says why the solve has stopped, and what would help; in a compiled program it is raised when that runs.
+    ``solver``, ``t0``, ``t1``: of the solve.
     """
     failed = has_failed(solution.result)
     if not is_traced(failed) and not np.any(failed):

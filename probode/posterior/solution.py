@@ -421,7 +421,10 @@ def _sample_path(path, key, shape, ts, missing, moves):
 
 
 def _moved(states, moves, key):
-    """Samples plus a random combination of the moves, with the same standard normal weights at all times."""
+    """The samples with the uncertainty of the initial value added to that of the solver.
+
+    It is a combination of the ``moves`` with standard normal weights, the same at all times.
+    """
     if moves is None:
         return states
     weights = jax.random.normal(jax.random.fold_in(key, 2), moves.shape[:1], states.dtype)

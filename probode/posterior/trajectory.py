@@ -166,7 +166,7 @@ def rows_of_steps(rows: Row, reached: Bool[Array, " rows"], number: int) -> Arra
 
 
 def rescale(rows: Row, factor: Float[Array, "*batch"]) -> Row:
-    """The rows with all covariances times ``factor^2`` and the same means."""
+    """The kept states with the same means, and covariances multiplied by ``factor^2``."""
     column = factor[None, ..., None, None]
     past = None if rows.past is None else rows.past.rescaled(column)
     distribution = Normal(rows.distribution.mean, rows.distribution.factor * column)

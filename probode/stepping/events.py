@@ -50,7 +50,7 @@ _AT_ONCE = 20
 
 
 class Watch(eqx.Module):
-    """What is known of the events between two attempts.
+    """The state of the search for events, which is carried from each attempted step to the next one.
 
     - ``side``: the sign of every function where the state is; zero if that is a root, which has been dealt with.
     - ``size``: the largest absolute value of every function in the last step.
@@ -319,7 +319,7 @@ class Events(eqx.Module):
         return Crossing(delay, rate, gradient, there[1:], touches | (jumps & any_found))
 
     def reset(self, t: Float[Array, ""], z: Float[Array, "k d"], happen: Array, layout: Layout) -> Float[Array, "k d"]:
-        """``(u, ..., u^(k-1))`` after the resets of all events that happen, one after the other."""
+        """The values of ``u, ..., u^(k-1)`` after the resets of all events that happen, one after the other."""
         for i, event in enumerate(self.events):
             if event.reset is not None:
                 us = event.reset(t, *(layout.unravel(u) for u in z), self.args)
@@ -428,7 +428,10 @@ class Events(eqx.Module):
         return jnp.stack([next(kinds[event.is_scheduled]) for event in self.events])
 
     def _along(self, before, after):
-        """The values of all functions at Chebyshev's points of a step, both ends included: ``(points, functions)``."""
+        """The values of the functions of all events at times inside a step, ``(points, functions)``.
+
+        The times are Chebyshev's points, both ends of the step included.
+        """
         most = _DERIVATIVES[before.t.dtype.itemsize]
         first, second = (x.layout.unpack(x.distribution.mean)[:most] for x in (before, after))
         k, n, dt = self.problem.num_initial_values, first.shape[0], after.t - before.t

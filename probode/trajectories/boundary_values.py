@@ -18,11 +18,11 @@ from ..algebra.marginals import widen
 from ..algebra.normal import Normal
 from ..equations.problems import ODE, AbstractProblem
 from ..posterior.solution import Solution, Spread
-from ..requests import floats_to_arrays, pair, smallest_rtol, two_times
+from ..requests import floats_to_arrays, pair, require_resolvable, two_times
 from ..stepping.controllers import Tolerances
 from ..stepping.result import Result, has_failed, in_words
 from ..stepping.times import Interval
-from ..util.checks import as_integer, require, require_flag
+from ..util.checks import as_integer, require_flag
 from ..util.failures import stop_if
 from ..util.tracing import compiled, full_precision, traced_once
 from .collocation import Course, Equations, Mesh
@@ -242,7 +242,8 @@ def _search(bvp, guess, scales, mesh, t0, t1, known):
 
     def restarted(now, failed):
         # From the guess again, as what was found on a mesh that is too coarse may be far off.
-        mesh = halved(now.first)
+        finer = halved(now.first)
+        mesh = Mesh(finer.t[:most], finer.number)
         result = Result.where(failed.singular | failed.nearly_singular, Result.singular, Result.no_progress)
         result = Result.where(failed.finite, result, Result.nonfinite)
         goes_on = (mesh.number < most) & ~failed.singular
@@ -301,11 +302,11 @@ def _answer(bvp, mesh, found, errors, of_parameters, scales, course, *, differen
     course = Course(states, course.parameters)
     equations = _in_proportion(bvp, mesh, course, scales)
     path = mesh_path(equations, mesh, course, errors, differentiable=differentiable)
+    moves = path.system.moves(bvp.boundary.noise(course, mesh.number))
+    marginals, spread = path.marginals(), None
     # Samples are differentiated whether or not this was.
     system = dataclasses.replace(path.system, chain=dataclasses.replace(path.system.chain, differentiable=True))
     path = dataclasses.replace(path, system=system)
-    moves = path.system.moves(bvp.boundary.noise(course, mesh.number))
-    marginals, spread = path.marginals(), None
     if moves.parameters.shape[0]:
         means = jax.vmap(jax.vmap(bvp.layout.pack))(moves.states)
         marginals = widen(marginals, means)
@@ -337,9 +338,8 @@ def _answer(bvp, mesh, found, errors, of_parameters, scales, course, *, differen
 
 def _distribution(path, moves, errors):
     """The distribution of the parameters: their errors, correlated as in the model, and uncertain conditions."""
-    root = path.system.parameters()
-    std = safe_norm(root, axis=0)
-    rows = jnp.concatenate([root * safe_divide(errors, std)[None], moves])
+    std = safe_norm(path.parameters, axis=0)
+    rows = jnp.concatenate([path.parameters * safe_divide(errors, std)[None], moves])
     return Normal(path.course.parameters, triangularise(None, rows))
 
 
@@ -351,9 +351,7 @@ def _scales(tolerances, layout):
     """The tolerances as numbers for each component."""
     known = tolerances.of(layout)
     rtol, atol = (jnp.broadcast_to(jnp.asarray(x, layout.dtype), (layout.size,)) for x in (known.rtol, known.atol))
-    smallest = smallest_rtol(layout.dtype)
-    message = f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {layout.dtype}; loosen it"
-    return Scales(require(rtol, (rtol >= smallest) | (rtol == 0), message, rtol=rtol), atol)
+    return Scales(require_resolvable(rtol, rtol, layout.dtype), atol)
 
 
 def ode_of(problem: Any) -> ODE:
@@ -367,14 +365,14 @@ _REMEDIES = {
     "no_progress": "A guess that is closer to the solution helps: the Solution of a similar problem (guess=solution), "
     "reached in several steps, or a finer first mesh.",
     "singular": "The conditions do not determine a solution near the guess: one may follow from the others, or the "
-    " equation may have a solution that vanishes at all of them (an eigenvalue).",
+    "equation may have a solution that vanishes at all of them (an eigenvalue).",
     "max_nodes_reached": "Pass a larger max_nodes, or larger rtol and atol.",
     "nonfinite": "The vector field or the conditions are infinite or NaN near the guess.",
 }
 
 
 def raise_unless_found(solution: Solution, most: int) -> Solution:
-    """The solution itself; raises ``RuntimeError`` with the reason, and what would help, unless it is successful."""
+    """The solution unchanged, if it is successful; otherwise raises ``RuntimeError`` with the reason and what helps."""
     failed = has_failed(solution.result)
     facts = solution.result, solution.stats
     return stop_if(solution, failed, ft.partial(_explain, most), facts)

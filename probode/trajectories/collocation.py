@@ -215,28 +215,28 @@ class System(eqx.Module):
             found.inner, found.common
         )
 
-    def parameters(self) -> Float[Array, "b P"]:
-        """A right square root of the covariance of the parameters, with unit noise in every interval."""
-        return self.chain.roots()[1][:, self.basis.shape[-1] :]
-
     def deviations(self, noise: Float[Array, "intervals q"]) -> Course:
         """The changes of the course, if the equations of the intervals hold up to the given noise."""
         found = self.chain.solve(noise[..., None], jnp.zeros((self.first.shape[0], 1), noise.dtype))
         return self._course(found.inner[..., 0], found.common[:, 0], jnp.zeros_like(self.basis[..., 0]))
 
-    def pairs(self) -> tuple[Float[Array, "intervals rows dim"], Float[Array, "intervals rows dim"]]:
-        """Right square roots of the covariance of the states at both ends of every interval, with unit noise.
+    def roots(
+        self,
+    ) -> tuple[Float[Array, "intervals rows dim"], Float[Array, "intervals rows dim"], Float[Array, "b P"]]:
+        """Right square roots of the covariances of states and parameters, with unit noise in every interval.
 
-        The two have the same rows, so that they also hold the correlation of the two states.
+        Of the states at both ends of every interval: the two have the same rows, so that they also hold the correlation
+        of the two states; and of the parameters.
         """
-        roots, _ = self.chain.roots()
+        roots, border = self.chain.roots()
         q = self.basis.shape[-1]
 
         def pair(x):
             root, left, right = x
             return root[:, :q] @ left.T, root[:, q:] @ right.T
 
-        return self._map(pair, (roots, self.basis[:-1], self.basis[1:]), self.chain.number)
+        left, right = self._map(pair, (roots, self.basis[:-1], self.basis[1:]), self.chain.number)
+        return left, right, border[:, q:]
 
     def _course(self, inner, common, part):
         move = lambda x: x[0] + x[1] @ x[2] + x[3] @ common  # noqa: E731

@@ -63,7 +63,7 @@ class FromNodes(AbstractGuess):
         i = jnp.clip(jnp.searchsorted(sign * self.t, sign * t, side="right") - 1, 0, self.t.size - 2)
         slope = (self.u[i + 1] - self.u[i]) / (self.t[i + 1] - self.t[i])
         value = self.u[i] + (t - self.t[i]) * slope
-        known = jnp.stack([value, slope])[: max(k, 1)]
+        known = jnp.stack([value, slope])[:k]
         return jnp.pad(known, ((0, n - known.shape[0]), (0, 0)))
 
 

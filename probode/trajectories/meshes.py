@@ -73,20 +73,19 @@ def _hermite(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def halved(mesh: Mesh) -> Mesh:
-    """The mesh with a node in the middle of every interval, in as many rows; it may be too long for them."""
-    return Mesh(_woven(mesh.t, (mesh.t[:-1] + mesh.t[1:]) / 2)[: mesh.t.size], 2 * mesh.number)
+    """The mesh with a node in the middle of every interval, and room for it."""
+    return Mesh(_woven(mesh.t, (mesh.t[:-1] + mesh.t[1:]) / 2), 2 * mesh.number)
 
 
 def on_halved(mesh: Mesh, course: Course, *, differentiable: bool = False) -> tuple[Mesh, Course]:
-    """The halved mesh, with room for it, and the course on it."""
+    """The halved mesh, and the course on it."""
     x, number = course.states, mesh.number
     half = jnp.full((), 0.5, x.dtype)
     middle = lambda x: inside(x[0], x[1], x[2], half)  # noqa: E731
     inner = map_rows(middle, (x[:-1], x[1:], mesh.lengths), number, differentiable=differentiable)
     behind = (jnp.arange(inner.shape[0]) >= number)[:, None, None]
     inner = jnp.where(behind, x[number], inner)
-    finer = Mesh(_woven(mesh.t, (mesh.t[:-1] + mesh.t[1:]) / 2), 2 * number)
-    return finer, Course(_woven(x, inner), course.parameters)
+    return halved(mesh), Course(_woven(x, inner), course.parameters)
 
 
 def _woven(a, b):
@@ -113,13 +112,13 @@ def assess(
     linear = equations.linearised(finer, on_finer, differentiable=differentiable)
     step = linear.step(equations.residuals(finer, on_finer, differentiable=differentiable))
     # An error that changes its sign is not small because it is zero there.
-    errors = _largest_nearby(_largest_nearby(jnp.abs(step.states[:, 0])))
+    errors = largest_nearby(largest_nearby(jnp.abs(step.states[:, 0])))
     tolerance = scales.tolerance(on_finer.states[:, 0])
     ratio = jnp.max(jnp.where(finer.is_node[:, None], errors / tolerance, 0))
     return Assessment(errors, jnp.abs(step.parameters), ratio)
 
 
-def _largest_nearby(x):
+def largest_nearby(x: Float[Array, "rows *rest"]) -> Float[Array, "rows *rest"]:
     """The largest of each row and its neighbours."""
     return jnp.maximum(x, jnp.maximum(jnp.concatenate([x[1:], x[-1:]]), jnp.concatenate([x[:1], x[:-1]])))
 
@@ -157,7 +156,7 @@ def _density(equations, mesh, course, scales):
     least = jnp.maximum(_LEAST * jnp.sum(amount), jnp.finfo(x.dtype).tiny ** 0.25) / span
     density = jnp.where(real, jnp.maximum(amount / lengths, least), 0)
     for _ in range(2):
-        density = jnp.where(real, jnp.maximum(density, _largest_nearby(density) / _RATIO), 0)
+        density = jnp.where(real, jnp.maximum(density, largest_nearby(density) / _RATIO), 0)
     return density
 
 

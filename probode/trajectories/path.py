@@ -14,7 +14,7 @@ from ..priors.iwp import IWP
 from ..priors.powers import powers
 from ..stepping.times import Interval
 from .collocation import Course, Equations, Mesh, System
-from .meshes import inside
+from .meshes import inside, largest_nearby
 from .rows import map_rows
 
 
@@ -52,6 +52,7 @@ class MeshPath(AbstractPath):
     - ``system``: the linearised equations, whose solutions for random right-hand sides are samples.
     - ``left``, ``right``: right square roots of the covariance of the states at both ends of each interval, with the
       same rows.
+    - ``parameters``: that of the parameters.
     - ``calibration``: the factors on the standard deviations of all components at every node.
     - ``sizes``: of the components, to which the noise is in proportion.
     - ``layout``: how states are stored.
@@ -62,6 +63,7 @@ class MeshPath(AbstractPath):
     system: System
     left: Float[Array, "intervals rows dim"]
     right: Float[Array, "intervals rows dim"]
+    parameters: Float[Array, "b P"]
     calibration: Float[Array, "nodes d"]
     sizes: Float[Array, " d"]
     layout: Layout
@@ -179,14 +181,14 @@ def mesh_path(
 ) -> MeshPath:
     """The posterior process about a course, with standard deviations of ``u`` at the nodes that are its errors."""
     system = equations.linearised(mesh, course, differentiable=differentiable)
-    left, right = system.pairs()
+    left, right, parameters = system.roots()
     at_last = jnp.arange(left.shape[0]) >= mesh.number
     left = jnp.where(at_last[:, None, None], right[mesh.number - 1], left)
     rows = jnp.concatenate([left, right[mesh.number - 1][None]])
-    square = jnp.sum(rows[..., : course.states.shape[2]] ** 2, axis=1)
+    d = course.states.shape[2]
+    square = jnp.sum(rows[..., :d] ** 2, axis=1)
     # Where a value is given it has no deviation, and those of its derivatives are calibrated as nearby.
     known = square > 1e-16 * jnp.max(square, axis=0)[None]
-    d = course.states.shape[2]
     is_given = jnp.pad(~known, ((0, 0), (0, rows.shape[2] - d)))
     left = jnp.where(is_given[:-1, None], 0, left)
     right = jnp.where(is_given[1:, None], 0, right)
@@ -194,7 +196,7 @@ def mesh_path(
     errors = errors + 4 * jnp.finfo(errors.dtype).eps * jnp.abs(course.states[:, 0])
     factor = jnp.where(known, errors, 0) / jnp.sqrt(jnp.where(known, square, 1))
     for _ in range(2):
-        nearby = jnp.maximum(jnp.concatenate([factor[1:], factor[-1:]]), jnp.concatenate([factor[:1], factor[:-1]]))
+        nearby = largest_nearby(factor)
         factor = jnp.where(known, factor, nearby)
         known = known | (nearby > 0)
-    return MeshPath(mesh, course, system, left, right, factor, equations.sizes, equations.layout)
+    return MeshPath(mesh, course, system, left, right, parameters, factor, equations.sizes, equations.layout)
