@@ -24,6 +24,8 @@ from .algebra.transition import Transition as Transition
 from .diagnostics import plots as plots
 from .diagnostics.calibration_report import CalibrationReport as CalibrationReport
 from .diagnostics.calibration_report import calibration_report as calibration_report
+from .diagnostics.check_report import CheckReport as CheckReport
+from .diagnostics.check_report import Finding as Finding
 from .ensembles import solve_ensemble as solve_ensemble
 from .equations.jacobians import AbstractJacobian as AbstractJacobian
 from .equations.jacobians import BandedJacobian as BandedJacobian
@@ -50,10 +52,15 @@ from .estimation.strategies import AbstractStrategy as AbstractStrategy
 from .estimation.strategies import Filter as Filter
 from .estimation.strategies import FixedIntervalSmoother as FixedIntervalSmoother
 from .estimation.strategies import FixedPointSmoother as FixedPointSmoother
+from .inference.data_distribution import data_distribution as data_distribution
+from .inference.fit import Fit as Fit
+from .inference.fit import fit as fit
 from .inference.iterated_smoother import solve_grid_iterated as solve_grid_iterated
 from .inference.likelihoods import dalton_log_likelihood as dalton_log_likelihood
 from .inference.likelihoods import fenrir_log_likelihood as fenrir_log_likelihood
 from .inference.likelihoods import filtering_log_likelihood as filtering_log_likelihood
+from .inference.marginalise import Marginal as Marginal
+from .inference.marginalise import marginalise as marginalise
 from .inference.tempering import DiffusionTempering as DiffusionTempering
 from .information.constraints import TS0 as TS0
 from .information.constraints import TS1 as TS1
@@ -73,6 +80,8 @@ from .ivp import solve_ivp as solve_ivp
 from .posterior.events import Occurrences as Occurrences
 from .posterior.solution import SaveAt as SaveAt
 from .posterior.solution import Solution as Solution
+from .posterior.transformed import Transformed as Transformed
+from .posterior.transformed import transformed as transformed
 from .priors.iwp import IWP as IWP
 from .priors.linear_sde import IOUP as IOUP
 from .priors.linear_sde import LinearSDE as LinearSDE

@@ -28,6 +28,7 @@ from .information.constraints import AbstractConstraint
 from .information.events import Event, as_events
 from .information.observations import Observations
 from .posterior.assemble import answer
+from .posterior.origin import Origin, with_origin
 from .posterior.reasons import raise_unless_successful
 from .posterior.solution import SaveAt, Solution
 from .posterior.uncertain_start import check_moves, directions_of, push_forward, spread_start
@@ -186,7 +187,10 @@ class Solver(eqx.Module):
             raise TypeError(f"progress must be a meter, such as TextProgress() or TqdmProgress(), got {progress!r}.")
         bounds = {} if events is None else {"events": as_events(events), "max_events": max_events}
         solution = solve_through(self, None, u0, t0, t1, args, save_at, dt0, data, progress, **bounds)
-        return raise_unless_successful(solution, self, t0, t1) if throw else solution
+        solution = raise_unless_successful(solution, self, t0, t1) if throw else solution
+        options = {"dt0": dt0, "data": data, **bounds}
+        options = {name: value for name, value in options.items() if value is not None}
+        return with_origin(solution, Origin(self, u0, t0, t1, args, options))
 
     @hinted
     def solve_grid(self, u0: PyTree, grid: Any, *, args: PyTree = None, data: Observations | None = None) -> Solution:
@@ -210,7 +214,9 @@ class Solver(eqx.Module):
             requests.check_data(data, self.calibration, start)
             data = requests.data_on_grid(data, grid, layout)
         with _named(solver, layout, args):
-            return _solve_grid(solver, start, jnp.asarray(grid), args, layout, data)
+            solution = _solve_grid(solver, start, jnp.asarray(grid), args, layout, data)
+        options = {} if data is None else {"data": data}
+        return with_origin(solution, Origin(self, u0, grid[0], grid[-1], args, options, grid))
 
     def initialise(self, u0: PyTree, t0: Any, *, args: PyTree = None) -> InitialState:
         """The ``InitialState`` at ``t0``: a Gaussian over ``(u, u', ..., u^(nu))``, to be passed as ``u0``.

@@ -79,8 +79,8 @@ FLOORS = [
     ("ivp", "ensembles", "inference", "diagnostics", "trajectories"),
     ("testing",),
 ]
-# Inside of functions: pictures are made of solutions.
-LATER = {("posterior.solution", "diagnostics.plots")}
+# Inside of functions: methods of a solution that look at it from above.
+LATER = {("posterior.solution", f"diagnostics.{name}") for name in ("plots", "check", "labelled")}
 
 
 def imports(path, *, everywhere=True):

@@ -15,16 +15,21 @@ from .normal import Normal, batched, pad_rows
 class Conditional(eqx.Module):
     """The Gaussian distribution of an earlier state's coordinates given a later one's: a backward kernel of a smoother.
 
-    The coordinates of a state are the ``w`` in ``x = mean + factor^T w``. Given the equations and data up to the time
-    of the state they are standard normal; its mean and factor are kept apart, in a ``Normal``. A state has as
-    many coordinates as its factor has rows, fewer than ``dim`` where the equation has removed some. With the ``p``
-    coordinates ``w`` of the earlier state and the ``rows`` coordinates ``v`` of the later one,
-    ``w | v ~ N(shift + cross^T v, noise^T noise)``:
+    This is ``p(earlier | later)`` in whitened coordinates. Those of a state are the ``w`` in ``x = mean + factor^T w``:
+    given the equations and data up to its time they are standard normal, and there are as many as its factor has rows
+    (fewer than ``dim`` where the equation has removed some). Means and factors of the two states are not stored here,
+    but in a ``Normal`` each. With the ``p`` coordinates ``w`` of the earlier state and the ``rows`` coordinates ``v``
+    of the later one, ``w | v ~ N(shift + cross^T v, noise^T noise)``:
 
-    - ``shift``: the mean for ``v = 0``, ``(*batch, p, cols)``. Equations and data after the earlier state change it.
+    - ``shift``: the mean of ``w`` for ``v = 0``, ``(*batch, p, cols)``. Equations and data after the earlier state
+      change it.
     - ``cross``: its transpose is the matrix of regression coefficients of ``w`` on ``v``; ``(*batch, rows, p)``.
     - ``noise``: right square root of the covariance of ``w`` given ``v``, ``(*batch, q, p)``. It has no rows where
       ``v`` determines ``w``; ``q`` may exceed ``p``, with rows that are not triangularised or zeros as padding.
+
+    ``*batch``: the axes of the blocks of the factorisation (none under ``Dense``, the components of ``u`` under
+    ``BlockDiagonal``). ``cols``: independent columns that share a covariance (the components under ``Isotropic``,
+    otherwise one).
 
     ``cross`` and ``noise`` are blocks of an orthogonal matrix, so that no covariance is inverted, however small it is:
     ``cross^T cross + noise^T noise`` is the identity, or less, as matrices, where later equations or data say something

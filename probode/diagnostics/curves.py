@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from ..algebra.marginals import Posterior, widen
+from ..util.components import columns
 
 
 # How many times are drawn where any time can be had, or about how many where cubics join a few.
@@ -80,9 +81,3 @@ def _known(solution, ts):
 def many_times(solution: Any) -> Float[np.ndarray, " time"]:
     """Equidistant times from the start of the solve to its end, independent of the times that were saved."""
     return np.linspace(float(solution.trajectory.interval.t0), float(solution.trajectory.interval.t1), _POINTS)
-
-
-def columns(tree: PyTree, axes: int = 1) -> np.ndarray:
-    """All leaves, ravelled behind their first ``axes`` axes, side by side: ``(*axes, d)``."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    return np.concatenate([leaf.reshape(*leaf.shape[:axes], -1) for leaf in leaves], axis=axes)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .curves import columns, curves, many_times
+from ..util.components import columns, component_names
+from .axes import new_axes
+from .curves import curves, many_times
 
 
 # How many components are drawn by default.
@@ -62,7 +64,7 @@ def plot(
     """
     if not magnify > 0:
         raise ValueError(f"plot(magnify) is a positive factor on the width of the bands, got {magnify}.")
-    ax = _axes(ax)
+    ax = new_axes(ax)
     drawn = curves(solution, derivative, ts)
     chosen = _chosen(components, drawn.mean.shape[1])
     names = _labels(drawn.known.mean, chosen, labels)
@@ -110,7 +112,7 @@ def plot_phase(
     """
     from matplotlib.patches import Ellipse
 
-    ax = _axes(ax)
+    ax = new_axes(ax)
     drawn = curves(solution, 0, None)
     mean, known, at = drawn.mean, drawn.known, columns(drawn.known.mean)
     i, j = _chosen(components, mean.shape[1])
@@ -131,7 +133,7 @@ def plot_phase(
 
 def plot_steps(solution: Any, ax: Any = None) -> Any:
     """The axes with the length of each accepted step at its end. Raises ``ValueError`` if the steps were not kept."""
-    ax = _axes(ax)
+    ax = new_axes(ax)
     t, _ = _steps(solution, "plot_steps")
     ax.semilogy(t[1:], abs(np.diff(t)), ".-", linewidth=1)
     ax.set_xlabel("time")
@@ -141,7 +143,7 @@ def plot_steps(solution: Any, ax: Any = None) -> Any:
 
 def plot_scale(solution: Any, ax: Any = None) -> Any:
     """The axes with the calibrated output scale over time, one line per component under ``BlockDiagonal``."""
-    ax = _axes(ax)
+    ax = new_axes(ax)
     t, scale = np.asarray(solution.t), np.asarray(solution.output_scale)
     ax.semilogy(t, scale.reshape(t.size, -1), ".-", linewidth=1)
     ax.set_xlabel("time")
@@ -157,7 +159,7 @@ def plot_local_error(solution: Any, ax: Any = None) -> Any:
     """
     if solution.state is None:
         raise ValueError("plot_local_error is about the steps of an initial value problem: draw plot_steps.")
-    ax = _axes(ax)
+    ax = new_axes(ax)
     t, ends = _steps(solution, "plot_local_error")
     path = solution.trajectory
     layout = path.layout
@@ -179,7 +181,7 @@ def plot_residual(solution: Any, problem: Any, ax: Any = None, *, args: PyTree =
     Times between the ends of steps show how well the equation is solved where it was not evaluated. ``problem``: the
     ``ODE`` or ``Residual``. ``args``: those of the solve. Raises ``ValueError`` if the steps were not kept.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     _steps(solution, "plot_residual")
     posterior = solution.evaluate(many_times(solution))
     us = tuple(posterior.derivative(k).mean for k in range(problem.order + 1))
@@ -201,7 +203,7 @@ def plot_errors(
 
     ``reference``: as in ``calibration_report``. ``labels``: one for each component that is drawn.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     t, truth = np.asarray(solution.t), columns(reference(np.asarray(solution.t)))
     error, spread = abs(columns(solution.mean) - truth), columns(solution.std)
     chosen = _chosen(None, error.shape[1])
@@ -220,7 +222,7 @@ def plot_work_precision(results: Mapping[str, tuple[Any, Any]], ax: Any = None, 
 
     ``results``: ``{name: (work, error)}``, arrays with an entry for each tolerance. ``work``: the label of its axis.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     for name, (cost, error) in results.items():
         ax.loglog(np.asarray(error), np.asarray(cost), "o-", label=name, markersize=4)
     ax.invert_xaxis()
@@ -240,25 +242,12 @@ def _mark_events(ax, events, std):
             ax.axvspan(t - width, t + width, color="0.6", alpha=0.2, linewidth=0, zorder=0)
 
 
-def _axes(ax):
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'probode[plot]'.") from error
-    return plt.figure(layout="constrained").add_subplot() if ax is None else ax
-
-
 def _labels(tree, chosen, labels):
     """Names of the chosen components: those given, or their paths in the PyTree and indices in its leaves."""
     if labels is not None:
         return dict(zip(chosen, labels, strict=True))
-    names = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        first, dot, rest = jax.tree_util.keystr(path, simple=True, separator=".").partition(".")
-        name = (f"u[{first}]" if first.isdigit() else first or "u") + dot + rest
-        inner = np.ndindex(np.shape(leaf)[1:])
-        names += [name + (str(list(index)) if index else "") for index in inner]
-    return {i: names[i] for i in chosen}
+    found = component_names(tree)
+    return {i: found[i] for i in chosen}
 
 
 def _chosen(components, d):

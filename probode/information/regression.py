@@ -100,7 +100,8 @@ class GaussHermite(AbstractCubature):
         return points, np.prod(np.array(list(itertools.product(weights, repeat=dim))), axis=1)
 
 
-def _require_cubature(value):
+def require_cubature(value: Any) -> AbstractCubature:
+    """The rule itself; raises ``TypeError`` for anything else."""
     if not isinstance(value, AbstractCubature):
         raise TypeError(f"cubature must be a rule like SphericalCubature(), got {value!r}.")
     return value
@@ -137,7 +138,7 @@ class SLR1(AbstractConstraint):
         relinearise: bool = False,
     ):
         self.problem = require_problem("SLR1", problem, AbstractProblem, "an ODE or a Residual")
-        self.cubature, self.noise = _require_cubature(cubature), noise
+        self.cubature, self.noise = require_cubature(cubature), noise
         self.iteration = Iteration(evaluations, relinearise)
 
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:
@@ -163,7 +164,7 @@ class SLR0(AbstractConstraint):
 
     def __init__(self, problem: Any, *, cubature: Any = SphericalCubature(), noise: bool = False, evaluations: Any = 1):
         self.problem = require_problem("SLR0", problem, ODE, "an ODE")
-        self.cubature, self.noise = _require_cubature(cubature), noise
+        self.cubature, self.noise = require_cubature(cubature), noise
         self.iteration = Iteration(evaluations)
 
     def linearise(self, t: Float[Array, ""], predicted: Normal, layout: Layout, args: PyTree) -> Linearisation:

@@ -127,7 +127,8 @@ def _in_step(events, layout, left, right, starts, ends):
     noise = ((1 - share) * left.std_of_rate + share * right.std_of_rate) * jnp.abs(dt)
     leaves = starts & (jnp.abs(means[0]) <= ZERO * size) & (size > 0)
     u = means / stds
-    # Half of a crossing from there, and half of one to there: the mean is at zero up to round-off.
+    # Exactly zero where the function starts or ends at zero: the computed mean is round-off there. The integral then
+    # counts half of a crossing, which is taken off below where it starts at zero, and completed where it ends there.
     u = jnp.concatenate([jnp.where(leaves, 0, u[:1]), u[1:-1], jnp.where(ends, 0, u[-1:])])
     width = jnp.diff(share, axis=0)
     rate, ratio = jnp.diff(u, axis=0) / width, (noise / stds)[1:]

@@ -153,7 +153,8 @@ def _one(events, row, layout, moves):
     behind = behind + sooner[:, None, None] * along
     stds = safe_norm(on_surface[:, 0], axis=0), safe_norm(behind[:, 0], axis=0)
     t_std = jnp.where(crossing.touches, jnp.inf, safe_norm(sooner, axis=0))
-    # After a reset the solution goes on from the time of the state: there ``evaluate`` is behind it.
+    # Where there is a reset, report the stored time `row.t`, and keep only the derivative of the delay: the solve
+    # restarts at exactly this time, at which `evaluate` therefore returns the state after the reset.
     exact = jnp.any(row.happen * events.have_reset > 0)
     at = jnp.where(exact, row.t + crossing.delay - lax.stop_gradient(crossing.delay), at)
     return at, t_std, (before[0], after[0]), stds, *_course(events, at, us, crossing.delay, root, index, layout)

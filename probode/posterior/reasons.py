@@ -8,6 +8,7 @@ import functools as ft
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -87,6 +88,17 @@ def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -
     failed = has_failed(solution.result)
     if not is_traced(failed) and not np.any(failed):
         return solution
+    return stop_if(solution, failed, *_known(solution, solver, t0, t1))
+
+
+def reason(solution: Solution, solver: Any, t0: Any, t1: Any) -> str:
+    """Why a solve has not reached ``t1``, and what would help; for a single solution with known numbers."""
+    explained, facts = _known(solution, solver, t0, t1)
+    return explained(jax.tree.map(np.asarray, facts)).removesuffix(_NO_THROW).rstrip()
+
+
+def _known(solution, solver, t0, t1):
+    """``explain`` with the parts of the solver, and the facts that it needs."""
     state, stats, limits = solution.state, solution.stats, solver.controller.limits
     assert state is not None
     rtol = solver.controller.tolerances.of(solution.layout).rtol
@@ -104,7 +116,7 @@ def raise_unless_successful(solution: Solution, solver: Any, t0: Any, t1: Any) -
         limits.shortest,
     )
     parts = _parts(solver, solution.layout, has_events=solution.events is not None)
-    return stop_if(solution, failed, ft.partial(explain, parts), facts)
+    return ft.partial(explain, parts), facts
 
 
 def _parts(solver, layout, *, has_events):

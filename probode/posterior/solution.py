@@ -181,6 +181,47 @@ class Solution(eqx.Module):
 
         return plots.plot(self, ax, **options)
 
+    def check(self, solver: Any = None, *, args: PyTree = None, thorough: Any = False) -> Any:
+        """Is it right? A ``CheckReport`` with reasons to doubt this solution; its ``str`` is a summary.
+
+        The equation is evaluated inside of the steps, where the solver has not looked, and errors of the size of the
+        tolerances grow along the solution, as the Jacobian has it. So are found: pulses that were stepped over, jumps
+        and kinks, solutions that depend on every digit, standard deviations that are too small or too large, stiffness,
+        events that may have been missed. Nothing is solved, unless the steps were not kept.
+
+        - ``solver``, ``args``: those of the solve. They are known unless the solution was computed inside of
+          ``jax.jit`` or ``jax.vmap``, or is a copy.
+        - ``thorough``: whether the equation is solved again, with a tenth of the tolerances and shorter steps, and the
+          solutions are compared.
+
+        Raises ``TypeError`` for another kind of solver, ``ValueError`` for a batch of solutions.
+
+        >>> import jax.numpy as jnp, probode
+        >>> pulse = lambda t, u, args: jnp.exp(-(((t - 7.7) / 0.01) ** 2)) - u
+        >>> report = probode.solve_ivp(pulse, (0.0, 10.0), 0.0, dense_output=True).check()
+        >>> report.is_trusted, report.findings[0].kind
+        (False, 'unseen')
+        """
+        from ..diagnostics.check import check  # as for plot
+
+        return check(self, solver, args, thorough)
+
+    def to_xarray(self, *, draws: Any = 0, key: Any = None) -> Any:
+        """This solution as an ``xarray.Dataset`` with the dimensions ``(draw, time, component)``, for ArviZ and others.
+
+        ``mean`` and ``std`` are ``(time, component)``; with ``draws`` there are joint samples ``u``, ``(draw, time,
+        component)``. Components have the names of their places in the PyTree. Attributes tell how the solve ended. A
+        batch of solutions has a first dimension ``lane``, and its times are the variable ``t``.
+
+        - ``draws``: the number of samples. ``key``: a random key of JAX for them.
+
+        Raises ``ImportError`` without xarray (the extra ``xarray``), ``ValueError`` for draws without a key, and for
+        draws of what ``sample`` does not sample.
+        """
+        from ..diagnostics.labelled import to_dataset  # as for plot
+
+        return to_dataset(self, draws, key)
+
     @property
     def mean(self) -> PyTree[Float[Array, "..."]]:
         """Posterior mean of ``u``: leaves ``(time, *leaf.shape)``."""

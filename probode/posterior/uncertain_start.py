@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ..algebra.factorisations import AbstractFactorisation
 from ..algebra.marginals import widen
@@ -34,26 +34,31 @@ def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
     Raises ``ValueError`` unless the factor is a PyTree of standard deviations like the mean, none of them negative, or
     a right square root of the covariance over all its numbers, and finite; ``TypeError`` if it is not real.
     """
-    mean = problem.split(u0.mean)
-    flat, unravel = ravel_pytree(mean)
-    if getattr(u0.factor, "shape", None) == (flat.size, flat.size):
-        root: Any = as_float(u0.factor, "u0.factor")
-        root = require(root, abs(root) < np.inf, "The factor of an uncertain u0 must be finite")
-        factor = jnp.asarray(root).astype(flat.dtype)
-    elif jax.tree.map(jnp.shape, u0.factor) == jax.tree.map(jnp.shape, u0.mean):
-        stds = jax.tree.map(_standard_deviation, u0.factor)
-        factor = jnp.diag(ravel_pytree(stds)[0].astype(flat.dtype))
-    else:
-        raise ValueError(
-            "The factor of an uncertain u0 must be a PyTree of standard deviations like its mean, or a "
-            f"{(flat.size, flat.size)} right square root of the covariance of all its numbers."
-        )
-    return jax.vmap(unravel)(factor)
+    flat, unravel = ravel_pytree(problem.split(u0.mean))
+    return jax.vmap(unravel)(root_of_normal(u0, flat, "an uncertain u0"))
 
 
-def _standard_deviation(x):
-    x = as_float(x, "u0.factor")
-    x = require(x, (x >= 0) & (x < np.inf), "Standard deviations of an uncertain u0 must be finite and not negative")
+def root_of_normal(x: Normal, flat: Float[Array, " p"], name: str) -> Float[Array, "p p"]:
+    """The right square root of the covariance of a ``Normal`` that a user has made, over its mean as a flat array.
+
+    ``flat``: the mean. ``name``: of the distribution, for messages. Raises as ``directions_of``.
+    """
+    if getattr(x.factor, "shape", None) == (flat.size, flat.size):
+        root: Any = as_float(x.factor, f"The factor of {name}")
+        root = require(root, abs(root) < np.inf, f"The factor of {name} must be finite")
+        return jnp.asarray(root).astype(flat.dtype)
+    if jax.tree.map(jnp.shape, x.factor) == jax.tree.map(jnp.shape, x.mean):
+        stds = jax.tree.map(lambda std: _standard_deviation(std, name), x.factor)
+        return jnp.diag(ravel_pytree(stds)[0].astype(flat.dtype))
+    raise ValueError(
+        f"The factor of {name} must be a PyTree of standard deviations like its mean, or a "
+        f"{(flat.size, flat.size)} right square root of the covariance of all its numbers."
+    )
+
+
+def _standard_deviation(x, name):
+    x = as_float(x, f"The factor of {name}")
+    x = require(x, (x >= 0) & (x < np.inf), f"Standard deviations of {name} must be finite and not negative")
     return jnp.asarray(x)
 
 
@@ -92,7 +97,8 @@ def push_forward(
     layout, last = solution.layout, solution.state.current
 
     def fixed(mean, moves, t_moves):
-        # The state at a time that moves itself, that of an event, moves less or more at a fixed one.
+        # The time of an event depends on the initial value. Its derivative times the velocity is subtracted from the
+        # derivative of the state at the event: what remains is that of the state at a fixed time.
         if t_moves is None:
             return moves
         us = layout.unpack(mean)

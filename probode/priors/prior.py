@@ -17,8 +17,8 @@ class AbstractPrior(eqx.Module):
     A subclass has the field ``num_derivatives``, the ``nu`` of ``u^(nu)``, and defines ``transition``. Check it with
     ``probode.testing.check_prior``: a solver does not see if it is no such process, and its answers would be wrong.
     ``is_polynomial``: whether the mean of the process over a step is the Taylor polynomial; if not, the first step of a
-    solve is at most as long as the two agree. ``RelativeScale`` and ``DiffusionTempering`` multiply the field
-    ``output_scale``, for subclasses that have one.
+    solve is halved until the two differ at its end by no more than the tolerances. ``RelativeScale`` and
+    ``DiffusionTempering`` multiply the field ``output_scale``, for subclasses that have one.
 
     >>> import probode
     >>> probode.IWP(2).num_derivatives, probode.IWP(2).is_polynomial

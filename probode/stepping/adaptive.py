@@ -204,8 +204,9 @@ class Move(eqx.Module):
 class Stepper(eqx.Module):
     """Attempts of steps in an interval, for the body of a loop; and accepted ones once more, for their derivative.
 
-    ``attempt``, ``measure`` and ``condition`` call what users have written. Each was traced once; what a user's
-    function closes over has become one of the inputs, so that it can be differentiated.
+    ``attempt``, ``measure``, ``condition`` and ``look`` call functions that users have written, ``look`` those of
+    events (``None`` without events). Each was traced once; what a user's function closes over has become one of the
+    inputs, so that it can be differentiated.
     """
 
     control: Control
@@ -270,9 +271,14 @@ class Stepper(eqx.Module):
            ``s^2 = z^T S^-1 z / size(z)``.
         3. Measure: the norm of the estimated error over ``atol + rtol max(|u|, |m|)``.
         4. Decide: the controller accepts a norm up to one, and proposes the next length.
-        5. If accepted, predict the covariance, ``P = A cov A^T + s^2 Q``, and condition on ``z = 0``:
-           ``K = P H^T (H P H^T)^-1``, ``mean = m - K z``, ``cov = (I - K H) P``; and refuse after all what is not
-           finite, or what the scale does not explain.
+        5. If it does, predict the covariance, ``P = A cov A^T + s^2 Q``, and condition on ``z = 0``:
+           ``K = P H^T (H P H^T)^-1``, ``mean = m - K z``, ``cov = (I - K H) P``.
+        6. Refuse that result if it is not finite, if the scale does not explain the residual (under
+           ``Control.refuses_unexplained``), or if the step goes beyond an event, or is too long to see all events: the
+           next attempt then goes to the event, or half the way.
+
+        A step counts as accepted, in ``Move.accepted`` and ``num_accepted_steps``, if the controller accepts the
+        attempt and its result is not refused.
 
         ``past``, ``influence``: before the attempt, the first as one flat array. ``leaving(past, t)``: the
         ``Conditional`` that a step to ``t`` carries on, if any: of the state kept last, or of the one that it leaves.
@@ -347,7 +353,7 @@ class Stepper(eqx.Module):
         return Leg(t, dt, seen_at, since, clipped, floor)
 
     def nothing_taken(self, solve: AdaptiveState, past: Array, zero_so_far: Any, influence: Any) -> Taken:
-        """What is left of an attempt that was rejected: the state before it."""
+        """What is left of an attempt that the controller has rejected: the state before it."""
         true, seen = jnp.array(True), None
         if solve.watch is not None:
             seen = Seen.nothing(solve.watch)
@@ -364,9 +370,10 @@ class Stepper(eqx.Module):
         past: Array,
         left: Any,
     ) -> Taken:
-        """The posterior after an accepted attempt, given the equation; the state before it if that is of no use.
+        """The posterior after an attempt that the controller accepts; the state before it if the posterior is refused.
 
-        Of no use is what is not finite, or what the output scale does not explain, and a step beyond an event.
+        It is refused if it is not finite, if the output scale does not explain the residual, or if the step goes beyond
+        an event or is too long to see all events. ``decide`` then rejects the attempt.
         """
         sides = () if zero_so_far is None else (leg.seen_at, zero_so_far)
         after, likely = self.condition(before, leg.t, attempted, left, *sides)
@@ -395,9 +402,10 @@ class Stepper(eqx.Module):
         attempted: Attempt,
         proposal: tuple[Float[Array, ""], Any],
     ) -> tuple[AdaptiveState, Bool[Array, ""]]:
-        """The state of the solve after an attempt, and whether the attempt was accepted.
+        """The state of the solve after an attempt, and whether the attempt is accepted.
 
-        That has the length of the next attempt, and a result code if no further one can help.
+        ``good``: whether the controller accepts it. It is accepted if ``taken`` has not refused its result either. The
+        state of the solve holds the length of the next attempt, and a result code if no further one can help.
         """
         (proposed, memory), length = proposal, jnp.abs(leg.dt)
         usable = taken.fine & taken.likely
@@ -473,9 +481,10 @@ def _measure(step, control, now, seen_at, dt, attempted):
 
 
 def _condition(step, control, influence, before, t, attempted, left, *sides):
-    """What an accepted attempt leaves, its past as one flat array, and whether the scale explains the residual.
+    """What an attempt that the controller accepts leaves, and whether the scale explains the residual.
 
-    ``influence``: whether that of the equation is kept; otherwise it would be carried for nothing.
+    Its past is one flat array. ``influence``: whether that of the equation is kept; otherwise it would be carried for
+    nothing.
     """
     step = step.within(before.layout)
     stepped = step.accept(before, attempted, t, left, *sides)

@@ -98,6 +98,10 @@ class AbstractController(eqx.Module):
     It knows numbers, not states. A subclass defines ``init`` and ``propose``, and has the fields ``tolerances``, which
     weigh the error, and ``limits``, the bounds and stops of the steps. Raises ``TypeError`` for fields of another kind.
 
+    The laws, which ``probode.testing.check_controller`` checks: an attempt is accepted if and only if its error norm is
+    at most one; after a rejection the next length is shorter; proposed lengths are positive, finite, proportional to
+    that of the attempt, and not longer for a larger error; the controller's state keeps structure, shapes and dtypes.
+
     >>> import probode
     >>> probode.testing.check_controller(probode.PIController())  # or a subclass of your own
     """
@@ -132,13 +136,16 @@ class AbstractController(eqx.Module):
     def propose(
         self, dt: Float[Array, ""], error_norm: Float[Array, ""], order: int, state: Any
     ) -> tuple[Bool[Array, ""], Float[Array, ""], Any]:
-        """From an attempt of length ``dt > 0`` whose error is of size ``error_norm`` (1 is just good enough; infinite
-        when the attempt is not finite) and of order ``dt^order``: whether to accept, the next ``dt``, the next state.
+        """Whether to accept an attempt, the length of the next one, and the next state of the controller.
 
-        The loop has applied the tolerances, and applies the limits to what is proposed; a step is at most three times
-        as long as the one before. The next state is kept after a rejected attempt, too. The one before is put back only
-        where an accepted step is refused after all, since its result is not finite or the output scale does not explain
-        its residual.
+        ``dt``: the length of the attempt, positive. ``error_norm``: the size of its error in tolerances; one is just
+        good enough, and it is infinite if the attempt is not finite. ``order``: the error grows like ``dt^order``.
+
+        The loop applies the limits to the proposed length, and makes a step at most three times as long as the one
+        before. The next state is kept after an attempt that is accepted or rejected here. If an attempt is accepted
+        here but the solver refuses its result, the state before is put back: where the result is not finite, where the
+        output scale does not explain the residual, and where the step goes beyond an event or is too long to see all
+        events. After a stop, or a reset by an event, ``init`` is called again.
         """
 
 

@@ -33,9 +33,10 @@ from .times import Interval, is_jump, round_off
 # So many derivatives at both ends of a step make the polynomial in which roots are looked for; fewer in single
 # precision, where the round-off of its coefficients would be seen.
 _DERIVATIVES = {8: 6, 4: 4}
-# An event so close to the end of a step happens there, as a share of a usual one, and at most of this one. Where one is
-# expected at the end, but lies so close behind it, by the error of the polynomial, the next attempt goes there: a step
-# that ended just before it would be followed by a very short one, whose round-off takes a large output scale.
+# An event counts as at the end of a step if it lies within `_CLOSE` times a usual step of it (at most `_SHARE` times
+# this step). A step that was to end at an event may miss it, by the error of the polynomial. If the event lies beyond
+# the end by at most `_BEHIND` times the step, the step is tried again, to the event: otherwise a very short step would
+# follow, whose round-off takes a large output scale.
 _CLOSE, _SHARE, _BEHIND = 1e-13, 1e-3, 0.1
 # After so many attempts that were meant to end at an event the next one halves the time in which it is.
 _TRIES = 4
@@ -73,7 +74,7 @@ class Watch(eqx.Module):
 
 
 class Seen(eqx.Module):
-    """What an accepted attempt shows of the events: which happen at its end, or that it goes too far.
+    """What an attempt that the controller accepts shows of the events: which happen at its end, or that it is too long.
 
     ``near``: how far from the end they may be. ``cut``: whether an event lies further inside, to which the next attempt
     goes; or half the way, if the step is ``coarse``: too long to see all roots of a function. ``finite``: whether all

@@ -71,6 +71,7 @@ def solve_bvp(
       problem (continuation).
     - ``parameters``: first guesses of unknown parameters, a PyTree. Field and boundary are then called with
       ``args = (parameters, args)``.
+    - ``data``: not available yet; anything but ``None`` raises ``ValueError``.
     - ``mesh``: the first nodes, ``(nodes,)``, from ``t0`` to ``t1``.
     - ``rtol``, ``atol``: the mesh is refined until the error of ``u`` is below ``atol + rtol |u|`` everywhere: numbers,
       or PyTrees like ``u``.
@@ -191,7 +192,10 @@ def _solve(bvp, guess, mesh, t0, t1, known, scales):
 
 
 def _with_closures(bvp, guess, us, t, known):
-    """Equations and guess with functions that hold what they close over, whose derivative is needed or is not."""
+    """Equations and guess whose functions are PyTrees with the arrays that users' functions close over.
+
+    So derivatives with respect to these arrays can be taken, or cut with ``detach``.
+    """
     k, args = bvp.k, bvp.with_parameters(known)
     ode, conditions = bvp.lifted.ode, bvp.boundary
     ode = ODE(traced_once(ode.vector_field, t, *us, args), order=k, jacobian=ode.jacobian)

@@ -51,10 +51,17 @@ class Unknowns(eqx.Module):
 class Chain(eqx.Module):
     """The eliminated equations, from which solutions for any right-hand sides follow.
 
-    For the node ``i + 1`` of every row ``i``: ``rotation``, the orthogonal transformation of the two equations that it
-    is in; ``inverse``, that of its triangle ``R``; ``following`` and ``border``: ``x = R^-1 c - following x_next -
-    border y`` with ``y = (x_0, p)``. ``end``: the matrix of the last system, for ``(x_N, y)``. ``conditioning``: the
-    smallest over the largest pivot of that matrix, with rows of length one; zero for a singular problem.
+    Row ``i`` eliminates node ``i + 1``. With the QR decomposition ``Q [R; 0]`` of its coefficients in the two equations
+    that it is in, ``y = (x_0, p)`` and ``top`` the upper part of the rotated right-hand side of the two,
+    ``x = R^-1 top - following x_next - border y``:
+
+    - ``rotation``: ``Q^T``; ``inverse``: ``R^-1``.
+    - ``following``, ``border``: ``R^-1`` times the upper parts of the rotated coefficients of the next node and of
+      ``y``.
+    - ``end``: the matrix of the last system, for ``(x_N, y)``.
+    - ``conditioning``: the smallest over the largest pivot of that matrix, with rows of length one; zero for a singular
+      problem.
+    - ``number``: of intervals. ``differentiable``: as for ``eliminated``.
     """
 
     rotation: Float[Array, "rows two_q two_q"]

@@ -154,10 +154,10 @@ class Equations(eqx.Module):
         return self.boundary(tuple(first), tuple(last), p)
 
     def _rule(self):
-        """The rule of an interval as a function of its length: derivatives with respect to the states at both ends.
+        """``rule(dt) -> (before, after)``: derivatives of an interval's residual by the states at its ends.
 
-        They are ``(q, dim)``, in units of the standard deviation that one output scale has in the interval, times a
-        power of its length: an interval of any length has the same noise.
+        Both are ``(q, dim)``. The residual is multiplied by the inverse square root of its covariance under the prior
+        with the output scales ``sizes``, but for the factor ``|dt|^-(nu + 1/2)``: so unit noise fits every length.
         """
         k, layout, one = self.k, self.layout, jnp.ones((), self.layout.dtype)
         prior = IWP(self.n - 1)

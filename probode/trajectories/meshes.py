@@ -126,9 +126,10 @@ def largest_nearby(x: Float[Array, "rows *rest"]) -> Float[Array, "rows *rest"]:
 def better(
     equations: Equations, mesh: Mesh, course: Course, scales: Scales, ratio: Array, last: Array
 ) -> tuple[Mesh, Course]:
-    """The mesh on which all intervals have the same share of the error, and the course on it.
+    """A mesh with more nodes, dense where the residual inside the intervals is large, and the course on it.
 
-    ``ratio``: of the error and the tolerance; ``last``: that of the mesh before.
+    ``ratio``: of the error and the tolerance; ``last``: that of the mesh before. They determine the number of
+    intervals; over each of these the density of nodes (``_density``) has the same integral.
     """
     growth = jnp.where(ratio < _FAR, (4 * ratio) ** (1 / _ORDER), _UNRESOLVED)
     growth = jnp.clip(jnp.where(ratio > last / 4, _MOST, growth), 1, _MOST)
@@ -138,7 +139,11 @@ def better(
 
 
 def _density(equations, mesh, course, scales):
-    """How many nodes there should be in a unit of time, up to a factor, for every interval; zero behind the last."""
+    """How many nodes there should be in a unit of time, up to a factor, for every interval; zero behind the last.
+
+    It is ``(|dt|^k r)^(1/8) / |dt|``, where ``r`` is the root mean square of the residual at inner points, in
+    tolerances; but no less than a small part of the mean density, nor than a third of that of a neighbour.
+    """
     x, k, lengths = course.states, equations.k, jnp.abs(mesh.lengths)
     field = flat_residual(equations.lifted.ode, equations.layout, equations.with_parameters(course.parameters))
 

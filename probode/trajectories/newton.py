@@ -20,16 +20,20 @@ from .collocation import Course, Equations, Mesh
 
 # The shortest part of a step that is tried, and how many steps there may be.
 _SHORTEST, _MOST = 1e-5, 40
-# How small the smallest pivot is where a system may be singular, given how inexact its equations are.
+# Bounds on the smallest pivot divided by the largest (`Chain.conditioning`); where the conditions determine a solution
+# it is above 1e-6. Below this one the equations, which are inexact, may be singular: so a failed run is reported.
 _NEARLY = 1e-8
-# The same where one condition follows from the others: with those of problems that have a solution it is above 1e-6.
+# Below this one a condition follows from the others: the search for a mesh stops.
 _SINGULAR = 1e-12
-# The part of the tolerances that is small enough for a last step.
+# A Newton step this small, in tolerances, is the last; so is a whole one after which the next would be this small.
 _SMALL = 1e-4
 
 
 class Scales(eqx.Module):
-    """What counts as one: the tolerances of ``u`` at its largest on the mesh, and those of the parameters."""
+    """The tolerances in which the size of a Newton step is measured: those of ``u``, at its largest on the mesh.
+
+    Parameters have the mean tolerances of the components of ``u``, at their own values.
+    """
 
     rtol: Float[Array, "*d"]
     atol: Float[Array, "*d"]
@@ -47,7 +51,7 @@ class Scales(eqx.Module):
         moved = jnp.where(real, step.states[:, 0], 0) / self.tolerance(largest)
         total, number = jnp.sum(moved**2), (mesh.number + 1) * u.shape[1]
         if step.parameters.size:
-            # Parameters have no tolerance of their own: the mean of those of u.
+            # Parameters have no tolerances of their own: they are given the means of those of u.
             rtol, atol = jnp.mean(self.rtol), jnp.mean(self.atol)
             total = total + jnp.sum((step.parameters / (atol + rtol * jnp.abs(course.parameters))) ** 2)
             number = number + step.parameters.size

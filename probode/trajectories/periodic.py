@@ -111,7 +111,11 @@ class _InPhase(eqx.Module):
 
 
 class _Closed(eqx.Module):
-    """The conditions of an orbit: it ends where it begins; unless it is forced, that is at right angles to a flow."""
+    """The conditions of an orbit: its first and last states agree.
+
+    If the period is unknown (the orbit is not forced) there is one more: the first state lies in the plane through the
+    first state of the guess, orthogonal to the flow there.
+    """
 
     ode: ODE
     is_forced: bool = eqx.field(static=True)
