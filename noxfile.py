@@ -65,3 +65,10 @@ def benchmarks(session):
     """The quick benchmark against the peers."""
     session.install("-e", ".[bench]")
     session.run("python", "-m", "benchmarks", *(session.posargs or ["--quick"]))
+
+
+@nox.session
+def docs(session):
+    """The site of the documentation, in `site/`; `nox -s docs -- --quick` does not execute the guides."""
+    session.install("-e", ".[docs]")
+    session.run("python", ".docs/build.py", *session.posargs)

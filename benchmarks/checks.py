@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """The findings, the true error at the end, the number of steps, and the cost of the check over that of the solve."""
+    """The findings, the true error at the end, the number of steps, the cost of the check over that of the solve."""
     import probode
 
     atol = 1e-3 * case.rtol if case.atol is None else case.atol

@@ -148,12 +148,12 @@ def _steps(solution: Solution, origin: Origin) -> tuple[Steps | None, list[str]]
     most = min(1 << math.ceil(math.log2(number)), path.rows.t.size)
     all_t = np.asarray(path.rows.t[:most])
     t = all_t[:number]
-    problem = solver.constraint.problem
-    ode = problem.ode if isinstance(problem, Lifted) else problem
+    equation = solver.constraint.problem
+    ode = equation.ode if isinstance(equation, Lifted) else equation
     is_known = isinstance(ode, ODE)
     if not is_known:
         skipped.append(
-            f"The equation inside of steps, and how errors grow: it is a {type(problem).__name__}, not an ODE."
+            f"The equation inside of steps, and how errors grow: it is a {type(equation).__name__}, not an ODE."
         )
     size = path.layout.size * (ode.order if is_known else 1)
     jacobians = is_known and size <= _LARGEST

@@ -140,11 +140,11 @@ def fit(
     >>> print(f"{found.parameters['rate']:.2f}")
     1.30
     """
-    problem = _Problem(u0, t0, t1, data, args, positive, likelihood, guess)
-    begins = problem.starts(starts, key)
+    target = _Target(u0, t0, t1, data, args, positive, likelihood, guess)
+    begins = target.starts(starts, key)
     most, tolerance = as_integer(max_iterations, "max_iterations", 1), as_scalar(tolerance, "tolerance")
     stages = [solver] if tempering is None else list(tempering.solvers(solver))
-    search, ends = _Search(problem.objective), []
+    search, ends = _Search(target.objective), []
     for x in np.asarray(begins):
         for stage in stages[:-1]:
             x = search(x, stage, min(_IN_STAGE, most), float(tolerance))[0]
@@ -156,24 +156,24 @@ def fit(
             "it fails (often max_steps)."
         )
     best = x[i := int(np.argmin(np.where(np.isfinite(values), values, np.inf)))]
-    covariance = problem.covariance(best, lambda x: search.slope(x, stages[-1]))
-    parameters = problem.parameters(best)
-    start, own = problem.start_of(parameters), problem.args_of(parameters)
+    covariance = target.covariance(best, lambda x: search.slope(x, stages[-1]))
+    parameters = target.parameters(best)
+    start, own = target.start_of(parameters), target.args_of(parameters)
     return Fit(
         parameters,
-        problem.unravel(jnp.sqrt(jnp.diagonal(covariance))),
+        target.unravel(jnp.sqrt(jnp.diagonal(covariance))),
         covariance,
         -jnp.asarray(values[i]),
         stages[-1].solve(start, t0, t1, args=own, save_at=data.ts, throw=False),
-        jax.vmap(problem.parameters)(begins),
-        jax.vmap(problem.parameters)(jnp.asarray(x)),
+        jax.vmap(target.parameters)(begins),
+        jax.vmap(target.parameters)(jnp.asarray(x)),
         -jnp.asarray(values),
         jnp.asarray(converged),
         jnp.asarray(count),
     )
 
 
-class _Problem:
+class _Target:
     """The negative log density of flat parameters, ``(p,)``, or of their logarithms, and what belongs to it."""
 
     def __init__(
