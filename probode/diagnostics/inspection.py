@@ -135,7 +135,7 @@ def _system(ode, t, us, layout, args):
     jacobian = jax.jacfwd(flat_field(ode, layout, args), argnums=1)(t, us)
     d, k, _ = jacobian.shape
     shift = jnp.eye(k * d, k=d, dtype=jacobian.dtype)
-    return shift.at[(k - 1) * d :].set(jacobian.reshape(d, k * d))
+    return shift.at[(k - 1) * d :].set(jnp.reshape(jacobian, (d, k * d)))
 
 
 def _growth(at_ends, at_third, dt, first, made):
