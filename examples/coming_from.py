@@ -25,6 +25,7 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 
 import probode
@@ -80,6 +81,16 @@ if importlib.util.find_spec("diffrax"):
 
 # %% [markdown]
 # The answers agree to the tolerance. Only probode also reports a standard deviation.
+
+# %%
+ax = plt.figure(layout="constrained").add_subplot()
+for name, answer in answers.items():
+    gap = np.max(np.abs(np.asarray(answer) - np.asarray(answers["probode"])), axis=1)
+    if name != "probode":
+        ax.semilogy(ts, gap, ".-", label=f"distance of {name} from probode")
+ax.semilogy(ts, np.max(np.asarray(solution.std), axis=1), "k--", label="standard deviation of probode")
+ax.set_xlabel("time")
+ax.legend(frameon=False)
 
 # %%
 for name, answer in answers.items():

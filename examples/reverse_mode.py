@@ -9,6 +9,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 
 import probode
 
@@ -63,3 +64,16 @@ print(f"gradient in the initial factor: {jnp.abs(gradient.factor).max():.1f} at 
 # %%
 in_scale = eqx.filter_grad(loss)(bounded, initial).prior.output_scale
 print(f"gradient in the output scale: {float(in_scale):.1e}")
+
+# %% [markdown]
+# The loss over the initial value, and its slopes by reverse mode.
+
+# %%
+starts = jnp.linspace(0.02, 0.3, 8)
+losses, slopes = jax.vmap(jax.value_and_grad(lambda u: loss(bounded, bounded.initialise(u, 0.0))))(starts[:, None])
+ax = plt.figure(layout="constrained").add_subplot()
+ax.plot(starts, losses, ".-")
+for u, value, slope in zip(starts, losses, slopes[:, 0], strict=True):
+    ax.plot([u - 0.01, u + 0.01], [value - 0.01 * slope, value + 0.01 * slope], color="C1")
+ax.set_xlabel("initial value")
+ax.set_ylabel("loss")

@@ -106,6 +106,15 @@ solution = probode.Solver(probode.IWP(3), Secants(ode), controller=halving).solv
 print(solution.summary())
 
 # %% [markdown]
+# The lengths of its steps, all of them powers of two times the first:
+
+# %%
+kept = probode.Solver(probode.IWP(3), Secants(ode), controller=halving).solve(
+    u0, 0.0, 5.0, save_at=probode.SaveAt(t0=True, dense=True)
+)
+probode.plots.plot_steps(kept)
+
+# %% [markdown]
 # ## Property-based tests
 #
 # With hypothesis, `probode.testing` generates equations with known solutions, grids, priors and solvers:
