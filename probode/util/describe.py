@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+
+# How long a line of text is at most.
+_LINE = 110
 
 
 def brief(x: Any) -> str:
@@ -101,8 +106,13 @@ def is_known(tree: Any) -> bool:
 
 def as_text(rows: Sequence[tuple[str, str]]) -> str:
     """Pairs of a name and words as text, in two columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {words}" for name, words in rows)
+    width = max(len(name) for name, _ in rows) + 2
+
+    def lines(words):
+        return textwrap.wrap(words, max(40, _LINE - width), break_long_words=False, break_on_hyphens=False) or [""]
+
+    both = ((f"{name:<{width}}", lines(words)) for name, words in rows)
+    return "\n".join(name + f"\n{'':<{width}}".join(words) for name, words in both)
 
 
 def as_html(title: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -114,6 +114,7 @@ def test_steps_that_were_not_kept_are_taken_again():
     assert "solved again" in str(two) and "solved again" not in str(one)
 
 
+@pytest.mark.thorough
 def test_a_second_solve_finds_what_the_steps_do_not_show(monkeypatch):
     """Errors that grow, where the Jacobian is thought too large to look at, and the covariance does not know it."""
     monkeypatch.setattr(check, "_LARGEST", 0)
@@ -130,6 +131,7 @@ def test_a_failed_solve_says_why():
     assert finding.kind == "failed" and "max_steps" in finding.message and "throw" not in finding.message
 
 
+@pytest.mark.thorough
 def test_standard_deviations_without_calibration_are_doubted():
     parts = {"calibration": po.NoCalibration(), "controller": po.IntegralController(1e-4, 1e-6)}
     solver = po.Solver(po.IWP(4), po.TS1(po.ODE(lotka_volterra)), **parts)
@@ -137,6 +139,7 @@ def test_standard_deviations_without_calibration_are_doubted():
     assert "miscalibrated" in [finding.kind for finding in report.findings]
 
 
+@pytest.mark.thorough
 def test_stiffness_is_advice_and_no_doubt():
     solver = po.Solver(po.IWP(3), po.TS0(po.ODE(forced)))
     report = solve(solver=solver, rate=300.0, wave=300.0, t1=1.5).check()
@@ -144,6 +147,7 @@ def test_stiffness_is_advice_and_no_doubt():
     assert report.is_trusted and not report.findings[0].is_doubt and "cost less" in str(report)
 
 
+@pytest.mark.thorough
 def test_jumps_at_stops_and_events_are_expected():
     controller = po.IntegralController(1e-4, 1e-6, stop_at=[3.3])
     solver = po.Solver(SOLVER.prior, SOLVER.constraint, controller=controller)
@@ -179,6 +183,7 @@ def test_with_all_kinds_of_parts(parts):
     assert solve(u0=1.0 + u0, solver=solver, save_at=save_at, wave=1.0).check().is_trusted
 
 
+@pytest.mark.thorough
 def test_other_problems_are_looked_at_as_far_as_possible():
     implicit = po.Residual(lambda t, u, du, args: du + u - jnp.cos(t))
     report = po.Solver(po.IWP(3), po.TS1(implicit)).solve(1.0, 0.0, 5.0, save_at=DENSE).check()

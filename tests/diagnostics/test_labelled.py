@@ -43,12 +43,14 @@ def test_draws_are_joint_samples(solution):
     np.testing.assert_array_equal(data.u.sel(component="prey"), solution.sample(key, (3,))["prey"])
 
 
+@pytest.mark.thorough
 def test_steps_that_were_not_taken_are_left_out():
     solution = SOLVER.solve(U0, 0.0, 5.0, save_at=po.SaveAt(t0=True, steps=True))
     taken = int(solution.stats["num_accepted_steps"])
     assert solution.to_xarray().sizes["time"] == taken + 1
 
 
+@pytest.mark.thorough
 def test_lanes_have_a_dimension():
     def solve(prey):
         return SOLVER.solve(U0 | {"prey": prey}, 0.0, 5.0, save_at=[1.0, 5.0])
