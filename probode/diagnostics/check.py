@@ -124,7 +124,9 @@ def _facts(solution):
     """Pairs of a name and words about how the solve ended."""
     facts = [("result", in_words(solution.result))]
     if not solution.layout.factorisation.own_algebra and solution.state is not None:
-        facts.append(("log likelihood", f"{float(solution.log_likelihood):.6g} that the equation holds at all steps"))
+        facts.append(
+            ("log likelihood", f"{float(solution.log_likelihood) + 0.0:.6g} that the equation holds at all steps")
+        )
     return facts
 
 
@@ -262,7 +264,7 @@ def _growth(steps):
             f"those of the size of the tolerances by {np.max(steps.growth[-1] / steps.weight[-1]):.1g} at t1",
         )
     if steps.eigenvalues.size:
-        left, right = np.min(steps.eigenvalues.real), np.max(steps.eigenvalues.real)
+        left, right = np.min(steps.eigenvalues.real) + 0.0, np.max(steps.eigenvalues.real) + 0.0  # no -0
         yield "eigenvalues", f"real parts from {left:.2g} to {right:.2g}"
 
 

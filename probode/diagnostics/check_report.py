@@ -24,7 +24,7 @@ class Finding:
     >>> import jax.numpy as jnp, probode
     >>> switch = lambda t, u, args: jnp.where(t < 1, -u, u)
     >>> probode.solve_ivp(switch, (0.0, 2.0), 1.0, dense_output=True).check().findings[0].kind
-    'kink'
+    'jump'
     """
 
     kind: str
@@ -71,8 +71,8 @@ class CheckReport:
 
     @property
     def is_trusted(self) -> bool:
-        """Whether there is no reason to doubt the numbers."""
-        return not any(finding.is_doubt for finding in self.findings)
+        """Whether the steps were looked at, and there is no reason to doubt the numbers."""
+        return self.t.size > 0 and not any(finding.is_doubt for finding in self.findings)
 
     def _rows(self):
         rows = [(finding.kind, f"{finding.message} {finding.remedy}".strip()) for finding in self.findings]
@@ -82,6 +82,8 @@ class CheckReport:
         doubts = sum(finding.is_doubt for finding in self.findings)
         if doubts:
             return f"{doubts} reason{'s' if doubts > 1 else ''} to doubt this solution"
+        if not self.t.size:
+            return "The steps of this solution were not looked at"
         return "No reason was found to doubt this solution" + (", but it could cost less" if self.findings else "")
 
     def __str__(self) -> str:

@@ -197,7 +197,7 @@ def test_boundary_values_large_systems_and_subspaces():
     bvp = po.solve_bvp(
         po.ODE(lambda t, u, du, args: -u, order=2), lambda a, b: (a[0], b[0] - 1.0), (0.0, 1.0), lambda t: t
     )
-    assert bvp.check().is_trusted and "boundary value" in bvp.check().not_looked_at[0]
+    assert not bvp.check().is_trusted and "boundary value" in bvp.check().not_looked_at[0]
     u0 = jnp.linspace(1.0, 2.0, 100)
     large = po.solve_ivp(lambda t, u, args: -u, (0.0, 2.0), u0, method="EK0", dense_output=True).check()
     assert large.is_trusted and large.growth is None and "large" in large.not_looked_at[0]
@@ -207,6 +207,7 @@ def test_solutions_of_compiled_functions_need_their_solver():
     made = jax.jit(lambda u0: SOLVER.solve(u0, 0.0, 10.0, args=NOTHING | {"pulse": 1.0}, save_at=DENSE))(0.0)
     report = made.check()
     assert report.findings == () and "check(solver" in report.not_looked_at[0]
+    assert not report.is_trusted and "not looked at" in str(report)
     assert made.check(SOLVER, args=NOTHING | {"pulse": 1.0}).findings[0].kind == "unseen"
     solution = solve(wave=1.0)
     assert copy.copy(solution).check().not_looked_at and not solution.check().not_looked_at
