@@ -9,10 +9,15 @@ import pytest
 
 import probode
 
+from .helpers import left_to_nox
 from .test_architecture import public_names
 
 
-@pytest.mark.parametrize("name", public_names())
+# Examples that take long to compile.
+LONG = {"Finding", "Fit", "data_distribution", "fit", "marginalise", "solve_bvp"}
+
+
+@pytest.mark.parametrize("name", [*sorted(set(public_names()) - LONG), *left_to_nox(*sorted(LONG))])
 def test_the_example_runs(name):
     value = getattr(probode, name)
     finder = doctest.DocTestFinder(recurse=False)

@@ -69,6 +69,7 @@ def test_a_failing_lane_leaves_the_others_bitwise_alone(lanes_per_block):
 
 
 @pytest.mark.parametrize("sign", [1.0, pytest.param(-1.0, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
 def test_a_lane_whose_interval_is_empty_stays_at_its_start(sign):
     """Its derivatives with respect to ``u0`` are those of the identity; the others are what they are alone."""
     t1 = sign * jnp.array([0.0, 0.5, 1.0])
@@ -86,6 +87,7 @@ def test_a_lane_whose_interval_is_empty_stays_at_its_start(sign):
         np.testing.assert_allclose(slope[i], np.exp(-0.5 * t1[i]), rtol=1e-2)
 
 
+@pytest.mark.thorough
 def test_an_empty_interval_has_the_derivative_of_its_end():
     # Beside a lane of some length: u' at the end with respect to t1, and minus that with respect to t0.
     args, ends = {"rate": 0.5}, jnp.array([0.0, 0.5])

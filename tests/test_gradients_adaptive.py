@@ -60,6 +60,7 @@ def frozen_times(solver, x):
     ),
     ids=name,
 )
+@pytest.mark.thorough
 def test_adaptive_equals_frozen_steps(constraint, calibration):
     solver = adaptive_solver(constraint, calibration=calibration, **FEW)
     x = jnp.asarray(PARAMETERS)

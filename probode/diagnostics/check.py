@@ -167,6 +167,14 @@ def _steps(solution: Solution, origin: Origin) -> tuple[Steps | None, list[str]]
     measured = inspect(path, ode if is_known else None, tolerances, args, most, (step, since), jacobians, frozen)
     measured = jax.tree.map(np.asarray, measured)
     real = np.flatnonzero(step < number - 1) if is_known else np.zeros(0, int)
+    defect = measured.defect[real]
+    if not np.all(np.isfinite(defect)):
+        # The prediction may leave the domain of the vector field, where the solution does not.
+        first = np.min((all_t[step] + since)[real][~np.isfinite(defect)])
+        skipped.append(
+            f"The equation at t = {first:.6g} inside of a step, and perhaps elsewhere: it is infinite or NaN."
+        )
+        defect = np.where(np.isfinite(defect), defect, 0)
     growth, rows, values = None, np.zeros(0, int), np.zeros((0, size))
     if measured.jacobian is not None:
         finite = np.all(np.isfinite(measured.jacobian[:number]), axis=(1, 2))
@@ -189,7 +197,7 @@ def _steps(solution: Solution, origin: Origin) -> tuple[Steps | None, list[str]]
         whitened=measured.whitened[: number - 1],
         points_t=(all_t[step] + since)[real],
         points_step=step[real],
-        defect=measured.defect[real],
+        defect=defect,
         eigenvalues_row=rows,
         eigenvalues=values,
         names=component_names(solution.mean),

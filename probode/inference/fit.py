@@ -50,6 +50,13 @@ class Fit(eqx.Module):
     - ``iterations``: how many it took in its last stage, ``(starts,)``.
 
     ``summary()``: a table. ``distribution``: parameters and covariance as a ``Normal``, for ``marginalise``.
+
+    >>> import jax.numpy as jnp, probode
+    >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: args)))
+    >>> data = probode.Observations([1.0, 2.0], jnp.array([0.5, 1.0]), 0.1)
+    >>> found = probode.fit(solver, 0.0, 0.0, 2.0, data, 1.0)
+    >>> print(f"{found.parameters:.3f} +- {found.std:.3f}")
+    0.500 +- 0.045
     """
 
     parameters: PyTree[Float[Array, "..."]]

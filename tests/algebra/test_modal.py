@@ -70,6 +70,7 @@ def check_equal(own, expected, rtol):
     ),
     ids=lambda x: name(x) if isinstance(x, po.AbstractStrategy) else "",
 )
+@pytest.mark.thorough
 def test_a_constant_normal_jacobian_makes_it_dense(matrix, strategy):
     times = np.linspace(0.0, 1.0, 5)
     runs = [solver(f, linear(matrix), strategy=strategy) for f in (po.Modal(), po.Dense())]

@@ -193,6 +193,16 @@ def test_other_problems_are_looked_at_as_far_as_possible():
 
 
 @pytest.mark.thorough
+def test_fields_that_are_not_finite_inside_of_a_step_are_told():
+    """The filter's prediction between steps leaves the domain of the field, the solution does not."""
+    root = po.ODE(lambda t, u, args: jnp.where(jnp.abs(t - 0.77) < 1e-3, jnp.nan, -u))
+    solver = po.Solver(po.IWP(3), po.TS1(root), controller=po.IntegralController(1e-3, 1e-3))
+    report = solver.solve(1.0, 0.0, 1.0, save_at=DENSE, throw=False).check()
+    assert any("NaN" in words for words in report.not_looked_at) or report.findings[0].kind == "failed"
+    assert np.all(np.isfinite(report.residual))
+
+
+@pytest.mark.thorough
 def test_boundary_values_large_systems_and_subspaces():
     bvp = po.solve_bvp(
         po.ODE(lambda t, u, du, args: -u, order=2), lambda a, b: (a[0], b[0] - 1.0), (0.0, 1.0), lambda t: t

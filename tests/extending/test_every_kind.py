@@ -143,6 +143,7 @@ def test_there_is_one_of_each_kind():
     assert kinds == asked - special - coupled
 
 
+@pytest.mark.thorough
 def test_a_mass_matrix_is_what_its_inverse_makes_of_the_field():
     explicit = po.ODE(lambda t, u, args: jnp.linalg.solve(MASS, field(t, u, args)))
     parts = {"controller": po.IntegralController(1e-8, 1e-8), "loop": po.ForwardLoop(512)}

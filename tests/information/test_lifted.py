@@ -341,6 +341,7 @@ def test_chains_of_quadratures_are_neither_wrong_nor_certain(nu, evaluations):
 
 
 @pytest.mark.parametrize("factorisation", first_of(*FACTORISATIONS[::-1]))
+@pytest.mark.thorough
 def test_strategies_agree(factorisation):
     parts = {"factorisation": factorisation, "controller": po.IntegralController(1e-5, 1e-6)}
     problem, times = po.ODE(lotka_volterra).lifted(3), jnp.linspace(0.5, 5.0, 7)
@@ -420,6 +421,7 @@ def test_the_derivatives_have_standard_deviations():
 
 @pytest.mark.parametrize("nu", first_of(5, 3, 7))
 @pytest.mark.parametrize("rtol", first_of(1e-8, 1e-3))
+@pytest.mark.thorough
 def test_a_filter_alone_is_about_right(nu, rtol):
     """Its uncertainty is the error of its own evaluations, carried along the solution."""
     made = solver(
@@ -446,6 +448,7 @@ def test_a_filter_alone_is_about_right(nu, rtol):
         (po.TS0, po.BlockDiagonal()), (po.TS1, po.Dense()), (po.TS1, po.BlockDiagonal()), (po.TS1, po.Isotropic())
     ),
 )
+@pytest.mark.thorough
 def test_gradients(constraint, factorisation):
     made = po.Solver(
         po.IWP(4),

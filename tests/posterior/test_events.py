@@ -39,6 +39,7 @@ def test_the_state_after_a_reset_moves_with_the_level():
         np.testing.assert_allclose(derivative(0.7), -1.0, rtol=1e-13)
 
 
+@pytest.mark.thorough
 def test_derivatives_through_ten_resets():
     """Of the last time and the last state, in both modes; the second one forward over reverse."""
 
@@ -91,6 +92,7 @@ def test_derivatives_of_a_nonlinear_problem_are_those_of_differences(forward):
         np.testing.assert_allclose(jax.jit(jacobian(outcome))(x), expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.thorough
 def test_a_gradient_is_finite_where_nothing_happens():
     """The empty places must not poison it; nor a function that is not defined at zero."""
     event = po.Event(lambda t, u, args: jnp.log(u) + args, terminal=False)
@@ -105,6 +107,7 @@ def test_a_gradient_is_finite_where_nothing_happens():
     np.testing.assert_allclose(jax.jit(jax.grad(with_times))(1.0), 1.0, rtol=1e-7)
 
 
+@pytest.mark.thorough
 def test_the_first_impact_of_a_ball_that_falls_from_an_uncertain_height():
     """``std(t) = s / sqrt(2 g h)``; after the impact the covariance is that of the saltation matrix."""
     s, strategy = 1e-3, {"strategy": po.FixedPointSmoother()}
@@ -126,6 +129,7 @@ def test_the_first_impact_of_a_ball_that_falls_from_an_uncertain_height():
 
 
 @pytest.mark.parametrize("factorisation", [po.Dense(), po.BlockDiagonal()])
+@pytest.mark.thorough
 def test_numerical_uncertainty_goes_through_a_reset(factorisation):
     """A state with a covariance, one reset, and no further noise: ``S P S^T``, of ``BlockDiagonal`` its diagonal."""
     ball = solver(
@@ -182,6 +186,7 @@ def test_the_deviation_of_a_time_is_differentiated_at_the_time_of_the_event():
         np.testing.assert_allclose(jax.jit(derivative(deviation))(0.3), jax.grad(exact)(0.3), rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_intervals_of_event_times_hold_the_times():
     """1000 uncertain starts of an oscillator; closed forms of the true times."""
     s, level, draws = 0.02, 0.3, 1000
@@ -232,6 +237,7 @@ def test_expected_crossings(uncertain):
     np.testing.assert_allclose(events.expected_crossings, [4.0], atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_expected_crossings_of_a_function_that_nearly_touches_zero():
     """Against the crossings of many sampled solutions: the mean does not cross."""
     s, number = 0.05, 100_000

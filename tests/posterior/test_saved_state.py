@@ -65,6 +65,7 @@ def stopping_at_one(solver):
 
 @strategies
 @pytest.mark.parametrize("calibration", first_of(po.DynamicCalibration(memory=0.5), po.NoCalibration()), ids=name)
+@pytest.mark.thorough
 def test_a_solve_with_a_stop_is_that_of_its_pieces(strategy, calibration):
     """The second one starts from the distribution of ``u`` with which the first one has ended."""
     solver = make(strategy, calibration)

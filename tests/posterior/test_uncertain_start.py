@@ -131,6 +131,7 @@ AT_REST = {
 
 
 @pytest.mark.parametrize("name", first_of("TS0", *(name for name in AT_REST if name != "TS0")))
+@pytest.mark.thorough
 def test_where_the_mean_is_at_rest_steps_are_those_that_the_spread_needs(name):
     own, flow = AT_REST[name], np.asarray(jax.scipy.linalg.expm(5.0 * jnp.array([[0.0, 1.0], [-1.0, 0.0]])))
     uncertain = po.Normal(jnp.zeros(2), FACTOR)
@@ -171,6 +172,7 @@ def test_gradients_with_respect_to_mean_and_spread():
     check_jacobians(std, x, atol=0)
 
 
+@pytest.mark.thorough
 def test_errors():
     uncertain = po.Normal(MEAN, FACTOR)
     with pytest.raises(ValueError, match=r"Use Dense\(\) or BlockDiagonal\(\)"):

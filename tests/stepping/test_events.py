@@ -98,6 +98,7 @@ def test_output_is_continuous_from_the_right():
     np.testing.assert_allclose(draws["x"], jnp.asarray([[ball_at(0.4), ball_at(0.5)]] * 3), atol=1e-7)
 
 
+@pytest.mark.thorough
 def test_a_second_order_equation():
     ball = solver(lambda t, u, du, args: jnp.full_like(u, -GRAVITY), order=2)
     event = po.Event(lambda t, u, du, args: u, direction=-1, reset=lambda t, u, du, args: (u, -LOSS * du))
@@ -175,6 +176,7 @@ def test_a_clock_that_starts_on_its_surface_a_thousand_times():
 
 
 @pytest.mark.parametrize("loss", first_of(0.5, 0.3, 0.7))
+@pytest.mark.thorough
 def test_a_ball_that_comes_to_rest_ends_with_a_code(loss):
     """Infinitely many bounces in finite time: it must not fall through the floor."""
     back = po.Event(
@@ -389,6 +391,7 @@ def test_a_solve_that_goes_on_with_other_parameters_has_other_events():
         np.testing.assert_allclose(further.events.t[: len(expected)], expected, atol=1e-7)
 
 
+@pytest.mark.thorough
 def test_a_function_that_is_not_a_number_ends_the_solve():
     line = solver(lambda t, u, args: -jnp.ones_like(u))
     event = po.Event(lambda t, u, args: jnp.log(u) + 5.0)

@@ -108,6 +108,7 @@ def test_lanes_that_fail_or_end_early():
     np.testing.assert_allclose(shared, sum(of_rate for of_rate, _ in alone) / 4, rtol=1e-9)
 
 
+@pytest.mark.thorough
 def test_memory_grows_like_the_square_root_of_the_number_of_steps():
     def memory(steps):
         end = lambda u0: solver(po.CheckpointedLoop(steps)).solve(u0, 0.0, 2.0, args=1.3, throw=False).mean[-1]  # noqa: E731

@@ -402,7 +402,9 @@ class TurnsOver(po.AbstractJacobian):
         (
             testing.check_prior,
             VanLoan(),
-            "dt=1e-12, float64: the square root of the noise is finite.*NaN.*Cholesky.*probode.linear_transition",
+            # Which of the two comes first depends on the rounding of the machine.
+            "float64: (the square root of the noise is finite.*NaN.*Cholesky|a step is the same as one.*cancellation)"
+            ".*probode.linear_transition",
         ),
         (
             testing.check_prior,

@@ -83,10 +83,10 @@ PROBLEMS = {
 }  # fmt: skip
 CASES = [
     ("decay", [(1e-1, 1e-4), (1e-2, 1e-6), (1e-4, 1e-8)]),
-    ("turning", [(1e-1, 1e-6), (1e-2, 1e-8), (1e-4, 1e-4)]),
-    ("corner", [(1e-1, 1e-4), (1e-1, 1e-8), (1e-2, 1e-6)]),
 ]
 MORE = [
+    ("turning", [(1e-1, 1e-6), (1e-2, 1e-8), (1e-4, 1e-4)]),
+    ("corner", [(1e-1, 1e-4), (1e-1, 1e-8), (1e-2, 1e-6)]),
     ("polytrope", [(1.0, 1e-4), (1.0, 1e-8)]),
     ("convection", [(1e-1, 1e-4), (1e-2, 1e-6), (1e-3, 1e-6), (1e-4, 1e-8)]),
     ("peak", [(1e-1, 1e-4), (1e-2, 1e-6), (1e-4, 1e-8)]),
@@ -125,6 +125,7 @@ def test_closed_forms(name, cases):
         assert not told.any() or 0.01 < np.mean((error[told] / std[told]) ** 2) < 10, (name, small, tol)
 
 
+@pytest.mark.thorough
 def test_the_limits_of_the_mesh():
     """Unused rows repeat the last node; a solution that needs more nodes than there may be is no success."""
     solution = solved("turning", 1e-4, 1e-8, max_nodes=40, throw=False)
@@ -161,6 +162,7 @@ def test_both_solutions_of_bratus_problem():
         assert abs(float(solution.evaluate(0.5).mean) - expected) < 1e-8 + 1e-8 * expected
 
 
+@pytest.mark.thorough
 def test_an_eigenvalue():
     """``u'' = -k^2 u`` that is zero at both ends: ``k`` is a multiple of pi, with an error as large as it says."""
     field = po.ODE(lambda t, u, du, args: -(args[0] ** 2) * u, order=2)
@@ -171,6 +173,7 @@ def test_an_eigenvalue():
     assert 0.5 * error < float(solution.parameters.factor[0, 0]) < 1e-6
 
 
+@pytest.mark.thorough
 def test_measured_ends():
     """``u'' = 0`` between two measured values: the standard deviation is known in closed form, also of samples."""
     conditions = lambda ua, ub, args: [po.Normal(ua[0] - 1.0, 0.1), po.Normal(ub[0] - 2.0, 0.3)]  # noqa: E731
@@ -309,6 +312,7 @@ def test_what_has_no_solution_says_so():
     assert solution.result == po.Result.nonfinite
 
 
+@pytest.mark.thorough
 def test_conditions_without_a_solution_are_singular():
     """``u'' = -u`` over a half of its period: the value at one end determines that at the other."""
     oscillator = po.ODE(lambda t, u, du, args: -u, order=2)

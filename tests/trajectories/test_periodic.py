@@ -19,6 +19,7 @@ def orbit(guess=(2.0, 0.0), period=6.5, tol=1e-6, **options):
     return po.solve_periodic(VAN_DER_POL, guess, period, args=1.0, rtol=tol, atol=1e-3 * tol, **options)
 
 
+@pytest.mark.thorough
 def test_the_limit_cycle_of_van_der_pol():
     """The error of the period is below the tolerance, and as large as it says; the orbit closes."""
     solution = orbit()
