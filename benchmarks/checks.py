@@ -75,14 +75,9 @@ DOUBTFUL = {
     "pulse after everything has decayed": Case(
         lambda t, u, args: -u + 10 * jnp.exp(-(((t - 57.3) / 0.05) ** 2)), 100.0, 1.0
     ),
-    "power of a sine that is flat at the ends": Case(lambda t, u, args: jnp.sin(jnp.pi * t) ** 16 - u, 1.0, 0.0),
     "Lorenz to t = 40, EK1": Case(lorenz, 40.0, ONES, rtol=1e-6),
     "Lorenz to t = 40, EK0": Case(lorenz, 40.0, ONES, "EK0", 1e-6),
     "Lorenz to t = 40, Taylor": Case(lorenz, 40.0, ONES, "Taylor", 1e-6),
-    "Duffing, chaotic, EK0": Case(
-        lambda t, u, args: jnp.stack([u[1], -0.1 * u[1] - u[0] ** 3 + 12 * jnp.cos(t)]),
-        100.0, jnp.array([1.0, 0.0]), "EK0", 1e-5,
-    ),
     "Henon and Heiles, chaotic, EK0": Case(
         lambda t, u, args: jnp.stack([u[2], u[3], -u[0] - 2 * u[0] * u[1], -u[1] - u[0] ** 2 + u[1] ** 2]),
         500.0, jnp.array([0.0, 0.1, 0.49, 0.0]), "EK0",
@@ -139,6 +134,14 @@ RIGHT = {
         lambda t, u, args: jnp.stack([-u[0], u[0] - 3 * u[1], 3 * u[1]]), 10.0, jnp.array([1.0, 0.0, 0.0])
     ),
     "Lorenz to t = 5": Case(lorenz, 5.0, ONES, rtol=1e-6),
+    "power of a sine that is flat at the ends": Case(lambda t, u, args: jnp.sin(jnp.pi * t) ** 16 - u, 1.0, 0.0),
+    "Duffing, EK0": Case(
+        lambda t, u, args: jnp.stack([u[1], -0.1 * u[1] - u[0] ** 3 + 12 * jnp.cos(t)]),
+        100.0,
+        jnp.array([1.0, 0.0]),
+        "EK0",
+        1e-5,
+    ),
     "flame": Case(lambda t, u, args: u**2 - u**3, 2e4, 1e-4),
     "pendulum": Case(PENDULUM, 20.0, jnp.array([1.0, 0.0])),
 }
@@ -172,6 +175,8 @@ def measured(case: Case) -> dict[str, Any]:
     atol = 1e-3 * case.rtol if case.atol is None else case.atol
     controller = probode.IntegralController(case.rtol, atol)
 
+    # (The module was imported before double precision was switched on.)
+    case = case._replace(u0=jnp.asarray(case.u0, float))
     solver = _solver(case, controller)
     save_at = probode.SaveAt(t0=True, steps=True, dense=True)
     solve = lambda: solver.solve(case.u0, case.t0, case.t1, args=case.args, save_at=save_at, throw=False)  # noqa: E731
@@ -205,10 +210,12 @@ def _error(case, solution):
     """The error at the time that was reached, relative to the largest value of its component; by SciPy at 1e-12."""
     from scipy.integrate import solve_ivp
 
+    import probode
+
     field = jax.jit(lambda t, u: jnp.ravel(case.field(t, jnp.reshape(u, jnp.shape(case.u0)), case.args)))
     last = int(solution.stats["num_accepted_steps"])
     t, u = np.asarray(solution.t), np.asarray(solution.mean).reshape(solution.t.size, -1)
-    if last == 0:
+    if solution.result != probode.Result.successful:
         return float("nan")
     longest = abs(t[last] - t[0]) / 500  # so that it sees pulses
     accurate = {"method": "LSODA", "rtol": 1e-11, "atol": 1e-14, "max_step": longest}

@@ -200,17 +200,20 @@ def _jumps(steps: Steps) -> Iterator[Finding]:
 
 def _cut_steps(dt):
     """The first and the last of steps that are far shorter than some among their neighbours on both sides."""
+    around = np.concatenate([np.zeros(_NEIGHBOURS), dt, np.zeros(_NEIGHBOURS)])
+    longest = np.max(np.lib.stride_tricks.sliding_window_view(around, _NEIGHBOURS), axis=1)
+    bound = _CUT * np.minimum(longest[: dt.size], longest[_NEIGHBOURS + 1 :])
+    short = np.flatnonzero((dt > 0) & (dt < bound))
     found: list[tuple[int, int]] = []
-    for i in range(2, dt.size - 2):
-        before, after = dt[max(0, i - _NEIGHBOURS) : i], dt[i + 1 : i + 1 + _NEIGHBOURS]
-        bound = _CUT * min(np.max(before), np.max(after))
-        if 0 < dt[i] < bound and not (found and i <= found[-1][1]):
-            first = last = i
-            while first > 0 and dt[first - 1] < bound:
-                first -= 1
-            while last < dt.size - 1 and dt[last + 1] < bound:
-                last += 1
-            found.append((first, last))
+    for i in short[(short >= 2) & (short < dt.size - 2)]:
+        if found and i <= found[-1][1]:
+            continue
+        first = last = i
+        while first > 0 and dt[first - 1] < bound[i]:
+            first -= 1
+        while last < dt.size - 1 and dt[last + 1] < bound[i]:
+            last += 1
+        found.append((int(first), int(last)))
     return found
 
 
