@@ -60,7 +60,9 @@ def attracted(t, u, args):
 def _standard(name, method, rtol):
     problem = PROBLEMS[name]
     u0 = jnp.asarray(problem.u0)
-    return Case(problem.vector_field, problem.t1, u0, method, rtol, problem.args, problem.t0)
+    # All states that may be kept have room in memory: with 64 components they are large.
+    most = 20_000 if problem.dim < 32 else 512
+    return Case(problem.vector_field, problem.t1, u0, method, rtol, problem.args, problem.t0, max_steps=most)
 
 
 def _eccentric(e):
