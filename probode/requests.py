@@ -174,7 +174,7 @@ def time(t: Any, name: str, layout: Layout) -> Array | np.ndarray:
 
 
 def pair(t_span: Any) -> tuple[Any, Any]:
-    """``t0`` and ``t1`` of a ``t_span``; raises ``ValueError`` unless they are a pair."""
+    """The two entries ``t0`` and ``t1`` of ``t_span``; raises ``ValueError`` unless they are a pair."""
     pair = isinstance(t_span, (tuple, list)) and len(t_span) == 2
     if not pair and not (hasattr(t_span, "shape") and t_span.shape == (2,)):
         raise ValueError(f"t_span must be a pair (t0, t1), got {t_span!r}.")

@@ -131,7 +131,7 @@ def _facts(solution):
 
 
 def _again(origin):
-    """The solution computed once more, by the same steps, which are kept."""
+    """The ``Solution`` of the same problem by a filter, with the same steps, all of which are kept."""
     solver = dataclasses.replace(origin.solver, strategy=Filter())
     save_at = SaveAt(t0=True, dense=True)
     return solver.solve(
@@ -167,10 +167,10 @@ def _steps(solution: Solution, origin: Origin) -> tuple[Steps | None, list[str]]
     measured = inspect(path, ode if is_known else None, tolerances, args, most, (step, since), jacobians, frozen)
     measured = jax.tree.map(np.asarray, measured)
     real = np.flatnonzero(step < number - 1) if is_known else np.zeros(0, int)
-    defect = measured.defect[real]
+    points_t, defect = (all_t[step] + since)[real], measured.defect[real]
     if not np.all(np.isfinite(defect)):
         # The prediction may leave the domain of the vector field, where the solution does not.
-        first = np.min((all_t[step] + since)[real][~np.isfinite(defect)])
+        first = np.min(points_t[~np.isfinite(defect)])
         skipped.append(
             f"The equation at t = {first:.6g} inside of a step, and perhaps elsewhere: it is infinite or NaN."
         )
@@ -195,7 +195,7 @@ def _steps(solution: Solution, origin: Origin) -> tuple[Steps | None, list[str]]
         growth=growth,
         seen=measured.seen[: number - 1],
         whitened=measured.whitened[: number - 1],
-        points_t=(all_t[step] + since)[real],
+        points_t=points_t,
         points_step=step[real],
         defect=defect,
         eigenvalues_row=rows,
@@ -277,7 +277,7 @@ def _growth(steps):
 
 
 def _compared(steps, origin, skipped):
-    """Findings from a second solve, with tighter tolerances and shorter steps."""
+    """Findings where the solution differs from that of a second solve, with tighter tolerances and shorter steps."""
     if origin.u0 is None or origin.grid is not None:
         skipped.append("A second solve: it is not known how this one was started, or it is one on a grid.")
         return []

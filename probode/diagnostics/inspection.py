@@ -4,8 +4,6 @@ All is computed in one compiled pass over the steps, from their means alone wher
 of the vector field in every step, all of them at once, and no elimination of a covariance.
 """
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -72,15 +70,10 @@ def inspect(
     - ``is_frozen``: whether the solver's own covariances do not know the Jacobian.
     """
     k = 1 if ode is None else ode.order
-    prior: Any = path.prior  # of a family every row has a member
-    rows = path.rows
-    kept = rows.t, rows.distribution, rows.output_scale, rows.layout, rows.prior
-    t, distribution, output_scale, layouts, priors = jax.tree.map(lambda x: x[:most], kept)
-    layout_at = (lambda i: path.layout) if layouts is None else (lambda i: jax.tree.map(lambda x: x[i], layouts))
-    prior_at = (lambda i: prior) if priors is None else (lambda i: jax.tree.map(lambda x: x[i], priors))
+    t, distribution, output_scale = path.rows.t[:most], path.rows.distribution, path.rows.output_scale
 
     def state(i):
-        layout = layout_at(i)
+        layout = path.layout_of(i)
         us = layout.unpack(distribution.mean[i])
         matrix = _system(ode, t[i], us[:k], layout, args) if jacobians else None
         return us[0], layout.std(distribution.factor[i])[0], us[k], matrix
@@ -94,12 +87,12 @@ def inspect(
 
     def predicted(i, since):
         # A transition over a length of zero is singular.
-        transition = prior_at(i + 1).transition(jnp.where(since == 0, 1, since), layout_at(i))
-        return layout_at(i).unpack(push(certain(distribution.mean[i]), transition.matrix).mean), transition
+        transition = path.prior_of(i + 1).transition(jnp.where(since == 0, 1, since), path.layout_of(i))
+        return path.layout_of(i).unpack(push(certain(distribution.mean[i]), transition.matrix).mean), transition
 
     def residual(i, since):
         us, transition = predicted(i, since)
-        return us[k] - flat_field(ode, layout_at(i), args)(t[i] + since, us[:k]), transition
+        return us[k] - flat_field(ode, path.layout_of(i), args)(t[i] + since, us[:k]), transition
 
     def error(i, since):
         left, _ = residual(i, since)
@@ -110,7 +103,7 @@ def inspect(
     def whiten(i):
         left, transition = residual(i, dt[i])
         scale = output_scale[i + 1] * transition.magnitude
-        noise = layout_at(i).std(jnp.reshape(scale, (*jnp.shape(scale), 1, 1)) * transition.noise)
+        noise = path.layout_of(i).std(jnp.reshape(scale, (*jnp.shape(scale), 1, 1)) * transition.noise)
         variance = noise[k] ** 2
         if matrices is not None:
             variance = variance + jnp.square(matrices[i][-left.size :]) @ jnp.square(noise[:k].ravel())
@@ -124,7 +117,7 @@ def inspect(
         if is_frozen:
             # Where the equation is frozen in each step, covariances grow by what the step adds, and by nothing else.
             made = jnp.clip(jnp.sqrt(jnp.maximum(std[1:] ** 2 - std[:-1] ** 2, 0)), _LEAST * allowed, made)
-        inner = lambda i: _system(ode, t[i] + dt[i] / 3, predicted(i, dt[i] / 3)[0][:k], layout_at(i), args)  # noqa: E731
+        inner = lambda i: _system(ode, t[i] + dt[i] / 3, predicted(i, dt[i] / 3)[0][:k], path.layout_of(i), args)  # noqa: E731
         growth, inverse = _growth(matrices, jax.vmap(inner)(ends), dt, std[0], made)
     defect, seen, whitened = jax.vmap(error)(*points), jax.vmap(error)(ends, dt), jax.vmap(whiten)(ends)
     return Inspection(u, std, rate, weight, defect, seen, whitened, matrices, growth)

@@ -225,7 +225,8 @@ class _Target:
         start, args = self.start_of(parameters), self.args_of(parameters)
         value = self.likelihood(solver, start, self.t0, self.t1, self.data, args=args)
         if self.prior is not None:
-            away = jax.scipy.linalg.solve_triangular(self.prior, ravel_pytree(parameters)[0] - self.guess, trans=1)
+            # A square root that a user passes need not be triangular.
+            away = jnp.linalg.solve(self.prior.T, ravel_pytree(parameters)[0] - self.guess)
             value = value - jnp.sum(away**2) / 2
         return -value
 
@@ -294,7 +295,6 @@ class _Search:
 
         def value_and_slope(x):
             value, slope = self.value_and_slope(jnp.asarray(x, start.dtype), solver)
-            # Where a solve fails the slope is zero, and a line search would stop there.
             return float(value), np.asarray(slope, float)
 
         options = {"maxiter": iterations, "xrtol": tolerance, "gtol": 0.0}

@@ -68,6 +68,24 @@ def test_a_prior_is_added_and_several_starts_agree():
 
 
 @pytest.mark.thorough
+def test_a_prior_may_have_any_square_root():
+    """A full one, turned by a rotation, is the same prior as the triangular one."""
+    root, turn = np.array([[0.1, 0.03], [0.0, 0.2]]), np.array([[0.6, 0.8], [-0.8, 0.6]])
+    args = lambda p: {"rate": p["rate"]}  # noqa: E731
+    guess = {"rate": 1.0, "size": 1.5}
+    one, two = (
+        po.fit(SOLVER, start, 0.0, 3.0, DATA, po.Normal(guess, jnp.asarray(x)), args=args) for x in (root, turn @ root)
+    )
+    np.testing.assert_allclose(two.log_density, one.log_density, rtol=1e-9)
+    np.testing.assert_allclose(two.parameters["rate"], one.parameters["rate"], rtol=1e-5)
+    inverse = np.linalg.inv(root.T @ root)
+    away = np.array([one.parameters["rate"] - 1.0, one.parameters["size"] - 1.5])
+    density = -0.5 * np.sum(residuals(one.parameters["size"], one.parameters["rate"]) ** 2)
+    density -= TS.size * np.log(NOISE * np.sqrt(2 * np.pi)) + 0.5 * away @ inverse @ away
+    np.testing.assert_allclose(one.log_density, density, rtol=1e-6)
+
+
+@pytest.mark.thorough
 def test_tempering_finds_what_a_plain_fit_does_not():
     """A pendulum of unknown length, from a start with another number of swings."""
     ts = np.linspace(0.0, 10.0, 51)[1:]
