@@ -1,11 +1,14 @@
-"""Sessions: ``nox -s lint tests tests_nohook tests_float32 examples benchmarks``."""
+"""Sessions: ``nox -s lint tests tests_nohook tests_float32 examples``; ``nox --list`` names all of them."""
 
 import pathlib
+import re
+import shutil
 
 import nox
 
 
 EXAMPLES = sorted(pathlib.Path("examples").glob("*.py"))
+PYTHONS = ["3.11", "3.12", "3.13"]
 
 nox.options.sessions = ["lint", "tests", "tests_nohook", "tests_float32", "examples"]
 nox.options.reuse_existing_virtualenvs = True
@@ -40,6 +43,42 @@ def tests_float32(session):
     """JAX's default precision: the tests written for it, with double precision switched off."""
     session.install("-e", ".[test]")
     session.run("pytest", "tests/test_float32.py", *session.posargs, env={"PROBODE_TEST_FLOAT32": "1"})
+
+
+@nox.session(python=PYTHONS)
+def wheel(session):
+    """The test suite against the wheel that is built from the source distribution, away from the package's source."""
+    session.install("build", "twine")
+    here, there = pathlib.Path().resolve(), pathlib.Path(session.create_tmp()).resolve()
+    shutil.rmtree(there)
+    session.run("python", "-m", "build", "--outdir", str(there / "dist"), silent=True)
+    session.run("twine", "check", "--strict", *map(str, (there / "dist").iterdir()))
+    [built] = (there / "dist").glob("*.whl")
+    session.install("--force-reinstall", "--no-deps", str(built))
+    session.install(f"probode[test] @ {built.as_uri()}")
+
+    # All that the tests look at but the package, in whose place the installed one stands.
+    nothing = shutil.ignore_patterns(
+        "probode", ".*cache", ".git", ".nox", ".venv", ".hypothesis", "site", "__pycache__"
+    )
+    shutil.copytree(here, there / "checkout", ignore=nothing)
+    where = "import pathlib, probode; print(pathlib.Path(probode.__file__).parent)"
+    installed = pathlib.Path(session.run("python", "-I", "-c", where, silent=True).strip().splitlines()[-1])
+    assert here / "probode" != installed, "the package under test is that of the checkout"
+    (there / "checkout" / "probode").symlink_to(installed)
+    with session.chdir(there / "checkout"):
+        session.run("pytest", *session.posargs)
+
+
+@nox.session(python=PYTHONS[0])
+@nox.parametrize("which", ["lowest", "newest"])
+def versions(session, which):
+    """The test suite with the lowest, and with the newest, versions of what the package needs."""
+    needed = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
+    lowest = [re.sub(r">=([0-9.]+).*", r"==\1", requirement) for requirement in needed]
+    session.install("-e", ".[test]", *(lowest if which == "lowest" else ["--upgrade", *needed]))
+    session.run("python", "-m", "pip", "list")
+    session.run("pytest", *session.posargs)
 
 
 @nox.session

@@ -29,7 +29,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .factorisations import AbstractFactorisation
-from .linalg import product, substitute, triangularise
+from .linalg import product, solve_upper, substitute, triangularise
 
 
 class AbstractCoupledFactorisation(AbstractFactorisation):
@@ -172,9 +172,3 @@ class Coupling(eqx.Module):
         upper = -product(lower, rows.T)
         parts = [jnp.moveaxis(jnp.reshape(x, (len(below), len(roots), -1)), 1, 0) for x in (lower, upper)]
         return jax.vmap(lambda rows: triangularise(None, rows))(jnp.concatenate(parts, axis=-1))
-
-
-def solve_upper(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[Array, "m cols"]:
-    """``upper^-1 z``; entries with a zero pivot are zero."""
-    # ``substitute`` solves with the transpose of an upper triangle. Reversed and transposed, ``upper`` is one again.
-    return substitute(upper[::-1, ::-1].T, z[::-1])[::-1]

@@ -5,9 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .coupling import solve_upper
 from .factorisations import Layout
-from .linalg import eliminate, product, root_mean_square, safe_norm, substitute, triangularise
+from .linalg import eliminate, product, root_mean_square, safe_norm, solve_upper, substitute, triangularise
 from .linearisation import Linearisation
 from .normal import batched
 from .transition import Transition

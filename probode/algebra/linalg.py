@@ -328,3 +328,19 @@ def _(primals, tangents):
     (upper, _), (t_upper, t_z) = primals, tangents
     w = substitute(*primals)
     return w, substitute(upper, t_z - product(jnp.triu(t_upper).T, w))
+
+
+def solve_upper(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[Array, "m cols"]:
+    """``upper^-1 z``; entries with a zero pivot are zero."""
+    # ``substitute`` solves with the transpose of an upper triangle. Reversed and transposed, ``upper`` is one again.
+    return substitute(upper[::-1, ::-1].T, z[::-1])[::-1]
+
+
+def solve(matrix: Float[Array, "n n"], z: Float[Array, "n cols"]) -> Float[Array, "n cols"]:
+    """``matrix^-1 z``, by reflections: they need no pivots, so that many systems are solved side by side.
+
+    LAPACK takes them one by one. Entries with a zero pivot are zero.
+    """
+    n = len(matrix)
+    rows, _ = eliminate(jnp.zeros((n, n + z.shape[1]), z.dtype), jnp.concatenate([matrix, z], axis=1))
+    return solve_upper(rows[:, :n], rows[:, n:])

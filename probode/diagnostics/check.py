@@ -164,7 +164,10 @@ def _steps(solution: Solution, origin: Origin) -> tuple[Steps | None, list[str]]
     step, since = _points(all_t, number, _IN_INTERVAL if size <= _LARGEST else _IN_LARGE)
     tolerances, args = solver.controller.tolerances.of(path.layout), floats_to_arrays(origin.args)
     frozen = not solver.constraint.first_order
-    measured = inspect(path, ode if is_known else None, tolerances, args, most, (step, since), jacobians, frozen)
+    # Where each step has a scale that follows from its own residual these agree, whatever they are.
+    is_local = solver.calibration.is_local or solver.constraint.evaluations > 1
+    points = step, since
+    measured = inspect(path, ode if is_known else None, tolerances, args, most, points, jacobians, frozen, is_local)
     measured = jax.tree.map(np.asarray, measured)
     real = np.flatnonzero(step < number - 1) if is_known else np.zeros(0, int)
     points_t, defect = (all_t[step] + since)[real], measured.defect[real]
@@ -194,17 +197,15 @@ def _steps(solution: Solution, origin: Origin) -> tuple[Steps | None, list[str]]
         weight=np.maximum(measured.weight[:number], np.finfo(t.dtype).tiny),
         growth=growth,
         seen=measured.seen[: number - 1],
-        whitened=measured.whitened[: number - 1],
+        whitened=None if is_local else measured.whitened[: number - 1],
         points_t=points_t,
         points_step=step[real],
         defect=defect,
         eigenvalues_row=rows,
         eigenvalues=values,
-        names=component_names(solution.mean),
+        names=component_names(solution.layout.example, 0),
         stops=_stops(solution, origin),
         is_frozen=frozen,
-        # Where each step has a scale that follows from its own residual these agree, whatever they are.
-        is_local=solver.calibration.is_local or solver.constraint.evaluations > 1,
         is_uncertain=solution.spread is not None or "data" in origin.options or bool(np.any(measured.std[0] > 0)),
         is_adaptive=origin.grid is None,
     )

@@ -51,7 +51,6 @@ class Steps:
     - ``eigenvalues_row``, ``eigenvalues``: those of the Jacobian at some ends of steps, ``(some, p)``.
     - ``stops``: times at which steps had to end: of stops, events and data.
     - ``is_frozen``: whether the constraint does not use a Jacobian.
-    - ``is_local``: whether every step was calibrated by its own residual, which it then explains.
     - ``is_uncertain``: whether the start was uncertain, or there are data, so that the tolerances are no measure of the
       standard deviations.
     - ``is_adaptive``: whether the steps were chosen by tolerances.
@@ -65,7 +64,7 @@ class Steps:
     weight: Float[np.ndarray, "rows d"]
     growth: Float[np.ndarray, "rows d"] | None
     seen: Float[np.ndarray, " steps"]
-    whitened: Float[np.ndarray, "steps d"]
+    whitened: Float[np.ndarray, "steps d"] | None
     points_t: Float[np.ndarray, " points"]
     points_step: Int[np.ndarray, " points"]
     defect: Float[np.ndarray, " points"]
@@ -74,7 +73,6 @@ class Steps:
     names: list[str]
     stops: np.ndarray
     is_frozen: bool
-    is_local: bool
     is_uncertain: bool
     is_adaptive: bool
 
@@ -161,7 +159,7 @@ def _sensitive(steps: Steps) -> Iterator[Finding]:
 
 
 def _miscalibrated(steps: Steps) -> Iterator[Finding]:
-    if steps.is_local or not steps.whitened.size:
+    if steps.whitened is None or not steps.whitened.size:
         return
     size = float(np.sqrt(np.mean(steps.whitened**2)))
     if size > _UNEXPLAINED:

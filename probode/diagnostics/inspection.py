@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
+from ..algebra.linalg import product, solve
 from ..algebra.normal import certain, push
 from ..equations.problems import ODE, flat_field
 from ..posterior.trajectory import Trajectory
@@ -31,7 +32,8 @@ class Inspection(eqx.Module):
     - ``defect``: the error that the residual of the prediction at a time would cause if it lasted for the whole step,
       over the one that is allowed, ``(points,)``.
     - ``seen``: the same at the ends of steps, where the solver has evaluated the equation, ``(steps,)``.
-    - ``whitened``: the residuals there over their standard deviations under the noise of the step, ``(steps, d)``.
+    - ``whitened``: the residuals there over the standard deviations that the prediction gives them, ``(steps, d)``;
+      ``None`` where every step is calibrated by its own residual, which it then explains.
     - ``jacobian``: of the equation as a system of first order, at the ends of steps, ``(rows, p, p)``; ``None`` where
       it is too large.
     - ``growth``: standard deviations of the errors that the steps have made so far, as the linearised equation has them
@@ -44,7 +46,7 @@ class Inspection(eqx.Module):
     weight: Float[Array, "rows d"]
     defect: Float[Array, " points"]
     seen: Float[Array, " steps"]
-    whitened: Float[Array, "steps d"]
+    whitened: Float[Array, "steps d"] | None
     jacobian: Float[Array, "rows p p"] | None
     growth: Float[Array, "rows d"] | None
 
@@ -59,6 +61,7 @@ def inspect(
     points: tuple[Int[Array | np.ndarray, " points"], Float[Array | np.ndarray, " points"]],
     jacobians: bool,
     is_frozen: bool,
+    is_local: bool,
 ) -> Inspection:
     """The ``Inspection`` of the first ``most`` kept states of a solve.
 
@@ -68,6 +71,7 @@ def inspect(
     - ``points``: where the equation is evaluated: the number of a step, and the time since its start.
     - ``jacobians``: whether Jacobians are computed, and the growth of errors with them.
     - ``is_frozen``: whether the solver's own covariances do not know the Jacobian.
+    - ``is_local``: whether every step is calibrated by its own residual.
     """
     k = 1 if ode is None else ode.order
     t, distribution, output_scale = path.rows.t[:most], path.rows.distribution, path.rows.output_scale
@@ -82,8 +86,7 @@ def inspect(
     weight = tolerances.weight(jnp.abs(u))
     dt = t[1:] - t[:-1]
     if ode is None:
-        unknown = jnp.zeros_like(points[1]), jnp.zeros_like(dt), jnp.zeros_like(u[1:])
-        return Inspection(u, std, rate, weight, *unknown, None, None)
+        return Inspection(u, std, rate, weight, jnp.zeros_like(points[1]), jnp.zeros_like(dt), None, None, None)
 
     def predicted(i, since):
         # A transition over a length of zero is singular.
@@ -101,12 +104,15 @@ def inspect(
         return jnp.where(since == 0, 0, jnp.max(jnp.abs(change) / allowed))
 
     def whiten(i):
-        left, transition = residual(i, dt[i])
+        layout, (left, transition) = path.layout_of(i), residual(i, dt[i])
         scale = output_scale[i + 1] * transition.magnitude
-        noise = path.layout_of(i).std(jnp.reshape(scale, (*jnp.shape(scale), 1, 1)) * transition.noise)
-        variance = noise[k] ** 2
+        noise = layout.std(jnp.reshape(scale, (*jnp.shape(scale), 1, 1)) * transition.noise)
+        variances = (
+            noise**2 + layout.std(push(jax.tree.map(lambda x: x[i], distribution), transition.matrix).factor) ** 2
+        )
+        variance = variances[k]
         if matrices is not None:
-            variance = variance + jnp.square(matrices[i][-left.size :]) @ jnp.square(noise[:k].ravel())
+            variance = variance + jnp.square(matrices[i][-left.size :]) @ variances[:k].ravel()
         return jnp.where((dt[i] == 0) | (variance == 0), 0, left / jnp.sqrt(jnp.where(variance == 0, 1, variance)))
 
     ends = jnp.arange(most - 1)
@@ -119,7 +125,8 @@ def inspect(
             made = jnp.clip(jnp.sqrt(jnp.maximum(std[1:] ** 2 - std[:-1] ** 2, 0)), _LEAST * allowed, made)
         inner = lambda i: _system(ode, t[i] + dt[i] / 3, predicted(i, dt[i] / 3)[0][:k], path.layout_of(i), args)  # noqa: E731
         growth, inverse = _growth(matrices, jax.vmap(inner)(ends), dt, std[0], made)
-    defect, seen, whitened = jax.vmap(error)(*points), jax.vmap(error)(ends, dt), jax.vmap(whiten)(ends)
+    defect, seen = jax.vmap(error)(*points), jax.vmap(error)(ends, dt)
+    whitened = None if is_local else jax.vmap(whiten)(ends)
     return Inspection(u, std, rate, weight, defect, seen, whitened, matrices, growth)
 
 
@@ -141,16 +148,18 @@ def _growth(at_ends, at_third, dt, first, made):
     d = first.size
     identity, diagonal = jnp.eye(at_ends.shape[1], dtype=dt.dtype), jnp.arange(d)
 
-    # One by one: where factorisations of many matrices run beside each other, those of LAPACK in XLA may wait for each
-    # other forever, as each of them occupies a thread while it waits for others.
-    def advance(covariance, x):
-        here, one, two, dt, made = x
+    def matrices(here, one, two, dt):
         here, one, two = dt * here, dt * one, dt * two
-        inner = one @ jnp.linalg.inv(identity - 5 / 12 * one)
-        through = jnp.linalg.solve(identity - two / 4 + inner @ two / 16, identity + 3 / 4 * inner)
-        covariance = (through @ covariance @ through.T).at[diagonal, diagonal].add(made**2)
-        return covariance, (jnp.diagonal(covariance)[:d], jnp.linalg.inv(identity - here))
+        inner = solve(identity - 5 / 12 * one, one)
+        through = solve(identity - two / 4 + product(inner, two) / 16, identity + 3 / 4 * inner)
+        return through, solve(identity - here, identity)
 
+    def advance(covariance, x):
+        through, made = x
+        covariance = product(product(through, covariance), through.T).at[diagonal, diagonal].add(made**2)
+        return covariance, jnp.diagonal(covariance)[:d]
+
+    through, inverse = jax.vmap(matrices)(at_ends[:-1], at_third, at_ends[1:], dt)
     start = jnp.zeros_like(identity).at[diagonal, diagonal].set(first**2)
-    _, (variances, inverse) = lax.scan(advance, start, (at_ends[:-1], at_third, at_ends[1:], dt, made))
+    _, variances = lax.scan(advance, start, (through, made))
     return jnp.sqrt(jnp.concatenate([first[None] ** 2, variances])), inverse

@@ -16,6 +16,7 @@ from probode.algebra.linalg import (
     product,
     safe_divide,
     safe_sqrt,
+    solve,
     substitute,
     triangularise,
 )
@@ -321,6 +322,18 @@ def test_substitution_passes_over_zero_pivots(m):
 
     nothing, cotangents = run(jnp.zeros((m, m)), jnp.zeros((m, 1)))
     assert bool(jnp.all(nothing == 0)) and all(bool(jnp.all(jnp.isfinite(x))) for x in cotangents)
+
+
+@pytest.mark.parametrize(("n", "cols"), [(1, 1), (2, 2), (3, 5), (6, 6), (9, 2)])
+def test_solutions_of_many_systems_side_by_side(n, cols):
+    rng = np.random.default_rng(13)
+    matrices, z = rng.standard_normal((20, n, n)), rng.standard_normal((20, n, cols))
+    # Pivots of zero, and rows of different orders of magnitude.
+    matrices[0], matrices[1] = np.eye(n)[::-1], np.eye(n) + 1e7 * np.diag(np.arange(n - 1.0), 1)
+    x = jax.jit(jax.vmap(solve))(*on_device(matrices, z))
+    for matrix, right, found in zip(matrices, z, np.asarray(x), strict=True):
+        size = np.abs(matrix) @ np.abs(found) + np.abs(right)
+        assert np.all(np.abs(matrix @ found - right) <= 1e-13 * n * np.max(size))
 
 
 # Sizes on both sides of the bounds between a fused sum, a sum over long rows, and a call into a matrix library.
