@@ -5,6 +5,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 
 # Devices of a host are made when JAX starts.
 PROGRAM = textwrap.dedent("""
@@ -32,6 +34,7 @@ PROGRAM = textwrap.dedent("""
 """)
 
 
+@pytest.mark.thorough
 def test_two_devices():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     done = subprocess.run(

@@ -14,7 +14,8 @@ from .test_architecture import public_names
 
 
 # Examples that take long to compile.
-LONG = {"Finding", "Fit", "data_distribution", "fit", "marginalise", "solve_bvp"}
+LONG = {"AbstractController", "Attempt", "CheckReport", "Finding", "Fit", "Modal", "Occurrences"}
+LONG |= {"dalton_log_likelihood", "data_distribution", "fit", "marginalise", "solve_bvp", "solve_periodic"}
 
 
 @pytest.mark.parametrize("name", [*sorted(set(public_names()) - LONG), *left_to_nox(*sorted(LONG))])

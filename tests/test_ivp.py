@@ -9,6 +9,8 @@ import pytest
 
 import probode as po
 
+from .helpers import first_of
+
 
 U0 = {"position": jnp.array([1.0, 0.5]), "charge": jnp.array(1.0)}
 
@@ -26,6 +28,7 @@ def test_the_defaults_are_those_of_the_documentation():
     assert parameters["rtol"].default == 1e-3 and parameters["atol"].default == 1e-6
 
 
+@pytest.mark.thorough
 def test_spans_may_be_arrays():
     end = po.solve_ivp(decay, (0.0, 1.0), jnp.ones(2)).mean
     for span in (np.array([0.0, 1.0]), jnp.array([0, 1]), [0, 1]):
@@ -112,7 +115,7 @@ def test_data_and_uncertain_starts_are_not_rescaled():
     assert po.solve_ivp(decay, (0.0, 1.0), jnp.ones(2), data=data, dense_output=True).data_log_likelihood < 10
 
 
-@pytest.mark.parametrize("method", ["EK1", "EK0", "Taylor"])
+@pytest.mark.parametrize("method", first_of("EK1", "EK0", "Taylor"))
 def test_tolerances_of_components(method):
     solve = lambda rtol, atol: po.solve_ivp(field, (0.0, 1.0), U0, method=method, rtol=rtol, atol=atol)  # noqa: E731
     plain = solve(1e-4, 1e-6)
@@ -121,6 +124,7 @@ def test_tolerances_of_components(method):
     assert trees.stats["num_steps"] == plain.stats["num_steps"]
 
 
+@pytest.mark.thorough
 def test_a_tolerance_that_one_component_does_not_need():
     """A fast component that may be wrong does not shorten the steps; the others do not notice."""
     fast = lambda t, u, args: jnp.stack([-u[0], 50 * jnp.cos(50 * t)])  # noqa: E731
@@ -131,11 +135,13 @@ def test_a_tolerance_that_one_component_does_not_need():
     assert abs(both.mean[0, 1] - np.sin(50.0)) < 1e-5 and abs(one.mean[0, 0] - np.exp(-1.0)) < 1e-5
 
 
+@pytest.mark.thorough
 def test_tolerances_may_be_lists_as_in_scipy():
     solve = lambda atol: po.solve_ivp(decay, (0.0, 1.0), jnp.ones(2), atol=atol).mean  # noqa: E731
     np.testing.assert_array_equal(solve([1e-6, 1e-9]), solve(jnp.array([1e-6, 1e-9])))
 
 
+@pytest.mark.thorough
 def test_tolerances_can_be_differentiated_and_swept():
     def steps(atol):
         controller = po.IntegralController(0.0, {"position": atol, "charge": 1e-3})

@@ -13,7 +13,7 @@ from scipy.interpolate import CubicHermiteSpline
 import probode as po
 from probode import plots
 
-from .helpers import left_to_nox, lotka_volterra
+from .helpers import first_of, left_to_nox, lotka_volterra
 
 
 matplotlib.use("Agg")
@@ -104,7 +104,7 @@ def there_and_back(t, u, jump):
     return jnp.where(jnp.abs(t) < jnp.abs(jump), 1.0, -1.0) * u
 
 
-@pytest.mark.parametrize("jump", [1.7, -1.7])
+@pytest.mark.parametrize("jump", first_of(1.7, -1.7))
 def test_a_filter_is_drawn_around_a_jump_of_the_equation(jump):
     controller = po.IntegralController(1e-4, 1e-4, stop_at=jnp.array([jump]))
     solver = po.Solver(po.IWP(3), po.TS1(po.ODE(there_and_back)), controller=controller)
@@ -151,6 +151,7 @@ def test_axes_say_what_is_drawn(smoothed):
     assert list(names.values()) == ["u[0].x[0, 0]", "u[0].x[0, 1]", "u[1]"]
 
 
+@pytest.mark.thorough
 def test_ellipses_of_a_subspace_are_those_of_its_components():
     """With as many columns as components, which are none."""
     linear = po.TS1(po.ODE(lambda t, u, args: jnp.array([1.0, 10.0, 100.0]) * -u))

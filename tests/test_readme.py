@@ -33,7 +33,7 @@ def run(command, **settings):
 
 
 WITH_CODE = [path for path in READMES if blocks("python", path)]
-SHORT = [ROOT / "README.md", ROOT / "probode" / "testing" / "README.md"]
+SHORT = [ROOT / "README.md"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,7 @@ def test_there_are_two_commands_and_ci_runs_the_second():
     assert test.strip().split("&& ")[-1] in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.thorough
 def test_the_main_job(tmp_path):
     picture = tmp_path / "picture.png"
     table = run(["examples/quickstart.py", str(picture)])

@@ -63,6 +63,7 @@ def trace(u0=U0, *, constraint=po.TS1, nu=3, save_at=None, t1=1.0, data=None, re
     jax.eval_shape(jax.grad(total) if reverse else values, RATE)
 
 
+@pytest.mark.thorough
 def test_values_are_what_they_are_without():
     solver = po.Solver(po.IWP(2), po.TS1(ode()), strategy=po.FixedPointSmoother(), loop=po.ForwardLoop(64))
 

@@ -77,9 +77,9 @@ def test_a_filter_is_that_of_full_covariances_cut_into_blocks(labels, order):
 @pytest.mark.parametrize(
     ("partition", "field", "strategy"),
     first_of(
+        (5, whole, po.Filter()),
         ([0, 1, 1, 0, 1], glued, po.FixedIntervalSmoother()),
         (5, whole, po.FixedPointSmoother()),
-        (5, whole, po.Filter()),
         ([0, 1, 1, 0, 1], glued, po.FixedPointSmoother()),
     ),
     ids=name,
@@ -118,6 +118,7 @@ def test_a_stiff_direction_keeps_its_digits(stiffness):
         np.testing.assert_allclose(root.T @ root, block, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_partitions_are_like_u():
     cells = {"a": np.array([0, 1, 0]), "b": 1}
     u0 = {"a": U0[:3], "b": U0[3:]}

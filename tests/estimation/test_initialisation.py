@@ -103,6 +103,7 @@ def test_derivatives_that_do_not_exist_are_not_needed(case, constraint, factoris
     assert np.all(np.abs(solution.mean[0] - right) < 10 * solution.std[0] + 1e-8 * np.abs(right))
 
 
+@pytest.mark.thorough
 def test_what_is_lost_is_no_more_than_must_be():
     """The first derivative always, higher ones up to the first that does not exist; not those of a lifted equation."""
 

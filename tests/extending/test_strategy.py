@@ -44,6 +44,7 @@ def test_what_they_do_is_known():
     assert own == [(part.smooths, part.keeps_steps) for part in given] == [(True, True), (True, False), (False, False)]
 
 
+@pytest.mark.thorough
 def test_one_that_keeps_times_has_no_dense_output():
     with pytest.raises(ValueError, match=r"Points\(\) only the times asked for"):
         solver(Points()).solve(1.0, 0.0, 1.0, save_at=po.SaveAt(dense=True))

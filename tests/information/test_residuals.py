@@ -55,6 +55,7 @@ def test_a_factor_in_front_of_the_equation_moves_the_evidence_alone(factorisatio
     np.testing.assert_allclose(a.log_likelihood - b.log_likelihood, 20 * np.log(100.0), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_of_second_order():
     explicit = po.TS1(po.ODE(pendulum, order=2))
     implicit = po.TS1(po.Residual(lambda t, u, du, ddu, args: 2 * (ddu - pendulum(t, u, du, args)), order=2))
@@ -301,6 +302,7 @@ def test_what_an_algebraic_equation_says_at_the_start():
     np.testing.assert_allclose(mean[1], [0.0, 2.0, -4.0, -9.81, -3 * 2 * 9.81], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_an_inconsistent_start_is_refused():
     solver = po.Solver(po.IWP(3), po.TS1(swinging(1)))
     wrong = jnp.array([1.0, 0.0, 0.0, 0.0, 3.0])

@@ -55,6 +55,7 @@ def test_covariances_of_components(factorisation, constraint, strategy):
             solution.at(0.5)
 
 
+@pytest.mark.thorough
 def test_a_dense_covariance_is_that_of_the_samples():
     solver = po.Solver(po.IWP(3), po.TS1(po.ODE(linear)), strategy=po.FixedPointSmoother())
     solution = solver.solve(U0, 0.0, 1.0, save_at=[0.6, 1.0])

@@ -9,7 +9,7 @@ import pytest
 
 import probode as po
 
-from ..helpers import first_of, name
+from ..helpers import first_of, left_to_nox, name
 
 
 KEY = jax.random.key(1)
@@ -51,6 +51,7 @@ def test_it_is_nan_at_times_that_were_not_reached(smooths, t1):
     np.testing.assert_allclose(compiled[right], [2.0, 1.0], rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_samples_before_the_end_do_not_depend_on_times_behind_it():
     one = failed(True)
     last = float(one.trajectory.rows.t[one.trajectory.last - 1])
@@ -101,7 +102,7 @@ def test_what_is_masked_has_no_derivative():
     np.testing.assert_allclose(gradient, [1 / (1 - 0.15) ** 2, 0.0], rtol=1e-2)
 
 
-@pytest.mark.parametrize("strategy", first_of(*STRATEGIES), ids=name)
+@pytest.mark.parametrize("strategy", left_to_nox(*STRATEGIES), ids=name)
 def test_a_start_that_is_not_a_number_is_drawn_and_sampled(strategy):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")

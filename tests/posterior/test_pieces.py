@@ -70,6 +70,7 @@ def test_a_long_solve_that_fails_says_where(monkeypatch):
     assert nowhere.result == po.Result.initial_state_nonfinite and nowhere.stats["num_steps"] == 0
 
 
+@pytest.mark.thorough
 def test_a_field_that_closes_over_traced_values():
     def end(rate):
         ode = po.ODE(lambda t, u, args: -rate * u)

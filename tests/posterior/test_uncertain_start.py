@@ -7,7 +7,7 @@ import pytest
 
 import probode as po
 
-from ..helpers import central_differences, check_jacobians, first_of, left_to_nox, lotka_volterra, name, relative
+from ..helpers import central_differences, check_jacobians, first_of, lotka_volterra, name, relative
 
 
 MATRIX = jnp.array([[0.0, 1.0], [-2.0, -0.3]])
@@ -32,15 +32,13 @@ def exact(ts):
 
 @pytest.mark.parametrize(
     ("factorisation", "strategy"),
-    [
-        *left_to_nox((po.Dense(), po.Filter())),
+    first_of(
+        (po.Dense(), po.Filter()),
         # Mapped along directions and components at once, the derivative of an elimination mixed up the two axes.
         (po.BlockDiagonal(), po.FixedPointSmoother()),
-        *left_to_nox(
-            (po.Dense(), po.FixedPointSmoother()),
-            (po.Dense(), po.FixedIntervalSmoother()),
-        ),
-    ],
+        (po.Dense(), po.FixedPointSmoother()),
+        (po.Dense(), po.FixedIntervalSmoother()),
+    ),
     ids=name,
 )
 def test_the_push_forward_of_a_linear_equation(factorisation, strategy):

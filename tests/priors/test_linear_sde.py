@@ -140,6 +140,7 @@ def test_matern_is_the_matrix_exponential(nu):
             assert max(errors(moved, a, q, units)) < 1e-12
 
 
+@pytest.mark.thorough
 def test_a_long_step_forgets():
     for nu in (1, 4, 8):
         prior, layout = po.Matern(nu, 1.0), layout_of(po.Isotropic(), nu)

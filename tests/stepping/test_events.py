@@ -59,8 +59,8 @@ START = {"x": jnp.asarray(1.0), "v": jnp.asarray(0.0)}
     ("factorisation", "constraint", "strategy"),
     [
         (po.Dense(), po.TS1, po.FixedIntervalSmoother()),
-        (po.BlockDiagonal(), po.TS0, po.FixedPointSmoother()),
         *left_to_nox(
+            (po.BlockDiagonal(), po.TS0, po.FixedPointSmoother()),
             (po.Dense(), po.TS0, po.FixedPointSmoother()),
             (po.Dense(), po.TS1, po.Filter()),
             (po.BlockDiagonal(), po.TS1, po.FixedIntervalSmoother()),
@@ -112,7 +112,7 @@ def test_a_second_order_equation():
     assert list(np.asarray(solution.events.which[:4])) == [1, 0, 1, -1]
 
 
-@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("forward", first_of(True, False))
 def test_all_crossings_of_an_oscillator_in_both_directions(forward):
     level, end = 0.3, 10.0 if forward else -10.0
     up = po.Event(lambda t, u, args: u[0] - args, direction=1, terminal=False)
@@ -145,6 +145,7 @@ def test_the_earliest_event_of_a_step_wins_not_the_first_of_the_list():
     np.testing.assert_allclose(solution.t, [0.4], rtol=1e-14)
 
 
+@pytest.mark.thorough
 def test_events_at_one_time_all_happen():
     """Both, in the order of the list, with both resets."""
     line = solver(lambda t, u, args: jnp.ones_like(u))
@@ -166,6 +167,7 @@ def test_a_root_at_the_start_or_behind_a_reset_does_not_happen():
     assert solution.events.count == 2
 
 
+@pytest.mark.thorough
 def test_a_clock_that_starts_on_its_surface_a_thousand_times():
     """Every reset ends where the function is zero but for round-off."""
     tick = po.Event(lambda t, u, args: jnp.sin(jnp.pi * u), direction=-1, reset=lambda t, u, args: u - 1.0)
@@ -223,6 +225,7 @@ def test_a_terminal_event_is_a_success():
     np.testing.assert_allclose(further.mean["x"][-1], 1 - GRAVITY / 2, rtol=1e-11)
 
 
+@pytest.mark.thorough
 def test_an_event_of_a_mean_that_is_not_polynomial_is_as_accurate_as_the_solve():
     """The state at the event is that of a step which ends there, not of an interpolation."""
     event = po.Event(lambda t, u, args: u - 0.5)
@@ -231,6 +234,7 @@ def test_an_event_of_a_mean_that_is_not_polynomial_is_as_accurate_as_the_solve()
     assert abs(float(solution.mean[0]) - 0.5) < 1e-15
 
 
+@pytest.mark.thorough
 def test_known_times():
     rate, amount, ts = 0.5, 2.0, np.asarray([1.0, 2.0, 3.5])
     doses = po.Event(ts, reset=lambda t, u, args: u + amount)
@@ -275,6 +279,7 @@ def test_ensembles_and_lanes_have_their_own_events():
             np.testing.assert_allclose(events.t[i, :n], impacts(n, h), rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_single_precision():
     decay = po.Solver(po.IWP(3), po.TS1(po.ODE(lambda t, u, args: -u)), controller=po.IntegralController(1e-5, 1e-6))
     solution = decay.solve(jnp.float32(1.0), 0.0, 9.0, events=po.Event(lambda t, u, args: u - 0.5))
@@ -347,6 +352,7 @@ def test_functions_that_no_polynomial_is_close_to(kind):
     assert kind != "jump" or np.isinf(solution.events.t_std[0])
 
 
+@pytest.mark.thorough
 def test_a_function_that_oscillates_within_a_step():
     """The covariance is that of a solve without events: no step is so short that its round-off counts."""
     line = solver(lambda t, u, args: jnp.ones_like(u), nu=4, controller=po.IntegralController(1e-3, 1e-3))
@@ -356,6 +362,7 @@ def test_a_function_that_oscillates_within_a_step():
     assert solution.events.count == 25 and np.all(np.asarray(solution.events.t_std[:25]) < 1e-12)
 
 
+@pytest.mark.thorough
 def test_data_that_move_the_solution_across_zero():
     """The time is that of the datum, and nothing tells how sure it is."""
     line = po.Solver(
@@ -381,6 +388,7 @@ def test_an_event_that_only_watches_does_not_change_a_reset_at_the_same_time():
     np.testing.assert_allclose(jacobian, [[2, 0], [0, 0.5]], atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_a_solve_that_goes_on_with_other_parameters_has_other_events():
     osc = solver(swing, nu=5)
     first = osc.solve(jnp.asarray([1.0, 0.0]), 0.0, 2.0, args=0.3, events=LEVEL)
@@ -408,6 +416,7 @@ def test_a_reset_to_infinity_ends_the_solve():
     assert line.solve(0.0, 0.0, 1.0, events=event, throw=False).result == po.Result.nonfinite
 
 
+@pytest.mark.thorough
 def test_steps_are_those_without_events_where_none_happens():
     never = po.Event(lambda t, u, args: u["x"] - 100.0)
     ball = solver(controller=po.IntegralController(rtol=1e-6, atol=1e-8))

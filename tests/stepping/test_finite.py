@@ -81,7 +81,7 @@ def test_the_derivative_of_a_step_that_was_spoilt(constraint, mode):
 
 
 @pytest.mark.parametrize(
-    "strategy", [po.Filter(), po.FixedPointSmoother(), *left_to_nox(po.FixedIntervalSmoother())], ids=name
+    "strategy", first_of(po.FixedPointSmoother(), po.Filter(), po.FixedIntervalSmoother()), ids=name
 )
 @pytest.mark.parametrize("unit", first_of(1e-9, 1e-3))
 def test_single_precision(strategy, unit):
@@ -178,7 +178,7 @@ def test_everything_that_is_returned(solver, dtype):
 # --- numbers whose squares are none ---
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("dtype", first_of(jnp.float32, jnp.float64), ids=["float32", "float64"])
 @pytest.mark.parametrize("factorisation", first_of(po.Dense(), po.BlockDiagonal(), po.Isotropic()), ids=name)
 def test_units_in_which_squares_underflow(factorisation, dtype):
     # Errors that squares cannot show were zero: the step was the whole interval and the standard deviation zero.

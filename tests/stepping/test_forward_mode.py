@@ -44,6 +44,7 @@ def test_the_equation_is_named():
         residual.solve(1.0, 0.0, 1.0)
 
 
+@pytest.mark.thorough
 def test_the_remedies_work():
     """Taylor mode takes such functions as they are; a derivative in reverse mode is theirs."""
     given = po.TS1(po.ODE(field, jacobian=lambda t, u, args: jnp.array([[-1.0]])))

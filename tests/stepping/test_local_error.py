@@ -40,7 +40,7 @@ def attempted(constraint):
     return got, looked.innovation, po.LocalError().estimate(looked, dt, layout), mean[:, 0]
 
 
-@pytest.mark.parametrize("constraint", [po.TS1, po.TS0], ids=name)
+@pytest.mark.parametrize("constraint", first_of(po.TS0, po.TS1), ids=name)
 def test_the_estimate_is_its_formula(constraint):
     """In plain NumPy, on full covariances: the corrected mean at both times, its residuals, and what they amount to."""
     got, innovation, estimate, mean = attempted(constraint(po.ODE(field)))

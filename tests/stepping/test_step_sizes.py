@@ -91,7 +91,7 @@ def test_far_from_zero_a_step_lies_between_two_times(t0, direction):
 
 @pytest.mark.parametrize("dtype", first_of(jnp.float64, jnp.float32), ids=["float64", "float32"])
 @pytest.mark.parametrize(
-    ("t0", "span"), [(0.0, 1.0), (-1.0, 2.0), *left_to_nox((0.0, 1e-6), (0.0, 1e8), (1.0, 1.0), (-1.0, 1.0))]
+    ("t0", "span"), first_of((-1.0, 2.0), (0.0, 1.0), (0.0, 1e-6), (0.0, 1e8), (1.0, 1.0), (-1.0, 1.0))
 )
 def test_a_field_that_fails_ends_the_solve(t0, span, dtype):
     # However short the shortest step is, few attempts lead to it, and none of them is repeated for ever.

@@ -126,6 +126,7 @@ def test_a_loop_over_the_first_rows(number, differentiable, reverse):
     np.testing.assert_allclose(ys, np.pad(outs, (0, 40 - number)), rtol=1e-15)
 
 
+@pytest.mark.thorough
 def test_loops_have_derivatives_in_both_modes_and_lanes():
     xs = jnp.linspace(0.5, 1.5, 40)
 
