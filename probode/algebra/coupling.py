@@ -25,7 +25,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .factorisations import AbstractFactorisation
@@ -168,7 +167,7 @@ class Coupling(eqx.Module):
         rows = jnp.reshape(slopes, (-1, below.shape[0]))
         eye = jnp.eye(below.shape[0], dtype=below.dtype)
         # No pivot is below one.
-        lower = solve_triangular(triangularise(eye, rows), eye, trans="T")
+        lower = substitute(triangularise(eye, rows), eye)
         upper = -product(lower, rows.T)
         parts = [jnp.moveaxis(jnp.reshape(x, (len(below), len(roots), -1)), 1, 0) for x in (lower, upper)]
         return jax.vmap(lambda rows: triangularise(None, rows))(jnp.concatenate(parts, axis=-1))

@@ -129,7 +129,7 @@ def triangularise_tall(dense: Float[Array, "rows dim"]) -> Float[Array, "dim dim
     size = jnp.max(jnp.abs(dense), axis=0, initial=0)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     rows = jnp.pad(dense / size[None], ((0, max(0, dense.shape[1] - dense.shape[0])), (0, 0)))
-    triangle = jnp.linalg.qr(rows, mode="r")
+    (triangle,) = _qr(rows, "r")
     return jnp.where(jnp.diagonal(triangle) < 0, -1, 1)[:, None] * triangle * size[None]
 
 
@@ -289,13 +289,75 @@ def _lapack(upper, dense):
     empty = (jnp.all(upper == 0, axis=0) & jnp.all(dense == 0, axis=0))[:n]
     leading = jnp.concatenate([jnp.where(jnp.diag(empty), 1, upper[:, :n]), dense[:, :n]])
     if width == n:
-        r = jnp.linalg.qr(leading, mode="r")
-        return jnp.where(jnp.diag(empty), 0, r), dense[:, n:]
-    q, r = jnp.linalg.qr(leading, mode="reduced")
+        return jnp.where(jnp.diag(empty), 0, _triangle(leading)), dense[:, n:]
+    q, r = _orthonormal(leading)
     behind = jnp.concatenate([upper[:, n:], dense[:, n:]])
     rows = q.T @ behind
     left = behind - q @ rows
     return jnp.concatenate([jnp.where(jnp.diag(empty), 0, r), jnp.where(empty[:, None], 0, rows)], axis=1), left
+
+
+def _qr(matrix, mode):
+    """The arrays of ``jnp.linalg.qr``. On CPU lanes are taken one after the other.
+
+    Where several calls of LAPACK with many matrices each run side by side, as many as XLA has threads, each occupies a
+    thread and waits for the others forever (jaxlib before 0.11.2).
+    """
+    call = lambda a: (jnp.linalg.qr(a, mode=mode),) if mode == "r" else tuple(jnp.linalg.qr(a, mode=mode))  # noqa: E731
+    return lax.platform_dependent(matrix, cpu=jax.custom_batching.sequential_vmap(call), default=call)
+
+
+@jax.custom_jvp
+def _triangle(matrix):
+    return _qr(matrix, "r")[0]
+
+
+@_triangle.defjvp
+@full_precision()
+def _(primals, tangents):
+    (_, r), (_, moved) = jax.jvp(_orthonormal, primals, tangents)
+    return r, moved
+
+
+@jax.custom_jvp
+def _orthonormal(matrix):
+    """Orthonormal columns ``Q`` and the triangle ``R`` of ``matrix = Q R``, which has full column rank."""
+    return _qr(matrix, "reduced")
+
+
+@_orthonormal.defjvp
+@full_precision()
+def _(primals, tangents):
+    q, r = _orthonormal(*primals)
+    return (q, r), _moved(q, r, *tangents)[:2]
+
+
+@jax.custom_jvp
+def orthogonal(matrix: Float[Array, "n m"]) -> tuple[Float[Array, "n n"], Float[Array, "m m"]]:
+    """The whole orthogonal matrix ``Q`` and the triangle ``R`` of ``matrix = Q [R; 0]``, which has full column rank.
+
+    JAX has no derivative of the columns of ``Q`` behind the first ``m``. They may be any basis of their space, so one
+    derivative is chosen, ``-Q1 R^-T dA^T Q2``, with which all that does not depend on the basis is right.
+    """
+    q, r = _qr(matrix, "complete")
+    return q, r[: matrix.shape[1]]
+
+
+@orthogonal.defjvp
+@full_precision()
+def _(primals, tangents):
+    q, r = orthogonal(*primals)
+    first, rest = jnp.split(q, [r.shape[1]], axis=1)
+    along, moved, slope = _moved(first, r, *tangents)
+    return (q, r), (jnp.concatenate([along, -first @ (slope.T @ rest)], axis=1), moved)
+
+
+def _moved(q, r, moved):
+    """The derivatives of ``Q`` and ``R`` along ``dA``, and ``dA R^-1``."""
+    slope = substitute(r, moved.T).T
+    turn = q.T @ slope
+    skew = jnp.tril(turn, -1) - jnp.tril(turn, -1).T
+    return q @ (skew - turn) + slope, jnp.triu((turn - skew) @ r), slope
 
 
 @jax.custom_jvp
@@ -306,9 +368,11 @@ def substitute(upper: Float[Array, "m m"], z: Float[Array, "m cols"]) -> Float[A
     """
     m = upper.shape[0]
     if m > _LAPACK_COLUMNS:
-        singular = jnp.diagonal(upper)[:, None] == 0
-        triangle = jnp.where(singular, jnp.eye(m, dtype=upper.dtype), upper)
-        return jnp.where(singular, 0, jax.scipy.linalg.solve_triangular(triangle, z, trans="T"))
+        # In halves most of the work is a product of matrices. (Not by LAPACK, for the reason given in ``_qr``.)
+        half = m // 2
+        first = substitute(upper[:half, :half], z[:half])
+        second = substitute(upper[half:, half:], z[half:] - product(upper[:half, half:].T, first))
+        return jnp.concatenate([first, second])
     if m == 1:
         return safe_divide(z, upper)
 

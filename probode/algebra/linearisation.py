@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from .coupling import Coupling
 from .factorisations import Layout
-from .linalg import product
+from .linalg import product, substitute
 from .normal import batched
 
 
@@ -155,7 +155,7 @@ class Linearisation(eqx.Module):
         if not self.is_coupled:
             return z
         triangle = self.matrix[:, self.matrix.shape[1] - self.matrix.shape[0] :]
-        return jax.scipy.linalg.solve_triangular(triangle, z, lower=True, unit_diagonal=True)
+        return substitute(triangle.T, z)
 
     @staticmethod
     def general(

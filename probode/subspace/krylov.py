@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..algebra.factorisations import Dense, layout_of
-from ..algebra.linalg import product, safe_divide, safe_norm, triangularise
+from ..algebra.linalg import product, safe_divide, safe_norm, solve_upper, substitute, triangularise
 from ..equations.problems import ODE, flat_field
 from ..util.checks import as_integer, as_scalar
 from ..util.tracing import compiled
@@ -91,7 +91,7 @@ def solve_innovation(
 
     def precondition(v):
         a = v @ basis
-        inside = basis @ jax.scipy.linalg.cho_solve((root, False), a)
+        inside = basis @ solve_upper(root, substitute(root, a[:, None]))[:, 0]
         if r == d:
             return inside
         c = of_complement(v - basis @ a)

@@ -14,13 +14,11 @@ Axes: ``rows``, room for intervals, of which there are ``number``; ``q``; ``p`` 
 """
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ..algebra.linalg import product, triangularise
-from ..util.tracing import full_precision
+from ..algebra.linalg import orthogonal, product, solve, solve_upper, triangularise
 from .rows import scan_rows
 
 
@@ -84,7 +82,7 @@ class Chain(eqx.Module):
 
         inner = self.number - 1
         rest, tops = scan_rows(down, links[0], (self.rotation, links[1:]), inner, differentiable=self.differentiable)
-        end = jnp.linalg.solve(self.end, jnp.concatenate([rest, ends]))
+        end = solve(self.end, jnp.concatenate([rest, ends]))
         last, y = end[:q], end[q:]
 
         def up(later, x):
@@ -106,7 +104,7 @@ class Chain(eqx.Module):
         """
         q, e = self.inverse.shape[-1], self.end.shape[0]
         # The last q equations that were eliminated have noise, those at the ends none.
-        shared = jnp.linalg.solve(self.end, jnp.eye(e, q, dtype=self.end.dtype)).T
+        shared = solve(self.end, jnp.eye(e, q, dtype=self.end.dtype)).T
         root = triangularise(None, jnp.concatenate([shared, jnp.zeros((e - q, e), shared.dtype)]))
 
         def up(root, x):
@@ -140,7 +138,7 @@ def eliminated(links: Links, ends: Ends, *, differentiable: bool = False) -> Cha
         both = product(rotation, jnp.concatenate([jnp.zeros_like(right), right]))
         own = jnp.pad(own, ((0, 0), (q, 0)))
         borders = product(rotation, jnp.concatenate([border, own]))
-        inverse = jnp.linalg.inv(triangle)
+        inverse = solve_upper(triangle, jnp.eye(q, dtype=triangle.dtype))
         kept = rotation, inverse, product(inverse, both[:q]), product(inverse, borders[:q])
         return (both[q:], borders[q:]), kept
 
@@ -149,7 +147,7 @@ def eliminated(links: Links, ends: Ends, *, differentiable: bool = False) -> Cha
     (before, border), kept = scan_rows(down, init, inner, links.number - 1, differentiable=differentiable)
     condition = jnp.concatenate([ends.last, ends.first, ends.shared], axis=1)
     end = jnp.concatenate([jnp.concatenate([before, border], axis=1), condition])
-    pivots = jnp.abs(jnp.diagonal(jnp.linalg.qr(_with_unit_rows(lax.stop_gradient(end)), mode="r")))
+    pivots = jnp.diagonal(triangularise(None, _with_unit_rows(lax.stop_gradient(end))))
     conditioning = jnp.min(pivots) / jnp.max(pivots)
     rotation, inverse, following, beside = kept
     return Chain(rotation, inverse, following, beside, end, conditioning, links.number, differentiable)
@@ -158,31 +156,6 @@ def eliminated(links: Links, ends: Ends, *, differentiable: bool = False) -> Cha
 def _with_unit_rows(matrix):
     size = jnp.linalg.norm(matrix, axis=1, keepdims=True)
     return matrix / jnp.where(size > 0, size, 1)
-
-
-@jax.custom_jvp
-def orthogonal(matrix: Float[Array, "n m"]) -> tuple[Float[Array, "n n"], Float[Array, "m m"]]:
-    """The whole orthogonal matrix ``Q`` and the triangle ``R`` of ``matrix = Q [R; 0]``, which has full column rank.
-
-    JAX has no derivative of the columns of ``Q`` behind the first ``m``. They may be any basis of their space, so one
-    derivative is chosen, ``-Q1 R^-T dA^T Q2``, with which all that does not depend on the basis is right.
-    """
-    q, r = jnp.linalg.qr(matrix, mode="complete")
-    return q, r[: matrix.shape[1]]
-
-
-@orthogonal.defjvp
-@full_precision()
-def _(primals, tangents):
-    (matrix,), (moved,) = primals, tangents
-    q, r = orthogonal(matrix)
-    m = matrix.shape[1]
-    first, rest = q[:, :m], q[:, m:]
-    slope = jax.scipy.linalg.solve_triangular(r, moved.T, trans="T").T  # dA R^-1
-    turn = first.T @ slope
-    skew = jnp.tril(turn, -1) - jnp.tril(turn, -1).T
-    along = first @ skew + rest @ (rest.T @ slope)
-    return (q, r), (jnp.concatenate([along, -first @ (slope.T @ rest)], axis=1), jnp.triu((turn - skew) @ r))
 
 
 def is_singular(chain: Chain, smallest: float = 0.0) -> Bool[Array, ""]:

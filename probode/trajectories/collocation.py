@@ -22,11 +22,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ..algebra.factorisations import Layout
-from ..algebra.linalg import product, substitute
+from ..algebra.linalg import orthogonal, product, substitute
 from ..equations.problems import Lifted, flat_residual
 from ..priors.iwp import IWP
 from ..priors.powers import powers
-from .chain import Chain, Ends, Links, eliminated, orthogonal
+from .chain import Chain, Ends, Links, eliminated
 from .rows import map_rows
 
 
@@ -122,7 +122,7 @@ class Equations(eqx.Module):
             matrix = matrix * unit[None]
             size = jnp.linalg.norm(matrix, axis=1)
             basis, triangle = orthogonal((matrix / size[:, None]).T)
-            lift = jax.scipy.linalg.solve_triangular(triangle, jnp.diag(1 / size), trans="T")
+            lift = substitute(triangle, jnp.diag(1 / size))
             lift = unit[:, None] * (basis[:, : dim - q] @ lift)
             return unit[:, None] * basis[:, dim - q :], lift, -lift @ of_p
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probode.trajectories.chain import Chain, Ends, Links, eliminated, is_singular, orthogonal
+from probode.algebra.linalg import orthogonal
+from probode.trajectories.chain import Chain, Ends, Links, eliminated, is_singular
 from probode.trajectories.rows import map_rows, scan_rows
 from tests.helpers import difference_quotient
 
