@@ -406,5 +406,9 @@ def solve(matrix: Float[Array, "n n"], z: Float[Array, "n cols"]) -> Float[Array
     LAPACK takes them one by one. Entries with a zero pivot are zero.
     """
     n = len(matrix)
+    # Reflections mix all rows: of one that is small beside others the digits would be lost.
+    size = lax.stop_gradient(jnp.max(jnp.abs(matrix), axis=1, keepdims=True))
+    size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    matrix, z = matrix / size, z / size
     rows, _ = eliminate(jnp.zeros((n, n + z.shape[1]), z.dtype), jnp.concatenate([matrix, z], axis=1))
     return solve_upper(rows[:, :n], rows[:, n:])

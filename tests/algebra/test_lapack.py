@@ -46,14 +46,16 @@ def algebra():
 PROGRAMS = {
     "algebra": algebra,
     "boundary-values": lambda: (
-        lambda c: po.solve_bvp(
-            po.ODE(lambda t, u, du, args: args * u, order=2),
-            lambda a, b, args: (a[0] - 1.0, b[0]),
-            (0.0, 1.0),
-            jnp.ones_like,
-            args=c,
-            throw=False,
-        ).std,
+        lambda c: (
+            po.solve_bvp(
+                po.ODE(lambda t, u, du, args: args * u, order=2),
+                lambda a, b, args: (a[0] - 1.0, b[0]),
+                (0.0, 1.0),
+                jnp.ones_like,
+                args=c,
+                throw=False,
+            ).std
+        ),
         1.0,
     ),
     "lifted": lambda: lanes(po.IWP(4), po.TS1(po.ODE(decay).lifted(2)), 3, factorisation=po.Dense()),
