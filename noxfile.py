@@ -57,7 +57,7 @@ def wheel(session):
     session.install("--force-reinstall", "--no-deps", str(built))
     session.install(f"probode[test] @ {built.as_uri()}")
 
-    # All that the tests look at but the package, in whose place the installed one stands.
+    # All that the tests look at but the package, in whose place a copy of the installed one stands.
     nothing = shutil.ignore_patterns(
         "probode", ".*cache", ".git", ".nox", ".venv", ".hypothesis", "site", "__pycache__"
     )
@@ -65,7 +65,7 @@ def wheel(session):
     where = "import pathlib, probode; print(pathlib.Path(probode.__file__).parent)"
     installed = pathlib.Path(session.run("python", "-I", "-c", where, silent=True).strip().splitlines()[-1])
     assert here / "probode" != installed, "the package under test is that of the checkout"
-    (there / "checkout" / "probode").symlink_to(installed)
+    shutil.copytree(installed, there / "checkout" / "probode")
     with session.chdir(there / "checkout"):
         session.run("pytest", *session.posargs)
 

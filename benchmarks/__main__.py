@@ -28,6 +28,8 @@ PARTS = [
     ["stability"],
     ["inference"],
     ["tempering"],
+    ["nuts"],
+    ["checks"],
     ["events"],
     ["boundary_values"],
     ["fuzz"],

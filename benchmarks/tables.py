@@ -87,6 +87,8 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "gpu": gpu(results),
         "calibration": calibration(results),
         "tempering": tempering(results),
+        "nuts": nuts(results),
+        "checks": checks(results),
         "events": events(results),
         "boundary_values": boundary_values(results),
         "stability": stability(results),
@@ -140,6 +142,23 @@ def tempering(results: pathlib.Path = RESULTS) -> str:
         lost = {row["method"]: float(row["error"]) for row in summary.read(f"tempering_{problem}", results)}
         rows.append([words, *(f"{1 - lost[method]:.2f}" for method in methods)])
     return _table(["", *methods], rows)
+
+
+def nuts(results: pathlib.Path = RESULTS) -> str:
+    """The table of what a gradient costs within NUTS."""
+    rows = [[row["method"], significant(1e6 * float(row["seconds_min"]))] for row in summary.read("nuts", results)]
+    return _table(["", "microseconds per gradient"], rows)
+
+
+def checks(results: pathlib.Path = RESULTS) -> str:
+    """The table of solutions that `Solution.check` doubts, and of what it costs, relative to the solve."""
+    every, rows = summary.read("checks", results), []
+    for kind, words in {"doubtful": "should be doubted", "right": "should not"}.items():
+        chosen = [row for row in every if row["kind"] == kind]
+        doubted = sum(bool(row["findings"]) for row in chosen)
+        cost = np.quantile([float(row["cost"]) for row in chosen], [0.1, 0.5, 0.9])
+        rows.append([words, str(len(chosen)), str(doubted), *(significant(x) for x in cost)])
+    return _table(["solutions that", "number", "doubted", "time over the solve's: 10 %", "median", "90 %"], rows)
 
 
 def events(results: pathlib.Path = RESULTS) -> str:

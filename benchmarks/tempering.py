@@ -1,7 +1,7 @@
 """The share of fits that find the parameters: `python -m benchmarks.tempering [--problem pendulum] [--starts 50]`.
 
 Three methods start from the same points, far from the optimum: least squares on accurate solves, Fenrir's likelihood
-with an output scale of one, and the same likelihood with diffusion tempering, by `probode.fit` on the logarithms of the
+with an output scale of one, and the same likelihood with diffusion tempering. All use L-BFGS on the logarithms of the
 parameters. A fit has converged if its parameters are within 5 % (root mean square, relative). The problems are similar
 to those of Beck et al. (2024), "Diffusion tempering": a pendulum with an unknown length, a predator-prey model with two
 unknown rates. The table's `error` is the share of starts from which a fit did not converge; its times include
@@ -22,7 +22,6 @@ from .timing import Table, Timing, parse, timed
 
 NOISE = 0.1
 STEP = 0.05
-ITERATIONS = 60
 
 
 def lotka_volterra(t, u, args):
@@ -54,18 +53,18 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     for name in [options.problem] if options.problem else PROBLEMS:
         table = Table(f"tempering_{name}", options.output)
-        true, fits = _problem(name, options.starts)
+        true, starts, fits = _problem(name, options.starts)
         for method, fit in fits.items():
-            seconds, found = timed(fit)
-            deviation = np.sqrt(np.mean((found / true - 1) ** 2, axis=1))
+            seconds, found = timed(lambda fit=fit, starts=starts: fit(starts))
+            deviation = np.sqrt(np.mean((np.exp(np.asarray(found)) / true - 1) ** 2, axis=1))
             fraction = float(np.mean(deviation < 0.05))
             print(f"{name}, {method}: {fraction:.2f} of {options.starts} converged", flush=True)
             table.add(name, method, Timing(0.0, seconds, seconds, found), error=1 - fraction)
         table.write()
 
 
-def _problem(name: str, number: int) -> tuple[np.ndarray, dict[str, Callable[[], np.ndarray]]]:
-    """The true parameters, and the methods by name: functions that return what was found from every start."""
+def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, Callable]]:
+    """The true parameters, starts for their logarithms, and the methods that fit them by name."""
     import probode
 
     field, order, u0, true, largest, t1, count = PROBLEMS[name]
@@ -82,7 +81,7 @@ def _problem(name: str, number: int) -> tuple[np.ndarray, dict[str, Callable[[],
     values = np.asarray(accurate.solve(u0, 0.0, t1, args=jnp.asarray(true), save_at=ts).mean)
     values = values + NOISE * rng.normal(size=values.shape)
     data = probode.Observations(ts, values, NOISE)
-    starts = jnp.asarray(rng.uniform(0.1, largest, size=(number, len(true))))
+    starts = jnp.log(jnp.asarray(rng.uniform(0.1, largest, size=(number, len(true)))))
     # Steps of fixed length: tolerances so loose that the longest step is always accepted.
     likely = probode.Solver(
         probode.IWP(2 + order),
@@ -92,22 +91,61 @@ def _problem(name: str, number: int) -> tuple[np.ndarray, dict[str, Callable[[],
         loop=probode.BoundedLoop(512),
     )
 
-    def closeness(solver, u0, t0, t1, data, *, args):
-        solution = solver.solve(u0, t0, t1, args=args, save_at=data.ts, throw=False)
+    def misfit(parameters, solver):
+        args = jnp.exp(parameters)
+        solution = solver.solve(u0, 0.0, t1, args=args, save_at=ts, throw=False)
         squares = jnp.sum((solution.mean - values) ** 2) / (2 * NOISE**2)
-        return jnp.where(solution.result == probode.Result.successful, -squares, -jnp.inf)
+        return jnp.where(solution.result == probode.Result.successful, squares, jnp.inf)
 
-    def ends(solver, **how):
-        """Where the searches from all starts end."""
-        how = {"positive": True, "max_iterations": ITERATIONS, **how}
-        return np.asarray(probode.fit(solver, u0, 0.0, t1, data, starts[0], starts=starts, **how).ends)
+    def improbability(parameters, solver):
+        return -probode.fenrir_log_likelihood(solver, u0, 0.0, t1, data, args=jnp.exp(parameters))
+
+    def tempered(starts):
+        few, many = _descent(improbability, 8), _descent(improbability, 30)
+        for stage in probode.DiffusionTempering().solvers(likely):
+            starts, last = few(starts, stage), stage
+        return many(starts, last)
 
     fits = {
-        "least squares": lambda: ends(accurate, likelihood=closeness),
-        "Fenrir": lambda: ends(likely),
-        "Fenrir, tempered": lambda: ends(likely, tempering=probode.DiffusionTempering()),
+        "least squares": lambda starts: _descent(misfit, 60)(starts, accurate),
+        "Fenrir": lambda starts: _descent(improbability, 60)(starts, likely),
+        "Fenrir, tempered": tempered,
     }
-    return np.asarray(true), fits
+    return np.asarray(true), starts, fits
+
+
+def _descent(fn: Callable, iterations: int) -> Callable:
+    """A function of starts and solver: the ends of at most `iterations` iterations of L-BFGS from every start."""
+    import equinox as eqx
+    import optax
+
+    optimiser = optax.lbfgs(memory_size=10)
+
+    @eqx.filter_jit
+    def run(starts, solver):
+        def objective(x):
+            return fn(x, solver)
+
+        value_and_grad = optax.value_and_grad_from_state(objective)
+
+        def step(carry):
+            x, state, count, _ = carry
+            value, grad = value_and_grad(x, state=state)
+            move, state = optimiser.update(grad, state, x, value=value, grad=grad, value_fn=objective)
+            new = x + move
+            new = jnp.where(jnp.all(jnp.isfinite(new)), new, x)
+            return new, state, count + 1, jnp.max(jnp.abs(new - x))
+
+        def goes_on(carry):
+            *_, count, moved = carry
+            return (count < iterations) & (moved > 1e-6)  # of logarithms: a relative change of the parameters
+
+        def one(start):
+            return jax.lax.while_loop(goes_on, step, (start, optimiser.init(start), 0, jnp.inf))[0]
+
+        return jax.lax.map(one, starts)  # one by one: under vmap every line search would take as long as the longest
+
+    return run
 
 
 if __name__ == "__main__":

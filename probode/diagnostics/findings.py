@@ -27,8 +27,8 @@ _UNSEEN, _MORE = 30.0, 10.0
 # Residuals of so many standard deviations on average say that these are too small, whatever the model.
 _UNEXPLAINED = 10.0
 # How short a step is, compared with the longest on both sides, that was cut by a jump of the equation or a derivative;
-# among how many neighbours.
-_CUT, _NEIGHBOURS = 0.02, 40
+# among how many neighbours: more of them are short where the solution is fast and smooth.
+_CUT, _NEIGHBOURS = 0.02, 25
 # What share of its range nearby a derivative changes by where steps were cut, most of it in one of them, if it jumps.
 _JUMPED = 0.2
 # How many times as fast as the solution something decays that keeps the steps of an explicit method short, ...
@@ -211,6 +211,8 @@ def _cut_steps(dt):
             first -= 1
         while last < dt.size - 1 and dt[last + 1] < bound[i]:
             last += 1
+        if found and first <= found[-1][1]:
+            first = min(first, found.pop()[0])  # the same cut: its last step has longer ones near it
         found.append((int(first), int(last)))
     return found
 

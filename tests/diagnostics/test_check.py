@@ -62,6 +62,7 @@ def test_what_is_wrong_is_found(args, kind, t):
         {"pulse": 1.0, "width": 1.0, "wave": 1.0},
         {"rate": 100.0, "wave": 1.0},
         {"rate": -0.1, "wave": 1.0},
+        {"pulse": 10.0, "width": 0.15, "wave": 1.0},  # steps are cut where it begins
     ],
 )
 def test_what_is_right_is_left_alone(args):
