@@ -177,7 +177,7 @@ def measured(case: Case) -> dict[str, Any]:
     atol = 1e-3 * case.rtol if case.atol is None else case.atol
     controller = probode.IntegralController(case.rtol, atol)
 
-    # (The module was imported before double precision was switched on.)
+    # The cases hold NumPy arrays: one of JAX would start its backend before probode has set XLA's options.
     case = case._replace(u0=jnp.asarray(case.u0, float))
     solver = _solver(case, controller)
     save_at = probode.SaveAt(t0=True, steps=True, dense=True)

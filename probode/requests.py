@@ -206,7 +206,7 @@ def resolvable(controller: AbstractController, layout: Layout, t1: Array | np.nd
 
 
 def require_resolvable(x: Any, rtol: Array | np.ndarray, dtype: DTypeLike) -> Any:
-    """``x`` unchanged; raises ``ValueError`` for a relative tolerance that is positive and below ``smallest_rtol``."""
+    """``x`` itself; raises ``ValueError`` if the relative tolerance is positive but below ``smallest_rtol(dtype)``."""
     smallest = smallest_rtol(dtype)
     message = (
         f"rtol cannot be met below {smallest:.1e}, ten times the round-off of {dtype}; loosen it, "

@@ -142,7 +142,10 @@ class Coupling(eqx.Module):
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.matrix.shape[0], *x.shape)), shared)
 
     def observed(self, roots: Float[Array, "blocks p p"]) -> tuple[Float[Array, "bq d"], Float[Array, "d d"]]:
-        """``B`` and ``D``, for blocks with these upper triangular right square roots."""
+        """The matrices ``B`` and ``D`` in the covariance ``S = B^T B + D^T D`` of the residual.
+
+        ``roots``: upper triangular right square roots of the covariances of the blocks.
+        """
         a, q = jax.vmap(lambda r, h: product(r, h.T))(roots, self.matrix), roots.shape[-1] - self.size
         b, d = (jnp.reshape(x, (-1, x.shape[-1])) for x in (a[:, :q], a[:, q:]))
         return b, d[np.asarray(self.places)]

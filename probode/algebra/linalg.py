@@ -98,7 +98,10 @@ def kron_apply(a: Float[Array, "q p"], x: Float[Array, "dim cols"]) -> Float[Arr
 
 
 def kron_apply_right(factor: Float[Array, "rows dim"], a: Float[Array, "p p"]) -> Float[Array, "rows dim"]:
-    """A right square root of the covariance of ``kron(a, I) x``, ``factor @ kron(a, I)^T``."""
+    """The matrix ``factor @ kron(a, I)^T``.
+
+    It is a right square root of the covariance of ``kron(a, I) x``, if ``factor`` is one of the covariance of ``x``.
+    """
     rows, dim = factor.shape
     blocks = jnp.reshape(factor, (rows, a.shape[0], dim // a.shape[0]))
     if blocks.size * a.shape[0] <= _SMALL_PRODUCT:
@@ -129,7 +132,7 @@ def triangularise_tall(dense: Float[Array, "rows dim"]) -> Float[Array, "dim dim
     size = jnp.max(jnp.abs(dense), axis=0, initial=0)
     size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
     rows = jnp.pad(dense / size[None], ((0, max(0, dense.shape[1] - dense.shape[0])), (0, 0)))
-    (triangle,) = _qr(rows, "r")
+    triangle = _qr(rows, "r")
     return jnp.where(jnp.diagonal(triangle) < 0, -1, 1)[:, None] * triangle * size[None]
 
 
@@ -298,18 +301,18 @@ def _lapack(upper, dense):
 
 
 def _qr(matrix, mode):
-    """The arrays of ``jnp.linalg.qr``. On CPU lanes are taken one after the other.
+    """What ``jnp.linalg.qr`` returns. On CPU lanes are taken one after the other.
 
     Where several calls of LAPACK with many matrices each run side by side, as many as XLA has threads, each occupies a
     thread and waits for the others forever (jaxlib before 0.11.2).
     """
-    call = lambda a: (jnp.linalg.qr(a, mode=mode),) if mode == "r" else tuple(jnp.linalg.qr(a, mode=mode))  # noqa: E731
+    call = ft.partial(jnp.linalg.qr, mode=mode)
     return lax.platform_dependent(matrix, cpu=jax.custom_batching.sequential_vmap(call), default=call)
 
 
 @jax.custom_jvp
 def _triangle(matrix):
-    return _qr(matrix, "r")[0]
+    return _qr(matrix, "r")
 
 
 @_triangle.defjvp
@@ -322,7 +325,7 @@ def _(primals, tangents):
 @jax.custom_jvp
 def _orthonormal(matrix):
     """Orthonormal columns ``Q`` and the triangle ``R`` of ``matrix = Q R``, which has full column rank."""
-    return _qr(matrix, "reduced")
+    return tuple(_qr(matrix, "reduced"))
 
 
 @_orthonormal.defjvp

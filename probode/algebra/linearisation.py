@@ -122,7 +122,7 @@ class Linearisation(eqx.Module):
         return Linearisation(layout.broadcast(unit), layout.pack(residual), gives, whole=False, is_frozen=True)
 
     def times(self, x: Float[Array, "*batch dim cols"]) -> Float[Array, "*batch m cols"]:
-        """``H x``, for a direction ``x`` in which the state may move."""
+        """The product ``H x`` of the Jacobian of the residual with a direction ``x`` in the space of states."""
         if self.is_frozen:
             return given(self, x)
         leading = x[..., : self.matrix.shape[-1], :]
@@ -142,7 +142,10 @@ class Linearisation(eqx.Module):
 
     @property
     def num_replaced(self) -> int:
-        """How many entries of a state follow from the others, given the equation, so that its factor has fewer rows."""
+        """The number of entries of a state that the equation determines from the others.
+
+        The factor of its covariance has as many rows less.
+        """
         return 0 if self.gives is None or self.coupling is not None else self.residual.shape[-2]
 
     @property
@@ -182,6 +185,6 @@ def residual_about(
 
 
 def given(equation: Linearisation, mean: Float[Array, "*batch dim cols"]) -> Float[Array, "*batch m cols"]:
-    """The rows of a mean that a frozen equation is about: the product with its matrix."""
+    """The entries of a mean that a frozen equation gives, which are the product ``H mean``."""
     m, p = equation.matrix.shape[-2:]
     return mean[..., p - m : p, :]

@@ -82,9 +82,10 @@ class Steps:
         return np.maximum(np.max(abs(self.u), axis=0), np.max(self.weight, axis=0))
 
     def lasting(self, error: Float[np.ndarray, "rows d"], bound: float) -> tuple[float, int]:
-        """The share of the interval, or one for the end, in which an error is not small; the component that has most.
+        """The share of the interval in which an error is large, and the component in which it is largest.
 
-        Not small is more than ``bound`` of its component's size, and ``_BEYOND`` times what a step may err.
+        Large is more than ``bound`` of the component's size, and more than ``_BEYOND`` times what a step may err. The
+        share counts as one if the error is large at the end.
         """
         share = np.where(error > _BEYOND * self.weight, error / self.size, 0)
         worst = np.max(share, axis=1)

@@ -107,9 +107,8 @@ def inspect(
         layout, (left, transition) = path.layout_of(i), residual(i, dt[i])
         scale = output_scale[i + 1] * transition.magnitude
         noise = layout.std(jnp.reshape(scale, (*jnp.shape(scale), 1, 1)) * transition.noise)
-        variances = (
-            noise**2 + layout.std(push(jax.tree.map(lambda x: x[i], distribution), transition.matrix).factor) ** 2
-        )
+        before = jax.tree.map(lambda x: x[i], distribution)
+        variances = noise**2 + layout.std(push(before, transition.matrix).factor) ** 2
         variance = variances[k]
         if matrices is not None:
             variance = variance + jnp.square(matrices[i][-left.size :]) @ variances[:k].ravel()

@@ -261,7 +261,10 @@ class _Target:
         return begins
 
     def covariance(self, x, slope):
-        """That of the normal approximation: the inverse of the curvature, from differences of slopes."""
+        """The covariance of the parameters in the normal approximation at ``x``: the inverse of the curvature there.
+
+        The curvature is computed from differences of ``slope``, a function that returns the gradient.
+        """
         size = _DIFFERENCE * (np.ones_like(x) if self.is_positive else np.where(x == 0, 1, abs(x)))
         steps = np.diag(size)
         curvature = np.stack([(slope(x + h) - slope(x - h)) / (2 * h[i]) for i, h in enumerate(steps)])
