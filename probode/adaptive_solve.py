@@ -171,8 +171,8 @@ def _parts(solver, request, args):
         control = dataclasses.replace(control, events=events)
     # An uncertain start, and a state conditioned on data, are rightly updated by residuals that the noise of a step
     # does not explain: such steps must not be refused.
-    doubts = not solver.calibration.is_local and request.data is None and start.is_certain
-    return step, dataclasses.replace(control, refuses_unexplained=doubts)
+    refuses = not solver.calibration.is_local and request.data is None and start.is_certain
+    return step, dataclasses.replace(control, refuses_unexplained=refuses)
 
 
 def _begin(solver, request, args):

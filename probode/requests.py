@@ -16,13 +16,13 @@ from jaxtyping import Array, Float, PyTree
 from .algebra.factorisations import AbstractFactorisation, Layout, fitted, layout_of
 from .algebra.normal import Normal
 from .equations.problems import AbstractProblem
-from .estimation.calibration import AbstractCalibration
+from .estimation.calibration import AbstractCalibration, returns_factor
 from .estimation.initialisation import InitialState
 from .estimation.strategies import AbstractStrategy
 from .information.events import Event
 from .information.observations import Observations
 from .posterior.solution import SaveAt, Solution
-from .posterior.uncertain_start import check_moves, check_uncertain, directions_of
+from .posterior.uncertain_start import check_moves, check_state_not_rescaled, check_uncertain, directions_of
 from .stepping.adaptive import AdaptiveState
 from .stepping.controllers import AbstractController
 from .stepping.progress import AbstractProgress
@@ -78,7 +78,7 @@ def check_request(
     save_at = save_at if isinstance(save_at, SaveAt) else SaveAt(ts=save_at)
     start, layout = bind(solver, u0, uncertain=True)
     if data is not None:
-        check_data(data, solver.calibration, start)
+        check_data(data, solver.calibration, start, layout)
     t0, t1 = two_times(t0, t1, layout)
     t0, t1 = at_state(start, t0), resolvable(solver.controller, layout, t1)
     check_dense(save_at, solver.strategy)
@@ -116,7 +116,10 @@ def bind(solver: Any, u0: PyTree, *, uncertain: bool = False) -> tuple[AbstractS
     if uncertain and start.directions is not None:
         layout.require_shared_algebra("An uncertain u0")
         layout.require_lasting("An uncertain u0")
-        check_uncertain(layout.factorisation, solver.calibration, layout.size)
+        check_uncertain(layout, solver.calibration)
+    if uncertain and isinstance(start, FromInitialState):
+        given = check_state_not_rescaled(start.given, problem.num_initial_values, solver.calibration, layout)
+        start = FromInitialState(given)
     return start, layout
 
 
@@ -245,10 +248,10 @@ def require_observations(data: Any) -> None:
         raise TypeError(f"data must be Observations(ts, values, noise), got {data!r}.")
 
 
-def check_data(data: Any, calibration: AbstractCalibration, start: AbstractStart) -> None:
+def check_data(data: Any, calibration: AbstractCalibration, start: AbstractStart, layout: Layout) -> None:
     """Raises ``TypeError`` unless the data are ``Observations``, ``ValueError`` where a solve cannot use them."""
     require_observations(data)
-    if calibration.rescales:
+    if returns_factor(calibration, layout.batch_shape):
         raise ValueError(
             f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also what was learnt "
             "from data with a noise that you know. Use NoCalibration() or DynamicCalibration()."
@@ -361,8 +364,17 @@ def _check_initial_state(u0, layout):
 
 
 def _check_resumed(u0, num_derivatives, factorisation, controller, calibration):
-    """Raises ``ValueError`` unless a state to be resumed was made with the same kinds of parts."""
-    layout = u0.current.layout
+    """Raises ``ValueError`` unless the state of a solve to be resumed was made with the same kinds of parts."""
+    check_goes_on(u0.current, num_derivatives, factorisation, calibration)
+    if jax.tree.structure(u0.controller) != jax.tree.structure(controller.init(u0.current.layout.dtype)):
+        raise ValueError("The state to go on from was made with another kind of controller than this solver's.")
+
+
+def check_goes_on(
+    state: State, num_derivatives: int, factorisation: AbstractFactorisation, calibration: AbstractCalibration
+) -> None:
+    """Raises ``ValueError`` unless a state was made with the same kinds of parts as those with which it is to go on."""
+    layout = state.layout
     if layout.num_derivatives != num_derivatives:
         raise ValueError(
             f"The state to go on from was made by a prior with {layout.num_derivatives} derivatives, "
@@ -378,14 +390,15 @@ def _check_resumed(u0, num_derivatives, factorisation, controller, calibration):
         raise ValueError(
             f"The state to go on from has the factorisation {layout.factorisation}, this solver has {own}."
         )
-    if jax.tree.structure(u0.controller) != jax.tree.structure(controller.init(layout.dtype)):
-        raise ValueError("The state to go on from was made with another kind of controller than this solver's.")
     collected = eqx.filter_eval_shape(lambda c: c.init(layout.batch_shape, layout.dtype), calibration)
     shapes = (jax.tree.structure(collected), [x.shape for x in jax.tree.leaves(collected)])
-    statistics, made_by = u0.current.statistics, u0.current.calibration
+    statistics, made_by = state.statistics, state.calibration
     same = shapes == (jax.tree.structure(statistics), [jnp.shape(x) for x in jax.tree.leaves(statistics)])
     if made_by is not type(calibration) or not same:
+        this = f"another calibration, {type(calibration).__name__}()"
+        if made_by is type(calibration):
+            this = f"one with other options, {calibration!r}"
         raise ValueError(
-            f"The state to go on from was made with {made_by.__name__}(), and this solver has another calibration, "
-            f"{type(calibration).__name__}(): its scales and statistics mean something else. Go on with the same one."
+            f"The state to go on from was made with {made_by.__name__}(), and this solver has {this}: its scales and "
+            "statistics mean something else. Go on with the same one."
         )

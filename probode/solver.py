@@ -211,7 +211,7 @@ class Solver(eqx.Module):
             raise ValueError("solve_grid starts from u0 or an InitialState, not from the state of an adaptive solve.")
         grid = requests.grid_times(grid, layout)
         if data is not None:
-            requests.check_data(data, self.calibration, start)
+            requests.check_data(data, self.calibration, start, layout)
             data = requests.data_on_grid(data, grid, layout)
         with _named(solver, layout, args):
             solution = _solve_grid(solver, start, jnp.asarray(grid), args, layout, data)
@@ -269,11 +269,12 @@ class Solver(eqx.Module):
         """The ``State`` after one step of signed length ``dt``, without error control; a pure function.
 
         ``state``: from ``init`` or ``step``, or ``Solution.state.current``. ``args``: parameters of the equation. A
-        step shorter than round-off only predicts. Raises ``TypeError`` for another ``state``, ``ValueError`` for a
-        ``dt`` that is not finite.
+        step shorter than round-off only predicts. Raises ``TypeError`` for another ``state``, ``ValueError`` for one
+        that was made with other kinds of parts, and for a ``dt`` that is not finite.
         """
         if not isinstance(state, State):
             raise TypeError("step goes on from a state of init or step (or Solution.state.current), not from u0.")
+        requests.check_goes_on(state, self.prior.num_derivatives, self.factorisation, self.calibration)
         solver, args = requests.floats_to_arrays((self, args))
         dt = jnp.asarray(requests.time(dt, "dt", state.layout))
         with _named(solver, state.layout, args):

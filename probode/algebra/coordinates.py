@@ -27,6 +27,10 @@ class Conditional(eqx.Module):
     - ``noise``: right square root of the covariance of ``w`` given ``v``, ``(*batch, q, p)``. It has no rows where
       ``v`` determines ``w``; ``q`` may exceed ``p``, with rows that are not triangularised or zeros as padding.
 
+    In terms of the states, where ``factor'`` can be inverted (a prime marks the later one), this is the kernel of a
+    Rauch-Tung-Striebel smoother, ``x | x' ~ N(m + factor^T shift + G (x' - m'), L)`` with the gain
+    ``G = factor^T cross^T factor'^-T`` and ``L = (noise factor)^T (noise factor)``. Neither is formed.
+
     ``*batch``: the axes of the blocks of the factorisation (none under ``Dense``, the components of ``u`` under
     ``BlockDiagonal``). ``cols``: independent columns that share a covariance (the components under ``Isotropic``,
     otherwise one).

@@ -24,15 +24,17 @@ class AbstractFactorisation(eqx.Module):
     """The structure of the covariance of ``(u, u', ..., u^(nu))``: which entries are kept, and how they are stored.
 
     A subclass defines ``batch_shape``, ``pack``, ``unpack``, ``unpack_std``, ``lift`` and ``project``; rows of means
-    and columns of factors are ordered derivative by derivative. It may set, as class attributes:
+    and columns of factors are ordered derivative by derivative. It may set, as class attributes or properties:
 
     - ``keeps_diagonal``: whether only the diagonal of a Jacobian is used, so that the rest need not be computed.
+    - ``lanes``: how many leading axes its arrays have in a batch of solutions; zero if it has no arrays.
+
+    Three more attributes are set by subclassing, never by hand, since each asks for further methods:
+
     - ``couples_equations``: whether the mean is conditioned on an explicit equation with its whole Jacobian, although
-      the covariance has blocks; true for subclasses of ``AbstractCoupledFactorisation``.
-    - ``adapts``: whether it changes in the course of a solve; true for subclasses of
-      ``AbstractAdaptiveFactorisation``.
-    - ``lanes``: how many leading axes its arrays have in a batch of solutions.
-    - ``own_algebra``: whether it has its own formulas for a step; true for subclasses of ``AbstractOwnAlgebra``.
+      the covariance has blocks: a subclass of ``AbstractCoupledFactorisation``.
+    - ``adapts``: whether it changes in the course of a solve: one of ``AbstractAdaptiveFactorisation``.
+    - ``own_algebra``: whether it has its own formulas for a step: one of ``AbstractOwnAlgebra``.
 
     >>> import probode
     >>> probode.Dense().batch_shape(3), probode.BlockDiagonal().batch_shape(3)
@@ -202,6 +204,7 @@ class Layout(eqx.Module):
     - ``ravel`` and ``unravel``: between a PyTree ``u`` and a vector ``(d,)``.
     - ``pack`` and ``unpack``: between a stack of derivatives ``(m, d)`` and a mean.
     - ``project`` and ``lift``: the part of a Jacobian, or a square root, that the factorisation keeps.
+    - ``broadcast``: a matrix over the derivatives, repeated along the batch axes.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(2), probode.TS1(probode.ODE(lambda t, u, args: -u)))
@@ -302,7 +305,9 @@ class Layout(eqx.Module):
     @property
     def keeps_all(self) -> bool:
         """True if ``project`` keeps every entry of a Jacobian."""
-        return self.size == 1 or not self.factorisation.keeps_diagonal
+        # Not only diagonals drop entries: blocks do so with what lies between them, unless their equations are coupled.
+        part = self.factorisation
+        return self.size == 1 or self.couples or part.couples_equations or part.own_algebra
 
     @property
     def couples(self) -> bool:

@@ -28,7 +28,9 @@ class Innovation(eqx.Module):
       inside the step.
     - ``unit``: ``magnitude``, which is the prior's own output scale here, ``(*batch,)``.
     - ``inside``, ``remainder``: residuals of the corrected mean, at a time inside the step and at its end, whitened in
-      the same way, ``(*batch, m, cols)``; ``None`` unless the error estimate needs them (``needs_defects``).
+      the same way; ``None`` unless the error estimate needs them (``needs_defects``), and also then where an explicit
+      equation has a partial Jacobian: ``remainder`` always, ``inside`` unless the error is small. See
+      ``AbstractErrorEstimate``.
 
     >>> import probode
     >>> innovation = probode.testing.example_attempt().innovation

@@ -87,6 +87,6 @@ class TurnedConditional(eqx.Module):
         return lax.cond(self.turned > 0, turned_back, lambda later: later, later)
 
     def rescaled(self, factor: Float[Array, "*batch 1 1"]) -> "TurnedConditional":
-        """The conditional distribution whose covariances are all ``factor^2`` times as large."""
+        """The same conditional in terms of two states whose covariances are ``factor^2`` times as large."""
         before, after = (Normal(x.mean, x.factor * factor) for x in (self.before, self.after))
         return TurnedConditional(self.past.rescaled(factor), before, after, self.turn, self.turned)

@@ -30,9 +30,16 @@ def _jacobian_field() -> Any:
 class AbstractProblem(eqx.Module):
     """An equation for ``u`` and its derivatives up to ``u^(order)``; a constraint linearises it.
 
-    A subclass has the field ``order`` and defines ``check``, ``first_order`` and ``residual_of``. ``is_explicit``:
-    whether the equation is solved for ``u^(order)``, with a ``vector_field`` like that of an ``ODE``, so that initial
-    values determine the solution.
+    A subclass has the field ``order`` and defines ``check``, ``first_order`` and ``residual_of``. It may set, as class
+    attributes or properties:
+
+    - ``is_explicit``: whether the equation is solved for ``u^(k)``, ``k = num_initial_values``, so that initial values
+      determine the solution; false by default. If true, the subclass also has ``vector_field``, called as
+      ``vector_field(t, u, ..., u^(k-1), args)``: initial derivatives, events and resets are computed from it.
+    - ``num_initial_values``: how many derivatives the initial value consists of; by default ``order``, at least one.
+    - ``num_linearised``: how many derivatives may enter nonlinearly, over which ``SLR1`` averages; by default
+      ``order + 1``.
+    - ``num_rows``: for how many derivatives the equation is solved; by default one.
 
     >>> import probode
     >>> isinstance(probode.ODE(lambda t, u, args: -u), probode.AbstractProblem)

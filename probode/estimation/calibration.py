@@ -74,7 +74,7 @@ class AbstractCalibration(eqx.Module):
     user knows, as the noise of data: with it, data and an uncertain ``u0`` raise ``ValueError``.
 
     >>> import probode
-    >>> probode.NoCalibration().finalise(None) is None  # all covariances stay as they are
+    >>> probode.NoCalibration().finalise(()) is None  # all covariances stay as they are
     True
     """
 
@@ -85,14 +85,11 @@ class AbstractCalibration(eqx.Module):
     @property
     def rescales(self) -> bool:
         """Whether ``finalise`` returns a factor for all covariances."""
-        # Derived from the method: a subclass that did not declare it would wrongly rescale what data have contributed.
-        # Only shapes are evaluated.
-        dtype = jnp.zeros(()).dtype
-        return eqx.filter_eval_shape(lambda part: part.finalise(part.init((), dtype)), self) is not None
+        return returns_factor(self, ())
 
     @abstractmethod
     def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        """The statistics before the first step: a PyTree of arrays, or ``None``; ``shape``: that of scales."""
+        """The statistics before the first step: a PyTree of arrays, ``()`` for none; ``shape``: that of scales."""
 
     @abstractmethod
     def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
@@ -123,6 +120,16 @@ class AbstractCalibration(eqx.Module):
     @abstractmethod
     def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
         """The factor on the square roots of all covariances at the end of the solve; ``None`` leaves them unchanged."""
+
+
+def returns_factor(calibration: AbstractCalibration, shape: tuple[int, ...]) -> bool:
+    """Whether ``finalise`` returns a factor for all covariances, for output scales of the shape ``shape``.
+
+    Found out from the method: a subclass that did not declare it would wrongly rescale what data have contributed.
+    """
+    dtype = jnp.zeros(()).dtype
+    # Only shapes are evaluated.
+    return eqx.filter_eval_shape(lambda part: part.finalise(part.init(shape, dtype)), calibration) is not None
 
 
 class AbstractLeaveOneOut(AbstractCalibration):
@@ -158,7 +165,7 @@ class NoCalibration(AbstractCalibration):
     """
 
     def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        return None
+        return ()
 
     def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
         return innovation.unit
@@ -170,7 +177,7 @@ class NoCalibration(AbstractCalibration):
         whitened: Float[Array, "*batch m cols"],
         informative: Bool[Array, ""],
     ) -> Any:
-        return None
+        return ()
 
     def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
         return None
@@ -253,7 +260,7 @@ class DynamicCalibration(AbstractCalibration):
         return self.memory > 0
 
     def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        return jnp.zeros(shape, dtype) if self.remembers else None
+        return jnp.zeros(shape, dtype) if self.remembers else ()
 
     def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
         return _constant_if(self.stop_gradient, _local(innovation, self.memory, statistics))
@@ -265,7 +272,7 @@ class DynamicCalibration(AbstractCalibration):
         whitened: Float[Array, "*batch m cols"],
         informative: Bool[Array, ""],
     ) -> Any:
-        return scale if self.remembers else None
+        return scale if self.remembers else ()
 
     def finalise(self, statistics: Any) -> Float[Array, "*batch"] | None:
         return None
@@ -308,7 +315,7 @@ class LeaveOneOutCalibration(AbstractLeaveOneOut):
         return self.memory > 0
 
     def init(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        return MeanSquare.zero(shape, dtype), jnp.zeros(shape, dtype) if self.remembers else None
+        return MeanSquare.zero(shape, dtype), jnp.zeros(shape, dtype) if self.remembers else ()
 
     def scale(self, innovation: Innovation, statistics: Any) -> Float[Array, "*batch"]:
         _, last = statistics
@@ -322,7 +329,7 @@ class LeaveOneOutCalibration(AbstractLeaveOneOut):
         informative: Bool[Array, ""],
     ) -> Any:
         square, _ = statistics
-        return square.update(whitened, informative), scale if self.remembers else None
+        return square.update(whitened, informative), scale if self.remembers else ()
 
     def leave_one_out(
         self, statistics: Any, squares: Float[Array, "steps *batch"], weights: Float[Array, "steps *batch"]

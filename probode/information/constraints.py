@@ -31,6 +31,7 @@ class AbstractConstraint(eqx.Module):
     - ``first_order``: whether the linearisation knows how the equation depends on ``u``.
     - ``is_pointwise``: whether its residual is that of ``problem`` at the mean, so that it can be had without a
       Jacobian.
+    - ``order``: that of the highest derivative of ``u``, a property; that of ``problem`` by default.
 
     >>> import probode
     >>> spring = probode.ODE(lambda t, u, du, args: -u, order=2)

@@ -28,7 +28,9 @@ from .iteration import Iteration
 
 
 class AbstractCubature(eqx.Module):
-    """Points and weights that integrate polynomials under a standard normal.
+    """Points and weights that integrate polynomials under a standard normal, exactly up to degree three.
+
+    A subclass defines ``rule``.
 
     >>> import probode
     >>> probode.testing.check_cubature(probode.GaussHermite(4))  # or a subclass of your own
@@ -36,7 +38,12 @@ class AbstractCubature(eqx.Module):
 
     @abstractmethod
     def rule(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
-        """Points ``(points, dim)`` and positive weights ``(points,)`` that sum to one."""
+        """Points ``(points, dim)`` and positive weights ``(points,)`` that sum to one, as arrays of NumPy.
+
+        ``dim``: the number of directions of an average. For ``SLR0`` and ``SLR1`` these are ``order d`` for an ODE,
+        ``(order + 1) d`` for a ``Residual``, more under ``Blocks`` of different sizes; for ``marginalise`` as many as
+        there are uncertain numbers. Called where a solve is traced, not in each of its steps.
+        """
 
 
 class SphericalCubature(AbstractCubature):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..estimation.calibration import returns_factor
 from ..priors.prior import AbstractPriorFamily
 from ..stepping.result import has_failed, in_words
 from ..util.checks import is_traced
@@ -137,7 +138,7 @@ def _parts(solver, layout, *, has_events):
         has_events=has_events,
         shares_scale=layout.batch_shape == () or layout.factorisation.couples_equations,
         can_couple=layout.couples or (layout.factorisation.couples_equations and not layout.factorisation.adapts),
-        rescales=solver.calibration.rescales or not solver.calibration.is_local,
+        rescales=returns_factor(solver.calibration, layout.batch_shape) or not solver.calibration.is_local,
         dtype=str(layout.dtype),
     )
 

@@ -223,7 +223,7 @@ def _sample_at(path, key, ts):
     """
     rows_key, key = jax.random.split(key)
     rows = sample_rows(path, rows_key)
-    order = jnp.argsort(path.interval.ahead(ts))
+    order = jnp.argsort(path.interval.signed(ts))
 
     def body(later, x):
         # From the last time to the first. Given the left end of its step and the sample at the next time of this step
@@ -254,8 +254,8 @@ def _sample_at(path, key, ts):
 
 def _locate(path, t):
     """The index of the row that begins the step which holds ``t``, and whether ``t`` is its left, its right end."""
-    ahead = path.interval.ahead
-    i = jnp.searchsorted(ahead(path.rows.t), ahead(t), side="right") - 1
+    signed = path.interval.signed
+    i = jnp.searchsorted(signed(path.rows.t), signed(t), side="right") - 1
     i = jnp.clip(i.astype(path.last.dtype), 0, jnp.maximum(path.last - 1, 0))
     return i, t == path.rows.t[i], t == path.rows.t[i + 1]
 

@@ -18,11 +18,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.factorisations import AbstractFactorisation
+from ..algebra.factorisations import AbstractFactorisation, Layout
 from ..algebra.marginals import widen
 from ..algebra.normal import Normal, square
 from ..equations.problems import AbstractProblem
-from ..estimation.calibration import AbstractCalibration
+from ..estimation.calibration import AbstractCalibration, returns_factor
+from ..estimation.initialisation import InitialState
 from ..stepping.spread import value_and_moves
 from ..util.checks import as_float, require
 from .solution import Solution, Spread
@@ -62,14 +63,36 @@ def _standard_deviation(x, name):
     return jnp.asarray(x)
 
 
-def check_uncertain(factorisation: AbstractFactorisation, calibration: AbstractCalibration, size: int) -> None:
-    """Raises ``ValueError`` for parts with which the initial value of ``size`` components cannot be uncertain."""
-    if calibration.rescales:
-        raise ValueError(
-            f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also that of an "
-            "uncertain u0, which you know. Use DynamicCalibration() or NoCalibration()."
-        )
-    check_moves(factorisation, size)
+def check_uncertain(layout: Layout, calibration: AbstractCalibration) -> None:
+    """Raises ``ValueError`` for parts with which the initial value cannot be uncertain."""
+    check_not_rescaled(calibration, layout)
+    check_moves(layout.factorisation, layout.size)
+
+
+def check_not_rescaled(calibration: AbstractCalibration, layout: Layout) -> None:
+    """Raises ``ValueError`` for a calibration that rescales all covariances, also those that a user knows."""
+    if returns_factor(calibration, layout.batch_shape):
+        raise ValueError(f"{_rescales(calibration)}.")
+
+
+def check_state_not_rescaled(
+    state: InitialState, number: int, calibration: AbstractCalibration, layout: Layout
+) -> InitialState:
+    """``state``; raises as ``check_not_rescaled`` if one of its first ``number`` derivatives is uncertain.
+
+    Higher derivatives may be: their variance, as that of ``Diffuse()``, is a part of the model that is calibrated.
+    """
+    if not returns_factor(calibration, layout.batch_shape):
+        return state
+    certain = layout.std(jnp.asarray(state.factor))[:number] == 0
+    return InitialState(state.mean, require(jnp.asarray(state.factor), certain, _rescales(calibration)))
+
+
+def _rescales(calibration):
+    return (
+        f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also that of an uncertain "
+        "u0, which you know. Use DynamicCalibration() or NoCalibration()"
+    )
 
 
 def check_moves(factorisation: AbstractFactorisation, size: int, what: str = "an uncertain u0") -> None:

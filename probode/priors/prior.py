@@ -17,8 +17,8 @@ class AbstractPrior(eqx.Module):
     A subclass has the field ``num_derivatives``, the ``nu`` of ``u^(nu)``, and defines ``transition``. Check it with
     ``probode.testing.check_prior``: a solver does not see if it is no such process, and its answers would be wrong.
     ``is_polynomial``: whether the mean of the process over a step is the Taylor polynomial; if not, the first step of a
-    solve is halved until the two differ at its end by no more than the tolerances. ``RelativeScale`` and
-    ``DiffusionTempering`` multiply the field ``output_scale``, for subclasses that have one.
+    solve is halved until the two differ at its end by no more than the tolerances. A field with the name
+    ``output_scale`` is optional: ``RelativeScale`` and ``DiffusionTempering`` multiply it, and refuse priors without.
 
     >>> import probode
     >>> probode.IWP(2).num_derivatives, probode.IWP(2).is_polynomial
@@ -58,7 +58,8 @@ class AbstractPriorFamily(eqx.Module):
     """A family of priors with one for each step: its parameters depend on the equation and the state before the step.
 
     For priors that adapt to the solution, as ``RosenbrockIOUP`` and ``RelativeScale``. A subclass has the field
-    ``num_derivatives`` and defines ``at``. ``is_polynomial``: as for ``AbstractPrior``.
+    ``num_derivatives`` and defines ``at``. ``is_polynomial``, and an optional field ``output_scale``: as for
+    ``AbstractPrior``. ``RelativeScale`` multiplies that of the priors that ``at`` returns.
 
     >>> import probode
     >>> isinstance(probode.RosenbrockIOUP(3), probode.AbstractPriorFamily)

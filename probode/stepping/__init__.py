@@ -1,1 +1,1 @@
-"""One step, and the adaptive loop around it."""
+"""One step (``step``), one attempt of it in an adaptive solve (``adaptive``), the loop of attempts (``passing``)."""

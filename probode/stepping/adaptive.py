@@ -1,4 +1,4 @@
-"""The adaptive solve: one attempt of a step after the other, from prediction to decision.
+"""One attempt of a step of an adaptive solve, from prediction to decision; the loop of attempts is in `passing`.
 
 Attempts are not differentiated: for a derivative the accepted steps are taken once more (``Stepper.repeat``), as long
 as they were. So nothing of a rejected or non-finite attempt reaches it.
@@ -34,17 +34,20 @@ from .step_sizes import (
     next_time,
     shortest_near_zero,
     spread_norm,
-    surprise,
     tolerance_in_range,
     trusted,
+    unexplained_norm,
 )
 from .times import Interval, beside
 
 
-# By which factor the error lets the next step grow where the residual is looked at inside this one, too.
+# If the error would let the next step grow by this factor, the residual inside this step is evaluated, too. With a
+# larger one the next step may jump over a pulse that begins in this one; a smaller one costs evaluations.
 _LONGER = 1.5
-# How many tolerances the mean may move beyond what the noise of a step explains, under a scale that does not follow.
-_SURPRISE = 10.0
+# If the output scale is not that of the step (`is_local` is false), an update may move the mean by this many tolerances
+# more than the noise of the step explains. With more, wrong means pass as successful, since the past is moved to fit;
+# with less, solves fail with `scale_mismatch` whose means are right.
+_UNEXPLAINED = 10.0
 
 
 class Restart(eqx.Module):
@@ -142,7 +145,7 @@ class Taken(eqx.Module):
 
     ``past``: an earlier state given ``current``, as one flat array. ``influence``: of the equation, where it is kept.
     ``zero_so_far``: whether all residuals since the last restart are zero. ``fine``: whether all numbers are finite.
-    ``likely``: whether the scale explains the residual. ``seen``: of the events, if there are any.
+    ``explained``: whether the scale explains the residual. ``seen``: of the events, if there are any.
     """
 
     current: State
@@ -150,7 +153,7 @@ class Taken(eqx.Module):
     influence: Any
     zero_so_far: Bool[Array, "*batch"] | None
     fine: Bool[Array, ""]
-    likely: Bool[Array, ""]
+    explained: Bool[Array, ""]
     seen: Seen | None
 
     @property
@@ -271,8 +274,10 @@ class Stepper(eqx.Module):
            ``s^2 = z^T S^-1 z / size(z)``.
         3. Measure: the norm of the estimated error over ``atol + rtol max(|u|, |m|)``.
         4. Decide: the controller accepts a norm up to one, and proposes the next length.
-        5. If it does, predict the covariance, ``P = A cov A^T + s^2 Q``, and condition on ``z = 0``:
-           ``K = P H^T (H P H^T)^-1``, ``mean = m - K z``, ``cov = (I - K H) P``.
+        5. If it does, predict the covariance, ``P = A cov A^T + sigma^2 Q``, and condition on ``z = 0``:
+           ``K = P H^T (H P H^T)^-1``, ``mean = m - K z``, ``cov = (I - K H) P``. The output scale ``sigma`` is that of
+           the calibration (``s`` under ``DynamicCalibration()``). Where the equation gives all highest derivatives,
+           ``condition_corrected`` gets the same without forming ``P``.
         6. Refuse that result if it is not finite, if the scale does not explain the residual (under
            ``Control.refuses_unexplained``), or if the step goes beyond an event, or is too long to see all events: the
            next attempt then goes to the event, or half the way.
@@ -290,15 +295,15 @@ class Stepper(eqx.Module):
         attempted = _with_inside(attempted, inside)
         controller = self.control.controller
         proposal = controller.propose(jnp.abs(leg.dt), norm, self.order, solve.controller)
-        good, proposed, memory = as_triple(proposal, f"{type(controller).__name__}.propose", "accept, dt, state")
-        good = good & jnp.isfinite(norm) & active
+        accepts, proposed, memory = as_triple(proposal, f"{type(controller).__name__}.propose", "accept, dt, state")
+        accepts = accepts & jnp.isfinite(norm) & active
         # A rejected attempt leaves the state as it was.
         zero_so_far = None if solve.last_restart is None else solve.last_restart.zero_so_far
-        rejected = lambda *_: self.nothing_taken(solve, past, zero_so_far, influence)  # noqa: E731
-        accepted = lambda *given: self.taken(leg, attempted, solve, zero_so_far, influence, *given)  # noqa: E731
-        taken = lax.cond(good, accepted, rejected, before, past, leaving(past, leg.t))
-        new, good = self.decide(solve, leg, active, good, norm, taken, attempted, (proposed, memory))
-        return Move(new, taken.past, taken.influence, good, Note.before(solve, inside, taken.seen))
+        if_rejected = lambda *_: self.nothing_taken(solve, past, zero_so_far, influence)  # noqa: E731
+        if_accepted = lambda *given: self.taken(leg, attempted, solve, zero_so_far, influence, *given)  # noqa: E731
+        taken = lax.cond(accepts, if_accepted, if_rejected, before, past, leaving(past, leg.t))
+        new, accepted = self.decide(solve, leg, active, accepts, norm, taken, attempted, (proposed, memory))
+        return Move(new, taken.past, taken.influence, accepted, Note.before(solve, inside, taken.seen))
 
     def repeat(
         self,
@@ -376,27 +381,27 @@ class Stepper(eqx.Module):
         an event or is too long to see all events. ``decide`` then rejects the attempt.
         """
         sides = () if zero_so_far is None else (leg.seen_at, zero_so_far)
-        after, likely = self.condition(before, leg.t, attempted, left, *sides)
+        after, explained = self.condition(before, leg.t, attempted, left, *sides)
         # An attempt can be fine where what conditioning makes of it is not: a further evaluation of the equation may
         # leave its domain, a covariance the range of floating-point numbers.
         fine, seen = is_usable(after[0]), None
-        use = fine & likely
+        use = fine & explained
         if self.look is not None:
             seen = self.look(solve.watch, before, after[0], solve.dt)
             fine = fine & seen.finite
-            use = fine & likely & ~seen.cut
+            use = fine & explained & ~seen.cut
             seen = dataclasses.replace(
-                seen, watch=choose(fine & likely, seen.watch, solve.watch), happen=seen.happen & use
+                seen, watch=choose(fine & explained, seen.watch, solve.watch), happen=seen.happen & use
             )
         new, past, influence, zero_so_far = choose(use, after, (before, past, influence, zero_so_far))
-        return Taken(new, past, influence, zero_so_far, fine, likely, seen)
+        return Taken(new, past, influence, zero_so_far, fine, explained, seen)
 
     def decide(
         self,
         solve: AdaptiveState,
         leg: Leg,
         active: Bool[Array, ""],
-        good: Bool[Array, ""],
+        accepts: Bool[Array, ""],
         norm: Float[Array, ""],
         taken: Taken,
         attempted: Attempt,
@@ -404,34 +409,34 @@ class Stepper(eqx.Module):
     ) -> tuple[AdaptiveState, Bool[Array, ""]]:
         """The state of the solve after an attempt, and whether the attempt is accepted.
 
-        ``good``: whether the controller accepts it. It is accepted if ``taken`` has not refused its result either. The
-        state of the solve holds the length of the next attempt, and a result code if no further one can help.
+        ``accepts``: whether the controller accepts it. It is accepted if ``taken`` has not refused its result either.
+        The state of the solve holds the length of the next attempt, and a result code if no further one can help.
         """
         (proposed, memory), length = proposal, jnp.abs(leg.dt)
-        usable = taken.fine & taken.likely
-        cut = good & usable & taken.cut
-        spoilt, good, finite = good & ~usable, good & usable & ~cut, jnp.isfinite(norm) & taken.fine
+        usable = taken.fine & taken.explained
+        cut = accepts & usable & taken.cut
+        accepted, unusable, finite = accepts & usable & ~cut, accepts & ~usable, jnp.isfinite(norm) & taken.fine
         proposed = trusted(self.caution * proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
         kept = jnp.where(leg.clipped, jnp.maximum(proposed, solve.dt), proposed)
         # Near round-off a step that is 5 % shorter is rounded to the same length again: at least two units are taken
         # off.
-        shorter = jnp.where(spoilt, length / 2, length - leg.floor / 2)
-        proposed = jnp.where(good, kept, jnp.minimum(proposed, shorter))
+        shorter = jnp.where(unusable, length / 2, length - leg.floor / 2)
+        proposed = jnp.where(accepted, kept, jnp.minimum(proposed, shorter))
         longest = self.control.controller.limits.longest.astype(length.dtype)
         proposed = jnp.clip(proposed, leg.floor, longest)
         # What was asked for, too: the length of the shortest step is rounded to one between two times.
-        stuck = active & ~good & ~cut & (jnp.minimum(solve.dt, length) <= leg.floor)
-        failure = Result.where(taken.likely, Result.step_size_too_small, Result.scale_mismatch)
+        stuck = active & ~accepted & ~cut & (jnp.minimum(solve.dt, length) <= leg.floor)
+        failure = Result.where(taken.explained, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)
-        tiny = good & ~tolerance_in_range(self.control, solve.current.layout.unpack(attempted.mean)[0])
+        tiny = accepted & ~tolerance_in_range(self.control, solve.current.layout.unpack(attempted.mean)[0])
         last_restart = None if solve.last_restart is None else Restart(solve.last_restart.t, taken.zero_so_far)
         new = AdaptiveState(
             taken.current,
             jnp.where(cut, jnp.where(taken.coarse, length / 2, solve.dt), proposed),
             choose(active & usable & ~cut, memory, solve.controller),
             solve.num_steps + 1,
-            solve.num_accepted_steps + good.astype(jnp.int32),
+            solve.num_accepted_steps + accepted.astype(jnp.int32),
             Result.where(stuck | tiny, Result.where(stuck, failure, Result.tolerance_out_of_range), solve.result),
             last_restart,
             None if taken.seen is None else taken.seen.watch,
@@ -439,7 +444,7 @@ class Stepper(eqx.Module):
         if self.control.progress is not None:
             share = self.interval.share
             tell(self.control.progress, share(solve.t), jnp.where(self.running(new), share(new.t), 1))
-        return new, good
+        return new, accepted
 
 
 def _with_inside(attempted, inside):
@@ -475,8 +480,8 @@ def _measure(step, control, now, seen_at, dt, attempted):
         quiet = blind < _LONGER ** -step.order_of_error(attempted)
         norm, inside = lax.cond(quiet, seen, lambda _: (blind, nothing), None)
     if now.is_spread:
-        ahead = step.ahead(now, seen_at, attempted)
-        norm = jnp.maximum(norm, spread_norm(control, step.layout, now, dt, attempted, ahead))
+        predicted = step.predicted_spread(now, seen_at, attempted)
+        norm = jnp.maximum(norm, spread_norm(control, step.layout, now, dt, attempted, predicted))
     return norm, inside
 
 
@@ -488,9 +493,9 @@ def _condition(step, control, influence, before, t, attempted, left, *sides):
     """
     step = step.within(before.layout)
     stepped = step.accept(before, attempted, t, left, *sides)
-    likely = jnp.array(True)
+    explained = jnp.array(True)
     if control.refuses_unexplained:
-        moved = surprise(control, step.layout, *detach((before, attempted, stepped.influence)))
-        likely = moved <= _SURPRISE
+        unexplained = unexplained_norm(control, step.layout, *detach((before, attempted, stepped.influence)))
+        explained = unexplained <= _UNEXPLAINED
     after = stepped.state, ravel_pytree(stepped.past)[0], stepped.influence if influence else None, stepped.zero_so_far
-    return after, likely
+    return after, explained

@@ -14,7 +14,7 @@ from ..priors.prior import AbstractPrior
 class Correction(eqx.Module):
     """What the evaluations of an equation that gives several derivatives make of ``u, ..., u^(k-1)`` in an attempt.
 
-    - ``last_move``: how far the last evaluation has moved them, under the noise of the step alone.
+    - ``last_change``: how far the last evaluation has moved them, under the noise of the step alone.
     - ``embedded``: the difference to the rule that leaves out the last derivative at the new end.
     - ``residual``: of the last evaluation, as the prediction has it.
     - ``point``: where this was made: the prediction, with the lower derivatives as corrected before.
@@ -24,7 +24,7 @@ class Correction(eqx.Module):
       Otherwise ``None``.
     """
 
-    last_move: Float[Array, "*batch ks cols"]
+    last_change: Float[Array, "*batch ks cols"]
     embedded: Float[Array, "*batch ks cols"]
     residual: Float[Array, "*batch ms cols"]
     point: Float[Array, "*batch dim cols"]

@@ -159,9 +159,12 @@ class IntegralController(AbstractController):
 
     Whatever the controller proposes, a step is at most three times as long as the one before: an error of zero says
     nothing about what lies further ahead. Steps that observe all derivatives (``TS0`` of a lifted equation) are a
-    twentieth shorter than proposed. ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``: numbers, or
-    PyTrees like ``u`` with a number or an array for each leaf. ``dt_min``, ``dt_max`` bound the steps (the last step
-    before ``t1`` or a ``stop_at`` may be shorter; a rejected step of ``dt_min`` ends the solve).
+    twentieth shorter than proposed. So in a solve a ``factor_max`` has an effect below three alone (there below 3.2),
+    and its default, ten, has none.
+
+    ``rtol`` and ``atol`` weigh the error as ``atol + rtol |u|``: numbers, or PyTrees like ``u`` with a number or an
+    array for each leaf. ``dt_min``, ``dt_max`` bound the steps (the last step before ``t1`` or a ``stop_at`` may be
+    shorter; a rejected step of ``dt_min`` ends the solve).
 
     ``stop_at``: times, in any order, at which the equation jumps: a switch, a knot of interpolated data, where an
     infusion begins or ends (a dose that is added to ``u`` itself is a new solve from ``u`` and the dose). Such a time

@@ -136,7 +136,7 @@ def condition_corrected(
     correction = attempted.correction
     assert correction is not None and correction.split is not None
     split, residual = correction.split, correction.residual
-    lower, k = correction.last_move.shape[-2], split.gain.shape[-2]
+    lower, k = correction.last_change.shape[-2], split.gain.shape[-2]
     size = lower // k
     # Only the lower derivatives move the lower ones: the others were certain.
     rows = matrix.shape[-1] * lower // before.distribution.mean.shape[-2]
@@ -173,7 +173,7 @@ def _residual_along(evaluate, direction, size, dt, correction, factor):
     One more evaluation, where a derivative costs as much as two or three; and the gradient of a solve needs no second
     derivatives of the series then.
     """
-    sizes = _sizes(correction.point, correction.last_move.shape[-2], size, dt)
+    sizes = _sizes(correction.point, correction.last_change.shape[-2], size, dt)
     longest = jnp.max(safe_divide(jnp.abs(direction[..., : sizes.shape[-2], :]), sizes))
     # A relative change near the square root of round-off, where truncation and cancellation are about equal.
     wanted = jnp.full_like(longest, jnp.finfo(longest.dtype).eps ** 0.4)

@@ -47,8 +47,19 @@ class AbstractErrorEstimate(eqx.Module):
     """An estimate of the local error of an attempted step, for each component of ``u``, and the norm to measure it in.
 
     A subclass has the field ``norm``, a function of the errors over the tolerances that returns a number, and defines
-    ``estimate``. ``needs_defects``: whether the attempt's innovation has ``inside`` and ``remainder``, the residuals of
-    the corrected mean, which cost up to two more evaluations of the equation in every attempt.
+    ``estimate``. It may set, as a class attribute, ``needs_defects``: whether it uses the residuals of the corrected
+    mean, ``innovation.inside`` and ``innovation.remainder``, which take further evaluations of the equation. If not,
+    both are ``None``. If so, the equation decides which of them there are:
+
+    - Both, where it is linearised by its whole derivative (``TS1`` under ``Dense``), or is not explicit. They take one
+      evaluation inside the step, and as many at its end as the constraint makes.
+    - Neither, for an explicit equation with a partial Jacobian or none (``TS0``, ``TS1`` under ``BlockDiagonal``). Only
+      if the error is so small that the next step could be one and a half times as long, ``estimate`` is called again,
+      with ``inside`` alone, which takes one evaluation.
+    - Neither, for ``TS0`` of a ``Lifted`` equation. Its attempts have a ``correction`` instead, whatever
+      ``needs_defects`` is, and where the error is small the loop itself looks at the residual inside the step.
+
+    From an uncertain initial value ``estimate`` is called for each of its directions, too, with zeros for both.
 
     >>> import jax.numpy as jnp, probode
     >>> float(probode.ResidualError().norm(jnp.array([4.0, 0.0, 0.0, 0.0])))  # root mean square
@@ -107,7 +118,7 @@ class LocalError(AbstractErrorEstimate):
     ) -> Float[Array, " d"] | Float[Array, "k d"]:
         transition, equation, innovation = attempt.transition, attempt.equation, attempt.innovation
         if attempt.correction is not None:
-            moves = attempt.correction.last_move, attempt.correction.embedded
+            moves = attempt.correction.last_change, attempt.correction.embedded
             return jnp.maximum(*(jnp.abs(layout.unpack(move)) for move in moves))
         scale = innovation.scale
         if innovation.inside is not None:
@@ -122,13 +133,13 @@ class LocalError(AbstractErrorEstimate):
             return _SAFETY * layout.std(scale * left)
         left_out = layout.unpack(explained(transition, equation, innovation.factor, innovation.remainder))
         if equation.is_coupled:
-            left_out = _ahead(jnp.abs(left_out), jnp.abs(dt), order)
+            left_out = _accumulated(jnp.abs(left_out), jnp.abs(dt), order)
         else:
             left_out = (2 ** (layout.num_derivatives + 1) - 1) * jnp.abs(left_out[:order])
         return _SAFETY * layout.std(scale * left) + left_out
 
 
-def _ahead(errors, dt, order):
+def _accumulated(errors, dt, order):
     """The sums ``|e_i| + dt |e_(i+1)| + dt^2 / 2 |e_(i+2)| + ...`` of errors in derivatives, for the first ones."""
     n = errors.shape[0]
     powers = jnp.stack([dt**j / math.factorial(j) for j in range(n)])[:, None]

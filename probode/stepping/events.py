@@ -35,18 +35,26 @@ from .times import Interval, is_jump, round_off
 _DERIVATIVES = {8: 6, 4: 4}
 # An event counts as at the end of a step if it lies within `_CLOSE` times a usual step of it (at most `_SHARE` times
 # this step). A step that was to end at an event may miss it, by the error of the polynomial. If the event lies beyond
-# the end by at most `_BEHIND` times the step, the step is tried again, to the event: otherwise a very short step would
-# follow, whose round-off takes a large output scale.
+# the end by at most `_BEHIND` times the step, the step is tried again, to the event. If `_BEHIND` were smaller, a very
+# short step would follow more often, whose round-off takes a large output scale; if it were larger, the time of the
+# event, by the slope at the end of the step, would be less certain, and a step that could be taken is lost.
 _CLOSE, _SHARE, _BEHIND = 1e-13, 1e-3, 0.1
 # After so many attempts that were meant to end at an event the next one halves the time in which it is.
 _TRIES = 4
-# Coefficients of this size, compared with the largest, are far from zero.
+# If all coefficients of a polynomial are larger than this share of the largest, on the side of zero where the step
+# begins, nothing else is looked at. With a smaller share a function that its polynomial does not follow may cross zero
+# unseen; with a larger one more steps are searched in vain.
 _FAR = 0.05
 # A step is not halved to see roots below so many of the shortest ones: of a function that jumps it would not help.
 _COARSE = 100
-# Behind a reset a function so small, compared with its size in the step before, is zero.
+# Behind a reset a function is zero if it is no larger than this share of its size in the step before: its side is then
+# the one to which it moves. If the share were smaller, the sign of what round-off leaves of a zero would count as its
+# side, and the same event be found again, or the next one missed; if it were larger, a function that is near zero and
+# still approaches it would be taken to have crossed, and its event missed.
 ZERO = 1e-7
-# An event this soon after itself, in units of the shortest steps, has accumulated.
+# An event that follows itself within so many times `round_off(t)` has accumulated, and ends the solve. If this were
+# smaller, a ball that comes to rest could fall through the floor between two times that can no longer be told apart; if
+# it were larger, the solve would end at events that are merely frequent.
 _AT_ONCE = 20
 
 
@@ -56,7 +64,7 @@ class Watch(eqx.Module):
     - ``side``: the sign of every function where the state is; zero if that is a root, which has been dealt with.
     - ``size``: the largest absolute value of every function in the last step.
     - ``target``: the time of an event ahead, to which the next step goes; infinite if none was found. ``due``: which
-      functions have it. ``before``, ``behind``: between which lengths of the step it lies; ``tries``: how many attempts
+      functions have it. ``low``, ``high``: between which lengths of the step it lies; ``tries``: how many attempts
       have gone to it.
     - ``counts``: how often every event has happened, and ``last`` when; ``number``: how often all together.
     """
@@ -65,8 +73,8 @@ class Watch(eqx.Module):
     size: Float[Array, " functions"]
     target: Float[Array, ""]
     due: Bool[Array, " functions"]
-    before: Float[Array, ""]
-    behind: Float[Array, ""]
+    low: Float[Array, ""]
+    high: Float[Array, ""]
     tries: Int[Array, ""]
     counts: Int[Array, " events"]
     last: Float[Array, " events"]
@@ -225,9 +233,7 @@ class Events(eqx.Module):
         side, target, due, happen, coarse, (low, high, tries) = lax.cond(some, search, lambda *_: nothing, b, values)
         cut = jnp.isfinite(target)
         size = jnp.where(cut, watch.size, size)
-        new = dataclasses.replace(
-            watch, side=side, size=size, target=target, due=due, before=low, behind=high, tries=tries
-        )
+        new = dataclasses.replace(watch, side=side, size=size, target=target, due=due, low=low, high=high, tries=tries)
         here = [known & ~cut for known in here]
         near = self._near(before.t, after.t, length)[1]
         return Seen(new, self._all(list(happen), here), near, cut, coarse, jnp.all(jnp.isfinite(values)))
@@ -254,8 +260,8 @@ class Events(eqx.Module):
         came, some, nearest = jnp.any(expected), jnp.any(found), jnp.argmin(way)
         crossed = found[nearest] & (last[nearest] * first_sign[nearest] < 0)
         again = watch.tries > 0
-        low = jnp.where(again, jnp.where(came & ~some, jnp.maximum(watch.before, h), watch.before), 0)
-        high = jnp.where(again, watch.behind, jnp.inf)
+        low = jnp.where(again, jnp.where(came & ~some, jnp.maximum(watch.low, h), watch.low), 0)
+        high = jnp.where(again, watch.high, jnp.inf)
         high = jnp.where(crossed, jnp.minimum(high, h), high)
         # A shorter step could not be taken.
         first = jnp.maximum(jnp.min(way), shortest)

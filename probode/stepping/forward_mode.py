@@ -1,4 +1,4 @@
-"""What cannot be differentiated in forward mode: an equation with a derivative for reverse mode alone."""
+"""A clear error where forward mode meets an equation that has a reverse-mode derivative only (``jax.custom_vjp``)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,8 @@ from ..equations.problems import AbstractProblem, flat_field, flat_residual
 def naming_what_has_none(problem: AbstractProblem, layout: Layout, args: PyTree) -> Iterator[None]:
     """A context in which JAX's error for forward mode through a ``custom_vjp`` is a ``TypeError`` that names a remedy.
 
-    The equation is tried alone; if it has one the error stays as it is.
+    The equation is tried alone: if it can be differentiated in forward mode, something else was meant, and JAX's own
+    error is raised.
     """
     try:
         yield

@@ -31,7 +31,10 @@ from .times import Interval
 
 
 def _count_events(control, move):
-    """The solve after an attempt, which may be its last one by its events, and the rows of these."""
+    """The solve after the events of an attempt have been counted, and their rows.
+
+    It ends if one of them is terminal, or if there are too many.
+    """
     solve, events, happen = move.solve, control.events, move.note.happen
     if events is None:
         return solve, []
@@ -155,18 +158,18 @@ def solve_keeping_steps(
 class _Times(eqx.Module):
     solve: AdaptiveState
     past: Float[Array, " flat"]  # the conditional of the last state kept given the current one
-    passed: Int[Array, ""]  # how many of the times lie behind
+    passed: Int[Array, ""]  # how many of the times have been passed
     kept: Int[Array, ""]  # in how many steps
 
 
 class KeepingTimes(AbstractKeeping):
     """The steps that hold a time are kept; what lies between them is marginalised as it is passed.
 
-    ``ahead``: the times with the sign that makes them grow (``Interval.ahead``), and infinity.
+    ``signed_ts``: the times with the sign that makes them grow (``Interval.signed``), and infinity.
     """
 
     stepper: Stepper
-    ahead: Float[Array, " times"]
+    signed_ts: Float[Array, " times"]
     strategy: AbstractStrategy
     pass_jump: Any
 
@@ -183,9 +186,9 @@ class KeepingTimes(AbstractKeeping):
         return _Times(solve, past, self.passed(solve.t), jnp.zeros((), jnp.int32))
 
     def passed(self, t: Float[Array, ""]) -> Int[Array, ""]:
-        """How many times lie behind ``t``."""
-        t = self.stepper.interval.ahead(lax.stop_gradient(t))
-        return jnp.searchsorted(self.ahead, t, side="right", method="scan_unrolled").astype(jnp.int32)
+        """How many times have been passed at ``t``."""
+        t = self.stepper.interval.signed(lax.stop_gradient(t))
+        return jnp.searchsorted(self.signed_ts, t, side="right", method="scan_unrolled").astype(jnp.int32)
 
     def attempt(self, carry: _Times, take: Callable) -> tuple[_Times, list[Written], Move]:
         solve, (_, unpack_past) = carry.solve, self.remember(carry.solve.current)
@@ -194,7 +197,7 @@ class KeepingTimes(AbstractKeeping):
             solve, past, _ = self.pass_jump(solve, unpack_past(past), move.accepted, move.note.happen, move.note.near)
             return solve, ravel_pytree(past)[0]
 
-        if self.ahead.size == 1:  # infinity alone
+        if self.signed_ts.size == 1:  # infinity alone
             move = take(solve, carry.past, lambda past, t: unpack_past(past))
             (new, events), past = _count_events(self.stepper.control, move), move.past
             if self.pass_jump is not None:
@@ -202,7 +205,7 @@ class KeepingTimes(AbstractKeeping):
             return dataclasses.replace(carry, solve=new, past=past), events, move
 
         def leaving(past, t):
-            holds = self.ahead[carry.passed] <= self.stepper.interval.ahead(lax.stop_gradient(t))
+            holds = self.signed_ts[carry.passed] <= self.stepper.interval.signed(lax.stop_gradient(t))
             return unpack_past(jnp.where(holds, self.remember(solve.current)[0], past))
 
         def row_with(state, past):
@@ -210,8 +213,8 @@ class KeepingTimes(AbstractKeeping):
 
         move = take(solve, carry.past, leaving)
         (new, events), past = _count_events(self.stepper.control, move), move.past
-        behind = self.passed(new.t)
-        keep = behind > carry.passed
+        passed = self.passed(new.t)
+        keep = passed > carry.passed
         # One flat row: the price of an iteration is that of its instructions.
         kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
         past = jnp.where(keep, self.remember(new.current)[0], past)
@@ -220,7 +223,7 @@ class KeepingTimes(AbstractKeeping):
             kept.append(row_with(new.current, past))
             past = jnp.where(keep, self.remember(new.current)[0], past)
         row, _ = ravel_pytree(tuple(kept))
-        after = _Times(new, past, behind, carry.kept + keep.astype(jnp.int32))
+        after = _Times(new, past, passed, carry.kept + keep.astype(jnp.int32))
         return after, [Written(row, carry.kept, keep), *events], move
 
 
@@ -249,15 +252,15 @@ def solve_keeping_times(
     pass_jump = restart_at_jumps(step, control, solve, interval, past)
     # No more steps than these can hold a time.
     number, width = min(ts.size, control.loop.max_steps), 2 if pass_jump is None else 3
-    ahead = jnp.append(interval.ahead(lax.stop_gradient(ts)), jnp.inf)
+    signed_ts = jnp.append(interval.signed(lax.stop_gradient(ts)), jnp.inf)
     stepper = Stepper.of(step, control, solve, interval, past)
-    keeping = KeepingTimes(stepper, ahead, strategy, pass_jump)
+    keeping = KeepingTimes(stepper, signed_ts, strategy, pass_jump)
     table = jnp.zeros((number, width * first.size), first.dtype)
     carry, tables = pass_all(keeping, keeping.start(solve), _tables(control, solve.current, table))
     happenings, rows = _happenings(control, solve.current, tables), tables[0]
     solve = carry.solve
     if ts.size == 0:
-        # As they are: XLA hands larger arrays, such as all of this in one, to other threads, which costs 30 us.
+        # Stacked leaf by leaf, not as one array: XLA would hand that to other threads, which costs 30 us.
         ends = at_start, row_with(solve.current, carry.past)
         return solve, jax.tree.map(lambda *xs: jnp.stack(xs), *ends), jnp.ones(2, bool), happenings
     last, _ = ravel_pytree(row_with(solve.current, carry.past))

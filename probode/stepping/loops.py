@@ -25,12 +25,20 @@ def _checkpoints(value):
 
 
 class AbstractLoop(eqx.Module):
-    """Repeats a body while a condition holds. ``max_steps`` counts attempted steps, rejected ones included.
+    """A kind of ``while`` for the attempts of a solve, and what is kept of them if the solve is differentiated.
 
-    The loop itself is not differentiated: the accepted steps are taken once more for a derivative. A subclass may set
-    class attributes: ``reverse``, whether there is a derivative in reverse mode (true by default); ``checkpoints``, how
-    many states are kept for one (by default a number near the square root of ``max_steps``); and ``notes_steps``,
-    whether the lengths of all steps are kept as well, two numbers for each (true by default), or found again.
+    The loop itself is not differentiated: for a derivative the accepted steps are taken once more, from states that
+    were kept. Kinds differ in what they keep for that, and in whether there is a reverse mode. A solve that is not
+    differentiated takes about the same time with all of them.
+
+    A subclass has the field ``max_steps``, the largest number of attempts, rejected ones included, and defines ``run``.
+    It may set, as class attributes or fields:
+
+    - ``reverse``: whether there is a derivative in reverse mode; true by default.
+    - ``checkpoints``: how many states are kept for a derivative; by default a number near the square root of
+      ``max_steps``.
+    - ``notes_steps``: whether the length of every step, and the scale of the residual inside it, are kept as well; true
+      by default. If false, the steps are looked for once more.
 
     >>> import probode
     >>> probode.testing.check_loop(probode.ForwardLoop(100))  # or a subclass of your own
@@ -44,12 +52,20 @@ class AbstractLoop(eqx.Module):
 
     @abstractmethod
     def run(self, cond: Callable, body: Callable, init: Any, *, buffers: Callable) -> Any:
-        """The final carry after at most ``max_steps`` iterations; ``buffers(carry)`` names the arrays that are written
-        once per entry."""
+        """The carry after at most ``max_steps`` iterations of ``carry = body(carry)``, while ``cond(carry)`` is true.
+
+        Called in the compiled program of a solve. ``init``: the first carry, a PyTree of arrays; ``body`` keeps its
+        structure, shapes and dtypes. ``buffers(carry)``: those of its arrays to which the body only writes, by
+        ``.at[i].set(x, pred=...)``. Arrays of JAX have no ``pred``: pass all of this on to
+        ``equinox.internal.while_loop``, in which they have.
+        """
 
 
 class BoundedLoop(AbstractLoop):
-    """Differentiable forwards and backwards, to any order; the default.
+    """The loop for solves that are differentiated in either mode, to any order; the default.
+
+    A derivative keeps about ``sqrt(max_steps)`` states, and the lengths of ``max_steps`` steps, with which its memory
+    grows.
 
     Raises ``ValueError`` unless ``max_steps`` is a positive integer.
 
@@ -65,11 +81,12 @@ class BoundedLoop(AbstractLoop):
 
 
 class CheckpointedLoop(AbstractLoop):
-    """Differentiable forwards and backwards, with no overhead when nothing is differentiated; for long solves.
+    """The loop for long solves that are differentiated, in either mode: it takes less memory, and more time.
 
-    A gradient keeps ``checkpoints`` states (about ``sqrt(max_steps)`` by default) and as many as there are steps
-    between two of them. It keeps nothing for every single step, and looks for the steps twice. Raises ``ValueError``
-    for numbers that are not positive integers.
+    A derivative keeps ``checkpoints`` states (about ``sqrt(max_steps)`` by default) and as many as there are steps
+    between two of them. It keeps nothing for every single step, and looks for the steps twice instead.
+
+    Raises ``ValueError`` for numbers that are not positive integers.
 
     >>> import probode
     >>> probode.CheckpointedLoop(max_steps=10_000, checkpoints=50)
@@ -93,8 +110,12 @@ class CheckpointedLoop(AbstractLoop):
 
 
 class ForwardLoop(AbstractLoop):
-    """A plain ``jax.lax.while_loop``: forward mode only. Raises ``ValueError`` unless ``max_steps`` is a positive
-    integer; reverse-mode differentiation of a solve with it is a ``RuntimeError``.
+    """The loop for solves that are not differentiated, or in forward mode only: a plain ``jax.lax.while_loop``.
+
+    A derivative in forward mode keeps what it keeps under ``BoundedLoop``.
+
+    Raises ``ValueError`` unless ``max_steps`` is a positive integer. Differentiation of a solve in reverse mode raises
+    ``RuntimeError``.
 
     >>> import probode
     >>> probode.ForwardLoop(max_steps=100_000).max_steps

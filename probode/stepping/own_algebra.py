@@ -15,9 +15,15 @@ from .attempt import Attempt
 class AbstractOwnAlgebra(AbstractFactorisation):
     """A factorisation whose covariance is more than one square root times an identity, so that it conditions itself.
 
-    A subclass defines ``check``, ``start``, ``attempt`` and ``std`` beside the methods of ``AbstractFactorisation``. It
-    is for filters: smoothers, data, stops and uncertain starts are refused with it. ``own_algebra`` is true. ``lanes``:
-    how many leading axes its arrays have in a batch of solutions.
+    Beside what an ``AbstractFactorisation`` has, a subclass has the field or property ``lanes``, how many leading axes
+    its arrays have in a batch of solutions, and defines:
+
+    - ``check``: called once, as a ``Solver`` is made of parts.
+    - ``start``: called once in a solve, with the state at ``t0``.
+    - ``attempt``: called in every attempt of a step, in place of linearising, comparing and conditioning.
+    - ``std``: called for the standard deviations of a solution, and by error estimates.
+
+    It is for filters: smoothers, data, stops and uncertain starts are refused with it. ``own_algebra`` is true.
 
     >>> import jax.numpy as jnp, probode
     >>> isinstance(probode.Subspace(jnp.eye(3)[:, :1]), probode.AbstractOwnAlgebra)
@@ -37,7 +43,16 @@ class AbstractOwnAlgebra(AbstractFactorisation):
 
     @abstractmethod
     def attempt(self, step: Any, predicted: Normal, t: Float[Array, ""], transition: Transition) -> Attempt:
-        """The attempt of a ``Step`` to ``t``, with its ``update`` and what of that is ``unexplained``."""
+        """The attempt of a ``Step`` to ``t``, with its ``update`` and what of that is ``unexplained``.
+
+        ``step``: has the constraint, the calibration, the layout and ``args``. ``predicted``: mean and factor, in the
+        shapes that ``start`` returns, without the noise of the step. ``transition``: that of the prior over the step.
+
+        ``update`` is the posterior given the equation, its state in the same shapes, and ``unexplained``, like a mean,
+        the part of its change of the mean that the noise of the step does not explain. The error estimate uses
+        ``innovation.scale``, the local scale, and ``equation.left``, a right square root of the covariance of ``u``
+        given the equation under the noise of the step alone.
+        """
 
     @abstractmethod
     def std(self, factor: Float[Array, "rows dim"]) -> Float[Array, "m d"]:

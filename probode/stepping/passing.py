@@ -1,10 +1,10 @@
 """The loop of an adaptive solve, and its derivative: that of the accepted steps, frozen, each taken once more.
 
 The loop looks for steps, and is not differentiated. It notes how long the accepted ones are, and keeps the state before
-every so many of them, where a block begins. The derivative goes from block to block: it takes the steps of a block
-again from the state that was kept, and pushes a tangent through each, or pulls a cotangent back. So there is one step
-to differentiate, and to compile, without search, decisions and rejected attempts; and memory is needed for the states
-that were kept and for those of one block.
+every so many of them, where a segment begins. The derivative goes from segment to segment: it takes the steps of each
+again from the state that was kept, and pushes a tangent through every step, or pulls a cotangent back. So there is one
+step to differentiate, and to compile, without search, decisions and rejected attempts; and memory is needed for the
+states that were kept and for those of one segment.
 """
 
 import dataclasses
@@ -39,14 +39,15 @@ class Written(eqx.Module):
     table: int = eqx.field(static=True, default=0)
 
 
-# Arrays of rows, which are only written: of states, and of events where there are any.
+# Arrays of rows, which the loop writes and does not read: of states, and of events where there are any.
 Tables = tuple[Float[Array, "_ _"], ...]
 
 
 class AbstractKeeping(eqx.Module):
-    """The rule by which the states that an adaptive solve passes become rows, which are only written.
+    """Which states of an adaptive solve are kept, as rows of arrays that the loop writes and does not read.
 
-    A subclass says what goes from attempt to attempt, the carry, whose field ``solve`` is the ``AdaptiveState``.
+    A subclass has the field ``stepper`` and defines ``is_running`` and ``attempt``. It also chooses the carry, which
+    goes from attempt to attempt: a module with the ``AdaptiveState`` in its field ``solve``.
     """
 
     stepper: eqx.AbstractVar[Stepper]
@@ -64,10 +65,10 @@ class AbstractKeeping(eqx.Module):
         """
 
 
-class Blocks(eqx.Module):
-    """How the accepted steps of a solve are divided: ``number`` blocks of ``length`` steps.
+class Segments(eqx.Module):
+    """How the accepted steps of a solve are divided: ``number`` segments of ``length`` steps.
 
-    ``noted``: whether there are notes on all steps; otherwise they are found again, block by block.
+    ``noted``: whether there are notes on all steps; otherwise they are found again, segment by segment.
     """
 
     number: int = eqx.field(static=True)
@@ -75,15 +76,15 @@ class Blocks(eqx.Module):
     noted: bool = eqx.field(static=True)
 
     @staticmethod
-    def of(loop: AbstractLoop) -> "Blocks":
-        """The division for a loop: as many blocks as it has checkpoints, by default about the root of ``max_steps``."""
+    def of(loop: AbstractLoop) -> "Segments":
+        """The division for a loop: a segment for each of its checkpoints; by default about ``sqrt(max_steps)``."""
         number = math.ceil(math.sqrt(loop.max_steps)) if loop.checkpoints is None else loop.checkpoints
         number = min(number, loop.max_steps)
-        return Blocks(number, math.ceil(loop.max_steps / number), loop.notes_steps)
+        return Segments(number, math.ceil(loop.max_steps / number), loop.notes_steps)
 
 
 class Record(eqx.Module):
-    """What is known of the accepted steps: the carry before each block, notes on the steps, and their number.
+    """What is known of the accepted steps: the carry before each segment, notes on the steps, and their number.
 
     In a tangent ``number`` is ``None``.
     """
@@ -106,10 +107,10 @@ def pass_all(keeping: AbstractKeeping, carry: Any, rows: Tables) -> tuple[Any, T
     return eqxi.nondifferentiable_backward(ended, msg=message, symbolic=True)
 
 
-def _search(keeping, carry, rows, blocks, limit=None):
-    """The carry and the rows at the end of a solve, or after ``limit`` steps; and the record, divided in ``blocks``.
+def _search(keeping, carry, rows, segments, limit=None):
+    """The carry and the rows at the end of a solve, or after ``limit`` steps; and the record, divided in ``segments``.
 
-    ``None`` instead of blocks: no record.
+    ``None`` instead of segments: no record.
     """
     loop, before = keeping.stepper.control.loop, carry.solve.num_accepted_steps
 
@@ -127,18 +128,18 @@ def _search(keeping, carry, rows, blocks, limit=None):
             into = rows[row.table].at[row.place].set(row.row, pred=row.real)
             rows = (*rows[: row.table], into, *rows[row.table + 1 :])
         if starts is not None:
-            block, i = jnp.divmod(carry.solve.num_accepted_steps - before, blocks.length)
-            starts = put(starts, carry, block, move.accepted & (i == 0))
-            notes = put(notes, move.note, (block, i), move.accepted) if blocks.noted else notes
+            segment, i = jnp.divmod(carry.solve.num_accepted_steps - before, segments.length)
+            starts = put(starts, carry, segment, move.accepted & (i == 0))
+            notes = put(notes, move.note, (segment, i), move.accepted) if segments.noted else notes
         return new, (rows, starts, notes)
 
-    if blocks is None:
+    if segments is None:
         carry, (rows, *_) = repeat(loop, running, body, carry, (rows, None, None))
         return carry, rows, None
-    # Blocks that are not reached begin with a state that can be differentiated, too, in other lanes of a vmap.
-    starts = jax.tree.map(lambda x: jnp.broadcast_to(x, (blocks.number, *x.shape)), carry)
-    notes = Note.before(carry.solve) if blocks.noted else None
-    notes = jax.tree.map(lambda x: jnp.zeros((blocks.number, blocks.length, *x.shape), x.dtype), notes)
+    # Segments that are not reached begin with a state that can be differentiated, too, in other lanes of a vmap.
+    starts = jax.tree.map(lambda x: jnp.broadcast_to(x, (segments.number, *x.shape)), carry)
+    notes = Note.before(carry.solve) if segments.noted else None
+    notes = jax.tree.map(lambda x: jnp.zeros((segments.number, segments.length, *x.shape), x.dtype), notes)
     kept = rows, jax.tree.leaves(starts), jax.tree.leaves(notes)
     carry, (rows, *leaves) = repeat(loop, running, body, carry, kept)
     starts, notes = (jax.tree.unflatten(jax.tree.structure(t), x) for t, x in zip((starts, notes), leaves, strict=True))
@@ -146,27 +147,27 @@ def _search(keeping, carry, rows, blocks, limit=None):
 
 
 @eqx.filter_custom_jvp
-def _pass(keeping, carry, rows, blocks):
+def _pass(keeping, carry, rows, segments):
     """``_search``, with the derivative of the accepted steps."""
-    return _search(keeping, carry, rows, blocks)
+    return _search(keeping, carry, rows, segments)
 
 
 @_pass.def_jvp
 @full_precision()
 def _(primals, tangents):
-    keeping, carry, rows, blocks = primals
-    parts = Blocks.of(keeping.stepper.control.loop) if blocks is None else blocks
+    keeping, carry, rows, segments = primals
+    parts = Segments.of(keeping.stepper.control.loop) if segments is None else segments
     ended = _pass(keeping, carry, rows, parts)
     t_carry, t_rows, t_starts = _push(keeping, carry, rows, ended[2], parts, tangents)
-    if blocks is None:
+    if segments is None:
         return (*ended[:2], None), (t_carry, t_rows, None)
-    # A second derivative needs the tangents of the states with which blocks begin, too.
+    # A second derivative needs the tangents of the states with which segments begin, too.
     t_notes = jax.tree.map(lambda _: None, ended[2].notes)
     return ended, (t_carry, t_rows, Record(t_starts, t_notes, None))
 
 
-def _push(keeping, carry, rows, record, blocks, tangents):
-    """The tangents of the carry and the rows at the end of a solve, and those of the carries before all blocks."""
+def _push(keeping, carry, rows, record, segments, tangents):
+    """The tangents of the carry and the rows at the end of a solve, and those of the carries before all segments."""
     t_keeping, t_carry, t_rows, _ = tangents
     moving, _ = eqx.partition(carry, eqx.is_inexact_array)
     t_begun = _with_zeros(t_carry, moving)
@@ -202,9 +203,9 @@ def _push(keeping, carry, rows, record, blocks, tangents):
         return *choose(active, new, old), t_rows
 
     @computed_again
-    def block(t_moving, t_rows, first, start, notes):
-        """The tangents after the steps of a block, of which the ``first`` one goes from ``start``."""
-        notes = _notes(keeping, start, rows, blocks.length) if notes is None else notes
+    def segment(t_moving, t_rows, first, start, notes):
+        """The tangents after the steps of a segment, of which the ``first`` one goes from ``start``."""
+        notes = _notes(keeping, start, rows, segments.length) if notes is None else notes
 
         # Also around the branch: otherwise what that closes over would be kept for every step.
         @computed_again
@@ -215,17 +216,17 @@ def _push(keeping, carry, rows, record, blocks, tangents):
             return lax.cond(eqxi.unvmap_any(active), step, wait, *state, note, active), None
 
         state = *eqx.partition(start, eqx.is_inexact_array), t_moving, t_rows
-        state, _ = lax.scan(step_if_any, state, (first + jnp.arange(blocks.length, dtype=first.dtype), notes))
+        state, _ = lax.scan(step_if_any, state, (first + jnp.arange(segments.length, dtype=first.dtype), notes))
         return state[2:]
 
     @computed_again
-    def block_if_any(state, x):
+    def segment_if_any(state, x):
         wait = lambda *args: args[:2]  # noqa: E731
-        return lax.cond(eqxi.unvmap_any(x[0] < record.number), block, wait, *state, *x), state[0]
+        return lax.cond(eqxi.unvmap_any(x[0] < record.number), segment, wait, *state, *x), state[0]
 
-    firsts = jnp.arange(blocks.number, dtype=record.number.dtype) * blocks.length
+    firsts = jnp.arange(segments.number, dtype=record.number.dtype) * segments.length
     parts = firsts, record.starts, record.notes
-    (t_moving, t_rows), t_starts = lax.scan(block_if_any, (t_moving, t_rows), parts)
+    (t_moving, t_rows), t_starts = lax.scan(segment_if_any, (t_moving, t_rows), parts)
     return choose(some, t_moving, t_begun), jax.tree.map(lambda t: t[:-1], t_rows), t_starts
 
 
@@ -235,7 +236,7 @@ def _notes(keeping, start, rows, number):
     control = dataclasses.replace(keeping.stepper.control, progress=None)
     without_progress = eqx.tree_at(lambda keeping: keeping.stepper.control, keeping, control)
     without_progress, start, rows = detach((without_progress, start, rows))
-    _, _, record = _search(without_progress, start, rows, Blocks(1, number, noted=True), number)
+    _, _, record = _search(without_progress, start, rows, Segments(1, number, noted=True), number)
     return jax.tree.map(lambda x: x[0], record.notes)
 
 

@@ -22,9 +22,12 @@ _bars: dict[Any, Any] = {}
 
 
 class AbstractProgress(eqx.Module):
-    """A meter for ``Solver.solve(progress=...)``. ``marks``: how many reports there are at most.
+    """A meter for ``Solver.solve(progress=...)``: it is told how far a solve has come.
 
-    Under ``vmap`` the slowest lane is reported; under differentiation a report may be repeated.
+    A subclass has the field ``marks``, the largest number of reports, and defines ``report(fraction)``. This is called
+    on the host, from inside the compiled loop, whenever a step passes the next of as many equidistant marks; the last
+    mark is the end of the solve, also of one that fails. Under ``vmap`` the slowest lane is reported; under
+    differentiation a report may be repeated.
 
     >>> import probode
     >>> class Loud(probode.AbstractProgress):
@@ -39,7 +42,7 @@ class AbstractProgress(eqx.Module):
 
     @abstractmethod
     def report(self, fraction: float) -> None:
-        """Called on the host with the share of the interval that is done, between 0 and 1."""
+        """Nothing; called with the share of the interval that is done, a number between 0 and 1."""
 
 
 class TextProgress(AbstractProgress):

@@ -101,9 +101,9 @@ def with_defects(
     """The attempt of a step of length ``dt`` to ``t`` with the residuals of the corrected mean in its innovation.
 
     Corrected under the noise of the step alone: ``m - Q H^T (H Q H^T)^-1 z`` at the end, and inside what the prior
-    makes of the same noise (one evaluation of the equation each). At the end not where an explicit equation is
-    linearised in part, and as many times as the constraint evaluates it (Newton's method with the Jacobian of the
-    prediction).
+    makes of the same noise. Inside the equation is evaluated once. The residual at the end is left out for an explicit
+    equation with a partial Jacobian; otherwise it is evaluated ``constraint.evaluations`` times, each time after a
+    correction by the one before (Newton's method with the Jacobian of the prediction).
     """
     transition, equation, innovation = attempt.transition, attempt.equation, attempt.innovation
     predicted = push(before, transition.matrix)

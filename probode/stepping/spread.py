@@ -32,7 +32,7 @@ def value_and_moves(fn: Callable[[PyTree], PyTree], u0: PyTree, directions: PyTr
     return eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
 
 
-class Ahead(eqx.Module):
+class PredictedSpread(eqx.Module):
     """The spread of an uncertain start where the transition of a step takes it, before the equation is seen.
 
     ``moves``: the directions; ``residuals``: how the residual moves along them, ``whitened`` by ``(H Q H^T)^(-1/2)``;
@@ -45,7 +45,7 @@ class Ahead(eqx.Module):
     scale: Float[Array, "*batch"]
 
 
-def spread_ahead(
+def predicted_spread(
     constraint: AbstractConstraint,
     t: Float[Array, ""],
     x: Normal,
@@ -53,7 +53,7 @@ def spread_ahead(
     attempt: Attempt,
     layout: Layout,
     args: PyTree,
-) -> Ahead:
+) -> PredictedSpread:
     """The spread of an uncertain start at the prediction of an attempt from ``x`` to ``t``.
 
     ``spread``: where the step starts.
@@ -70,7 +70,7 @@ def spread_ahead(
         residuals = jax.vmap(lambda move: jax.jvp(residual, (predicted.mean,), (move,))[1])(moves)
     whitened = jax.vmap(lambda z: whiten(equation, attempt.innovation.factor, z))(residuals)
     scale = safe_norm(root_mean_square(whitened, axis=(-2, -1)), axis=0)
-    return Ahead(moves, residuals, whitened, scale)
+    return PredictedSpread(moves, residuals, whitened, scale)
 
 
 def push_moves(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) -> Float[Array, "N *state"]:
@@ -78,7 +78,7 @@ def push_moves(spread: Float[Array, "N *state"], matrix: Float[Array, "..."]) ->
     return jax.vmap(lambda move: push(certain(move), matrix).mean)(spread)
 
 
-def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float[Array, "N *state"]:
+def spread_after(predicted: PredictedSpread, update: Update, equation: Linearisation) -> Float[Array, "N *state"]:
     """The directions after an update: each moves by the gain of the mean times its own residual."""
     influence = update.influence
     if equation.coupling is not None:
@@ -87,7 +87,7 @@ def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float
             told = jnp.sum(batched(product)(influence.matrix, move), axis=0)
             return move - jax.vmap(lambda gain: product(gain.T, told))(influence.gain)
 
-        return jax.vmap(together)(ahead.moves)
+        return jax.vmap(together)(predicted.moves)
 
     @batched
     def after(move, z, gain, matrix, equation):
@@ -103,4 +103,4 @@ def spread_after(ahead: Ahead, update: Update, equation: Linearisation) -> Float
         return move - product(gain.T, told)
 
     along = jax.vmap(after, in_axes=(0, 0, None, None, None))
-    return along(ahead.moves, ahead.residuals, influence.gain, influence.matrix, equation)
+    return along(predicted.moves, predicted.residuals, influence.gain, influence.matrix, equation)

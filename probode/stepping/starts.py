@@ -18,9 +18,10 @@ from .step import Step
 
 
 class AbstractStart(eqx.Module):
-    """Where a solve begins.
+    """Where a solve begins: at initial values, at a Gaussian over all derivatives, or where another solve has ended.
 
-    ``is_certain``: whether the state there is known, so that no residual can be explained by moving it.
+    A subclass defines ``resumed``, ``directions``, ``mean``, ``at`` and ``state``. It may set ``is_certain``: whether
+    the state there is known, so that no residual can be explained by moving it.
     """
 
     is_certain = False
@@ -33,17 +34,20 @@ class AbstractStart(eqx.Module):
     @property
     @abstractmethod
     def directions(self) -> PyTree:
-        """How ``mean`` is uncertain: the rows of its factor, stacked along a leading axis.
+        """The rows of the factor of ``mean``, each a PyTree like it, stacked along a leading axis.
 
-        The solve is pushed forward along them. ``None`` if it is certain, or if the filter itself treats its
+        The solve is pushed forward along them. ``None`` if ``mean`` is certain, or if the filter itself treats its
         uncertainty.
         """
 
     @property
     @abstractmethod
     def mean(self) -> PyTree:
-        """What is uncertain in a solve from an uncertain initial value: the solve is differentiated with respect to
-        it."""
+        """The mean of what the solve begins with; if that is uncertain, the solve is differentiated with respect to it.
+
+        The tuple of initial values ``(u, ..., u^(k-1))``; the tuple of all derivatives of an ``InitialState``; or the
+        mean of the state from which a solve goes on, an array ``(*batch, dim, cols)``.
+        """
 
     @abstractmethod
     def at(self, mean: PyTree) -> "AbstractStart":
@@ -61,7 +65,11 @@ class AbstractStart(eqx.Module):
 
 
 class FromValues(AbstractStart):
-    """A solve from the tuple ``(u, ..., u^(k-1))``: the other derivatives are the initialisation's business."""
+    """A solve from the tuple ``(u, ..., u^(k-1))``: the initialisation makes the other derivatives.
+
+    ``values``: that tuple. ``uncertain``: what ``directions`` returns, such tuples stacked along a leading axis;
+    ``None`` for values that are certain.
+    """
 
     values: tuple[PyTree, ...]
     uncertain: PyTree = None

@@ -22,7 +22,8 @@ class State(eqx.Module):
     - ``output_scale``: of the step that ended here, in units of the prior's own.
     - ``statistics``: what the calibration has collected; ``calibration``: its class.
     - ``evidence``: what the log likelihood of the equation is made of.
-    - ``prior``: that of the step that ended here, where the solver's prior differs from step to step.
+    - ``prior``: that of the step that ended here, where the solver's prior differs from step to step; at a start, that
+      of the first step. Elsewhere ``None``.
     - ``last_move``: by how much the last iteration of a linearisation has moved an innovation, at most, in standard
       deviations (root mean square); zero where nothing is iterated.
     - ``data_evidence``: the log density of the data so far.

@@ -32,7 +32,7 @@ from .attempt import Attempt
 from .corrections import condition_corrected, correct
 from .error_estimates import rms_norm
 from .residuals import informative, residual_at, with_floor, with_scale_inside, without_round_off
-from .spread import Ahead, push_moves, spread_after, spread_ahead
+from .spread import PredictedSpread, predicted_spread, push_moves, spread_after
 from .state import State
 from .times import round_off
 
@@ -150,7 +150,7 @@ class Step(eqx.Module):
         *,
         known: bool = False,
     ) -> Attempt:
-        """Predict over ``dt`` to the time ``t``, and hold the prediction against the equation.
+        """The ``Attempt`` of a step over ``dt`` to ``t``: the prediction, and the equation held against it.
 
         ``before``: the state where the step starts. ``since``: the time there, where it matters on which side of it.
         ``known``: whether nothing in that state is uncertain but ``u, ..., u^(k-1)``.
@@ -184,7 +184,7 @@ class Step(eqx.Module):
         seen_at: Float[Array, ""] | None = None,
         zero_so_far: Bool[Array, "*batch"] | None = None,
     ) -> Stepped:
-        """Condition the prediction of an attempt on the equation: what the step leaves at ``t``.
+        """What a step leaves at ``t`` (``Stepped``): the prediction of an attempt, conditioned on the equation.
 
         ``past``: an earlier state given the one ``before``, for smoothers. ``seen_at``: the time of the equation, where
         it matters on which side of ``t``. ``zero_so_far``: whether all residuals since the last restart at a
@@ -193,9 +193,11 @@ class Step(eqx.Module):
         at, spread = t if seen_at is None else seen_at, before.spread
         if before.is_spread:
             # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
-            ahead = self.ahead(before, at, attempted)
-            attempted = dataclasses.replace(attempted, innovation=with_scale_inside(attempted.innovation, ahead.scale))
-            zero_so_far = None if zero_so_far is None else zero_so_far & (ahead.scale == 0)
+            predicted = self.predicted_spread(before, at, attempted)
+            attempted = dataclasses.replace(
+                attempted, innovation=with_scale_inside(attempted.innovation, predicted.scale)
+            )
+            zero_so_far = None if zero_so_far is None else zero_so_far & (predicted.scale == 0)
         innovation, error = attempted.innovation, before.global_error
         scale = self.calibration.scale(innovation, before.statistics)
         if attempted.split is not None:
@@ -217,7 +219,7 @@ class Step(eqx.Module):
         counts = informative(equation, attempted.mean)
         statistics = self.calibration.update(before.statistics, output_scale, influence.whitened, counts)
         if before.is_spread:
-            spread = spread_after(*detach((ahead, update, equation)))
+            spread = spread_after(*detach((predicted, update, equation)))
         distribution, past, data_evidence = update.state, update.past, before.data_evidence
         if self.data is not None:
             distribution, past, data_evidence = self._condition_on_data(t, distribution, past, data_evidence)
@@ -272,13 +274,13 @@ class Step(eqx.Module):
         no_influence = jax.tree.map(jnp.zeros_like, stepped.influence)
         return choose(short, Stepped(waited, kept, no_influence), stepped)
 
-    def ahead(self, before: State, t: Float[Array, ""], attempted: Attempt) -> Ahead:
+    def predicted_spread(self, before: State, t: Float[Array, ""], attempted: Attempt) -> PredictedSpread:
         """The spread of an uncertain start at the prediction of an attempt, without derivatives.
 
         Steps are chosen by it, and ``State.std`` has it; ``Solution.std`` has the derivative of the whole solve.
         """
         inputs = t, before.distribution, before.spread, attempted, self.layout, self.args
-        return spread_ahead(*detach((self.constraint, *inputs)))
+        return predicted_spread(*detach((self.constraint, *inputs)))
 
     def nothing(
         self, before: State, past: Conditional | None, *, influence: bool

@@ -30,7 +30,7 @@ from .error_estimates import AbstractErrorEstimate
 from .events import Events
 from .loops import AbstractLoop
 from .progress import AbstractProgress
-from .spread import Ahead
+from .spread import PredictedSpread
 from .state import State
 from .times import Interval, round_off
 
@@ -101,7 +101,7 @@ def sustained_share(num_derivatives: int, order: int) -> float:
 def first_step(
     control: Control, state: State, prior: AbstractPrior, span: Float[Array, ""], constraint: AbstractConstraint
 ) -> Float[Array, ""]:
-    """A first step, in any unit of time, from the derivatives at hand.
+    """The length, positive, of the first step, from the derivatives at the start, whatever the unit of time.
 
     ``span``: the signed time to the next stop, or to the end.
 
@@ -181,11 +181,11 @@ def next_time(
     floor = jnp.maximum(4 * eps * jnp.abs(t), smallest)
     target = None if target is None else target[None]
     hits = [x.astype(t.dtype) for x in (control.stops(t.dtype), control.must_hit, target) if x is not None]
-    ahead = interval.nearest(jnp.concatenate(hits), t) if hits else interval.t1
-    room = interval.ahead(ahead - t)
+    hit = interval.nearest(jnp.concatenate(hits), t) if hits else interval.t1
+    room = interval.signed(hit - t)
     floor = jnp.maximum(floor, control.controller.limits.shortest.astype(t.dtype))
     dt = jnp.maximum(dt, floor)
-    slack = round_off(jnp.maximum(jnp.abs(t), jnp.abs(ahead)))
+    slack = round_off(jnp.maximum(jnp.abs(t), jnp.abs(hit)))
     # A step that is stretched by more could be rejected, shortened and stretched again for ever.
     to_the_end = dt >= room - jnp.minimum(slack, dt / 1024)
     half = lax.stop_gradient(room / 2)
@@ -193,7 +193,7 @@ def next_time(
     if not control.halve_before_hit:
         in_two = in_two & (dt > room - slack)
     dt = jnp.where(in_two, half, dt)
-    new_t = jnp.where(to_the_end, ahead, t + interval.ahead(dt))
+    new_t = jnp.where(to_the_end, hit, t + interval.signed(dt))
     # Not `dt`: the vector field is evaluated at the times, so the step has to lie between them.
     return new_t, new_t - t, to_the_end | in_two, lax.stop_gradient(floor)
 
@@ -217,7 +217,7 @@ def defect_norm(
     return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
 
 
-def surprise(
+def unexplained_norm(
     control: Control, layout: Layout, now: State, attempted: Attempt, influence: Influence
 ) -> Float[Array, ""]:
     """The norm, in tolerances, of the part of an update of ``u`` that the noise of the step does not explain.
@@ -235,12 +235,13 @@ def surprise(
 
 
 def spread_norm(
-    control: Control, layout: Layout, now: State, dt: Array, attempted: Attempt, ahead: Ahead
+    control: Control, layout: Layout, now: State, dt: Array, attempted: Attempt, predicted: PredictedSpread
 ) -> Float[Array, ""]:
     """The size of what an attempt does wrong to the spread of an uncertain initial value, against the tolerances.
 
-    As the estimate has it for solutions with the residuals of its directions; components count relative to what they
-    are or may be.
+    The error is estimated for every direction, with the residual along it in place of that of the mean, and these are
+    added in squares. A component counts against ``atol + rtol`` times the largest of its sizes and its standard
+    deviations, at both ends of the step.
     """
 
     def estimate(whitened):
@@ -253,16 +254,16 @@ def spread_norm(
         if attempted.correction is not None:
             # The whole correction: how far further evaluations would move a direction is not known.
             move = explained(attempted.transition, attempted.equation, innovation.factor, whitened)
-            move = move[..., : attempted.correction.last_move.shape[-2], :]
-            corrected = dataclasses.replace(attempted.correction, last_move=move, embedded=jnp.zeros_like(move))
+            move = move[..., : attempted.correction.last_change.shape[-2], :]
+            corrected = dataclasses.replace(attempted.correction, last_change=move, embedded=jnp.zeros_like(move))
             attempt = dataclasses.replace(attempt, correction=corrected)
         return _estimated(control, layout, dt, attempt)
 
     def std(spread):
         return safe_norm(jax.vmap(layout.unpack)(spread), axis=0)
 
-    error = safe_norm(jax.vmap(estimate)(ahead.whitened), axis=0)
-    widths = std(now.spread), std(ahead.moves)
+    error = safe_norm(jax.vmap(estimate)(predicted.whitened), axis=0)
+    widths = std(now.spread), std(predicted.moves)
     norm = _against_tolerances(control, layout, now.distribution.mean, attempted.mean, error, widths)
     return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
 

@@ -17,7 +17,7 @@ class Interval(eqx.Module):
         """1 where time runs forwards from ``t0`` to ``t1``, -1 where it runs backwards."""
         return jnp.where(self.t1 >= self.t0, 1, -1).astype(self.t1.dtype)
 
-    def ahead(self, times: Float[Array, "*times"]) -> Float[Array, "*times"]:
+    def signed(self, times: Float[Array, "*times"]) -> Float[Array, "*times"]:
         """The times with the sign that makes them grow from ``t0`` to ``t1``: for comparisons and sorting."""
         return times * self.direction
 
@@ -34,7 +34,7 @@ class Interval(eqx.Module):
 
         Times closer to ``t`` or to ``t1`` than round-off count as these.
         """
-        distance = self.ahead(hits - t)
+        distance = self.signed(hits - t)
         between = (distance > round_off(t)) & (self.remaining(hits) > round_off(self.t1))
         return jnp.where(jnp.any(between), hits[jnp.argmin(jnp.where(between, distance, jnp.inf))], self.t1)
 
@@ -55,9 +55,9 @@ def beside(t: Float[Array, ""], side: Float[Array, ""], jumps: Float[Array, " ti
     It moves with ``t``: so a solution has the right derivative with respect to the time of a jump.
     """
     fixed, jumps = lax.stop_gradient(t), lax.stop_gradient(jumps)
-    ahead = (jumps - fixed) * side
+    offsets = (jumps - fixed) * side
     # Of jumps that are the same time up to round-off the outermost one.
-    beyond = jnp.max(jnp.where(jnp.abs(ahead) <= round_off(fixed), ahead, 0))
+    beyond = jnp.max(jnp.where(jnp.abs(offsets) <= round_off(fixed), offsets, 0))
     info = jnp.finfo(t.dtype)
     ulp = jnp.maximum(info.eps * jnp.abs(fixed + side * beyond), info.tiny)
     return t + jnp.where(is_jump(fixed, jumps), side * (jnp.maximum(beyond, 0) + ulp), 0)

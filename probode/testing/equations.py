@@ -37,8 +37,10 @@ def check_constraint(
     - Matrix and residual have matching shapes. If ``gives`` is set, the last columns of the matrix are the identity, or
       lower triangular with ones on the diagonal where it gives several derivatives in terms of each other.
     - Under ``Dense``, the matrix is nearer to the derivative of the residual than its transpose is, and than a matrix
-      without entries for what the equation does not give. A constraint whose flag ``first_order`` is false has none.
-      With the argument ``first_order`` the matrix is the derivative.
+      without entries for what the equation does not give. If it is said to be ``whole``, it is the derivative to 5 %.
+      A constraint whose flag ``first_order`` is false has no such entries, any other has some. With the argument
+      ``first_order`` the matrix is the derivative.
+    - The residual of a constraint that ``is_pointwise`` does not depend on the covariance of the state.
     - Solutions on a grid converge with order one at least.
     - Single precision is kept, and linearisations work under the transformations of JAX.
 
@@ -97,6 +99,12 @@ def check_constraint(
         # A little uncertain, since some fit their matrix to the field nearby.
         uncertain = linearise(constraint, later, stack, std=1e-4)
         _check_jacobian_of(constraint, name, uncertain, derivative, layout.size)
+        if constraint.is_pointwise:
+            law = f"{name}: where is_pointwise is true the residual is that at the mean, however uncertain the state is"
+            # Correlated: means of products of independent numbers are the products of the means.
+            root = jnp.asarray(0.5 * rng.normal(size=(stack.size, stack.size)))
+            wide = constraint.linearise(later, Normal(layout.pack(stack), root), layout, args)
+            equal(wide.residual, uncertain.residual, law, 1e-9, 1e-12)
         if first_order:
             law = f"{name}, t={t + 0.4:g}: the matrix is the derivative of the residual"
             equal(equation.matrix, derivative, law, 1e-8)
@@ -160,7 +168,13 @@ def _check_jacobian_of(constraint, name, equation, derivative, d):
         law = f"{name}: where first_order is False the matrix does not depend on u; leave first_order as it is"
         hold(own[:, : constraint.order * d] == 0, law, "entries for u, or for derivatives below the highest")
     law = f"{name}: the matrix is nearer to the derivative of the residual than one that has no entries for u"
-    hold(off <= (1 + 1e-3) * size, law, f"a relative deviation of {off / max(size, 1e-300):.1e}, in {true.dtype}")
+    found = f"a relative deviation of {off / max(size, 1e-300):.1e}, in {true.dtype}"
+    hold(off <= (1 + 1e-3) * size, law, found)
+    if constraint.first_order and size > 0:
+        law = f"{name}: where first_order is true the matrix has entries for u; set first_order = False"
+        hold(np.linalg.norm(own) > 1e-3 * size, law, "none")
+        law = f"{name}: a Linearisation that is whole has the derivative of the residual, to 5 %; pass whole=False"
+        hold(not equation.whole or off <= 0.05 * size, law, found)
 
 
 def check_problem(problem: AbstractProblem, u0: Any, *, args: Any = None) -> None:
@@ -182,13 +196,13 @@ def check_problem(problem: AbstractProblem, u0: Any, *, args: Any = None) -> Non
 def check_cubature(cubature: AbstractCubature) -> None:
     """Raises ``LawBroken`` unless a cubature rule has the moments of a standard normal up to degree three.
 
-    Weights are positive. Rules for one, two and three dimensions are tested. Raises ``TypeError`` for another kind of
-    part.
+    Weights are positive. Rules for one, two, three and five dimensions are tested. Raises ``TypeError`` for another
+    kind of part.
     """
     require_double()
     require_kind(cubature, AbstractCubature)
     name = type(cubature).__name__
-    for dim in (1, 2, 3):
+    for dim in (1, 2, 3, 5):
         points, weights = (np.asarray(x) for x in cubature.rule(dim))
         hold(points.shape == (weights.size, dim), f"{name}: points are (points, dim)", f"{points.shape}")
         hold(weights > 0, f"{name}: weights are positive")
@@ -203,8 +217,9 @@ def check_cubature(cubature: AbstractCubature) -> None:
 def check_jacobian(jacobian: AbstractJacobian, field: Callable, u0: Any, *, exact: bool = True) -> None:
     """Raises ``LawBroken`` unless ``evaluate`` returns the value of a field and its Jacobian, or what is kept of it.
 
-    - ``field``: called as ``field(t, u, args)`` with ``args=None``, a field for which ``jacobian`` is meant.
-    - ``u0``: an array, at which it is evaluated.
+    - ``field``: called as ``field(t, u, args)`` with ``args=None``, a field for which ``jacobian`` is meant; for an
+      equation of order ``k`` as ``field(t, u, u', ..., args)``.
+    - ``u0``: an array, at which it is evaluated; of order ``k`` a tuple ``(u, u', ...)`` of ``k`` arrays.
     - ``exact``: whether the values of the Jacobian are compared, too; false for estimates.
 
     The Jacobian is checked under all factorisations, and for single precision. Raises ``TypeError`` for another kind of
@@ -212,19 +227,25 @@ def check_jacobian(jacobian: AbstractJacobian, field: Callable, u0: Any, *, exac
     """
     require_double()
     require_kind(jacobian, AbstractJacobian)
-    name, u0 = type(jacobian).__name__, jnp.asarray(u0, float)
-    fn = lambda t, us: field(t, us[0], None)  # noqa: E731
+    name, us = type(jacobian).__name__, jnp.stack([jnp.asarray(u, float) for u in _as_tuple(u0)])
+    fn = lambda t, us: field(t, *us, None)  # noqa: E731
     for factorisation in (Dense(), BlockDiagonal(), Isotropic()):
-        layout = layout_of(u0, 2, factorisation)
+        layout = layout_of(us[0], 2, factorisation)
         for t in (0.3, 0.9):
-            value, own = jacobian.evaluate(fn, jnp.asarray(t), u0[None], layout, None)
-            equal(value, field(t, u0, None), f"{name}: the value is that of the equation at its time", 1e-12)
-            whole = jax.jacfwd(lambda u, t=t: field(t, u, None))(u0)
-            expected = layout.project(whole)
-            kept = layout.project(own[0])
-            hold(kept.shape == expected.shape, f"{name}: a Jacobian for each derivative", f"{own.shape}")
+            value, own = jacobian.evaluate(fn, jnp.asarray(t), us, layout, None)
+            equal(value, fn(t, us), f"{name}: the value is that of the equation at its time", 1e-12)
+            whole = jnp.moveaxis(jax.jacfwd(lambda us, t=t: fn(t, us))(us), 1, 0)
+            expected = jax.vmap(layout.project)(whole)
+            law = f"{name}: a Jacobian for each of u, u', ... of which the field is a function"
+            hold(len(own) == len(us), law, f"{len(own)}, not {len(us)}")
+            kept = jnp.stack([layout.project(jacobian) for jacobian in own])
+            hold(kept.shape == expected.shape, law, f"{jnp.shape(own)}")
             if exact:
                 equal(kept, expected, f"{name}: the Jacobian is that of the equation at its time", 1e-9, 1e-12)
-    single = layout_of(u0.astype(jnp.float32), 2, Dense())
-    out = in_single(jacobian).evaluate(fn, jnp.float32(0.3), u0.astype(jnp.float32)[None], single, None)
+    single = layout_of(us[0].astype(jnp.float32), 2, Dense())
+    out = in_single(jacobian).evaluate(fn, jnp.float32(0.3), us.astype(jnp.float32), single, None)
     has_dtype(out, jnp.float32, f"{name} keeps single precision")
+
+
+def _as_tuple(u0):
+    return u0 if isinstance(u0, tuple) else (u0,)

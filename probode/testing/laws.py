@@ -42,11 +42,14 @@ def equal(got: Any, want: Any, law: str, rtol: float = 1e-9, atol: float = 0.0, 
     finite(got, law, what)
     finite(want, law, what, name="what it is compared with")
     if got.size:
-        largest = np.max(np.abs(got - want))
-        off = largest / max(np.max(np.abs(want)), np.finfo(float).tiny)
+        largest, size = np.max(np.abs(got - want)), np.max(np.abs(want))
+        absolute = f"an absolute deviation of {largest:.1e}, tolerance {atol:g}"
+        if size == 0:
+            hold(largest <= atol, law, f"{_then(what)}{absolute}, from zero, in {got.dtype}")
+            return
+        off = largest / size
         allowed = f"{_then(what)}a relative deviation of {off:.1e}, tolerance {rtol:g}"
-        if atol:
-            allowed += f", and an absolute one of {largest:.1e}, tolerance {atol:g}"
+        allowed += f", and {absolute}" if atol else ""
         hold(largest <= atol or off <= rtol, law, f"{allowed}, in {got.dtype}")
 
 

@@ -1,12 +1,14 @@
 """Conformance checks of error estimates, controllers, loops and progress meters."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..algebra.factorisations import Dense, layout_of
 from ..equations.problems import ODE
-from ..information.constraints import TS1
+from ..information.constraints import TS0, TS1
 from ..priors.iwp import IWP
 from ..solver import Solver
 from ..stepping.controllers import AbstractController
@@ -15,7 +17,7 @@ from ..stepping.loops import AbstractLoop
 from ..stepping.progress import AbstractProgress
 from ..util.checks import as_triple
 from .examples import U0, example_attempt, field
-from .laws import equal, finite, has_dtype, hold, require_double, require_kind, survives
+from .laws import LawBroken, equal, finite, has_dtype, hold, require_double, require_kind, survives
 
 
 def check_error(error: AbstractErrorEstimate) -> None:
@@ -24,6 +26,8 @@ def check_error(error: AbstractErrorEstimate) -> None:
     - Errors have the shape ``(d,)``, or ``(k, d)`` for ``u, u', ...``, and the units of ``u``, so that they do not
       depend on the unit of time; they are not negative, and decrease faster than ``dt^1.5``; time may run backwards.
     - The norm is homogeneous, zero at zero alone, and at most 1/2 for errors of half the tolerance.
+    - All this for ``TS1``; estimates are also finite for ``TS0``, and for ``TS0`` of a lifted equation, where
+      ``innovation.inside`` and ``innovation.remainder`` may be ``None``.
     - Single precision is kept, and estimates work under the transformations of JAX.
 
     Raises ``TypeError`` for another kind of part.
@@ -38,14 +42,22 @@ def check_error(error: AbstractErrorEstimate) -> None:
 
     def estimate(error, dt, scale=1.0, time=1.0, dtype=float):
         layout, dt = layout_of(U0.astype(dtype), 2, Dense()), jnp.asarray(dt, dtype)
-        return error.estimate(example_attempt(dt, scale=scale, time=time), dt, layout)
+        attempt = example_attempt(dt, scale=scale, time=time, defects=error.needs_defects)
+        return error.estimate(attempt, dt, layout)
 
     coarse = estimate(error, 0.2)
-    shaped = coarse.shape == (2,) or (coarse.ndim == 2 and coarse.shape[1] == 2)
-    law = f"{name}, dt=0.2: an error for every component of u, (d,), or of u, u', ... row by row, (k, d)"
-    hold(shaped, law, f"shape {coarse.shape}, d=2")
-    finite(coarse, f"{name}, dt=0.2: errors are finite")
-    hold(coarse >= 0, f"{name}, dt=0.2: errors are not negative", f"{coarse}")
+    _check_errors(f"{name}, dt=0.2", coarse)
+    layout = layout_of(U0, 2, Dense())
+    for constraint, words in ((TS0, "TS0"), (lambda ode: TS0(ode.lifted(1)), "TS0 of a lifted equation")):
+        for defects in {False, error.needs_defects and words == "TS0"}:
+            attempt = example_attempt(0.2, constraint=constraint, defects=defects)
+            without = [x for x in ("inside", "remainder") if getattr(attempt.innovation, x) is None]
+            law = f"{name}, dt=0.2, {words}, where {' and '.join(f'innovation.{x}' for x in without)} is None"
+            try:
+                errors = error.estimate(attempt, jnp.asarray(0.2), layout)
+            except Exception as failure:
+                raise LawBroken(f"{law}: there is an error. Found: {type(failure).__name__}: {failure}") from failure
+            _check_errors(law, errors)
     fine = estimate(error, 0.02)
     rate = float(jnp.log10(error.norm(coarse) / error.norm(fine)))
     law = f"{name}, dt=0.2 and 0.02: a step ten times shorter has a much smaller error"
@@ -63,6 +75,15 @@ def check_error(error: AbstractErrorEstimate) -> None:
     hold(estimate(error, -0.02) > 0, f"{name}, dt=-0.02: time may run backwards")
     has_dtype(estimate(error, 0.1, dtype=jnp.float32), jnp.float32, f"{name} keeps single precision")
     survives(estimate, error, jnp.asarray(0.1), "an error estimate")
+
+
+def _check_errors(law, errors):
+    """Checks the errors of a step of two components, of which ``law`` says what it was."""
+    shaped = errors.shape == (2,) or (errors.ndim == 2 and errors.shape[1] == 2)
+    found = f"shape {errors.shape}, d=2"
+    hold(shaped, f"{law}: an error for every component of u, (d,), or of u, u', ... row by row, (k, d)", found)
+    finite(errors, f"{law}: errors are finite")
+    hold(errors >= 0, f"{law}: errors are not negative", f"{errors}")
 
 
 def check_controller(controller: AbstractController) -> None:
@@ -112,14 +133,19 @@ def check_controller(controller: AbstractController) -> None:
         "a proposal",
     )
     solution = solver.solve(U0, 0.0, 1.0, throw=False)
-    hold(solution.t[-1] == 1.0, f"{name}: a simple solve arrives", f"it stopped at {solution.t[-1]}")
+    found = f"it stopped at {solution.t[-1]:.3g} after {int(solution.stats['num_steps'])} attempts"
+    hold(solution.t[-1] == 1.0, f"{name}: a simple solve arrives; rejected steps get shorter by enough", found)
 
 
 def check_loop(loop: AbstractLoop) -> None:
     """Raises ``LawBroken`` unless a loop repeats its body while the condition holds, at most ``max_steps`` times.
 
-    The final carry, and what was written to buffers, have to be those of the iterations. The limit is tested for
-    ``max_steps`` up to 1000. Raises ``TypeError`` for another kind of part.
+    - The final carry, and what was written to buffers, are those of the iterations; of none where the condition is
+      false from the start.
+    - Under ``vmap`` a lane that has ended stays as it is while others go on.
+    - It ends after ``max_steps`` iterations (tested up to 10000). ``checkpoints`` is ``None`` or positive.
+
+    Raises ``TypeError`` for another kind of part.
     """
     require_double()
     require_kind(loop, AbstractLoop)
@@ -129,20 +155,35 @@ def check_loop(loop: AbstractLoop) -> None:
     def run(loop, x, until=5):
         def body(carry):
             i, x, buffer = carry
-            return i + 1, jnp.sin(x), buffer.at[i % size].set(x)
+            return i + 1, jnp.sin(x), buffer.at[i % size].set(x, pred=i < size)
 
         init = jnp.zeros((), int), x, jnp.zeros(size)
         return loop.run(lambda carry: carry[0] < until, body, init, buffers=lambda carry: carry[2])
 
     steps = min(5, loop.max_steps)
-    number, value, buffer = jax.jit(run)(loop, jnp.asarray(0.7))
+    law = f"{name}: run hands its buffers on to a loop of equinox, where they are written with at[i].set(x, pred=...)"
+    try:
+        number, value, buffer = jax.jit(run)(loop, jnp.asarray(0.7))
+    except TypeError as error:
+        raise LawBroken(f"{law}. Found: {error}") from error
     expected = [0.7]
     for _ in range(steps):
         expected.append(np.sin(expected[-1]))
     hold(number == steps, f"{name}: the body runs as long as the condition holds", f"{number} times, not {steps}")
     equal(value, expected[-1], f"{name}: what the body returns is passed on", 1e-12)
     equal(buffer[: min(steps, size)], expected[: min(steps, size)], f"{name}: buffers keep what is written", 1e-12)
-    if loop.max_steps <= 1000:
+    law = f"{name}: checkpoints is None, or a positive integer"
+    kept: Any = loop.checkpoints
+    hold(kept is None or kept >= 1, law, f"{kept!r}")
+    until = jnp.asarray([0, 3, 5])
+    numbers, values, buffers = jax.jit(jax.vmap(lambda until: run(loop, jnp.asarray(0.7), until)))(until)
+    law = f"{name}: under vmap every lane runs as long as its own condition holds, and not at all where it is false"
+    expected_numbers = np.minimum(until, loop.max_steps)
+    hold(numbers == expected_numbers, law, f"{numbers} times, not {expected_numbers}")
+    equal(values, np.asarray(expected)[expected_numbers], f"{law}; what the body returns is passed on", 1e-12)
+    written = np.where(np.arange(size) < expected_numbers[:, None], np.resize(expected, size), 0)
+    equal(buffers, written, f"{law}; buffers keep what is written", 1e-12)
+    if loop.max_steps <= 10_000:
         number = jax.jit(lambda loop: run(loop, jnp.asarray(0.7), 10**6)[0])(loop)
         law = f"{name}: it ends after max_steps iterations at the latest"
         hold(number == loop.max_steps, law, f"{number}")

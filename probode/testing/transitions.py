@@ -1,5 +1,6 @@
 """Conformance checks of priors."""
 
+import math
 from typing import Any
 
 import jax
@@ -28,8 +29,9 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
       back in time is finite, backwards; the matrix of a step back undoes that of a step; a step of length zero is the
       identity.
     - The derivative of ``u^(i)`` is ``u^(i+1)``.
-    - The square root of the noise is finite, also in a step of 1e-12, and upper triangular, with noise in every
-      derivative; the parts of an ``AbstractSplitPrior`` make up its covariance.
+    - If ``is_polynomial``, the matrix is that of the Taylor polynomial.
+    - The square root of the noise is finite, also in steps of 1e-12 and, if the matrix is, of 10. It is upper
+      triangular, with noise in every derivative; the parts of an ``AbstractSplitPrior`` make up its covariance.
     - Transitions have the dtype of the state, and work under the transformations of JAX.
 
     These laws are checked in every factorisation that takes the prior's parameters. ``u0``: a PyTree with the shapes of
@@ -109,9 +111,16 @@ def _check_transitions(prior, layout):
     _check_shapes(name, transition(0.3), layout, n)
     for dt in (0.3, 1e-12):
         _check_noise(_at(name, dt, layout), transition(dt))
+    long = transition(10.0)
+    if np.all(np.isfinite(long.matrix)):  # of a process that grows it need not be
+        _check_noise(_at(name, 10.0, layout), long)
 
     at = jax.jit(lambda dt: _moments(prior.transition(dt, layout)))
     dim = at(0.1)[0].shape[0]
+    if prior.is_polynomial:
+        powers = [[0.3 ** (j - i) / math.factorial(j - i) if j >= i else 0.0 for j in range(n)] for i in range(n)]
+        law = f"{_at(name, 0.3, layout)}: where is_polynomial is true the matrix is that of the Taylor polynomial"
+        equal(at(0.3)[0], np.kron(powers, np.eye(dim // n)), law, 1e-12)
     law = f"{_at(name, 0, layout)}: a step of length zero stays where it is"
     equal(at(0.0)[0], np.eye(dim), law, atol=1e-14)
     _, rate = jax.jit(lambda dt: jax.jvp(lambda dt: at(dt)[0], (dt,), (1.0,)))(0.0)

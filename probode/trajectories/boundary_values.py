@@ -315,13 +315,9 @@ def _answer(bvp, mesh, found, errors, of_parameters, scales, course, *, differen
         means = jax.vmap(jax.vmap(bvp.layout.pack))(moves.states)
         marginals = widen(marginals, means)
         nothing = jax.tree.map(lambda _: None, path)
-        moving = eqx.tree_at(
-            lambda p: (p.course.states, p.course.parameters),
-            nothing,
-            (moves.states, moves.parameters),
-            is_leaf=_is_none,
-        )
-        spread = Spread(means, moving)
+        # A ``Course`` that is made anew is checked to have no leading axis.
+        moving = jax.tree.unflatten(jax.tree.structure(course), (moves.states, moves.parameters))
+        spread = Spread(means, eqx.tree_at(lambda p: p.course, nothing, moving))
     result = found.result
     spoilt = ~has_failed(result) & ~is_finite((marginals, course))
     return Solution(
@@ -345,10 +341,6 @@ def _distribution(path, moves, errors):
     std = safe_norm(path.parameters, axis=0)
     rows = jnp.concatenate([path.parameters * safe_divide(errors, std)[None], moves])
     return Normal(path.course.parameters, triangularise(None, rows))
-
-
-def _is_none(x):
-    return x is None
 
 
 def _scales(tolerances, layout):

@@ -124,7 +124,7 @@ class MeshPath(AbstractPath):
         noise = jax.random.normal(own, (intervals, q), ts.dtype)
         # Deviations of the nodes, in units of the calibration: they solve the equations for random residuals.
         nodes = self.system.deviations(noise).states
-        order = jnp.argsort(self.interval.ahead(ts))
+        order = jnp.argsort(self.interval.signed(ts))
 
         def body(later, x):
             # From the last time to the first: given the left end of its interval and the sample at the next time in it,
@@ -154,8 +154,8 @@ class MeshPath(AbstractPath):
         return self.layout.num_derivatives + 1
 
     def _locate(self, t):
-        ahead = self.interval.ahead
-        i = jnp.searchsorted(ahead(self.mesh.t), ahead(t), side="right").astype(self.mesh.number.dtype) - 1
+        signed = self.interval.signed
+        i = jnp.searchsorted(signed(self.mesh.t), signed(t), side="right").astype(self.mesh.number.dtype) - 1
         i = jnp.clip(i, 0, self.mesh.number - 1)
         dt = self.mesh.lengths[i]
         return i, (t - self.mesh.t[i]) / dt, dt

@@ -1,5 +1,7 @@
 """A calibration written outside the package."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,3 +69,47 @@ def test_one_that_rescales_has_no_place_beside_what_is_known(factorisation):
             refused.solve_grid(start, np.linspace(0, 1, 5), data=data)
         with pytest.raises(ValueError, match="rescales all covariances"):
             refused.solve(po.Normal(1.0, 0.3), 0.0, 1.0)
+        # The uncertainty is in a state that the user has made; without data.
+        with pytest.raises(ValueError, match="rescales all covariances"):
+            refused.solve_grid(start, np.linspace(0, 1, 5))
+        smoother = dataclasses.replace(refused, strategy=po.FixedIntervalSmoother())
+        with pytest.raises(ValueError, match="rescales all covariances"):
+            po.solve_grid_iterated(smoother, po.Normal(1.0, 0.3), np.linspace(0, 1, 5))
+        # Variances of higher derivatives are the model's own.
+        diffuse = dataclasses.replace(refused, initialisation=po.Diffuse(1))
+        assert np.all(np.isfinite(diffuse.solve_grid(diffuse.initialise(1.0, 0.0), np.linspace(0, 1, 5)).std))
+
+
+class OnePerComponent(MaximumLikelihood):
+    """For ``BlockDiagonal`` alone."""
+
+    def init(self, shape, dtype):
+        (d,) = shape
+        return jnp.zeros(d, dtype), jnp.zeros((), dtype)
+
+
+def test_one_for_a_factorisation_alone_is_refused_with_data_in_the_same_words():
+    constraint = po.TS1(po.ODE(lambda t, u, args: -u))
+    solver = po.Solver(po.IWP(2), constraint, calibration=OnePerComponent(), factorisation=po.BlockDiagonal())
+    data = po.Observations(jnp.array([0.5]), jnp.array([0.6]), 0.1, observe=lambda t, u, args: u[0])
+    with pytest.raises(ValueError, match=r"OnePerComponent\(\) rescales all covariances"):
+        solver.solve(jnp.array([1.0]), 0.0, 1.0, data=data)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "goes_on", "words"),
+    [
+        ({}, {"calibration": po.NoCalibration()}, r"another calibration, NoCalibration\(\)"),
+        ({}, {"calibration": MaximumLikelihood()}, r"another calibration, MaximumLikelihood\(\)"),
+        ({"calibration": po.MLECalibration()}, {}, r"another calibration, DynamicCalibration\(\)"),
+        ({}, {"calibration": po.DynamicCalibration(memory=0.5)}, r"other options, DynamicCalibration\(.*memory=0.5"),
+        ({}, {"prior": po.IWP(3)}, "2 derivatives, this solver's prior has 3"),
+        ({}, {"factorisation": po.BlockDiagonal()}, r"factorisation Dense\(\), this solver has BlockDiagonal"),
+    ],
+    ids=name,
+)
+def test_a_step_goes_on_with_the_same_parts(made_by, goes_on, words):
+    solver = po.Solver(po.IWP(2), po.TS1(po.ODE(lambda t, u, args: -u)))
+    state = dataclasses.replace(solver, **made_by).init(jnp.ones(2), 0.0)
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(solver, **goes_on).step(state, 0.1)

@@ -82,15 +82,15 @@ class Plain(po.AbstractLoop):
 
 
 class Velocity(po.AbstractInitialisation):
-    """The first derivative from the equation, the others unknown."""
+    """One more derivative than the initial value has, from the equation; the others unknown."""
 
     scale: jax.Array = eqx.field(converter=jnp.asarray, default=10.0)
 
     def initialise(self, problem, t0, u0, layout, args):
         n, d = layout.num_derivatives + 1, layout.size
-        known = jnp.stack([u0[0], po.flat_field(problem, layout, args)(t0, u0)])
-        mean = layout.pack(jnp.concatenate([known, jnp.zeros((n - 2, d), layout.dtype)]))
-        unknown = jnp.diag((jnp.arange(n) >= 2).astype(layout.dtype))
+        known = jnp.concatenate([u0, po.flat_field(problem, layout, args)(t0, u0)[None]])
+        mean = layout.pack(jnp.concatenate([known, jnp.zeros((n - len(known), d), layout.dtype)]))
+        unknown = jnp.diag((jnp.arange(n) >= len(known)).astype(layout.dtype))
         return po.Normal(mean, layout.lift(self.scale.astype(layout.dtype) * unknown, 1.0))
 
 

@@ -1,4 +1,4 @@
-"""The derivative of an adaptive solve, block by block: which loops have one, lanes, memory, progress."""
+"""The derivative of an adaptive solve, segment by segment: which loops have one, lanes, memory, progress."""
 
 import functools
 

@@ -1,9 +1,12 @@
 """The kit for subclassers: parts of the package pass, and broken ones are told which law they break."""
 
 import dataclasses
+import pathlib
+import re
 import sys
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +39,15 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
         pytest.param(testing.check_prior, po.IWP(3), marks=pytest.mark.thorough),
         (testing.check_prior, po.IWP(1, output_scale=jnp.array([1.0, 2.0]))),
         pytest.param(testing.check_factorisation, Grouped(2), marks=pytest.mark.thorough),
+        pytest.param(testing.check_factorisation, po.Isotropic(), marks=pytest.mark.thorough),
+        pytest.param(testing.check_factorisation, po.Blocks([[0, 1], [2, 3]]), marks=pytest.mark.thorough),
+        pytest.param(testing.check_factorisation, po.Modal(), marks=pytest.mark.thorough),
+        pytest.param(testing.check_calibration, po.LeaveOneOutCalibration(), marks=pytest.mark.thorough),
+        pytest.param(
+            lambda part: testing.check_calibration(part, differentiable=False),
+            po.MLECalibration(stop_gradient=True),
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(lambda part: testing.check_constraint(part, U0), po.TS0(ODE), marks=pytest.mark.thorough),
         pytest.param(
             lambda part: testing.check_constraint(part, U0), po.TS0(ODE.lifted(2)), marks=pytest.mark.thorough
@@ -74,6 +86,10 @@ ODE, U0 = po.ODE(field), jnp.array([1.0, 0.4])
         (testing.check_cubature, po.GaussHermite(3)),
         (lambda part: testing.check_jacobian(part, field, U0), po.ExactJacobian()),
         (lambda part: testing.check_jacobian(part, field, U0), po.BandedJacobian(1, 1)),
+        (
+            lambda part: testing.check_jacobian(part, lambda t, u, du, args: field(t, u, args) * du, (U0, U0)),
+            po.ExactJacobian(),
+        ),
     ],
     ids=name,
 )
@@ -196,6 +212,37 @@ class IgnoresJacobian(Grouped):
         return 0 * super().project(jacobian)
 
 
+class TurnsJacobian(Grouped):
+    def project(self, jacobian):
+        return super().project(jacobian.T)
+
+
+class MeanOfScales(Grouped):
+    def lift(self, matrix, scale, d):
+        return super().lift(matrix, jnp.mean(jnp.broadcast_to(scale, (d,))), d)
+
+
+class StdsTurnedRound(Grouped):
+    def unpack(self, mean, d):
+        return super().unpack_std(mean[..., 0], d)
+
+    def unpack_std(self, std, d):
+        return super().unpack_std(std, d)[:, ::-1]
+
+
+class SaysItIsPolynomial(WrongPower):
+    is_polynomial = True
+
+    def transition(self, dt, layout):
+        return po.linear_transition((-5.0,), dt, layout)
+
+
+class ForShortSteps(WrongPower):
+    def transition(self, dt, layout):
+        right = po.IWP(2).transition(dt, layout)
+        return Transition(right.matrix, jnp.where(jnp.abs(dt) > 2, jnp.nan, right.noise), right.magnitude)
+
+
 class FrozenInTime(po.AbstractConstraint):
     problem: po.ODE = ODE
 
@@ -233,6 +280,25 @@ class SaysItIsFrozen(FrozenInTime):
 
 class TransposedAndFrozen(Transposed):
     first_order = False
+
+
+class SaysItIsFirstOrder(FrozenInTime):
+    def linearise(self, t, predicted, layout, args):
+        return po.TS0(self.problem).linearise(t, predicted, layout, args)
+
+
+class HalfAndWhole(FrozenInTime):
+    def linearise(self, t, predicted, layout, args):
+        field, us = po.flat_field(self.problem, layout, args), layout.unpack(predicted.mean)
+        jacobian = jax.jacfwd(lambda u: field(t, u[None]))(us[0])
+        return Linearisation.explicit(layout, [jacobian / 2], us[1] - field(t, us[:1]))
+
+
+class SaysItIsPointwise(FrozenInTime):
+    is_pointwise = True
+
+    def linearise(self, t, predicted, layout, args):
+        return po.SLR1(self.problem).linearise(t, predicted, layout, args)
 
 
 class WrongSign(FrozenInTime):
@@ -310,6 +376,41 @@ class Variance(Negative):
         return innovation.scale**2 / innovation.unit
 
 
+class SaysItIsLocal(MaximumLikelihood):
+    is_local = True
+
+
+class HidesItsMemory(Negative):
+    """The larger of the scale of this step and that of the last one."""
+
+    is_local = True
+
+    def scale(self, innovation, statistics):
+        return jnp.maximum(innovation.scale, 2 * statistics * innovation.unit)
+
+    def update(self, statistics, scale, whitened, informative):
+        return jnp.where(informative, scale, statistics)
+
+
+class CountsWhatWeighsNothing(po.AbstractLeaveOneOut):
+    is_local = True
+
+    def init(self, shape, dtype):
+        return jnp.ones(shape, dtype)
+
+    def scale(self, innovation, statistics):
+        return innovation.scale
+
+    def update(self, statistics, scale, whitened, informative):
+        return statistics
+
+    def leave_one_out(self, statistics, squares, weights):
+        return jnp.mean(squares, axis=0)
+
+    def finalise(self, statistics):
+        return jnp.sqrt(statistics)
+
+
 class TotalVariance(MaximumLikelihood):
     def finalise(self, statistics):
         total, count = statistics
@@ -339,6 +440,16 @@ class InUnitsOfTheDerivative(po.AbstractErrorEstimate):
         return po.ResidualError().estimate(attempt, dt, layout) / jnp.abs(dt)
 
 
+class AsksForRemainders(po.AbstractErrorEstimate):
+    """Does not ask whether there is one."""
+
+    norm: object = eqx.field(static=True, default=po.rms_norm)
+    needs_defects = True
+
+    def estimate(self, attempt, dt, layout):
+        return po.ResidualError().estimate(attempt, dt, layout) + 0 * jnp.sum(attempt.innovation.remainder)
+
+
 class DividesByZero(Constant):
     def propose(self, dt, error_norm, order, state):
         return error_norm <= 1, jnp.minimum(dt * error_norm ** (-1 / order), 10 * dt) * (error_norm / error_norm), None
@@ -348,16 +459,17 @@ class Threshold(po.AbstractController):
     tolerances: po.Tolerances
     limits: po.Limits
     most: float = eqx.field(static=True)
+    shorter: float = eqx.field(static=True)
 
-    def __init__(self, most):
-        self.most, self.tolerances, self.limits = most, po.Tolerances(), po.Limits()
+    def __init__(self, most, shorter=0.5):
+        self.most, self.shorter, self.tolerances, self.limits = most, shorter, po.Tolerances(), po.Limits()
 
     def init(self, dtype):
         return None
 
     def propose(self, dt, error_norm, order, state):
         good = error_norm <= self.most
-        return good, jnp.where(good, dt, dt / 2), None
+        return good, jnp.where(good, dt, dt * self.shorter), None
 
 
 class OneTooMany(po.AbstractLoop):
@@ -365,6 +477,66 @@ class OneTooMany(po.AbstractLoop):
 
     def run(self, cond, body, init, *, buffers):
         return po.ForwardLoop(self.max_steps + 1).run(cond, body, init, buffers=buffers)
+
+
+class AtLeastOnce(OneTooMany):
+    def run(self, cond, body, init, *, buffers):
+        first = lambda carry: cond(carry) | (carry[0] == 0)  # noqa: E731
+        return po.ForwardLoop(self.max_steps).run(first, body, init, buffers=buffers)
+
+
+class LanesGoOn(OneTooMany):
+    def run(self, cond, body, init, *, buffers):
+        def running(state):
+            return eqxi.unvmap_any(cond(state[0])) & (state[1] < self.max_steps)
+
+        def go_on(state):
+            return body(state[0]), state[1] + 1
+
+        kept = lambda state: buffers(state[0])  # noqa: E731
+        return eqxi.while_loop(running, go_on, (init, 0), kind="lax", buffers=kept)[0]
+
+
+class KeepsNothing(OneTooMany):
+    checkpoints = 0
+
+    def run(self, cond, body, init, *, buffers):
+        return po.ForwardLoop(self.max_steps).run(cond, body, init, buffers=buffers)
+
+
+class Endless(OneTooMany):
+    max_steps: int = eqx.field(static=True, default=4096)
+
+    def run(self, cond, body, init, *, buffers):
+        running = lambda state: cond(state) & (state[0] < 10**5)  # noqa: E731
+        return eqxi.while_loop(running, body, init, kind="lax", buffers=buffers)
+
+
+class WithoutBuffers(OneTooMany):
+    def run(self, cond, body, init, *, buffers):
+        return jax.lax.while_loop(cond, body, init)
+
+
+class TooSure(po.AbstractInitialisation):
+    def initialise(self, problem, t0, u0, layout, args):
+        right = po.TaylorMode().initialise(problem, t0, u0, layout, args)
+        unknown = jnp.diag(1e-9 * (jnp.arange(layout.num_derivatives + 1) >= 2))
+        mean = layout.pack(layout.unpack(right.mean).at[2:].add(1.0))
+        return Normal(mean, layout.lift(unknown.astype(layout.dtype), 1.0))
+
+
+class LosesVelocity(po.AbstractInitialisation):
+    def initialise(self, problem, t0, u0, layout, args):
+        n = layout.num_derivatives + 1
+        unknown = jnp.diag(10.0 * (jnp.arange(n) >= 1))
+        mean = layout.pack(jnp.concatenate([u0[:1], jnp.zeros((n - 1, layout.size), layout.dtype)]))
+        return Normal(mean, layout.lift(unknown.astype(layout.dtype), 1.0))
+
+
+class TooManyRows(po.AbstractInitialisation):
+    def initialise(self, problem, t0, u0, layout, args):
+        right = po.Diffuse(1).initialise(problem, t0, u0, layout, args)
+        return Normal(right.mean, jnp.concatenate([right.factor, 0 * right.factor], axis=-2))
 
 
 class StartsAtZero(po.AbstractInitialisation):
@@ -382,6 +554,17 @@ class TooWide(po.AbstractCubature):
     def rule(self, dim):
         points, weights = po.SphericalCubature().rule(dim)
         return 1.1 * points, weights
+
+
+class UpToThree(po.AbstractCubature):
+    def rule(self, dim):
+        return po.SphericalCubature().rule(min(dim, 3))
+
+
+class OfValuesAlone(po.AbstractJacobian):
+    def evaluate(self, fn, t, us, layout, args):
+        value, jacobians = po.ExactJacobian().evaluate(fn, t, us, layout, args)
+        return value, jacobians.at[1:].set(0)
 
 
 class TurnsOver(po.AbstractJacobian):
@@ -414,6 +597,19 @@ class TurnsOver(po.AbstractJacobian):
         (testing.check_prior, TurnedDrift(), r"dt=0, float64: the derivative of u\^\(i\).*drift.*tolerance 1e-12"),
         (testing.check_prior, OtherDrift(), "dt=0.3, float64.*covariance.*drift of the matrix.*tolerance 1e-09"),
         (testing.check_prior, NoLift(), r"layout.lift\(root, output_scale\).*shape \(3, 3\)"),
+        (
+            testing.check_prior,
+            SaysItIsPolynomial(),
+            "is_polynomial is true.*that of the Taylor polynomial",
+        ),
+        (testing.check_prior, ForShortSteps(), "dt=10, float64: the square root of the noise is finite"),
+        (
+            testing.check_factorisation,
+            TurnsJacobian(2),
+            "off the diagonal where it is.*absolute deviation",
+        ),
+        (testing.check_factorisation, MeanOfScales(2), "lift gives every component its own scale"),
+        (testing.check_factorisation, StdsTurnedRound(2), "in the order of u"),
         (testing.check_factorisation, LosesOrder(2), "unpack is the inverse of pack"),
         (testing.check_factorisation, IgnoresScale(2), "times the scale squared"),
         (testing.check_factorisation, IgnoresJacobian(2), "multiple of the identity is kept"),
@@ -432,17 +628,24 @@ class TurnsOver(po.AbstractJacobian):
         (lambda part: testing.check_constraint(part, U0), TransposedAndFrozen(), "its transpose"),
         (lambda part: testing.check_constraint(part, U0), SaysItIsFrozen(), "first_order is False"),
         (lambda part: testing.check_constraint(part, U0), WrongSign(), "nearer to the derivative of the residual"),
+        (lambda part: testing.check_constraint(part, U0), SaysItIsFirstOrder(), "set first_order = False. Found: none"),
+        (lambda part: testing.check_constraint(part, U0), HalfAndWhole(), "whole has the derivative.*deviation of 5"),
+        (lambda part: testing.check_constraint(part, U0), SaysItIsPointwise(), "however uncertain the state is"),
         (lambda part: testing.check_constraint(part, U0), Unpacked(), "the residual is packed"),
         (lambda part: testing.check_constraint(part, U0), Unravelled(), "not unravelled to a PyTree"),
         (testing.check_strategy, Forgets(), "what the whole solve tells"),
         (testing.check_strategy, ReturnsTheState(), "remember returns None, or the Conditional.*Found: Normal"),
         (testing.check_calibration, Negative(), "scales are positive"),
         (testing.check_calibration, CountsEverything(), "says nothing changes no statistics"),
+        (testing.check_calibration, SaysItIsLocal(), "is_local is true.*1e6 times as large a scale 1 times"),
+        (testing.check_calibration, HidesItsMemory(), "set remembers = True"),
+        (testing.check_calibration, CountsWhatWeighsNothing(), "steps of weight zero do not count"),
         (testing.check_calibration, OneForAll(), "a scale for every element"),
         (testing.check_calibration, Uncalibrated(), "does not depend on the scale of the prior"),
         (testing.check_calibration, Variance(), r"standard deviation, not a variance.*c\^2 times"),
         (testing.check_calibration, TotalVariance(), r"standard deviation, not a variance.*c\^2 times"),
         (testing.check_error, InUnitsOfTheDerivative(), r"unit of time.*u / time\^1; multiply by \|dt\|\^1"),
+        (testing.check_error, AsksForRemainders(), "TS0.*innovation.remainder is None: there is an error"),
         (testing.check_error, SumOfSquares(), "homogeneous"),
         (testing.check_error, NeverSmaller(), "much smaller error"),
         (testing.check_controller, Constant(), "larger ones are not"),
@@ -463,10 +666,25 @@ class TurnsOver(po.AbstractJacobian):
             IsNaNInOneStep(),
             "dt=0.002.*drift of the matrix. Found: perhaps the cancellation.*NaN in .* of what it is compared with",
         ),
+        (testing.check_controller, Threshold(1.0, shorter=1 - 1e-7), "rejected steps get shorter by enough"),
         (testing.check_loop, OneTooMany(), "max_steps"),
+        (testing.check_loop, AtLeastOnce(), "not at all where it is false"),
+        (testing.check_loop, LanesGoOn(), "under vmap every lane runs as long as its own condition holds"),
+        (testing.check_loop, WithoutBuffers(), "hands its buffers on to a loop of equinox.*'pred'"),
+        (testing.check_loop, KeepsNothing(), "checkpoints is None, or a positive integer. Found: 0"),
+        (testing.check_loop, Endless(), "ends after max_steps iterations at the latest. Found: 100000"),
+        (testing.check_initialisation, TooSure(), "order 1: derivatives are those.*up to twenty standard deviations"),
+        (testing.check_initialisation, LosesVelocity(), "order 2: the initial value is kept"),
+        (testing.check_initialisation, TooManyRows(), "as many rows as columns. Found: 16 > 8"),
         (testing.check_initialisation, StartsAtZero(), "those of the equation, at its time"),
         (testing.check_initialisation, Guesses(), "initial value is kept"),
         (testing.check_cubature, TooWide(), "covariance is the identity"),
+        (testing.check_cubature, UpToThree(), r"points are \(points, dim\)"),
+        (
+            lambda part: testing.check_jacobian(part, lambda t, u, du, args: field(t, u, args) * du, (U0, U0)),
+            OfValuesAlone(),
+            "Jacobian is that of the equation",
+        ),
         (lambda part: testing.check_jacobian(part, field, U0), TurnsOver(), "Jacobian is that of the equation"),
     ],
     ids=lambda x: name(x) if isinstance(x, eqx.Module) else "",
@@ -518,6 +736,34 @@ def test_other_values_than_a_method_has_to_return(part, check, words):
         solver.solve(U0, 0.0, 1.0)
     with pytest.raises(TypeError, match=words):
         check(*part.values())
+
+
+def test_the_table_of_obligations_is_that_of_the_classes():
+    page = (pathlib.Path(testing.__file__).parent / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line[:3] == "| `"]
+    table = {row[0].strip("`"): row for row in rows if row[0].startswith("`Abstract")}
+    kinds = {key: value for key, value in vars(po).items() if key.startswith("Abstract")}
+    assert set(table) == set(kinds)
+    handed_on = {key for kind in kinds.values() for base in kind.__mro__[1:] for key in _flags(base) & _flags(kind)}
+    for key, kind in kinds.items():
+        _, defines, may_set, _ = table[key]
+        known = {x for base in kind.__mro__[1:] if base.__name__ in kinds for x in _asked(base)}
+        assert known == set() or "the same" in defines
+        for method in _asked(kind) - known:
+            assert re.search(rf"`{method}\b", defines), f"{key}: {method}"
+        for flag in _flags(kind) - handed_on:
+            assert re.search(rf"`{flag}`", may_set), f"{key}: {flag}"
+
+
+def _asked(kind):
+    """What a subclass has to define."""
+    return set(kind.__abstractmethods__) | set(kind.__abstractvars__)
+
+
+def _flags(kind):
+    """What it may set: class attributes that are values."""
+    kept = {key: value for key, value in vars(kind).items() if not key.startswith("_")}
+    return {key for key, value in kept.items() if isinstance(value, bool | po.information.iteration.Iteration | None)}
 
 
 def test_other_kinds_and_single_precision(monkeypatch):
