@@ -85,7 +85,7 @@ except probode.testing.LawBroken as error:
 
 
 # %%
-class Halving(probode.AbstractController):
+class HalveOrDouble(probode.AbstractController):
     """A step is halved if it is rejected, and doubled if the error would stay below the tolerance."""
 
     tolerances: probode.Tolerances = eqx.field(default_factory=probode.Tolerances)
@@ -100,16 +100,16 @@ class Halving(probode.AbstractController):
         return good, jnp.where(good, longer, dt / 2), None
 
 
-probode.testing.check_controller(Halving())
-halving = Halving(probode.Tolerances(1e-5, 1e-7))
-solution = probode.Solver(probode.IWP(3), Secants(ode), controller=halving).solve(u0, 0.0, 5.0)
+probode.testing.check_controller(HalveOrDouble())
+doubling = HalveOrDouble(probode.Tolerances(1e-5, 1e-7))
+solution = probode.Solver(probode.IWP(3), Secants(ode), controller=doubling).solve(u0, 0.0, 5.0)
 print(solution.summary())
 
 # %% [markdown]
-# The lengths of its steps, all of them powers of two times the first:
+# The lengths of its steps, all but the last powers of two times the first:
 
 # %%
-kept = probode.Solver(probode.IWP(3), Secants(ode), controller=halving).solve(
+kept = probode.Solver(probode.IWP(3), Secants(ode), controller=doubling).solve(
     u0, 0.0, 5.0, save_at=probode.SaveAt(t0=True, dense=True)
 )
 probode.plots.plot_steps(kept)

@@ -63,7 +63,7 @@ def answer_request(solver: Any, request: Request, args: PyTree) -> Solution:
 
 def _keeps_steps(solver, request):
     at, strategy = request.save_at, solver.strategy
-    # Where a layout has changed, what lies before it cannot be marginalised in one with what comes after.
+    # Where layouts change no conditional reaches across a change: all steps are kept.
     of_layouts = solver.factorisation.adapts and strategy.smooths and (at.ts is not None or at.t0)
     return at.steps or at.dense or strategy.keeps_steps or of_layouts
 
@@ -210,9 +210,9 @@ def _begin(solver, request, args):
 
 
 def _moving_with_time(step, state, interval):
-    """The state where a solve begins, with the derivative that the end of an empty interval has in its times.
+    """The state where a solve begins; if ``t1 = t0`` with the derivatives that the state at ``t1`` has in both times.
 
-    There, in lanes of a batch with ``t1 = t0``, no step is taken that would have it.
+    In such lanes of a batch no step is taken that would have them.
     """
     empty, before = interval.remaining(state.t) == 0, state.distribution
     matrix = step.member(state.prior).transition(jnp.where(empty, interval.t1 - state.t, 0), step.layout).matrix
@@ -224,11 +224,12 @@ def _go_on(step, control, begun, before, interval, *, choose_dt):
     """The solve ``begun`` with the controller's memory of the one ``before``, which it resumes.
 
     If that has ended at a jump of the equation, without a restart, the state is restarted behind it. What it knew of
-    events, such as that it has ended at one, is still known if they are as many.
+    events, such as that it has ended at one, is still known if they are as many. ``choose_dt``: whether a restart
+    chooses the length of the next step.
     """
     begun = dataclasses.replace(begun, controller=before.controller)
     if begun.watch is not None and before.watch is not None and begun.watch.side.shape == before.watch.side.shape:
-        # Of the same functions, but perhaps with other parameters: zero is where they are small.
+        # A function that was zero, and is small now, counts as zero: its parameters may be others.
         here = (before.watch.side == 0) & (begun.watch.size <= 1e-6 * before.watch.size)
         side = jnp.where(here, 0, begun.watch.side)
         begun = dataclasses.replace(begun, watch=dataclasses.replace(begun.watch, side=side))

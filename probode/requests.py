@@ -79,6 +79,9 @@ def check_request(
     start, layout = bind(solver, u0, uncertain=True)
     if data is not None:
         check_data(data, solver.calibration, start, layout)
+    if dt0 is None and start.resumed is not None and not is_traced(start.resumed.dt):
+        message = "The state to go on from is that of a grid of equal times, without a step: pass dt0"
+        require(start.resumed.dt, start.resumed.dt > 0, message)
     t0, t1 = two_times(t0, t1, layout)
     t0, t1 = at_state(start, t0), resolvable(solver.controller, layout, t1)
     check_dense(save_at, solver.strategy)

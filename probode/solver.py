@@ -360,7 +360,10 @@ def _solve_grid(solver, start, grid, args, layout, data):
     result = Result.where(tiny, Result.tolerance_out_of_range, Result.successful)
     result = Result.where(finite, result, Result.nonfinite)
     steps = jnp.asarray(grid.size - 1, jnp.int32)
-    ended = AdaptiveState(final, grid[-1] - grid[-2], solver.controller.init(layout.dtype), steps, steps, result)
+    # The last step that was one: a grid may hold a time twice. A solve goes on from here with its length.
+    lengths = jnp.abs(jnp.diff(grid))
+    last = jnp.argmax(jnp.where(lengths > 0, jnp.arange(lengths.size), -1))
+    ended = AdaptiveState(final, lengths[last], solver.controller.init(layout.dtype), steps, steps, result)
     kept = Kept(rows, jnp.ones(grid.size, bool), dense=True, most=grid.size - 1)
     return answer(SaveAt(t0=True, steps=True, dense=True), kept, ended, step, solver.loop)[0]
 

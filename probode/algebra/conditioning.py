@@ -168,8 +168,9 @@ def condition(
 ) -> Update:
     """The posterior distribution of a state given that a linearised equation holds, from their joint square root.
 
-    ``x``: the prediction, of which the mean is used. The posterior's factor has ``dim - equation.num_replaced`` rows;
-    zeros are appended where ``x.factor`` has more, so that loops keep their shapes.
+    ``x``: the prediction, of which the mean is used. ``past``: as for ``join``. The posterior's factor has
+    ``dim - equation.num_replaced`` rows; zeros are appended where ``x.factor`` has more, so that loops keep their
+    shapes.
     """
     if isinstance(joint, CoupledJoint):
         return _condition_coupled(joint, x, equation)

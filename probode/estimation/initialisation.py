@@ -169,7 +169,7 @@ def _derivatives(problem, t0, u0, layout, args, num):
 
 
 def _where_they_exist(derivatives, known):
-    """The derivatives; from the first that is not finite on ``known``, and zero for those higher still.
+    """The derivatives below the first one that is not finite; from there on those of ``known``, then zeros.
 
     ``known``: ``u, ..., u^(k)`` for an equation of order ``k``.
     """

@@ -2,7 +2,8 @@
 
 Each row holds a state given the data up to its time, and the distribution of the previous row's coordinates given its
 own. One pass backwards over the rows marginalises these conditionals, which gives the smoothed posterior, or draws from
-them, which gives a joint sample. The state between two rows is that of the prior, given the states of both.
+them, which gives a joint sample. The state between two rows is that of the prior, given both of them; in a filter given
+the earlier one alone.
 """
 
 import dataclasses
@@ -290,7 +291,7 @@ def _posterior(x, known):
 def backwards(fn: Callable, last: PyTree, xs: PyTree, reached: Bool[Array, " rows"]) -> PyTree:
     """The results of a recursion from the last row that was reached to the first, stacked along an axis ``rows``.
 
-    ``carry[last] = last`` at the last row reached, and behind it; ``carry[i - 1] = fn(xs[i], carry[i])`` before it.
+    ``carry[i] = last`` from the last row reached on; before it ``carry[i - 1] = fn(xs[i], carry[i])``.
     """
     rows = reached.shape[0]
     number = -(-rows // _BLOCK)

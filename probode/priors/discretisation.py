@@ -177,6 +177,7 @@ def _in_time(
     blocks = jnp.reshape(scaled, (n, p, n, p)) * above[:, None, :, None]
     if m > 1:
         # Below the diagonal row i + 1 of exp(F dt) is row i times F. (With m = 1 all is zero there.)
+        row = jnp.concatenate([jnp.zeros((n - m, p, p), row.dtype), row])
         rows = [blocks[0]]
         for i in range(1, n):
             before = jnp.concatenate([jnp.zeros((p, 1, p), scaled.dtype), rows[-1][:, :-1]], axis=1)

@@ -1,7 +1,7 @@
 """One attempt of a step of an adaptive solve, from prediction to decision; the loop of attempts is in `passing`.
 
-Attempts are not differentiated: for a derivative the accepted steps are taken once more (``Stepper.repeat``), as long
-as they were. So nothing of a rejected or non-finite attempt reaches it.
+Attempts are not differentiated: for a derivative the accepted steps are taken once more (``Stepper.repeat``), with the
+lengths that they had. So nothing of a rejected or non-finite attempt reaches it.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ def begin(control: Control, state: State, dt: Float[Array, ""]) -> AdaptiveState
     zero = jnp.zeros((), jnp.int32)
     fine = is_finite(state.distribution)
     result = Result.where(fine, Result.successful, Result.initial_state_nonfinite)
-    # Nothing is known of such a start. Its mean says which numbers are to blame.
+    # Of a start that is not finite no covariance is known. Its mean says which numbers are to blame.
     factor = jnp.where(fine, state.distribution.factor, jnp.nan)
     state = dataclasses.replace(state, distribution=Normal(state.distribution.mean, factor))
     last_restart, watch = None, None if control.events is None else control.events.start(state)
@@ -129,7 +129,7 @@ class Leg(eqx.Module):
 
     ``seen_at``: the time at which the equation is evaluated at the end: where it jumps at ``t`` a unit of round-off
     before that. ``since``: likewise where the step starts, a unit of round-off after a jump; ``None`` in a solve
-    without stops. ``clipped``: whether the length was cut to hit a time. ``floor``: the shortest length there.
+    without stops. ``clipped``: whether it was changed to hit a time. ``floor``: the shortest length there.
     """
 
     t: Float[Array, ""]
@@ -145,7 +145,8 @@ class Taken(eqx.Module):
 
     ``past``: an earlier state given ``current``, as one flat array. ``influence``: of the equation, where it is kept.
     ``zero_so_far``: whether all residuals since the last restart are zero. ``fine``: whether all numbers are finite.
-    ``explained``: whether the scale explains the residual. ``seen``: of the events, if there are any.
+    ``explained``: whether the scale explains the residual. (Both are true if the controller rejects.) ``seen``: of the
+    events, if there are any.
     """
 
     current: State
@@ -158,7 +159,7 @@ class Taken(eqx.Module):
 
     @property
     def cut(self) -> Bool[Array, ""]:
-        """Whether an event lies inside of the step, to which the next attempt goes."""
+        """Whether the next attempt ends inside of the step: at an event, or half-way."""
         return jnp.array(False) if self.seen is None else self.seen.cut
 
     @property
@@ -230,8 +231,8 @@ class Stepper(eqx.Module):
     ) -> "Stepper":
         """The stepper of a solve before its first attempt.
 
-        ``left``: what a step carries on of an earlier state, in its shapes; ``influence``: likewise of the equation,
-        if it is kept.
+        ``left``: an example of the ``Conditional`` that a step updates; ``influence``: of what is kept of its equation,
+        if anything is.
         """
         t1, now = interval.t1, solve.current
         stops = control.stops(t1.dtype)
@@ -279,14 +280,14 @@ class Stepper(eqx.Module):
            the calibration (``s`` under ``DynamicCalibration()``). Where the equation gives all highest derivatives,
            ``condition_corrected`` gets the same without forming ``P``.
         6. Refuse that result if it is not finite, if the scale does not explain the residual (under
-           ``Control.refuses_unexplained``), or if the step goes beyond an event, or is too long to see all events: the
-           next attempt then goes to the event, or half the way.
+           ``Control.refuses_unexplained``), or if the step is too long to see all events: the next attempt goes half
+           the way; or if the step goes beyond an event: it goes to the event. The controller's memory stays.
 
         A step counts as accepted, in ``Move.accepted`` and ``num_accepted_steps``, if the controller accepts the
         attempt and its result is not refused.
 
         ``past``, ``influence``: before the attempt, the first as one flat array. ``leaving(past, t)``: the
-        ``Conditional`` that a step to ``t`` carries on, if any: of the state kept last, or of the one that it leaves.
+        ``Conditional`` that a step to ``t`` updates: ``past``, or that of the state before it if that is kept.
         """
         active, before = self.running(solve), solve.current
         leg = self.leg(solve, active)
@@ -410,22 +411,21 @@ class Stepper(eqx.Module):
         """The state of the solve after an attempt, and whether the attempt is accepted.
 
         ``accepts``: whether the controller accepts it. It is accepted if ``taken`` has not refused its result either.
-        The state of the solve holds the length of the next attempt, and a result code if no further one can help.
+        The state of the solve holds the length of the next attempt, and the result code if the solve ends here.
         """
         (proposed, memory), length = proposal, jnp.abs(leg.dt)
         usable = taken.fine & taken.explained
         cut = accepts & usable & taken.cut
-        accepted, unusable, finite = accepts & usable & ~cut, accepts & ~usable, jnp.isfinite(norm) & taken.fine
+        accepted, refused, finite = accepts & usable & ~cut, accepts & ~usable, jnp.isfinite(norm) & taken.fine
         proposed = trusted(self.caution * proposed, length)
         # A step cut short by t1 or stop_at says little about the next one.
         kept = jnp.where(leg.clipped, jnp.maximum(proposed, solve.dt), proposed)
-        # Near round-off a step that is 5 % shorter is rounded to the same length again: at least two units are taken
-        # off.
-        shorter = jnp.where(unusable, length / 2, length - leg.floor / 2)
+        # Near round-off a step that is 5 % shorter is rounded to the same length: half of the shortest is taken off.
+        shorter = jnp.where(refused, length / 2, length - leg.floor / 2)
         proposed = jnp.where(accepted, kept, jnp.minimum(proposed, shorter))
         longest = self.control.controller.limits.longest.astype(length.dtype)
         proposed = jnp.clip(proposed, leg.floor, longest)
-        # What was asked for, too: the length of the shortest step is rounded to one between two times.
+        # The smaller one: a step of the shortest length may be longer than that, as a difference of two rounded times.
         stuck = active & ~accepted & ~cut & (jnp.minimum(solve.dt, length) <= leg.floor)
         failure = Result.where(taken.explained, Result.step_size_too_small, Result.scale_mismatch)
         failure = Result.where(finite, failure, Result.nonfinite)

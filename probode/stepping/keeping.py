@@ -123,7 +123,7 @@ def solve_keeping_steps(
 
     There are ``max_steps + 1`` rows, and one more for every jump: the state before it and the restarted one
     (``Row.restarted``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation.
-    With ``room`` for fewer rows (not in a solve with jumps) the solve ends when these are full. Raises ``ValueError``
+    With ``room`` for fewer rows (not in a solve with jumps) it pauses when these are full. Raises ``ValueError``
     if the rows cannot have a place in memory.
     """
     left = strategy.remember(solve.current.distribution)
@@ -159,7 +159,7 @@ class _Times(eqx.Module):
     solve: AdaptiveState
     past: Float[Array, " flat"]  # the conditional of the last state kept given the current one
     passed: Int[Array, ""]  # how many of the times have been passed
-    kept: Int[Array, ""]  # in how many steps
+    kept: Int[Array, ""]  # how many steps have been written
 
 
 class KeepingTimes(AbstractKeeping):

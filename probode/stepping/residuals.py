@@ -74,7 +74,7 @@ def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Arra
     """The same innovation with a local scale that at least explains the round-off of the residual.
 
     A residual that is zero is known to be small, not to be zero: without a floor a step is without any noise, and what
-    a smoother makes of it is divided by nothing.
+    a smoother makes of it is divided by zero.
     """
     std = safe_norm(innovation.factor, axis=-2)[..., None]
     unknown = safe_divide(_ROUND_OFF * jnp.finfo(std.dtype).eps * terms(equation, mean), std)
@@ -83,7 +83,7 @@ def with_floor(innovation: Innovation, equation: Linearisation, mean: Float[Arra
     else:
         floor = coupling.for_each(root_mean_square(coupling.flat(unknown)))
     floor = lax.stop_gradient(floor)
-    # In the prior's own units it has to be a number, too, which in single precision it may not be.
+    # Divided by ``unit`` it must not overflow, as in single precision it might.
     floor = jnp.minimum(floor, innovation.unit * (jnp.finfo(std.dtype).max / 10))
     return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, floor))
 
@@ -101,7 +101,7 @@ def with_defects(
     """The attempt of a step of length ``dt`` to ``t`` with the residuals of the corrected mean in its innovation.
 
     Corrected under the noise of the step alone: ``m - Q H^T (H Q H^T)^-1 z`` at the end, and inside what the prior
-    makes of the same noise. Inside the equation is evaluated once. The residual at the end is left out for an explicit
+    makes of the same noise, where the equation is evaluated once. The residual at the end is left out for an explicit
     equation with a partial Jacobian; otherwise it is evaluated ``constraint.evaluations`` times, each time after a
     correction by the one before (Newton's method with the Jacobian of the prediction).
     """
@@ -160,7 +160,7 @@ def defect_inside(
     assert correction is not None and equation.gives is not None
     k = equation.gives.start
     if correction.split is not None:
-        # Made here, where few attempts come: outside it would be computed in all of them.
+        # Few attempts come here; an attempt has a split, but not its square root.
         assert isinstance(prior, AbstractSplitPrior)
         innovation = dataclasses.replace(innovation, factor=prior.split(dt, k, layout).root)
     whitened = batched(substitute)(innovation.factor, correction.residual)

@@ -23,15 +23,15 @@ class OrnsteinUhlenbeck(po.AbstractPrior):
 
 
 class Spring(po.AbstractPrior):
-    """``u'' = -stiffness u - damping u' + scale * white noise``."""
+    """``u'' = -stiffness u - damping u' + output_scale * white noise``."""
 
     stiffness: jax.Array = eqx.field(converter=jnp.asarray)
     damping: jax.Array = eqx.field(converter=jnp.asarray)
-    scale: jax.Array = eqx.field(converter=jnp.asarray, default=1.0)
+    output_scale: jax.Array = eqx.field(converter=jnp.asarray, default=1.0)
     num_derivatives: int = eqx.field(static=True, default=1)
 
     def transition(self, dt, layout):
-        return po.linear_transition((-self.stiffness, -self.damping), dt, layout, output_scale=self.scale)
+        return po.linear_transition((-self.stiffness, -self.damping), dt, layout, output_scale=self.output_scale)
 
 
 def layout_of(u0, nu):
@@ -50,6 +50,15 @@ def test_transitions_are_exact_in_steps_of_any_length(dt):
     root = transition.magnitude * transition.noise
     np.testing.assert_allclose(root.T @ root, expected, rtol=1e-10)
     np.testing.assert_array_equal(root, np.triu(root))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_factors_that_are_left_out_are_zero(number):
+    drift, dt = (0.3, -2.0, 1.0, -0.5)[-number:], 0.7
+    transition = po.linear_transition(drift, jnp.asarray(dt), layout_of(1.0, 3))
+    whole = np.eye(4, k=1)
+    whole[-1, 4 - number :] = drift
+    np.testing.assert_allclose(transition.matrix, scipy.linalg.expm(whole * dt), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.thorough

@@ -115,3 +115,21 @@ def test_fixed_points_need_memory_for_themselves_alone():
     assert memory(po.FixedPointSmoother(), 100_000, 5) == few
     assert memory(po.FixedPointSmoother(), 100, 50) > 2 * few
     assert memory(po.FixedIntervalSmoother(), 10_000, 5) > 50 * few
+
+
+@pytest.mark.parametrize("grid", [[0.0, 0.1, 0.2], [0.0, 0.1, 0.1], [1.0, 0.9, 0.8]])
+def test_a_solve_goes_on_from_a_grid(grid):
+    # With the length of its last step: backwards it was negative, of equal times zero.
+    solver = make(po.Filter(), po.DynamicCalibration())
+    kept = solver.solve_grid(U0, jnp.array(grid)).state
+    t1 = grid[-1] + (0.5 if grid[-1] >= grid[0] else -0.5)
+    solution = solver.solve(kept, kept.t, t1)
+    exact = solver.solve(U0, grid[0], t1)
+    np.testing.assert_allclose(solution.mean, exact.mean, rtol=1e-5)
+    assert solution.stats["num_steps"] < exact.stats["num_steps"] + 10
+    nowhere = solver.solve_grid(U0, jnp.zeros(2)).state
+    with pytest.raises(ValueError, match=r"a grid of equal times.*pass dt0"):
+        solver.solve(nowhere, 0.0, 0.5)
+    np.testing.assert_allclose(
+        solver.solve(nowhere, 0.0, 0.5, dt0=0.01).mean, solver.solve(U0, 0.0, 0.5).mean, rtol=1e-5
+    )
