@@ -159,24 +159,33 @@ def declared(kind):
     return names | set(kind.__abstractvars__) | set(getattr(kind, "__annotations__", {}))
 
 
+def _asked_for(node):
+    """Of ``owner.name``, ``getattr(owner, "name")`` and ``hasattr(owner, "name")`` the owner and the name."""
+    if isinstance(node, ast.Attribute):
+        return node.value, node.attr
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+        if isinstance(node.args[1], ast.Constant):
+            return node.args[0], node.args[1].value
+    return None, ""
+
+
 def test_what_is_asked_of_a_part_is_declared():
     """Wherever the package takes an attribute of something called ``prior``, ``calibration``, ..., a base has it."""
     asked = 0
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Attribute):
-                continue
-            name = getattr(node.value, "id", getattr(node.value, "attr", None))
-            if name in PARTS and not node.attr.startswith("__"):
-                known = any(node.attr in declared(kind) for kind in PARTS[name])
+            owner, attribute = _asked_for(node)
+            name = getattr(owner, "id", getattr(owner, "attr", None))
+            if name in PARTS and not attribute.startswith("__"):
+                known = any(attribute in declared(kind) for kind in PARTS[name])
                 # A field that a prior need not have; who takes it asks for it first.
-                known = known or (name, node.attr) == ("prior", "output_scale")
+                known = known or (name, attribute) == ("prior", "output_scale")
                 # A module knows the parts that it defines.
                 here = [cls for cls in CLASSES if cls.__module__ == f"probode.{dotted(path)}"]
-                known = known or any(node.attr in declared(cls) for cls in here if issubclass(cls, PARTS[name]))
+                known = known or any(attribute in declared(cls) for cls in here if issubclass(cls, PARTS[name]))
                 # Arrays have these names, too.
-                known = known or node.attr in ("shape", "ndim", "dtype", "T")
-                assert known, f"{dotted(path)}, line {node.lineno}: no base of a {name} declares {node.attr}"
+                known = known or attribute in ("shape", "ndim", "dtype", "T")
+                assert known, f"{dotted(path)}, line {node.lineno}: no base of a {name} declares {attribute}"
                 asked += 1
     assert asked > 100
 
