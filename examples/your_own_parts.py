@@ -58,7 +58,7 @@ for constraint in (Secants(ode), probode.TS1(ode)):
 
 # %%
 probode.testing.check_constraint(Secants(ode), u0)
-print("the filter obeys the laws")
+print("the constraint obeys the laws")
 
 
 # %% [markdown]

@@ -40,7 +40,7 @@ def answer(
     statistics = ended.current.statistics
     if rows.influence is not None:
         squares, weights = left_out_squares(rows, reached, step.prior, layout)
-        # Asked of calibrations that are an AbstractLeaveOneOut.
+        # Influences are kept for an AbstractLeaveOneOut alone.
         statistics = calibration.leave_one_out(statistics, squares, weights)  # type: ignore[attr-defined]
         # Without this line it would be a part of the trajectory in the solution, and take memory there.
         rows = dataclasses.replace(rows, influence=None)

@@ -119,7 +119,7 @@ def solve_keeping_steps(
     influence: bool = False,
     room: int | None = None,
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"], Happening | None]:
-    """Solve to the end; the rows at the start and after every accepted step, and which of them are real; the events.
+    """The solve at its end; rows of the start and after every accepted step; which of them are real; the events.
 
     There are ``max_steps + 1`` rows, and one more for every jump: the state before it and the restarted one
     (``Row.restarted``). Those not reached repeat the last one. With ``influence`` the rows have that of the equation.
@@ -215,7 +215,7 @@ class KeepingTimes(AbstractKeeping):
         (new, events), past = _count_events(self.stepper.control, move), move.past
         passed = self.passed(new.t)
         keep = passed > carry.passed
-        # One flat row: the price of an iteration is that of its instructions.
+        # One flat row: every operation of an iteration costs time, however little it copies.
         kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
         past = jnp.where(keep, self.remember(new.current)[0], past)
         if self.pass_jump is not None:
@@ -235,7 +235,9 @@ def solve_keeping_times(
     interval: Interval,
     ts: Float[Array, " times"],
 ) -> tuple[AdaptiveState, Row, Bool[Array, " rows"], Happening | None]:
-    """Solve to the end; rows at the start, both ends of the steps that hold one of ``ts``, and the end; the events.
+    """The solve at its end; rows of the start, both ends of steps that hold one of ``ts``, and the end; events.
+
+    Between the rows and the events: which rows are real.
 
     The prior tells what happens inside a step; what lies between the steps kept is marginalised as it is passed. There
     are two rows for every step that may hold a time, and two more; those not reached, as the flags say, repeat the last

@@ -136,7 +136,7 @@ def _search(keeping, carry, rows, segments, limit=None):
     if segments is None:
         carry, (rows, *_) = repeat(loop, running, body, carry, (rows, None, None))
         return carry, rows, None
-    # Segments that are not reached begin with a state that can be differentiated, too, in other lanes of a vmap.
+    # Not zeros: lanes of a vmap differentiate segments, too, that they have not reached.
     starts = jax.tree.map(lambda x: jnp.broadcast_to(x, (segments.number, *x.shape)), carry)
     notes = Note.before(carry.solve) if segments.noted else None
     notes = jax.tree.map(lambda x: jnp.zeros((segments.number, segments.length, *x.shape), x.dtype), notes)
