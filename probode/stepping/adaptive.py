@@ -127,9 +127,9 @@ def is_usable(state: State) -> Bool[Array, ""]:
 class Leg(eqx.Module):
     """Where an attempt goes: from the time of the state to ``t``, over the signed length ``dt``.
 
-    ``seen_at``: the time at which the equation is evaluated at the end: ``t``, or just before it at a jump (``beside``).
-    ``since``: likewise where the step starts, just after a jump; ``None`` in a solve without stops. ``clipped``: whether
-    the length was changed to hit a time. ``floor``: the shortest length there.
+    ``seen_at``: the time at which the equation is evaluated at the end: ``t``, or just before it at a jump.
+    ``since``: likewise where the step starts, just after a jump; ``None`` in a solve without stops. ``clipped``:
+    whether the length was changed to hit a time. ``floor``: the shortest length there.
     """
 
     t: Float[Array, ""]
