@@ -630,7 +630,12 @@ class TurnsOver(po.AbstractJacobian):
         (lambda part: testing.check_constraint(part, U0), WrongSign(), "nearer to the derivative of the residual"),
         (lambda part: testing.check_constraint(part, U0), SaysItIsFirstOrder(), "set first_order = False. Found: none"),
         (lambda part: testing.check_constraint(part, U0), HalfAndWhole(), "whole has the derivative.*deviation of 5"),
-        (lambda part: testing.check_constraint(part, U0), SaysItIsPointwise(), "however uncertain the state is"),
+        pytest.param(
+            lambda part: testing.check_constraint(part, U0),
+            SaysItIsPointwise(),
+            "however uncertain the state is",
+            marks=pytest.mark.thorough,
+        ),
         (lambda part: testing.check_constraint(part, U0), Unpacked(), "the residual is packed"),
         (lambda part: testing.check_constraint(part, U0), Unravelled(), "not unravelled to a PyTree"),
         (testing.check_strategy, Forgets(), "what the whole solve tells"),
