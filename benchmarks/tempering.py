@@ -112,8 +112,8 @@ def _problem(name: str, number: int) -> tuple[np.ndarray, jax.Array, dict[str, C
         options = {"starts": jnp.exp(starts), "positive": True}
         found = probode.fit(likely, u0, 0.0, t1, data, jnp.ones(len(true)), **options)
         groups = np.stack([rng.choice(number, GROUP, replace=False) for _ in range(500)])
-        best = np.argmax(np.asarray(found.log_densities)[groups], axis=1)
-        return jnp.log(found.ends)[groups[np.arange(500), best]]
+        densities = np.asarray(found.log_densities)
+        return jnp.log(found.ends)[np.array([group[np.argmax(densities[group])] for group in groups])]
 
     fits = {
         "least squares": lambda starts: _descent(misfit, 60)(starts, accurate),

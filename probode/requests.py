@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from .algebra.factorisations import AbstractFactorisation, Layout, fitted, layout_of
 from .algebra.normal import Normal
 from .equations.problems import AbstractProblem
-from .estimation.calibration import AbstractCalibration, returns_factor
+from .estimation.calibration import AbstractCalibration, check_not_rescaled
 from .estimation.initialisation import InitialState
 from .estimation.strategies import AbstractStrategy
 from .information.events import Event
@@ -254,11 +254,8 @@ def require_observations(data: Any) -> None:
 def check_data(data: Any, calibration: AbstractCalibration, start: AbstractStart, layout: Layout) -> None:
     """Raises ``TypeError`` unless the data are ``Observations``, ``ValueError`` where a solve cannot use them."""
     require_observations(data)
-    if returns_factor(calibration, layout.batch_shape):
-        raise ValueError(
-            f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also what was learnt "
-            "from data with a noise that you know. Use NoCalibration() or DynamicCalibration()."
-        )
+    learnt = "what was learnt from data with a noise that you know"
+    check_not_rescaled(data, False, calibration, layout.batch_shape, learnt)
     if start.directions is not None:
         raise ValueError(
             "An uncertain u0 is pushed forward along the solution, and learns nothing from data. Pass an InitialState "

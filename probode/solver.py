@@ -274,7 +274,6 @@ class Solver(eqx.Module):
         """
         if not isinstance(state, State):
             raise TypeError("step goes on from a state of init or step (or Solution.state.current), not from u0.")
-        requests.check_goes_on(state, self.prior.num_derivatives, self.factorisation, self.calibration)
         solver, args = requests.floats_to_arrays((self, args))
         dt = jnp.asarray(requests.time(dt, "dt", state.layout))
         with _named(solver, state.layout, args):
@@ -333,6 +332,8 @@ def _init_uncertain(solver, mean, directions, t0, args, layout):
 
 @compiled
 def _step(solver, state, dt, args):
+    # Where it is traced: in every call it would take longer than the step.
+    requests.check_goes_on(state, solver.prior.num_derivatives, solver.factorisation, solver.calibration)
     step = step_of(solver, state.layout, args)
     return step.fixed(step.resume(state), state.t + dt).state
 

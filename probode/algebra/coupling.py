@@ -32,7 +32,7 @@ from .linalg import product, solve_upper, substitute, triangularise
 
 
 class AbstractCoupledFactorisation(AbstractFactorisation):
-    """A covariance in independent blocks, of which the mean is conditioned on explicit equations as a whole.
+    """A block-diagonal covariance, with a mean that is conditioned on the whole equation, blocks together.
 
     A subclass defines ``fit`` and ``couple`` beside the methods of ``AbstractFactorisation``, in which its
     batch has one axis, for the blocks; ``project`` returns the part of each block's own equations.
@@ -57,12 +57,11 @@ class AbstractCoupledFactorisation(AbstractFactorisation):
 
 
 class AbstractAdaptiveFactorisation(AbstractCoupledFactorisation):
-    """A covariance in pairs of directions, which are chosen anew in the course of a solve.
+    """A block-diagonal covariance in coordinates along pairs of directions, which change in the course of a solve.
 
     A subclass defines ``check``, ``adapt``, ``turn_to`` and ``std`` beside the methods of
-    ``AbstractCoupledFactorisation``.
-    ``adapts`` is true; data and an uncertain ``u0`` are refused. ``lanes``: how many leading axes its arrays have, for
-    times and for a batch of solutions.
+    ``AbstractCoupledFactorisation``. ``adapts`` is true; data and an uncertain ``u0`` are refused. ``lanes``: how many
+    leading axes its arrays have, for times and for a batch of solutions.
 
     >>> import probode
     >>> isinstance(probode.Modal(), probode.AbstractAdaptiveFactorisation)

@@ -111,7 +111,7 @@ class Dense(AbstractFactorisation):
 
 
 class BlockDiagonal(AbstractFactorisation):
-    """A block-diagonal covariance: one ``(n, n)`` block for each component, and components are independent.
+    """A block-diagonal covariance: components are independent, with one ``(n, n)`` block each.
 
     A step costs ``O(n^3 d)``. Of Jacobians the diagonal is used; there is one output scale for each component. Raises
     ``ValueError`` where an equation does not have ``d`` entries, the ``i``-th about the ``i``-th component.
@@ -143,7 +143,7 @@ class BlockDiagonal(AbstractFactorisation):
 
 
 class Isotropic(AbstractFactorisation):
-    """A Kronecker covariance: one ``(n, n)`` block that all components share, and components are independent.
+    """The covariance ``C (x) I``, a Kronecker product: components are independent and share one ``(n, n)`` block ``C``.
 
     A step costs ``O(n^3 + n^2 d)``. Of Jacobians the mean of the diagonal is used; there is one output scale. Raises
     ``ValueError`` for a prior with an output scale for each component, and where an equation does not have ``d``

@@ -258,7 +258,7 @@ def _reflect(t, s, u, bb):
 
 
 def _project(u, bb):
-    """``_reflect`` for a row of zeros, ``t = 0``, in fewer operations."""
+    """Row ``j`` of the triangle, and the vector ``g`` of the update: those of ``_reflect`` for ``t = 0``."""
     empty = bb == 0
     inverse = jnp.where(empty, 0, 1 / jnp.sqrt(jnp.where(empty, 1, bb)))
     row = u * inverse

@@ -86,8 +86,9 @@ class Linearisation(eqx.Module):
         *,
         whole: bool = True,
     ) -> "Linearisation":
-        """The linearisation of ``u^(k) - f = 0`` with ``k = len(jacobians)`` and of its time derivatives.
+        """The linearisation of the equation ``u^(k) - f = 0`` together with its first time derivatives.
 
+        The order ``k`` is the number of ``jacobians``.
         ``jacobians``: the derivative of ``f`` with respect to each of ``u, ..., u^(k-1)`` as for ``explicit``, with its
         time derivatives along the solution in front: ``(levels, d, d)`` or ``(levels, d)``. By Leibniz' rule that of
         ``d^j f / dt^j`` with respect to ``u^(i)`` is made of these. ``residual``: ``u^(k+j) - d^j f / dt^j`` at the

@@ -8,7 +8,7 @@ Tronarp (2021), "Calibrated adaptive probabilistic ODE solvers", for one scale p
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ from jaxtyping import Array, Bool, Float
 from ..algebra.conditioning import Update
 from ..algebra.innovation import Innovation
 from ..algebra.linalg import safe_sqrt
+from ..util.checks import require
 
+
+T = TypeVar("T")
 
 # The scale of the step before enters with at most so many times the local one. Scales that alternate from step to step
 # do so within a factor of ten; those of a stiff problem fall by many orders of magnitude in a few steps, and without
@@ -130,6 +133,20 @@ def returns_factor(calibration: AbstractCalibration, shape: tuple[int, ...]) -> 
     dtype = jnp.zeros(()).dtype
     # Only shapes are evaluated.
     return eqx.filter_eval_shape(lambda part: part.finalise(part.init(shape, dtype)), calibration) is not None
+
+
+def check_not_rescaled(x: T, certain: Any, calibration: AbstractCalibration, shape: tuple[int, ...], known: str) -> T:
+    """``x``; raises ``ValueError`` if the calibration rescales all covariances, unless ``certain`` holds everywhere.
+
+    ``known``: what it would wrongly rescale, in words. ``shape``: that of scales.
+    """
+    if not returns_factor(calibration, shape):
+        return x
+    message = (
+        f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also {known}. "
+        "Use DynamicCalibration() or NoCalibration()"
+    )
+    return require(x, certain, message)
 
 
 class AbstractLeaveOneOut(AbstractCalibration):

@@ -47,7 +47,7 @@ class InitialState(eqx.Module):
 
 
 class AbstractInitialisation(eqx.Module):
-    """A method to compute the distribution of the state at ``t0`` from the initial value.
+    """The Gaussian distribution of ``(u, u', ..., u^(nu))`` at ``t0``, as a function of the initial value.
 
     A subclass defines ``initialise``.
 

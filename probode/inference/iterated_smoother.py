@@ -24,7 +24,7 @@ from ..estimation.initialisation import InitialState
 from ..information.constraints import AbstractConstraint
 from ..information.observations import Observations
 from ..posterior.solution import Solution
-from ..posterior.uncertain_start import check_not_rescaled
+from ..posterior.uncertain_start import check_uncertain
 from ..requests import bind, floats_to_arrays, grid_times
 from ..solver import Solver
 from ..util.checks import as_integer, as_scalar, require
@@ -118,7 +118,7 @@ def solve_grid_iterated(
     start = u0
     if isinstance(u0, Normal):
         _, layout = bind(solver, u0.mean)
-        check_not_rescaled(solver.calibration, layout)
+        check_uncertain(layout, solver.calibration)
         grid = grid_times(grid, layout)
         start = _start_about(solver, u0, grid, args, solver.constraint.problem.split(u0.mean))
     first = solver.solve_grid(start, grid, args=args, data=data)

@@ -38,8 +38,10 @@ class AbstractCubature(eqx.Module):
 
     @abstractmethod
     def rule(self, dim: int) -> tuple[np.ndarray, np.ndarray]:
-        """Points ``(points, dim)`` and positive weights ``(points,)`` that sum to one, as arrays of NumPy.
+        """The points and weights of a quadrature rule for expectations under a standard normal distribution.
 
+        ``E[g(x)] ~ sum_i weights[i] g(points[i])``, with ``points`` of shape ``(points, dim)`` and positive ``weights``
+        of shape ``(points,)`` that sum to one: arrays of NumPy.
         ``dim``: the number of directions of an average. For ``SLR0`` and ``SLR1`` these are ``order d`` for an ODE,
         ``(order + 1) d`` for a ``Residual``, more under ``Blocks`` of different sizes; for ``marginalise`` as many as
         there are uncertain numbers. Called where a solve is traced, not in each of its steps.

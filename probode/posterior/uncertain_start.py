@@ -22,11 +22,14 @@ from ..algebra.factorisations import AbstractFactorisation, Layout
 from ..algebra.marginals import widen
 from ..algebra.normal import Normal, square
 from ..equations.problems import AbstractProblem
-from ..estimation.calibration import AbstractCalibration, returns_factor
+from ..estimation.calibration import AbstractCalibration, check_not_rescaled, returns_factor
 from ..estimation.initialisation import InitialState
 from ..stepping.spread import value_and_moves
 from ..util.checks import as_float, require
 from .solution import Solution, Spread
+
+
+_KNOWN = "that of an uncertain u0, which you know"
 
 
 def directions_of(u0: Normal, problem: AbstractProblem) -> PyTree:
@@ -65,34 +68,22 @@ def _standard_deviation(x, name):
 
 def check_uncertain(layout: Layout, calibration: AbstractCalibration) -> None:
     """Raises ``ValueError`` for parts with which the initial value cannot be uncertain."""
-    check_not_rescaled(calibration, layout)
+    check_not_rescaled(None, False, calibration, layout.batch_shape, _KNOWN)
     check_moves(layout.factorisation, layout.size)
-
-
-def check_not_rescaled(calibration: AbstractCalibration, layout: Layout) -> None:
-    """Raises ``ValueError`` for a calibration that rescales all covariances, also those that a user knows."""
-    if returns_factor(calibration, layout.batch_shape):
-        raise ValueError(f"{_rescales(calibration)}.")
 
 
 def check_state_not_rescaled(
     state: InitialState, number: int, calibration: AbstractCalibration, layout: Layout
 ) -> InitialState:
-    """``state``; raises as ``check_not_rescaled`` if one of its first ``number`` derivatives is uncertain.
+    """``state``; raises ``ValueError`` if one of its first ``number`` derivatives is uncertain and would be rescaled.
 
     Higher derivatives may be: their variance, as that of ``Diffuse()``, is a part of the model that is calibrated.
     """
     if not returns_factor(calibration, layout.batch_shape):
         return state
-    certain = layout.std(jnp.asarray(state.factor))[:number] == 0
-    return InitialState(state.mean, require(jnp.asarray(state.factor), certain, _rescales(calibration)))
-
-
-def _rescales(calibration):
-    return (
-        f"{type(calibration).__name__}() rescales all covariances when the solve has ended, also that of an uncertain "
-        "u0, which you know. Use DynamicCalibration() or NoCalibration()"
-    )
+    factor = jnp.asarray(state.factor)
+    certain = layout.std(factor)[:number] == 0
+    return InitialState(state.mean, check_not_rescaled(factor, certain, calibration, layout.batch_shape, _KNOWN))
 
 
 def check_moves(factorisation: AbstractFactorisation, size: int, what: str = "an uncertain u0") -> None:

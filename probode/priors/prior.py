@@ -30,7 +30,7 @@ class AbstractPrior(eqx.Module):
 
     @abstractmethod
     def transition(self, dt: Real[Array, ""], layout: Layout) -> Transition:
-        """The distribution of the state a time ``dt`` later given the state.
+        """The transition of the process over a step: the conditional distribution of ``x(t + dt)`` given ``x(t)``.
 
         ``dt``: a scalar, which may be negative. For ``dt = 0`` the matrix has to be the identity, and the noise is not
         used. ``layout``: how the state is stored; all arrays have its dtype.

@@ -180,7 +180,10 @@ def _mean_inside(prior, before, t, dt, transition, innovation, weights, layout):
 
 
 def scale_inside(innovation: Innovation, equation: Linearisation, layout: Layout) -> Float[Array, "*batch"]:
-    """The local scale that explains the residual of the corrected mean inside the step, given the one at its end."""
+    """The maximum likelihood estimate of the output scale from the residual inside the step, given that at its end.
+
+    Both are residuals of the corrected mean.
+    """
     order = max(1, equation.matrix.shape[-1] // layout.identity().shape[-1] - 1)
     share = _std_inside(max(0, layout.num_derivatives - order))
     return innovation.size_inside / share

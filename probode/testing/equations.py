@@ -17,7 +17,7 @@ from ..information.constraints import TS1, AbstractConstraint
 from ..information.regression import AbstractCubature
 from ..priors.iwp import IWP
 from ..solver import Solver
-from .laws import LawBroken, equal, finite, has_dtype, hold, in_single, require_double, require_kind, survives
+from .laws import equal, finite, has_dtype, hold, in_single, require_double, require_kind, survives, works
 
 
 def check_constraint(
@@ -139,12 +139,12 @@ def _check_shapes(name, linearise, layout):
         "Linearisation.general pack a flat residual, of shape (d,) or (m,), which is not unravelled to a PyTree"
     )
     law = f"{name}: linearise returns a Linearisation; {words}"
-    try:
+
+    def shapes():
         equation = linearise()
-        shapes = jnp.shape(equation.matrix), jnp.shape(equation.residual)
-    except Exception as error:
-        raise LawBroken(f"{law}. Found: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
-    matrix, residual = shapes
+        return jnp.shape(equation.matrix), jnp.shape(equation.residual)
+
+    matrix, residual = works(shapes, law)
     unit = layout.pack(jnp.zeros((1, layout.size), layout.dtype)).shape
     batch, cols, columns = unit[:-2], unit[-1], layout.lift(jnp.eye(layout.num_derivatives + 1), 1.0).shape[-1]
     fits = len(matrix) == len(unit) and matrix[:-2] == batch and residual == (*batch, matrix[-2], cols)

@@ -31,6 +31,15 @@ def hold(condition: Any, law: str, found: str = "") -> None:
         raise LawBroken(f"{law}." + (f" Found: {found}." if found else ""))
 
 
+def works(fn: Callable, law: str, kind: type[Exception] = Exception) -> Any:
+    """What ``fn()`` returns; raises ``LawBroken`` with the law, and what was found, for an error of that kind in it."""
+    try:
+        return fn()
+    except kind as error:
+        found = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise LawBroken(f"{law}. Found: {found}") from error
+
+
 def equal(got: Any, want: Any, law: str, rtol: float = 1e-9, atol: float = 0.0, what: str = "") -> None:
     """Raises ``LawBroken`` unless two arrays have one shape, are finite, and differ by no more than a tolerance.
 

@@ -1,5 +1,6 @@
 """Conformance checks of error estimates, controllers, loops and progress meters."""
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from ..stepping.loops import AbstractLoop
 from ..stepping.progress import AbstractProgress
 from ..util.checks import as_triple
 from .examples import U0, example_attempt, field
-from .laws import LawBroken, equal, finite, has_dtype, hold, require_double, require_kind, survives
+from .laws import equal, finite, has_dtype, hold, require_double, require_kind, survives, works
 
 
 def check_error(error: AbstractErrorEstimate) -> None:
@@ -53,11 +54,8 @@ def check_error(error: AbstractErrorEstimate) -> None:
             attempt = example_attempt(0.2, constraint=constraint, defects=defects)
             without = [x for x in ("inside", "remainder") if getattr(attempt.innovation, x) is None]
             law = f"{name}, dt=0.2, {words}, where {' and '.join(f'innovation.{x}' for x in without)} is None"
-            try:
-                errors = error.estimate(attempt, jnp.asarray(0.2), layout)
-            except Exception as failure:
-                raise LawBroken(f"{law}: there is an error. Found: {type(failure).__name__}: {failure}") from failure
-            _check_errors(law, errors)
+            estimated = functools.partial(error.estimate, attempt, jnp.asarray(0.2), layout)
+            _check_errors(law, works(estimated, f"{law}: there is an error"))
     fine = estimate(error, 0.02)
     rate = float(jnp.log10(error.norm(coarse) / error.norm(fine)))
     law = f"{name}, dt=0.2 and 0.02: a step ten times shorter has a much smaller error"
@@ -162,10 +160,7 @@ def check_loop(loop: AbstractLoop) -> None:
 
     steps = min(5, loop.max_steps)
     law = f"{name}: run hands its buffers on to a loop of equinox, where they are written with at[i].set(x, pred=...)"
-    try:
-        number, value, buffer = jax.jit(run)(loop, jnp.asarray(0.7))
-    except TypeError as error:
-        raise LawBroken(f"{law}. Found: {error}") from error
+    number, value, buffer = works(lambda: jax.jit(run)(loop, jnp.asarray(0.7)), law, TypeError)
     expected = [0.7]
     for _ in range(steps):
         expected.append(np.sin(expected[-1]))
