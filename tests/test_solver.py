@@ -98,7 +98,7 @@ def test_convergence_order_on_grids(constraint, nu):
     assert abs(np.log2(errors[0] / errors[1]) - (nu + 1)) < 0.3
 
 
-@pytest.mark.parametrize("nu", [1, 8, 11, *left_to_nox(2, 3, 4, 5, 6, 7, 9, 10)])
+@pytest.mark.parametrize("nu", [1, 11, *left_to_nox(2, 3, 4, 5, 6, 7, 8, 9, 10)])
 def test_every_order_solves(nu):
     solver = po.Solver(
         po.IWP(nu),
@@ -119,7 +119,7 @@ def test_every_order_solves(nu):
 GRID = np.linspace(0.0, 1.0, 8)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", first_of(1, 2))
 def test_zeroth_order_means_agree_in_all_factorisations(order):
     u0 = jnp.array([0.5, 1.2])
     problem = po.ODE(lotka_volterra) if order == 1 else po.ODE(pendulum, order=2)
@@ -134,7 +134,7 @@ def test_zeroth_order_means_agree_in_all_factorisations(order):
             np.testing.assert_allclose(other.derivative(k).std, solutions[0].derivative(k).std, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("calibration", [po.NoCalibration(), po.DynamicCalibration()], ids=name)
+@pytest.mark.parametrize("calibration", first_of(po.NoCalibration(), po.DynamicCalibration()), ids=name)
 def test_first_order_equals_dense_where_the_jacobian_has_the_structure(calibration):
     u0 = jnp.array([0.3, 0.8])
 
@@ -237,7 +237,7 @@ def test_there_and_back_again():
 
 
 @pytest.mark.parametrize("span", first_of(1e6, 5e-9, 1e-3))
-@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("start", first_of(1.0, 0.0))
 def test_units_of_time_do_not_matter(span, start):
     # u' = -rate u with rate span = 1 : nothing in the solver may know what a second is
     if start and span < 1e-6:

@@ -129,7 +129,7 @@ CASES = [
     for levels in range(nu + 1 - order)
     for evaluations in (1, 3)
 ]
-QUICK = [(1, 3, 1, 1), (2, 3, 1, 3)]
+QUICK = [(2, 3, 1, 3)]
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.thorough) for c in CASES])

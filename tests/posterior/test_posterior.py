@@ -203,7 +203,7 @@ def test_times_not_reached_have_no_answer():
         assert np.isnan(solution.mean[1]) and np.isnan(solution.std[1])
 
 
-@pytest.mark.parametrize("t1", [1.0, -1.0])
+@pytest.mark.parametrize("t1", first_of(1.0, -1.0))
 def test_a_solve_without_an_accepted_step_has_no_answers(t1):
     """Also where time runs backwards, which only the times asked for tell then."""
     parts = {"strategy": po.FixedIntervalSmoother(), "loop": po.ForwardLoop(1)}

@@ -117,7 +117,7 @@ def test_ioup_is_the_matrix_exponential(nu):
         assert max(errors(transition(po.IOUP, nu, 2.0, 1.0), *exact, step_units(nu, 1.0))) < 1e-12
 
 
-@pytest.mark.parametrize("nu", [1, 3, 5])
+@pytest.mark.parametrize("nu", first_of(3, 1, 5))
 def test_matrix_rates(nu):
     d = 2
     with mpmath.workdps(150):

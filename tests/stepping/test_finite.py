@@ -42,8 +42,8 @@ def assert_no_nan(solution, key=jax.random.key(0)):
     "constraint",
     [
         po.TS0(po.ODE(square_root), evaluations=2),
-        po.TS1(po.ODE(square_root), evaluations=2),
         *left_to_nox(
+            po.TS1(po.ODE(square_root), evaluations=2),
             po.TS0(po.ODE(square_root), evaluations=4),
             po.TS1(po.ODE(square_root), evaluations=2, relinearise=True),
             po.TS1(po.ODE(square_root), evaluations=4, relinearise=True),

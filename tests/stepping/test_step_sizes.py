@@ -109,7 +109,7 @@ def test_a_field_that_fails_ends_the_solve(t0, span, dtype):
 
 @pytest.mark.parametrize("dtype", first_of(jnp.float64, jnp.float32), ids=["float64", "float32"])
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (-1.0, 0.0), *left_to_nox((1.0, 3.0), (0.0, -1.0))])
-@pytest.mark.parametrize("units", [-3.0, 0.5, 8.0])
+@pytest.mark.parametrize("units", [-3.0, *left_to_nox(0.5, 8.0)])
 def test_no_sliver_of_round_off_is_left(t0, t1, units, dtype):
     # Steps of a tenth, so that `units` of round-off would be left before t1.
     eps, steps = jnp.finfo(dtype).eps, po.SaveAt(t0=True, steps=True)

@@ -265,6 +265,7 @@ def test_lanes():
     np.testing.assert_allclose(jax.vmap(centre)(ks), [exact_centre(float(k)) for k in ks], rtol=1e-8)
 
 
+@pytest.mark.thorough
 def test_strict_promotion():
     """No implicit promotion of shapes or of types, in values and derivatives."""
     number = jnp.asarray

@@ -9,7 +9,10 @@ import pytest
 import probode
 from probode.util.xla import OPTION, SUMS
 
+from ..helpers import left_to_nox
 
+
+EXTRA = "--xla_backend_extra_options"
 IS_NATIVE = """
 import jax, jax.numpy as jnp
 def loop(x):
@@ -33,10 +36,12 @@ def run(code, **environment):
         ("", {}, "False"),
         ("import probode", {}, "True"),
         ("import probode", {"PROBODE_SMALL_LOOPS": "0"}, "False"),
-        ("import probode; probode.compile_small_loops()", {"PROBODE_SMALL_LOOPS": "0"}, "True"),
-        ("import probode", {"XLA_FLAGS": "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"}, "True"),
-        ("import probode", {"XLA_FLAGS": f"--xla_backend_extra_options={OPTION}=100"}, "False"),
-        ("import jaxlib; jaxlib.__version__ = '9.9.9'; import probode", {}, "False"),
+        *left_to_nox(
+            ("import probode; probode.compile_small_loops()", {"PROBODE_SMALL_LOOPS": "0"}, "True"),
+            ("import probode", {"XLA_FLAGS": f"{EXTRA}=xla_cpu_disable_loop_unrolling=true"}, "True"),
+            ("import probode", {"XLA_FLAGS": f"{EXTRA}={OPTION}=100"}, "False"),
+            ("import jaxlib; jaxlib.__version__ = '9.9.9'; import probode", {}, "False"),
+        ),
     ],
 )
 def test_what_importing_and_the_variable_do(before, environment, native):
