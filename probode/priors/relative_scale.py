@@ -91,7 +91,10 @@ def _change(us, dt):
     first, *further = jnp.abs(us[1:4])
     infinite = jnp.full_like(first, jnp.inf)
     changes = [infinite if dt is None else jnp.abs(dt) * first]
+    moves = first > 0
     for k, u in enumerate(further, 1):
-        changes.append(jnp.where(u > 0, first * safe_divide(first, u) ** (1 / k), infinite))
+        # The derivative of a root is infinite at zero, and 0 times it would be NaN in a component that is at rest.
+        root = jnp.where(moves, jnp.where(moves, safe_divide(first, u), 1) ** (1 / k), 0)
+        changes.append(jnp.where(u > 0, first * root, infinite))
     change = jnp.min(jnp.stack(changes), axis=0)
     return jnp.where(jnp.isfinite(change), change, 0)

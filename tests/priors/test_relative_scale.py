@@ -149,3 +149,15 @@ def test_errors():
         solver(po.TS0, factorisation=po.Isotropic()).solve_grid(jnp.ones(3), [0.0, 1.0])
     with pytest.raises(ValueError, match="from an equation and the state where a step starts"):
         po.sample_prior(po.RelativeScale(po.IWP(2)), jax.random.key(0), [0.0, 1.0], jnp.ones(1))
+
+
+def test_a_body_at_rest_that_falls_with_drag_from_an_uncertain_height():
+    """``u' = 0`` beside ``u''' != 0``: the size of the change is a root of zero, whose derivative is infinite."""
+    fall = lambda t, u, args: jnp.stack([u[1], -9.81 - 0.1 * u[1]])  # noqa: E731
+    solver = po.Solver(po.RelativeScale(po.IWP(4)), po.TS1(po.ODE(fall)), controller=po.IntegralController(1e-6, 1e-6))
+    spread = np.diag([0.02, 0.01])
+    solution = solver.solve(po.Normal(jnp.array([1.0, 0.0]), jnp.asarray(spread)), 0.0, 0.5)
+    flow = np.array([[1, (1 - np.exp(-0.05)) / 0.1], [0, np.exp(-0.05)]])
+    np.testing.assert_allclose(solution.std[0], np.linalg.norm(flow @ spread, axis=1), rtol=1e-5)
+    slope = jax.jit(jax.jacfwd(lambda u0: solver.solve(u0, 0.0, 0.5).mean[0]))(jnp.array([1.0, 0.0]))
+    np.testing.assert_allclose(slope, flow, atol=1e-5)
