@@ -6,7 +6,7 @@ import pytest
 import probode as po
 from benchmarks.problems import PROBLEMS
 
-from .helpers import first_of, left_to_nox, name
+from .helpers import first_of, name
 
 
 # (problem, method, factorisation, num_derivatives): what compiles and runs in seconds; all of them are in
@@ -26,8 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("problem", "constraint", "factorisation", "nu"),
-    [*CASES[::2], *left_to_nox(*CASES[1::2])],
-    ids=[case[0] for case in CASES[::2] + CASES[1::2]],
+    [pytest.param(*case, id=case[0], marks=pytest.mark.thorough if i % 2 else ()) for i, case in enumerate(CASES)],
 )
 def test_end_points(problem, constraint, factorisation, nu):
     problem = PROBLEMS[problem]

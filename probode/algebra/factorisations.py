@@ -229,15 +229,15 @@ class Layout(eqx.Module):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """See ``AbstractFactorisation.batch_shape``."""
+        """The shape of the leading axes of means and covariances: ``()``, or that of the blocks."""
         return self.factorisation.batch_shape(self.size)
 
     def pack(self, derivatives: Float[Array, "m d"]) -> Float[Array, "*batch rows cols"]:
-        """See ``AbstractFactorisation.pack``."""
+        """The mean that holds a stack of derivatives ``(m, d)``, stored as the factorisation stores means."""
         return self.factorisation.pack(derivatives)
 
     def unpack(self, mean: Float[Array, "*batch rows cols"]) -> Float[Array, "m d"]:
-        """See ``AbstractFactorisation.unpack``."""
+        """The derivatives that a mean holds, as a stack ``(m, d)``: the inverse of ``pack``."""
         return self.factorisation.unpack(mean, self.size)
 
     def std(self, factor: Float[Array, "*batch rows dim"]) -> Float[Array, "m d"]:
@@ -248,11 +248,11 @@ class Layout(eqx.Module):
         return own.unpack_std(safe_norm(factor, axis=-2), self.size)
 
     def project(self, jacobian: Float[Array, "*m d"]) -> Float[Array, "*batch rows columns"]:
-        """See ``AbstractFactorisation.project``."""
+        """The part of a Jacobian that the factorisation uses, stored as it stores matrices."""
         return self.factorisation.project(jacobian)
 
     def lift(self, matrix: Float[Array, "n n"], scale: PyTree) -> Float[Array, "*batch dim dim"]:
-        """See ``AbstractFactorisation.lift``; ``scale`` as for ``output_scale``."""
+        """The square root of ``scale^2 matrix^T matrix`` for all components; ``scale`` as for ``output_scale``."""
         return self.factorisation.lift(matrix, self.output_scale(scale), self.size)
 
     def output_scale(self, scale: PyTree) -> Float[Array, "*shape"]:

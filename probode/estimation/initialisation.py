@@ -101,7 +101,7 @@ class TaylorMode(AbstractInitialisation):
 
 
 class Diffuse(AbstractInitialisation):
-    """Diffuse initialisation: the first derivatives at ``t0`` are exact, the others have a large variance.
+    """The distribution of the state at ``t0`` with exact first derivatives and a large variance of the others.
 
     For vector fields that cannot be differentiated often, or not at all (``num_derivatives_known`` 1 or 0): the steps
     of the solve determine the other derivatives.
