@@ -24,7 +24,7 @@ from .posterior.events import occurrences
 from .posterior.solution import Solution
 from .posterior.uncertain_start import push_forward
 from .requests import Request
-from .stepping.adaptive import begin, end, is_running
+from .stepping.adaptive import Note, begin, end, is_running
 from .stepping.events import Events
 from .stepping.keeping import solve_keeping_steps, solve_keeping_times
 from .stepping.kept import Kept, Row
@@ -194,6 +194,10 @@ def _begin(solver, request, args):
     if control.jumps and starts_uncertain(solver.constraint, solver.initialisation, layout, args):
         distribution = pad(state.distribution, state.distribution.mean.shape[-2])
         state = dataclasses.replace(state, distribution=distribution)
+    if control.jumps and solver.constraint.first_order and not state.inherits:
+        # At a restart only u, ..., u^(k-1) are uncertain.
+        rows = solver.constraint.problem.num_initial_values * layout.identity().shape[-1]
+        state = dataclasses.replace(state, inherited=jnp.zeros_like(state.distribution.factor[..., :rows, :]))
     if request.dt0 is not None:
         dt = jnp.abs(request.dt0)
     elif start.resumed is not None:
@@ -238,10 +242,7 @@ def _go_on(step, control, begun, before, interval, *, choose_dt):
         return begun
     if before.last_restart is not None:
         begun = dataclasses.replace(begun, last_restart=before.last_restart)
-    none: tuple = (None, None)
-    if begun.watch is not None:
-        none = jnp.zeros(begun.watch.counts.shape, bool), jnp.zeros_like(begun.t)
-    new, *_ = pass_jump(begun, None, begun.last_restart.t != begun.t, *none)
+    new, *_ = pass_jump(begun, None, begun.last_restart.t != begun.t, Note.before(begun))
     return new if choose_dt else dataclasses.replace(new, dt=begun.dt)
 
 

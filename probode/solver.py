@@ -340,10 +340,18 @@ def _step(solver, state, dt, args):
 
 @compiled
 def _solve_grid(solver, start, grid, args, layout, data):
-    if start.directions is not None:
-        solve = lambda mean: (_solve_grid(solver, FromValues(mean), grid, args, layout, None), None)  # noqa: E731
-        return push_forward(solve, start.mean, start.directions)[0]
     step = step_of(solver, layout, args, data)
+    if start.directions is not None:
+        solve, moving = (
+            lambda mean, step=step: (_solved_grid(solver, step, FromValues(mean), grid), None)
+            for step in (step, step.with_fixed_gains())
+        )
+        return push_forward(solve, start.mean, start.directions, moving)[0]
+    return _solved_grid(solver, step, start, grid)
+
+
+def _solved_grid(solver, step, start, grid):
+    layout = step.layout
     state = start.state(step, solver.initialisation, grid[0])
     remember, influences = solver.strategy.remember, isinstance(solver.calibration, AbstractLeaveOneOut)
 

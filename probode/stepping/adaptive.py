@@ -173,7 +173,8 @@ class Note(eqx.Module):
 
     ``dt``: the length that was asked for, before it was cut to hit a time. ``inside``: the scale of the residual at a
     time inside the step. ``target``: the time of an event to which the step went, or infinite; ``happen``: which events
-    are at its end, up to ``near``; ``None`` in a solve without events.
+    are at its end, up to ``near``; ``None`` in a solve without events. Behind a reset ``near`` is infinite if the
+    function crossed zero there, and negative otherwise.
     """
 
     dt: Float[Array, ""]

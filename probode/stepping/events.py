@@ -298,7 +298,8 @@ class Events(eqx.Module):
         """How the first function of those that happen crosses zero near a state with the derivatives ``us``.
 
         One that jumps there, or that data have moved, does not cross zero within ``near``: then there is no delay, and
-        nothing is known of its rate. Two steps of Newton's method: one makes the first derivatives of the delay right,
+        nothing is known of its rate. (``near``: infinite where it is known to cross zero, negative where it is known
+        not to.) Two steps of Newton's method: one makes the first derivatives of the delay right,
         both the second ones, too.
         """
         k = self.problem.num_initial_values
@@ -342,13 +343,13 @@ class Events(eqx.Module):
         near: Float[Array, ""],
         layout: Layout,
         direction: Float[Array, ""],
-    ) -> tuple[Float[Array, "k d"], Float[Array, "k d k d"], Leaving]:
+    ) -> tuple[Float[Array, "k d"], Float[Array, "k d k d"], Leaving, Bool[Array, ""]]:
         """``(u, ..., u^(k-1))`` at ``t`` on the way that begins with the reset; its derivative, the saltation matrix.
 
         The reset is at ``t + delay``: the state goes there, through the reset, and back with its new velocity. With
         ``dt* = -g_z dz / rate`` the derivative is ``R_z + (R_z f_before + R_t - f_after) dt*/dz``.
 
-        Also how the function leaves zero. ``direction``: in which time runs, 1 or -1.
+        Also how the function leaves zero, and whether it only touches it. ``direction``: in which time runs, 1 or -1.
         """
         k = self.problem.num_initial_values
         # The time of the reset is that of the first function that has one; others that happen then only watch.
@@ -371,7 +372,8 @@ class Events(eqx.Module):
             leaving = Leaving(jnp.zeros_like(t), jnp.zeros_like(t))
         moves = -crossing.gradient / crossing.rate
         jacobian = jax.jacfwd(fn, argnums=1)(at, before)
-        return back, jacobian + (along - new)[:, :, None, None] * moves, detach(leaving)
+        saltation = jacobian + (along - new)[:, :, None, None] * moves
+        return back, saltation, detach(leaving), crossing.touches
 
     def _leaving(self, crossing, t, z, velocity, happen, layout, direction):
         """How the function leaves zero behind a reset to ``z``."""

@@ -100,7 +100,8 @@ class KeepingSteps(AbstractKeeping):
         written = [Written(row, self.place(new, restarts), move.accepted), *events]
         if self.pass_jump is not None:
             past = with_square_noise(self.strategy.remember(new.current.distribution))
-            new, past, restarted = self.pass_jump(new, past, move.accepted, move.note.happen, move.note.near)
+            new, past, restarted, note = self.pass_jump(new, past, move.accepted, move.note)
+            move = dataclasses.replace(move, note=note)
             if self.no_past is not None:
                 past = pad_noise(past, self.no_past.noise.shape[-2])
             row, _ = ravel_pytree(Row.of(new.current, past, self.no_influence))
@@ -136,17 +137,21 @@ def solve_keeping_steps(
         number += stops.size
     if events is not None and any(event.reset is not None for event in events.functions):
         number += events.most
-    keeping = KeepingSteps(
-        Stepper.of(step, control, solve, interval, left, none),
-        number,
-        solve.num_accepted_steps,
-        strategy,
-        no_past,
-        none,
-        restart_at_jumps(step, control, solve, interval, with_square_noise(left)),
-    )
+
+    def keeping_with(step):
+        return KeepingSteps(
+            Stepper.of(step, control, solve, interval, left, none),
+            number,
+            solve.num_accepted_steps,
+            strategy,
+            no_past,
+            none,
+            restart_at_jumps(step, control, solve, interval, with_square_noise(left)),
+        )
+
+    keeping, moving = _with_and_without_gains(keeping_with, step, solve)
     begun, table = _Steps(solve, jnp.zeros((), jnp.int32)), jnp.zeros((number, first.size), first.dtype)
-    carry, tables = pass_all(keeping, begun, _tables(control, solve.current, table))
+    carry, tables = pass_all(keeping, begun, _tables(control, solve.current, table), moving)
     flat, reached = _repeat_last(tables[0].at[0].set(first), keeping.place(carry.solve, carry.restarts))
     rows = jax.vmap(unpack)(flat)
     if control.jumps:
@@ -194,14 +199,14 @@ class KeepingTimes(AbstractKeeping):
         solve, (_, unpack_past) = carry.solve, self.remember(carry.solve.current)
 
         def jump(solve, past, move):
-            solve, past, _ = self.pass_jump(solve, unpack_past(past), move.accepted, move.note.happen, move.note.near)
-            return solve, ravel_pytree(past)[0]
+            solve, past, _, note = self.pass_jump(solve, unpack_past(past), move.accepted, move.note)
+            return solve, ravel_pytree(past)[0], dataclasses.replace(move, note=note)
 
         if self.signed_ts.size == 1:  # infinity alone
             move = take(solve, carry.past, lambda past, t: unpack_past(past))
             (new, events), past = _count_events(self.stepper.control, move), move.past
             if self.pass_jump is not None:
-                new, past = jump(new, past, move)
+                new, past, move = jump(new, past, move)
             return dataclasses.replace(carry, solve=new, past=past), events, move
 
         def leaving(past, t):
@@ -219,7 +224,7 @@ class KeepingTimes(AbstractKeeping):
         kept = [row_with(solve.current, carry.past), row_with(new.current, past)]
         past = jnp.where(keep, self.remember(new.current)[0], past)
         if self.pass_jump is not None:
-            new, past = jump(new, past, move)
+            new, past, move = jump(new, past, move)
             kept.append(row_with(new.current, past))
             past = jnp.where(keep, self.remember(new.current)[0], past)
         row, _ = ravel_pytree(tuple(kept))
@@ -251,14 +256,17 @@ def solve_keeping_times(
 
     at_start = row_with(solve.current, start)
     first, unpack = ravel_pytree(at_start)
-    pass_jump = restart_at_jumps(step, control, solve, interval, past)
     # No more steps than these can hold a time.
-    number, width = min(ts.size, control.loop.max_steps), 2 if pass_jump is None else 3
+    number, width = min(ts.size, control.loop.max_steps), 3 if control.jumps else 2
     signed_ts = jnp.append(interval.signed(lax.stop_gradient(ts)), jnp.inf)
-    stepper = Stepper.of(step, control, solve, interval, past)
-    keeping = KeepingTimes(stepper, signed_ts, strategy, pass_jump)
+
+    def keeping_with(step):
+        stepper = Stepper.of(step, control, solve, interval, past)
+        return KeepingTimes(stepper, signed_ts, strategy, restart_at_jumps(step, control, solve, interval, past))
+
+    keeping, moving = _with_and_without_gains(keeping_with, step, solve)
     table = jnp.zeros((number, width * first.size), first.dtype)
-    carry, tables = pass_all(keeping, keeping.start(solve), _tables(control, solve.current, table))
+    carry, tables = pass_all(keeping, keeping.start(solve), _tables(control, solve.current, table), moving)
     happenings, rows = _happenings(control, solve.current, tables), tables[0]
     solve = carry.solve
     if ts.size == 0:
@@ -280,6 +288,14 @@ def _require_memory(number, row):
             "Pass a loop with fewer max_steps, as BoundedLoop(max_steps=200); or solve outside of jit, vmap and grad, "
             "where only the steps that are taken need memory."
         )
+
+
+def _with_and_without_gains(keeping_with, step, solve):
+    """What keeps the states of a solve; and the same with gains fixed, for a derivative along an uncertain start.
+
+    ``keeping_with(step)``: makes it. ``None`` as the second for a certain start.
+    """
+    return keeping_with(step), keeping_with(step.with_fixed_gains()) if solve.current.is_spread else None
 
 
 def _repeat_last(rows, last):

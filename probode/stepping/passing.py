@@ -94,9 +94,15 @@ class Record(eqx.Module):
     number: Int[Array, ""] | None
 
 
-def pass_all(keeping: AbstractKeeping, carry: Any, rows: Tables) -> tuple[Any, Tables]:
-    """The carry and the rows at the end of a solve, from those at its start."""
-    ended = _pass(keeping, carry, rows, None)[:2]
+def pass_all(
+    keeping: AbstractKeeping, carry: Any, rows: Tables, moving: AbstractKeeping | None = None
+) -> tuple[Any, Tables]:
+    """The carry and the rows at the end of a solve, from those at its start.
+
+    ``moving``: the same as ``keeping``, with steps whose derivative is meant where another one is. It holds for the
+    first derivative that is taken, along the spread of an uncertain start; one of the result is that of ``keeping``.
+    """
+    ended = _pass(keeping, moving, carry, rows, None)[:2]
     loop = keeping.stepper.control.loop
     if loop.reverse:
         return ended
@@ -147,18 +153,21 @@ def _search(keeping, carry, rows, segments, limit=None):
 
 
 @eqx.filter_custom_jvp
-def _pass(keeping, carry, rows, segments):
-    """``_search``, with the derivative of the accepted steps."""
+def _pass(keeping, moving, carry, rows, segments):
+    """``_search``, with the derivative of the accepted steps: those of ``moving``, unless that is ``None``."""
     return _search(keeping, carry, rows, segments)
 
 
 @_pass.def_jvp
 @full_precision()
 def _(primals, tangents):
-    keeping, carry, rows, segments = primals
+    keeping, moving, carry, rows, segments = primals
     parts = Segments.of(keeping.stepper.control.loop) if segments is None else segments
-    ended = _pass(keeping, carry, rows, parts)
-    t_carry, t_rows, t_starts = _push(keeping, carry, rows, ended[2], parts, tangents)
+    ended = _pass(keeping, None, carry, rows, parts)
+    t_keeping, t_moving, *t_others = tangents
+    if moving is not None:
+        keeping, t_keeping = moving, t_moving
+    t_carry, t_rows, t_starts = _push(keeping, carry, rows, ended[2], parts, (t_keeping, *t_others))
     if segments is None:
         return (*ended[:2], None), (t_carry, t_rows, None)
     # A second derivative needs the tangents of the states with which segments begin, too.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ..algebra.factorisations import Layout
 from ..algebra.innovation import Innovation, noise_mean, smoothing_weights, whiten
-from ..algebra.linalg import root_mean_square, safe_divide, safe_norm, substitute
+from ..algebra.linalg import product, root_mean_square, safe_divide, safe_norm, substitute
 from ..algebra.linearisation import Linearisation
 from ..algebra.normal import Normal, batched, push
 from ..equations.problems import flat_field, flat_residual
@@ -31,6 +31,11 @@ from .attempt import Attempt
 INSIDE = 0.6
 # A residual is exact to so many units of round-off of its terms.
 _ROUND_OFF = 8
+# By how much noise exceeds the residuals of deviations that a restart took over (`with_scale_for`). A step takes away
+# one part in the square of `_TO_SPARE` of a deviation; with 10 in place of 100, balls that bounce four times had lost a
+# quarter of theirs. In `u` the noise of a step is at most the share `_LITTLE` of the deviation: without that limit, at
+# loose tolerances, the covariance grows with every restart; it hardly matters between 0.03 and 0.3.
+_TO_SPARE, _LITTLE = 100.0, 0.1
 
 
 def residual_at(
@@ -199,6 +204,35 @@ def _std_inside(m: int) -> float:
     both = (here * np.poly1d([-1, 1]) ** m).integ()(INSIDE)
     own, whole = INSIDE ** (2 * m + 1) / (2 * m + 1), 1 / (2 * m + 1)
     return float(np.sqrt((own - both**2 / whole) / whole))
+
+
+def with_scale_for(
+    innovation: Innovation,
+    equation: Linearisation,
+    noise: Float[Array, "*batch dim dim"],
+    inherited: Float[Array, "*batch rows dim"],
+) -> Innovation:
+    """The innovation with a scale that explains the residuals of all ``inherited`` deviations with much to spare.
+
+    Behind a restart the derivatives move with an uncertain ``u`` as the equation wants it, up to the highest that a
+    state has. In the next steps there is a residual for every such deviation, the truncation error of its Taylor
+    polynomial, and none of it is due to noise. If it were not small beside the noise, that of the mean would be taken
+    for data about ``u``: the mean would move by up to its standard deviation, and the covariance vanish.
+
+    ``noise``: of the step. In ``u`` it stays small beside the deviations.
+    """
+
+    @batched
+    def needed(equation, factor, noise, inherited):
+        (m, p), width = equation.matrix.shape, inherited.shape[0]
+        whitened = substitute(factor, product(equation.matrix, inherited[:, :p].T))
+        most = safe_divide(safe_norm(inherited[:, :width], axis=0), safe_norm(noise[:, :width], axis=0))
+        return jnp.minimum(_TO_SPARE * safe_norm(whitened, axis=(0, 1)) / np.sqrt(m), _LITTLE * jnp.max(most))
+
+    # Where a direction has no noise, no scale explains anything.
+    scale = lax.stop_gradient(needed(equation, innovation.factor, noise, inherited))
+    scale = jnp.where(jnp.isfinite(scale), scale, 0)
+    return dataclasses.replace(innovation, scale=jnp.maximum(innovation.scale, scale))
 
 
 def with_scale_inside(innovation: Innovation, inside: Float[Array, "*batch"]) -> Innovation:

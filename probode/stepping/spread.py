@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..algebra.conditioning import Update
+from ..algebra.conditioning import Influence, Update
 from ..algebra.factorisations import Layout
 from ..algebra.innovation import whiten
-from ..algebra.linalg import product, root_mean_square, safe_norm
+from ..algebra.linalg import detach, kron_apply_right, product, root_mean_square, safe_norm
 from ..algebra.linearisation import Linearisation
 from ..algebra.normal import Normal, batched, certain, push
 from ..information.constraints import AbstractConstraint
@@ -22,14 +22,23 @@ from .attempt import Attempt
 from .residuals import residual_at
 
 
-def value_and_moves(fn: Callable[[PyTree], PyTree], u0: PyTree, directions: PyTree) -> tuple[PyTree, PyTree]:
-    """``fn(u0)``, and how it moves along each of the directions, along a leading axis."""
+def value_and_moves(
+    fn: Callable[[PyTree], PyTree],
+    u0: PyTree,
+    directions: PyTree,
+    moving: Callable[[PyTree], PyTree] | None = None,
+) -> tuple[PyTree, PyTree]:
+    """``fn(u0)``, and how it moves along each of the directions, along a leading axis.
+
+    ``moving``: a function with the same values, whose derivative is meant instead.
+    """
 
     # One and the same run gives values and tangents: what is at round-off differs between compiled programs.
     def along(direction):
-        return eqx.filter_jvp(fn, (u0,), (direction,))
+        return eqx.filter_jvp(fn if moving is None else moving, (u0,), (direction,))
 
-    return eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
+    value, moves = eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
+    return value if moving is None else fn(u0), moves
 
 
 class PredictedSpread(eqx.Module):
@@ -104,3 +113,15 @@ def spread_after(predicted: PredictedSpread, update: Update, equation: Linearisa
 
     along = jax.vmap(after, in_axes=(0, 0, None, None, None))
     return along(predicted.moves, predicted.residuals, influence.gain, influence.matrix, equation)
+
+
+@batched
+def push_rows(rows: Float[Array, "rows dim"], matrix: Float[Array, "p p"]) -> Float[Array, "rows dim"]:
+    """Rows of a square root after a transition, without derivatives."""
+    return detach(kron_apply_right(rows, matrix))
+
+
+@batched
+def inherited_after(rows: Float[Array, "rows dim"], influence: Influence) -> Float[Array, "rows dim"]:
+    """Rows of a square root after an update, each as ``spread_after`` has a direction, without derivatives."""
+    return detach(rows - product(product(rows, influence.matrix.T), influence.gain))

@@ -33,6 +33,9 @@ class State(eqx.Module):
       order; part of the covariance. Elsewhere it has no rows.
     - ``spread``: for solves from an uncertain initial value how the mean moves along the ``N`` rows of its factor,
       which adds to the covariance; from a certain one ``N`` is zero.
+    - ``inherited``: rows of a square root of the covariance that the last restart at a jump took over, and what the
+      steps since have made of it. It is a part of the covariance. No rows in a solve without jumps, or where the
+      linearisation does not depend on ``u``.
 
     >>> import jax.numpy as jnp, probode
     >>> solver = probode.Solver(probode.IWP(3), probode.TS1(probode.ODE(lambda t, u, args: -u)))
@@ -54,6 +57,7 @@ class State(eqx.Module):
     derivatives_known: bool = eqx.field(static=True)
     global_error: Float[Array, "*batch rows cols"]
     spread: Float[Array, "N *batch dim cols"]
+    inherited: Float[Array, "*batch inherited dim"]
 
     def __repr__(self) -> str:
         return f"State(t={brief(self.t)}, u={shape_of_u(self.layout)}, layout={self.layout!r})"
@@ -62,6 +66,11 @@ class State(eqx.Module):
     def is_spread(self) -> bool:
         """Whether the initial value was uncertain."""
         return self.spread.shape[-len(self.layout.batch_shape) - 3] > 0
+
+    @property
+    def inherits(self) -> bool:
+        """Whether the covariance of a restart is carried along."""
+        return self.inherited.shape[-2] > 0
 
     @property
     def carries_error(self) -> bool:

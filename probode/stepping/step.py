@@ -31,8 +31,8 @@ from ..priors.prior import AbstractPrior, AbstractPriorFamily, AbstractSplitPrio
 from .attempt import Attempt
 from .corrections import condition_corrected, correct
 from .error_estimates import rms_norm
-from .residuals import informative, residual_at, with_floor, with_scale_inside, without_round_off
-from .spread import PredictedSpread, predicted_spread, push_moves, spread_after
+from .residuals import informative, residual_at, with_floor, with_scale_for, with_scale_inside, without_round_off
+from .spread import PredictedSpread, inherited_after, predicted_spread, push_moves, push_rows, spread_after
 from .state import State
 from .times import round_off
 
@@ -55,7 +55,13 @@ class Stepped(eqx.Module):
 
 
 class Step(eqx.Module):
-    """The parts of a solver that make a step, bound to a problem: its layout, its ``args``, and data to learn from."""
+    """The parts of a solver that make a step, bound to a problem: its layout, its ``args``, and data to learn from.
+
+    ``gains_fixed``: whether the derivative of a step is that of the mean alone, with the gain that the step has. It is
+    the one along which the spread of an uncertain start is pushed forward. The gain depends on output scales, and by
+    these on residuals: where they are near round-off, as in the first steps behind a start, that dependence is as steep
+    as it is short. Its derivative grows by a factor with every longer step, and says nothing about a spread.
+    """
 
     prior: AbstractPrior | AbstractPriorFamily
     constraint: AbstractConstraint
@@ -63,6 +69,7 @@ class Step(eqx.Module):
     layout: Layout
     args: PyTree = None
     data: Observations | None = None
+    gains_fixed: bool = eqx.field(static=True, default=False)
 
     def start(self, t: Float[Array, ""], distribution: Normal) -> State:
         """The state of a solver before its first step."""
@@ -102,11 +109,26 @@ class Step(eqx.Module):
             derivatives_known=known,
             global_error=error,
             spread=jnp.zeros((0, *distribution.mean.shape), dtype),
+            inherited=jnp.zeros((*distribution.mean.shape[:-2], 0, distribution.mean.shape[-2]), dtype),
         )
 
     def within(self, layout: Layout) -> "Step":
         """The step bound to another layout."""
         return dataclasses.replace(self, layout=layout)
+
+    def with_fixed_gains(self) -> "Step":
+        """The step whose derivative is that of the mean alone (``gains_fixed``)."""
+        return dataclasses.replace(self, gains_fixed=True)
+
+    def _given(self, x):
+        """A part of the gain of a step: without derivatives where gains are fixed."""
+        return detach(x) if self.gains_fixed else x
+
+    def _given_factor(self, x):
+        return Normal(x.mean, self._given(x.factor))
+
+    def _given_matrix(self, equation):
+        return dataclasses.replace(self._given(equation), residual=equation.residual)
 
     def resume(self, state: State) -> State:
         """A state from ``start`` or another solve, prepared for the steps of these parts."""
@@ -155,7 +177,8 @@ class Step(eqx.Module):
         ``before``: the state where the step starts. ``since``: the time there, where it matters on which side of it.
         ``known``: whether nothing in that state is uncertain but ``u, ..., u^(k-1)``.
         """
-        prior = self.own_prior(t - dt if since is None else since, before, dt)
+        before = self._given_factor(before)
+        prior = self._given(self.own_prior(t - dt if since is None else since, before, dt))
         stepping = self.member(prior)
         transition = stepping.transition(dt, self.layout)
         predicted = push(before, transition.matrix)
@@ -169,7 +192,7 @@ class Step(eqx.Module):
         else:
             # The covariance at the end of the step is not made of this scale: it needs no floor.
             innovation = innovate_derivatives(split, equation.residual, unit)
-        correction = None
+        innovation, correction = self._given(innovation), None
         if equation.is_frozen:
             at_end = predicted, transition, equation, innovation, split
             correction = correct(self._evaluate(t), self.constraint.evaluations, dt, *at_end)
@@ -191,6 +214,7 @@ class Step(eqx.Module):
         jump were zero.
         """
         at, spread = t if seen_at is None else seen_at, before.spread
+        before = dataclasses.replace(before, distribution=self._given_factor(before.distribution))
         if before.is_spread:
             # Where the mean is at rest its neighbours need not be, and the noise is what explains their residuals.
             predicted = self.predicted_spread(before, at, attempted)
@@ -198,8 +222,14 @@ class Step(eqx.Module):
                 attempted, innovation=with_scale_inside(attempted.innovation, predicted.scale)
             )
             zero_so_far = None if zero_so_far is None else zero_so_far & (predicted.scale == 0)
+        inherited = before.inherited
+        if before.inherits:
+            inherited = push_rows(inherited, attempted.transition.matrix)
+            given = attempted.innovation, attempted.equation, attempted.transition.noise
+            innovation = with_scale_for(*given, inherited)
+            attempted = dataclasses.replace(attempted, innovation=innovation)
         innovation, error = attempted.innovation, before.global_error
-        scale = self.calibration.scale(innovation, before.statistics)
+        scale = self._given(self.calibration.scale(innovation, before.statistics))
         if attempted.split is not None:
             # Computed again: carried over from the attempt it would be stored for every component.
             matrix = self.member(attempted.prior).transition(at - before.t, self.layout).matrix
@@ -220,7 +250,11 @@ class Step(eqx.Module):
         statistics = self.calibration.update(before.statistics, output_scale, influence.whitened, counts)
         if before.is_spread:
             spread = spread_after(*detach((predicted, update, equation)))
-        distribution, past, data_evidence = update.state, update.past, before.data_evidence
+        if before.inherits:
+            inherited = inherited_after(inherited, update.influence)
+        distribution, past, data_evidence = self._given_factor(update.state), update.past, before.data_evidence
+        if past is not None:
+            past = Conditional(past.shift, *self._given((past.cross, past.noise)))
         if self.data is not None:
             distribution, past, data_evidence = self._condition_on_data(t, distribution, past, data_evidence)
         state = State(
@@ -237,6 +271,7 @@ class Step(eqx.Module):
             before.derivatives_known,
             error,
             spread,
+            inherited,
         )
         kept: Conditional | TurnedConditional | None = past
         if self.layout.factorisation.adapts:
@@ -264,6 +299,7 @@ class Step(eqx.Module):
             distribution=push(before.distribution, matrix),
             prior=attempted.prior,
             spread=detach(push_moves(before.spread, matrix)) if before.is_spread else before.spread,
+            inherited=push_rows(before.inherited, matrix) if before.inherits else before.inherited,
         )
         if past is not None:
             assert stepped.past is not None
@@ -310,7 +346,8 @@ class Step(eqx.Module):
         return eqx.filter_eval_shape(self.constraint.linearise, t, x, self.layout, self.args)
 
     def _linearise(self, t, x):
-        return without_round_off(self.constraint.linearise(t, x, self.layout, self.args), x.mean)
+        equation = self._given_matrix(self.constraint.linearise(t, x, self.layout, self.args))
+        return without_round_off(equation, x.mean)
 
     def _condition_on_data(self, t, x, past, evidence):
         """A state, an earlier one in its coordinates, and the log density of all data, with those at ``t``, if any."""
@@ -402,7 +439,7 @@ class Step(eqx.Module):
         """The equation with its residual, or as a whole, taken at another point, as the prediction sees it."""
         point = Normal(point.mean, predicted.factor)
         if self.constraint.iteration.relinearise:
-            new = self.constraint.linearise(t, point, self.layout, self.args)
+            new = self._given_matrix(self.constraint.linearise(t, point, self.layout, self.args))
         else:
             residual = residual_at(self.constraint, t, point, self.layout, self.args)
             new = dataclasses.replace(equation, residual=residual)

@@ -1,6 +1,7 @@
 """What happens where a solve jumps, at a stop of the equation or an event with a reset: the state is restarted."""
 
 import dataclasses
+import functools as ft
 from typing import Any
 
 import equinox.internal as eqxi
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..algebra.coordinates import Conditional
-from ..algebra.linalg import choose, detach, is_finite
-from ..algebra.normal import Normal
+from ..algebra.linalg import choose, detach, is_finite, triangularise
+from ..algebra.normal import Normal, batched
 from ..util.tracing import traced_once
-from .adaptive import AdaptiveState, Restart
+from .adaptive import AdaptiveState, Note, Restart
 from .restarts import displaced, restart
 from .result import Result
 from .spread import value_and_moves
@@ -26,11 +27,10 @@ def restart_at_jumps(
 ) -> Any:
     """The function that restarts the state at jumps, to be called after every attempt; ``None`` without any.
 
-    ``fn(solve, past, moved, happen, near)`` returns the solve, the past given its state, and whether it was restarted:
-    if it has ``moved`` to a stop before the end of the interval, or to events with a reset. Otherwise solve and past
-    come back as they were. ``happen``: which events there are, ``(events,)``, none of them unless it has moved, and
-    ``near``, how far from them the state may be; both ``None`` in a solve without events. The function was traced once,
-    for a ``past`` of these shapes, with what users' functions close over among its inputs.
+    ``fn(solve, past, moved, note)`` returns the solve, the past given its state, whether it was restarted, and the note
+    with which this can be repeated. It restarts if it has ``moved`` to a stop before the end of the interval, or to
+    events with a reset; otherwise solve and past come back as they were. ``note``: on the step before it. The function
+    was traced once, for a ``past`` of these shapes, with what users' functions close over among its inputs.
     """
     if not control.jumps:
         return None
@@ -43,8 +43,8 @@ def restart_at_jumps(
     def behind(t):
         return t if stops is None else beside(t, direction, stops)
 
-    def pass_jump(solve, past, moved, happen, near):
-        now, here = solve.current, jnp.array(False)
+    def pass_jump(solve, past, moved, note):
+        now, happen, here = solve.current, note.happen, jnp.array(False)
         if stops is not None:
             here = moved & is_jump(now.t, stops) & (interval.remaining(now.t) > 0)
         is_reset = jnp.array(False)
@@ -58,10 +58,16 @@ def restart_at_jumps(
             t = jnp.where(here, now.t, begun.t)
             mean = jnp.where(here, now.distribution.mean, begun.current.distribution.mean)
             x, error, spread = Normal(mean, now.distribution.factor), now.global_error, now.spread
-            new_past = past
+            new_past, new_note = past, note
             if with_reset is not None:
                 flags = (happen & is_reset).astype(dtype)
-                z, saltation, leaving = with_reset.pass_through(t, layout.unpack(mean), flags, near, layout, direction)
+                way = with_reset.pass_through(t, layout.unpack(mean), flags, note.near, layout, direction)
+                z, saltation, leaving, touches = way
+                # The state of a repeated step differs by round-off, which the steps in between have amplified: asked
+                # again there, a function might not cross zero, and its time would not move with the state.
+                new_note = dataclasses.replace(
+                    note, near=jnp.where(is_reset, jnp.where(touches, -jnp.inf, jnp.inf), note.near)
+                )
                 x, new_past = displaced(x, z, saltation, past, layout)
                 along = lambda move: jnp.tensordot(saltation, move[:low], axes=2)  # noqa: E731
                 if now.carries_error:
@@ -76,7 +82,12 @@ def restart_at_jumps(
             # The memory of scales is reset by an update with scale zero that is not informative.
             nothing = jnp.zeros_like(now.output_scale), jnp.zeros((*layout.batch_shape, 1, 1), layout.dtype)
             forgotten = step.calibration.update(now.statistics, *nothing, jnp.zeros((), bool))
-            current = dataclasses.replace(now, distribution=x, statistics=forgotten, global_error=error, spread=spread)
+            inherited = now.inherited
+            if now.inherits:
+                inherited = detach(batched(ft.partial(triangularise, None))(x.factor)[..., : inherited.shape[-2], :])
+            current = dataclasses.replace(
+                now, distribution=x, statistics=forgotten, global_error=error, spread=spread, inherited=inherited
+            )
             watch = solve.watch
             if with_reset is not None:
                 watch = with_reset.behind_reset(watch, current, happen, leaving)
@@ -100,7 +111,7 @@ def restart_at_jumps(
             failed = is_reset & ~finite
             new, new_past = choose(finite, (new, new_past), (solve, past))
             result = Result.where(failed, Result.nonfinite, new.result)
-            return dataclasses.replace(new, result=result), new_past, finite
+            return dataclasses.replace(new, result=result), new_past, finite, new_note
 
         def restart_spread(mean, spread, t):
             u, *moves = (layout.unpack(x)[:low] for x in (mean, *spread))
@@ -109,8 +120,7 @@ def restart_at_jumps(
             return value_and_moves(start, u, jnp.stack(moves))[1]
 
         # In lanes of a vmap without a jump everything is as it was, where others have one.
-        return lax.cond(eqxi.unvmap_any(here), jump, lambda *same: (*same, jnp.array(False)), solve, past)
+        no_jump = lambda solve, past: (solve, past, jnp.array(False), note)  # noqa: E731
+        return lax.cond(eqxi.unvmap_any(here), jump, no_jump, solve, past)
 
-    happen = None if events is None else jnp.zeros(len(events.events), bool)
-    near = None if events is None else jnp.zeros((), dtype)
-    return traced_once(pass_jump, solve, past, jnp.zeros((), bool), happen, near)
+    return traced_once(pass_jump, solve, past, jnp.zeros((), bool), Note.before(solve))
