@@ -342,11 +342,8 @@ def _step(solver, state, dt, args):
 def _solve_grid(solver, start, grid, args, layout, data):
     step = step_of(solver, layout, args, data)
     if start.directions is not None:
-        solve, moving = (
-            lambda mean, step=step: (_solved_grid(solver, step, FromValues(mean), grid), None)
-            for step in (step, step.with_fixed_gains())
-        )
-        return push_forward(solve, start.mean, start.directions, moving)[0]
+        solve = lambda mean: (_solved_grid(solver, step.with_fixed_gains(), FromValues(mean), grid), None)  # noqa: E731
+        return push_forward(solve, start.mean, start.directions)[0]
     return _solved_grid(solver, step, start, grid)
 
 

@@ -69,6 +69,26 @@ def detach(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
 
 
+def detach_first(tree: PyTree) -> PyTree:
+    """The tree with a derivative of zero for the first that is taken of it; a derivative of the result is not zero.
+
+    So a function may be differentiated along some directions with a part of it held fixed, and what comes out still
+    depends on that part.
+    """
+    return jax.tree.map(lambda x: _detach_first(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+@jax.custom_jvp
+def _detach_first(x):
+    return x
+
+
+@_detach_first.defjvp
+def _(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return x, jnp.zeros_like(t)
+
+
 def choose(flag: Bool[Array, ""], these: PyTree, those: PyTree) -> PyTree:
     """``jnp.where`` on trees: the leaves of ``these`` if ``flag`` is true, otherwise those of ``those``."""
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), these, those)

@@ -100,18 +100,14 @@ def check_moves(factorisation: AbstractFactorisation, size: int, what: str = "an
 
 
 def push_forward(
-    solve: Callable[[PyTree], tuple[Solution, PyTree]],
-    u0: PyTree,
-    directions: PyTree,
-    moving: Callable[[PyTree], tuple[Solution, PyTree]] | None = None,
+    solve: Callable[[PyTree], tuple[Solution, PyTree]], u0: PyTree, directions: PyTree
 ) -> tuple[Solution, PyTree, PyTree]:
     """The solution of ``solve(u0)``, with the covariance that its derivatives along the directions add.
 
     ``u0``: the mean of the initial value, or that of the state from which a solve is resumed. ``directions``: PyTrees
-    like it, stacked along a leading axis ``N``. ``moving``: the same as ``solve``, with the derivative that is meant
-    (``Step.gains_fixed``). Also what ``solve`` returns besides, and its derivatives.
+    like it, stacked along a leading axis ``N``. Also what ``solve`` returns besides, and its derivatives.
     """
-    (solution, more), (tangent, moves_of_more) = value_and_moves(solve, u0, directions, moving)
+    (solution, more), (tangent, moves_of_more) = value_and_moves(solve, u0, directions)
     layout, last = solution.layout, solution.state.current
 
     def fixed(mean, moves, t_moves):

@@ -22,23 +22,14 @@ from .attempt import Attempt
 from .residuals import residual_at
 
 
-def value_and_moves(
-    fn: Callable[[PyTree], PyTree],
-    u0: PyTree,
-    directions: PyTree,
-    moving: Callable[[PyTree], PyTree] | None = None,
-) -> tuple[PyTree, PyTree]:
-    """``fn(u0)``, and how it moves along each of the directions, along a leading axis.
-
-    ``moving``: a function with the same values, whose derivative is meant instead.
-    """
+def value_and_moves(fn: Callable[[PyTree], PyTree], u0: PyTree, directions: PyTree) -> tuple[PyTree, PyTree]:
+    """``fn(u0)``, and how it moves along each of the directions, along a leading axis."""
 
     # One and the same run gives values and tangents: what is at round-off differs between compiled programs.
     def along(direction):
-        return eqx.filter_jvp(fn if moving is None else moving, (u0,), (direction,))
+        return eqx.filter_jvp(fn, (u0,), (direction,))
 
-    value, moves = eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
-    return value if moving is None else fn(u0), moves
+    return eqx.filter_vmap(along, out_axes=(None, eqx.if_array(0)))(directions)
 
 
 class PredictedSpread(eqx.Module):

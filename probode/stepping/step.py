@@ -20,7 +20,7 @@ from ..algebra.coordinates import Conditional, from_coordinates, in_coordinates,
 from ..algebra.derivatives import error_rows, innovate_derivatives
 from ..algebra.factorisations import Layout
 from ..algebra.innovation import innovate
-from ..algebra.linalg import choose, detach
+from ..algebra.linalg import choose, detach, detach_first
 from ..algebra.linearisation import residual_about
 from ..algebra.normal import Normal, batched, pad, push
 from ..algebra.turning import TurnedConditional, turn_state
@@ -57,10 +57,10 @@ class Stepped(eqx.Module):
 class Step(eqx.Module):
     """The parts of a solver that make a step, bound to a problem: its layout, its ``args``, and data to learn from.
 
-    ``gains_fixed``: whether the derivative of a step is that of the mean alone, with the gain that the step has. It is
-    the one along which the spread of an uncertain start is pushed forward. The gain depends on output scales, and by
-    these on residuals: where they are near round-off, as in the first steps behind a start, that dependence is as steep
-    as it is short. Its derivative grows by a factor with every longer step, and says nothing about a spread.
+    ``gains_fixed``: whether the first derivative of a step is that of the mean alone, with the gain that the step has.
+    It is the one along which the spread of an uncertain start is pushed forward. The gain depends on output scales, and
+    by these on residuals: where they are near round-off, as in the first steps behind a start, that dependence is as
+    steep as it is short. Its derivative grows by a factor with every longer step, and says nothing about a spread.
     """
 
     prior: AbstractPrior | AbstractPriorFamily
@@ -117,12 +117,12 @@ class Step(eqx.Module):
         return dataclasses.replace(self, layout=layout)
 
     def with_fixed_gains(self) -> "Step":
-        """The step whose derivative is that of the mean alone (``gains_fixed``)."""
+        """The step whose first derivative is that of the mean alone (``gains_fixed``)."""
         return dataclasses.replace(self, gains_fixed=True)
 
     def _given(self, x):
-        """A part of the gain of a step: without derivatives where gains are fixed."""
-        return detach(x) if self.gains_fixed else x
+        """A part of the gain of a step: without its first derivative where gains are fixed."""
+        return detach_first(x) if self.gains_fixed else x
 
     def _given_factor(self, x):
         return Normal(x.mean, self._given(x.factor))

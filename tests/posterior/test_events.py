@@ -128,6 +128,47 @@ def test_the_first_impact_of_a_ball_that_falls_from_an_uncertain_height():
     np.testing.assert_allclose([solution.std["x"][-1], solution.std["v"][-1]], np.abs(moved), rtol=1e-8)
 
 
+DRAG = lambda t, u, args: (u[1], -GRAVITY - 0.1 * u[1] * jnp.abs(u[1]))  # noqa: E731
+IMPACT = po.Event(lambda t, u, args: u[0], direction=-1, reset=lambda t, u, args: (u[0], -LOSS * u[1]))
+
+
+def falling(height, rtol, atol=1e-6, **options):
+    """A ball with drag, whose impacts have no closed form: the derivative of the field has a kink where it turns."""
+    at_rest = po.Normal((height, 0.0), (0.02, 0.0)) if options.pop("uncertain", False) else (height, 0.0)
+    span = 0.0, options.pop("t1", 2.0)
+    return po.solve_ivp(DRAG, span, at_rest, rtol=rtol, atol=atol, events=IMPACT, max_events=16, **options)
+
+
+def test_the_spread_of_impacts_is_right_at_loose_tolerances():
+    """Four impacts; in small steps behind a reset residuals are round-off, and must not tell about the state."""
+    exact = lambda height: np.asarray(falling(height, 1e-9, 1e-9).events.t[:4])  # noqa: E731
+    for height in (0.85, 1.0, 1.15):
+        expected = np.abs(exact(height + 1e-4) - exact(height - 1e-4)) / 2e-4 * 0.02
+        for rtol, error in ((1e-2, 0.1), (1e-3, 0.02), (1e-5, 5e-3)):
+            deviations = falling(height, rtol, uncertain=True).events.t_std[:4]
+            np.testing.assert_allclose(deviations, expected, rtol=error)
+
+
+@pytest.mark.thorough
+def test_derivatives_and_errors_behind_resets_at_loose_tolerances():
+    """The filter's own covariance behind a reset must not be learnt away either: errors stay within it."""
+    exact = eqx.filter_jit(lambda height: falling(height, 1e-9, 1e-9).events.t[:3])
+    derivative = eqx.filter_jit(jax.jacfwd(lambda height, rtol: falling(height, rtol).events.t[:3]))
+    heights = np.random.default_rng(0).uniform(0.8, 1.2, 12)
+    for height in heights:
+        expected = (exact(height + 1e-4) - exact(height - 1e-4)) / 2e-4
+        np.testing.assert_allclose(derivative(height, 1e-3), expected, rtol=0.03)
+        np.testing.assert_allclose(derivative(height, 1e-5), expected, rtol=0.01)
+    for rtol in (1e-2, 1e-3, 1e-4):
+        squares = []
+        for height in heights:
+            loose, tight = falling(height, rtol, t1=1.9), falling(height, 1e-9, 1e-9, t1=1.9)
+            off = (np.asarray(loose.mean) - np.asarray(tight.mean)) / np.asarray(loose.std)
+            squares.append(np.mean(off**2))
+        assert 1e-4 < np.median(squares) < 2
+        assert np.quantile(squares, 0.9) < 5
+
+
 @pytest.mark.parametrize("factorisation", [po.Dense(), po.BlockDiagonal()])
 @pytest.mark.thorough
 def test_numerical_uncertainty_goes_through_a_reset(factorisation):

@@ -20,6 +20,10 @@ def linear(t, u, args):
     return MATRIX @ u
 
 
+def fitzhugh_nagumo(t, u, args):
+    return jnp.stack([u[0] - u[0] ** 3 / 3 + u[1], -(u[0] - 0.2 + 0.2 * u[1]) / 3])
+
+
 def solver(field=linear, **parts):
     parts = {"controller": po.IntegralController(1e-9, 1e-9), "loop": po.ForwardLoop(256)} | parts
     return po.Solver(po.IWP(5), po.TS1(po.ODE(field)), **parts)
@@ -171,6 +175,40 @@ def test_gradients_with_respect_to_mean_and_spread():
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("stops", first_of([0.5, 1.0, 2.0], None), ids=["stops", "none"])
+def test_at_loose_tolerances(stops):
+    """Gains depend on residuals, steeply where these are small: a spread that saw this was 17 times too large."""
+
+    own = po.Solver(
+        po.RelativeScale(po.IWP(4)),
+        po.TS1(po.ODE(fitzhugh_nagumo)),
+        controller=po.IntegralController(1e-2, 1e-6, stop_at=stops),
+    )
+    precise = po.Solver(
+        po.IWP(5), po.TS0(po.ODE(fitzhugh_nagumo).lifted(4)), controller=po.IntegralController(1e-9, 1e-9)
+    )
+    derivative = jax.jit(jax.jacfwd(lambda u0: precise.solve(u0, 0.0, 3.0).mean[-1]))
+    for shift in (-0.17, -0.09, 0.02, 0.13):
+        start = jnp.array([0.0, 1.0 + shift])
+        moves = derivative(start)
+        solution = own.solve(po.Normal(start, jnp.array([0.1, 0.1])), 0.0, 3.0)
+        np.testing.assert_allclose(solution.std[-1], 0.1 * np.linalg.norm(moves, axis=1), rtol=0.05)
+
+
+def test_gradients_of_the_numerical_uncertainty():
+    """The derivative along the spread has fixed gains, one of the result has not: almost certain is as certain."""
+
+    def deviation(rate, start):
+        solution = po.Solver(po.IWP(3), po.TS1(po.ODE(lambda t, u, rate: -rate * u * (2 - u)))).solve(
+            start, 0.0, 1.0, args=rate
+        )
+        return solution.std[-1]
+
+    certain, almost = (jax.grad(deviation)(1.3, start) for start in (1.0, po.Normal(1.0, 1e-13)))
+    assert certain > 0
+    np.testing.assert_allclose(almost, certain, rtol=1e-4)
+
+
 def test_errors():
     uncertain = po.Normal(MEAN, FACTOR)
     with pytest.raises(ValueError, match=r"Use Dense\(\) or BlockDiagonal\(\)"):
