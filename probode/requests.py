@@ -175,6 +175,8 @@ def start_from(
 
 def time(t: Any, name: str, layout: Layout) -> Array | np.ndarray:
     """A time in the dtype of the state; raises ``ValueError`` unless it is a finite scalar."""
+    if jnp.shape(as_float(t, name)) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(t)}. The order is u0, then the times.")
     t = as_scalar(t, name).astype(layout.dtype)
     return require(t, abs(t) < np.inf, f"{name} must be finite", **{name: t})
 
@@ -183,7 +185,7 @@ def pair(t_span: Any) -> tuple[Any, Any]:
     """The two entries ``t0`` and ``t1`` of ``t_span``; raises ``ValueError`` unless they are a pair."""
     pair = isinstance(t_span, (tuple, list)) and len(t_span) == 2
     if not pair and not (hasattr(t_span, "shape") and t_span.shape == (2,)):
-        raise ValueError(f"t_span must be a pair (t0, t1), got {t_span!r}.")
+        raise ValueError(f"t_span must be a pair (t0, t1), got {t_span!r}. The order is solve_ivp(f, t_span, u0).")
     return t_span[0], t_span[1]
 
 
@@ -229,7 +231,7 @@ def save_times(
     Known times that lie outside of the interval by a few units of round-off are moved to its ends. ``name``: of the
     argument, for messages.
     """
-    ts = ts.astype(layout.dtype)
+    ts, short = ts.astype(layout.dtype), " (t_eval of solve_ivp)" if name == "save_at" else ""
     traced = is_traced(ts, t0, t1)
     # NumPy for known values: inside of ``jit`` functions of JAX would turn them into tracers, which cannot be checked.
     xp = jnp if traced else np
@@ -239,10 +241,10 @@ def save_times(
         ts = np.where(abs(near - ts) <= 4 * np.finfo(layout.dtype).eps * abs(near), near, ts)
         outside = ts[~((ts >= first) & (ts <= last))]
         if outside.size:
-            raise ValueError(f"{name} must lie in [t0, t1] = [{t0}, {t1}], but has the entry {outside[0]}.")
-    ts = require(ts, (ts >= first) & (ts <= last), f"{name} must lie between t0 and t1")
+            raise ValueError(f"{name} must lie in [t0, t1] = [{t0}, {t1}], but has the entry {outside[0]}{short}.")
+    ts = require(ts, (ts >= first) & (ts <= last), f"{name} must lie between t0 and t1{short}")
     steps = xp.where(forward, ts[1:] - ts[:-1], ts[:-1] - ts[1:])
-    return require(ts, steps >= 0, f"{name} must be sorted from t0 to t1")
+    return require(ts, steps >= 0, f"{name} must be sorted from t0 to t1{short}")
 
 
 def require_observations(data: Any) -> None:
@@ -317,7 +319,7 @@ def check_dense(save_at: SaveAt, strategy: AbstractStrategy) -> None:
     if save_at.dense and strategy.smooths and not strategy.keeps_steps:
         raise ValueError(
             f"SaveAt(dense=True) keeps every step, {type(strategy).__name__}() only the times asked for: "
-            "use strategy=FixedIntervalSmoother()."
+            "use strategy=FixedIntervalSmoother() (solve_ivp(dense_output=True) does, without a strategy)."
         )
 
 

@@ -59,11 +59,13 @@ def check(solution: Solution, solver: Any = None, args: Any = None, thorough: An
     kept = solution
     if not _has_steps(solution):
         kept = _again(origin)
-        facts.append(("steps", "solved again to have them, as they had not been kept"))
+        facts.append(
+            ("steps", "solved again to look at them, as they had not been kept (solve_ivp: dense_output=True)")
+        )
     steps, skipped = _steps(kept, origin)
     if steps is None:
         return _without_steps(found, facts, "No step was accepted.")
-    found += all_findings(steps)
+    found += [*_without_numbers(solution), *all_findings(steps)]
     if solution.events is not None:
         found += of_events(solution.events)
     if thorough:
@@ -71,7 +73,7 @@ def check(solution: Solution, solver: Any = None, args: Any = None, thorough: An
     found.sort(key=lambda finding: not finding.is_doubt)
     return CheckReport(
         tuple(found),
-        tuple([*facts, *_spread(steps), *_hardest(steps), *_growth(steps)]),
+        tuple([*facts, *_spread(steps, solution), *_hardest(steps), *_growth(steps)]),
         tuple(skipped),
         steps.t,
         np.max(steps.std / steps.weight, axis=1),
@@ -99,7 +101,7 @@ def _why_not(solution, origin):
             "Pass the solver, and what else it was called with: solution.check(solver, args=args)."
         )
     if not _has_steps(solution) and origin.u0 is None:
-        return "Its steps were not kept: solve with save_at=SaveAt(dense=True)."
+        return "Its steps were not kept: solve with save_at=SaveAt(dense=True) (solve_ivp: dense_output=True)."
     return None
 
 
@@ -242,14 +244,33 @@ def _stops(solution, origin):
     return known[np.isfinite(known)]
 
 
-def _spread(steps):
-    """The largest standard deviation, relative to its component."""
-    share = np.max(steps.std, axis=0) / steps.size
-    worst = int(np.argmax(share))
-    yield (
-        "standard deviation",
-        f"up to {np.max(steps.std[:, worst]):.2g} in {steps.names[worst]}, {share[worst]:.1g} of it",
-    )
+def _without_numbers(solution):
+    """A finding if a solve that calls itself successful has a mean or a standard deviation that is not finite."""
+    if np.any(has_failed(solution.result)):
+        return
+    for what in ("mean", "std"):
+        finite = np.all(np.isfinite(columns(getattr(solution, what))), axis=1)
+        if not np.all(finite):
+            t = float(solution.t[np.argmin(finite)])
+            name = {"mean": "mean", "std": "standard deviation"}[what]
+            yield Finding("nonfinite", True, t, f"The {name} is infinite or NaN at t = {t:.6g}.", "Do not use it.")
+            return
+
+
+def _spread(steps, solution):
+    """The largest standard deviation, relative to its component: of all that is uncertain, and of the steps alone."""
+
+    def largest(std):
+        share = np.max(std, axis=0) / steps.size
+        worst = int(np.argmax(share))
+        name = steps.names[worst]
+        return f"up to {np.max(std[:, worst]):.2g} in {name}, {share[worst]:.1g} of the largest {name}"
+
+    if solution.spread is None:
+        yield "standard deviation", largest(steps.std)
+        return
+    yield "standard deviation", f"{largest(columns(solution.std))}, at the times that were saved"
+    yield "numerical part", f"{largest(steps.std)}: without the uncertainty of u0"
 
 
 def _hardest(steps):
@@ -258,9 +279,10 @@ def _hardest(steps):
     spans = abs(steps.t[half:] - steps.t[:-half])
     first = int(np.argmin(spans))
     share = spans[first] / np.sum(steps.dt)
+    lie = f"{share:.0%}" if share > 0.01 else "less than 1%"
     yield (
         "hardest",
-        f"half of the {steps.dt.size} steps lie in {share:.0%} of the interval, from t = {steps.t[first]:.6g} to "
+        f"half of the {steps.dt.size} steps lie in {lie} of the interval, from t = {steps.t[first]:.6g} to "
         f"{steps.t[first + half]:.6g}",
     )
 
@@ -268,9 +290,10 @@ def _hardest(steps):
 def _growth(steps):
     """How much errors have grown at the end, and the fastest decay and growth."""
     if steps.growth is not None:
+        grown = np.max(steps.growth[-1] / steps.weight[-1])
         yield (
             "errors grown",
-            f"those of the size of the tolerances by {np.max(steps.growth[-1] / steps.weight[-1]):.1g} at t1",
+            f"to {grown:.2g} times the tolerances at t1, if every step errs by as much as they allow",
         )
     if steps.eigenvalues.size:
         left, right = np.min(steps.eigenvalues.real) + 0.0, np.max(steps.eigenvalues.real) + 0.0  # no -0

@@ -15,8 +15,8 @@ from .axes import new_axes
 class Finding:
     """One reason to doubt a solution, or to compute it in another way.
 
-    - ``kind``: a word for it: ``failed``, ``unseen``, ``sensitive``, ``uncertain``, ``miscalibrated``, ``differs``,
-      ``jump``, ``kink``, ``events``, ``tolerance``, ``round_off``, ``stiff``.
+    - ``kind``: a word for it: ``failed``, ``nonfinite``, ``unseen``, ``sensitive``, ``uncertain``, ``miscalibrated``,
+      ``differs``, ``jump``, ``kink``, ``events``, ``tolerance``, ``round_off``, ``stiff``.
     - ``is_doubt``: whether the numbers may be wrong; otherwise they could be had for less.
     - ``t``: the time at which it shows most clearly; ``None`` if it is not about one.
     - ``message``: what was found. ``remedy``: what helps.

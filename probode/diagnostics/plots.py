@@ -320,7 +320,7 @@ def _steps(solution, name):
     if not solution.is_dense:
         raise ValueError(
             f"{name} needs the steps of the solve, which were not kept: solve with strategy=FixedIntervalSmoother(), "
-            "or with save_at=SaveAt(dense=True)."
+            "or with save_at=SaveAt(dense=True) (solve_ivp: dense_output=True)."
         )
     if solution.state is None:
         # The intervals of the mesh of a boundary value problem.

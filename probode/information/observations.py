@@ -88,7 +88,10 @@ class Observations(eqx.Module):
         values = jax.tree.map(lambda x: as_float(x, "Observations(values)"), values)
         shapes = jax.tree.map(np.shape, values)
         if not jax.tree.leaves(values) or any(x.shape[:1] != ts.shape for x in jax.tree.leaves(values)):
-            raise ValueError(f"Observations(values) must have a leading axis of {ts.size} times, got shapes {shapes}.")
+            raise ValueError(
+                f"Observations(values) must have one entry, or row, for each of the {ts.size} times in ts: a leading "
+                f"axis of {ts.size}, got shapes {shapes}."
+            )
         self.structure = _structure(jax.tree.map(lambda x: x[0], values))
         self.whole_times = mask is None or np.shape(mask) == ts.shape
         self.mask = _rows(_full_mask(mask, values, ts.size), ts.size).astype(bool)

@@ -313,7 +313,7 @@ class Solution(eqx.Module):
         if not self.is_dense:
             raise ValueError(
                 "evaluate needs the steps of the solve, which were not kept: solve with strategy="
-                "FixedIntervalSmoother(), or with save_at=SaveAt(dense=True)."
+                "FixedIntervalSmoother(), or with save_at=SaveAt(dense=True) (solve_ivp: dense_output=True)."
             )
         t, near, reached = self._times(t, "evaluate(t)")
         (states, layout), moves = _evaluate(self.trajectory, near), self._moves(near)

@@ -3,7 +3,8 @@
 A covariance of the initial value must not enter the filter: its updates would attribute residuals, which come from
 truncation errors, to a wrong initial value, and correct that. Instead the solve from the mean is differentiated along
 the rows of the initial factor, and the covariance of these derivatives is added to that of the filter. For a linear
-equation this is the exact push-forward. The steps have to resolve these directions, too, which may change where the
+equation this is the exact push-forward. The derivative is that of the means alone, with the gains of the steps
+(``Step.gains_fixed``). The steps have to resolve these directions, too, which may change where the
 mean is constant: the state of such a solve therefore carries its spread, the directions propagated with the gains of
 the steps.
 """
@@ -19,11 +20,13 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ..algebra.factorisations import AbstractFactorisation, Layout
+from ..algebra.linalg import is_finite
 from ..algebra.marginals import widen
 from ..algebra.normal import Normal, square
 from ..equations.problems import AbstractProblem
 from ..estimation.calibration import AbstractCalibration, check_not_rescaled, returns_factor
 from ..estimation.initialisation import InitialState
+from ..stepping.result import Result, has_failed
 from ..stepping.spread import value_and_moves
 from ..util.checks import as_float, require
 from .solution import Solution, Spread
@@ -54,9 +57,11 @@ def root_of_normal(x: Normal, flat: Float[Array, " p"], name: str) -> Float[Arra
     if jax.tree.map(jnp.shape, x.factor) == jax.tree.map(jnp.shape, x.mean):
         stds = jax.tree.map(lambda std: _standard_deviation(std, name), x.factor)
         return jnp.diag(ravel_pytree(stds)[0].astype(flat.dtype))
+    one = isinstance(x.factor, int | float) or getattr(x.factor, "shape", None) == ()
+    remedy = " The same for all: jax.tree.map(lambda x: std * jnp.ones_like(x), mean)." if one else ""
     raise ValueError(
         f"The factor of {name} must be a PyTree of standard deviations like its mean, or a "
-        f"{(flat.size, flat.size)} right square root of the covariance of all its numbers."
+        f"{(flat.size, flat.size)} right square root of the covariance of all its numbers.{remedy}"
     )
 
 
@@ -95,7 +100,7 @@ def check_moves(factorisation: AbstractFactorisation, size: int, what: str = "an
     if cols > 1:
         raise ValueError(
             f"{type(factorisation).__name__}() has one covariance for all components, but {what} moves them "
-            "differently. Use Dense() or BlockDiagonal()."
+            "differently. Use Dense() or BlockDiagonal() as factorisation (in solve_ivp also method='EK1' or 'Taylor')."
         )
 
 
@@ -124,10 +129,14 @@ def push_forward(
     at_end = tangent.state.current
     spread = fixed(last.distribution.mean, at_end.distribution.mean, at_end.t)
     current = dataclasses.replace(last, spread=spread)
+    # The derivative of a field may be infinite or NaN where the field is finite, and the steps were fine.
+    spoilt = ~has_failed(solution.result) & ~is_finite((means, spread))
+    result = Result.where(spoilt, Result.nonfinite, solution.result)
     solution = dataclasses.replace(
         solution,
         marginals=widen(solution.marginals, means),
-        state=dataclasses.replace(solution.state, current=current),
+        result=result,
+        state=dataclasses.replace(solution.state, current=current, result=result),
         spread=Spread(means, tangent.trajectory),
     )
     return solution, more, moves_of_more

@@ -225,8 +225,8 @@ class Step(eqx.Module):
         inherited = before.inherited
         if before.inherits:
             inherited = push_rows(inherited, attempted.transition.matrix)
-            given = attempted.innovation, attempted.equation, attempted.transition.noise
-            innovation = with_scale_for(*given, inherited)
+            transition = attempted.transition
+            innovation = with_scale_for(attempted.innovation, attempted.equation, transition.noise, inherited)
             attempted = dataclasses.replace(attempted, innovation=innovation)
         innovation, error = attempted.innovation, before.global_error
         scale = self._given(self.calibration.scale(innovation, before.statistics))

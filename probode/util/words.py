@@ -146,4 +146,5 @@ def _wrong_arguments(called, names, positional, needed, given, kwargs):
     if given > len(positional):
         return f"{form} takes {len(positional)} positional arguments, got {given}; others are passed by name."
     missing = ", ".join(name for name in needed if name not in kwargs)
-    return f"{form} needs {missing}, which was not passed."
+    hint = " The interval is two arguments, not a pair." if missing == "t1" else ""
+    return f"{form} needs {missing}, which was not passed.{hint}"

@@ -174,7 +174,6 @@ def test_gradients_with_respect_to_mean_and_spread():
     check_jacobians(std, x, atol=0)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("stops", first_of([0.5, 1.0, 2.0], None), ids=["stops", "none"])
 def test_at_loose_tolerances(stops):
     """Gains depend on residuals, steeply where these are small: a spread that saw this was 17 times too large."""
@@ -209,6 +208,7 @@ def test_gradients_of_the_numerical_uncertainty():
     np.testing.assert_allclose(almost, certain, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_errors():
     uncertain = po.Normal(MEAN, FACTOR)
     with pytest.raises(ValueError, match=r"Use Dense\(\) or BlockDiagonal\(\)"):
