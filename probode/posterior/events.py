@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Int, PyTree
@@ -18,7 +19,7 @@ from ..equations.taylor.derivatives import derivatives_along
 from ..stepping.adaptive import AdaptiveState
 from ..stepping.events import Events, Happening, advanced
 from ..stepping.result import Result
-from ..util.checks import as_float
+from ..util.checks import as_float, is_traced
 from .crossings import expected_crossings
 from .trajectory import Trajectory
 
@@ -67,7 +68,11 @@ class Occurrences(eqx.Module):
     _course_root: Float[Array, "max_events levels levels"]  # a right square root of their covariance
 
     def __repr__(self) -> str:
-        return f"Occurrences(t={eqx.tree_pformat(self.t)}, events={self.expected_crossings.shape[-1]})"
+        if self.t.ndim != 1 or is_traced(self.t, self.count):
+            return f"Occurrences(t={eqx.tree_pformat(self.t)}, events={self.expected_crossings.shape[-1]})"
+        number = int(self.count)
+        times = np.array2string(np.asarray(self.t[:number]), threshold=6, separator=", ")
+        return f"Occurrences(count={number}, t={times}, of at most {self.t.size})"
 
     def cdf(self, t: Any) -> Float[Array, "max_events *times"]:
         """The probability that every event has happened until the time ``t``, ``(max_events, *t.shape)``.
