@@ -83,7 +83,7 @@ def _then(what):
 def has_dtype(tree: Any, dtype: Any, law: str) -> None:
     """Raises ``LawBroken`` unless all floating-point arrays of a PyTree have the given dtype."""
     other = {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)} - {str(jnp.dtype(dtype))}
-    hold(not other, law, ", ".join(sorted(other)))
+    hold(not other, law, f"{', '.join(sorted(other))} instead of {jnp.dtype(dtype)}")
 
 
 def difference_quotient(fn: Callable, step: Any) -> np.ndarray:
@@ -119,7 +119,9 @@ def survives(fn: Callable, part: Any, x: Any, name: str, *, differentiable: bool
 
     jitted = eqx.filter_jit(counted)
     plain = fn(part, x)
-    equal(jitted(part, x), plain, f"{name} gives the same under jit as without", rtol=1e-10, atol=1e-300)
+    branch = f"{name} works under jit, where numbers are not known: write jnp.where(condition, a, b) in place of `if`"
+    compiled = works(lambda: jitted(part, x), branch, jax.errors.ConcretizationTypeError)
+    equal(compiled, plain, f"{name} gives the same under jit as without", rtol=1e-10, atol=1e-300)
     for factor in (1.0 + 1e-6, 1.0 + 2e-6):
         jitted(scaled(part, factor), x * factor)
     hold(traces == 1, f"New values do not retrace {name}: numbers are arrays, not static fields", f"{traces} traces")

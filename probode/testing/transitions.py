@@ -59,8 +59,9 @@ def check_prior(prior: AbstractPrior | AbstractPriorFamily, *, u0: Any = None) -
     of_single = jax.jit(lambda dt: in_single(prior).transition(dt, single))
     for dt in (0.1, 1e-8):
         transition = of_single(jnp.asarray(dt, jnp.float32))
-        has_dtype(transition, jnp.float32, "A transition has the dtype of the state")
-        _check_noise(_at(type(prior).__name__, dt, single), transition)
+        name = _at(type(prior).__name__, dt, single)
+        has_dtype(transition, jnp.float32, f"{name}: a transition has the dtype of the state")
+        _check_noise(name, transition)
     dense = layout_of(example, prior.num_derivatives, Dense())
 
     def everything(prior, dt):

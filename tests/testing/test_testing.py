@@ -455,6 +455,19 @@ class DividesByZero(Constant):
         return error_norm <= 1, jnp.minimum(dt * error_norm ** (-1 / order), 10 * dt) * (error_norm / error_norm), None
 
 
+class Branches(po.AbstractController):
+    tolerances: po.Tolerances = eqx.field(default_factory=po.Tolerances)
+    limits: po.Limits = eqx.field(default_factory=po.Limits)
+
+    def init(self, dtype):
+        return None
+
+    def propose(self, dt, error_norm, order, state):
+        if error_norm <= 1:
+            return True, dt * jnp.clip(error_norm ** (-1 / order), 1, 5), None
+        return False, dt / 2, None
+
+
 class Threshold(po.AbstractController):
     tolerances: po.Tolerances
     limits: po.Limits
@@ -578,7 +591,7 @@ class TurnsOver(po.AbstractJacobian):
     [
         (testing.check_prior, WrongPower(), "Chapman-Kolmogorov"),
         (testing.check_prior, NoZeroStep(), "step of length zero"),
-        (testing.check_prior, ForgetsDtype(), "dtype of the state"),
+        (testing.check_prior, ForgetsDtype(), "dtype of the state.*Found: float64 instead of float32"),
         (testing.check_prior, NoDerivatives(), r"derivative of u\^\(i\) is u\^\(i\+1\)"),
         (testing.check_prior, SameNoiseBackwards(), "back in time"),
         (testing.check_prior, Retraces(), "do not retrace a transition as .*: .*a Python float in the field rate"),
@@ -655,6 +668,7 @@ class TurnsOver(po.AbstractJacobian):
         (testing.check_error, NeverSmaller(), "much smaller error"),
         (testing.check_controller, Constant(), "larger ones are not"),
         (testing.check_controller, DividesByZero(), "positive and finite"),
+        (testing.check_controller, Branches(), "works under jit.*jnp.where.*in place of `if`"),
         (
             testing.check_controller,
             Threshold(1.002),
