@@ -227,7 +227,7 @@ def with_scale_for(
         (m, p), width = equation.matrix.shape, inherited.shape[0]
         whitened = substitute(factor, product(equation.matrix, inherited[:, :p].T))
         most = safe_divide(safe_norm(inherited[:, :width], axis=0), safe_norm(noise[:, :width], axis=0))
-        return jnp.minimum(_TO_SPARE * safe_norm(whitened, axis=(0, 1)) / np.sqrt(m), _LITTLE * jnp.max(most))
+        return jnp.minimum(_TO_SPARE * safe_norm(whitened, axis=(0, 1)) / m**0.5, _LITTLE * jnp.max(most))
 
     # Where a direction has no noise, no scale explains anything.
     scale = lax.stop_gradient(needed(equation, innovation.factor, noise, inherited))

@@ -64,7 +64,6 @@ def test_an_open_pulse_between_two_stops(constraint, factorisation, strategy, rt
     np.testing.assert_allclose(solution.derivative(1).mean[1::2][:2], slopes, atol=20 * rtol)
 
 
-@pytest.mark.thorough
 def test_an_open_pulse_from_the_right_in_single_precision():
     for dtype, rtol in ((jnp.float32, 1e-4), (jnp.float64, 1e-6)):
         # time runs backwards in v(s) = u(11 - s)
