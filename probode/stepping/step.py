@@ -224,10 +224,7 @@ class Step(eqx.Module):
             zero_so_far = None if zero_so_far is None else zero_so_far & (predicted.scale == 0)
         inherited = before.inherited
         if before.inherits:
-            inherited = push_rows(inherited, attempted.transition.matrix)
-            transition = attempted.transition
-            innovation = with_scale_for(attempted.innovation, attempted.equation, transition.noise, inherited)
-            attempted = dataclasses.replace(attempted, innovation=innovation)
+            attempted, inherited = _with_inherited(attempted, inherited)
         innovation, error = attempted.innovation, before.global_error
         scale = self._given(self.calibration.scale(innovation, before.statistics))
         if attempted.split is not None:
@@ -257,6 +254,9 @@ class Step(eqx.Module):
             past = Conditional(past.shift, *self._given((past.cross, past.noise)))
         if self.data is not None:
             distribution, past, data_evidence = self._condition_on_data(t, distribution, past, data_evidence)
+            # What data say of u is not said of these rows: with them as they were, noise would hide it again.
+            _, seen = self.data.find(t)
+            inherited = jnp.where(seen, 0, inherited)
         state = State(
             t,
             distribution,
@@ -445,6 +445,14 @@ class Step(eqx.Module):
             new = dataclasses.replace(equation, residual=residual)
         residual = residual_about(predicted.mean, point.mean, new)
         return without_round_off(dataclasses.replace(new, residual=residual), predicted.mean)
+
+
+def _with_inherited(attempted, inherited):
+    """The attempt, with a scale that explains what a restart took over; and that, after the transition."""
+    transition, equation = attempted.transition, attempted.equation
+    inherited = push_rows(inherited, transition.matrix)
+    innovation = with_scale_for(attempted.innovation, equation, transition.noise, inherited)
+    return dataclasses.replace(attempted, innovation=innovation), inherited
 
 
 def _unless_zero(update, zero_so_far, before, attempted, past):
