@@ -147,7 +147,7 @@ def test_the_spread_of_impacts_is_right_at_loose_tolerances():
         for rtol, error in ((1e-2, 0.1), (1e-3, 0.02), (1e-5, 5e-3)):
             events = falling(height, rtol, uncertain=True).events
             np.testing.assert_allclose(events.t_std[:4], expected, rtol=error)
-    assert repr(events).startswith(f"Occurrences(count={events.count}, t=[0.48")
+    assert repr(events).startswith("Occurrences(count=3, t=[0.49353") and "nan" not in repr(events)
 
 
 @pytest.mark.thorough
