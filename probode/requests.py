@@ -175,9 +175,7 @@ def start_from(
 
 def time(t: Any, name: str, layout: Layout) -> Array | np.ndarray:
     """A time in the dtype of the state; raises ``ValueError`` unless it is a finite scalar."""
-    if jnp.shape(as_float(t, name)) != ():
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(t)}. The order is u0, then the times.")
-    t = as_scalar(t, name).astype(layout.dtype)
+    t = as_scalar(t, name, " The order is u0, then the times.").astype(layout.dtype)
     return require(t, abs(t) < np.inf, f"{name} must be finite", **{name: t})
 
 

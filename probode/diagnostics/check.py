@@ -90,7 +90,7 @@ def _has_steps(solution):
 
 
 def _why_not(solution, origin):
-    """Why the steps of a solution cannot be looked at, in words; ``None`` if they can."""
+    """The reason, in words, why the steps of a solution cannot be looked at; ``None`` if they can."""
     if solution.state is None:
         return "A boundary value problem is checked by the error estimate that it reports as its standard deviation."
     if solution.layout.factorisation.own_algebra:
@@ -234,7 +234,7 @@ def _some_rows(number, size):
 
 
 def _stops(solution, origin):
-    """Times at which steps had to end."""
+    """The times at which steps had to end: stops of the controller, events, and times of data."""
     times = [np.asarray(origin.solver.controller.limits.stops)]
     if solution.events is not None:
         times.append(np.asarray(solution.events.t))
@@ -248,11 +248,10 @@ def _without_numbers(solution):
     """A finding if a solve that calls itself successful has a mean or a standard deviation that is not finite."""
     if np.any(has_failed(solution.result)):
         return
-    for what in ("mean", "std"):
-        finite = np.all(np.isfinite(columns(getattr(solution, what))), axis=1)
+    for name, values in (("mean", solution.mean), ("standard deviation", solution.std)):
+        finite = np.all(np.isfinite(columns(values)), axis=1)
         if not np.all(finite):
             t = float(solution.t[np.argmin(finite)])
-            name = {"mean": "mean", "std": "standard deviation"}[what]
             yield Finding("nonfinite", True, t, f"The {name} is infinite or NaN at t = {t:.6g}.", "Do not use it.")
             return
 
@@ -301,7 +300,7 @@ def _growth(steps):
 
 
 def _compared(steps, origin, skipped):
-    """Findings where the solution differs from that of a second solve, with tighter tolerances and shorter steps."""
+    """The finding, if any, that a second solve with tighter tolerances and shorter steps has another result."""
     if origin.u0 is None or origin.grid is not None:
         skipped.append("A second solve: it is not known how this one was started, or it is one on a grid.")
         return []

@@ -4,9 +4,8 @@ A covariance of the initial value must not enter the filter: its updates would a
 truncation errors, to a wrong initial value, and correct that. Instead the solve from the mean is differentiated along
 the rows of the initial factor, and the covariance of these derivatives is added to that of the filter. For a linear
 equation this is the exact push-forward. The derivative is that of the means alone, with the gains of the steps
-(``Step.gains_fixed``). The steps have to resolve these directions, too, which may change where the
-mean is constant: the state of such a solve therefore carries its spread, the directions propagated with the gains of
-the steps.
+(``Step.gains_fixed``). The steps have to resolve these directions, too, which may change where the mean is constant:
+the state of such a solve therefore carries its spread, the directions propagated with the same gains.
 """
 
 import dataclasses

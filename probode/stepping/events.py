@@ -214,7 +214,10 @@ class Events(eqx.Module):
         return detach(Watch(side, jnp.abs(values), no_target, jnp.zeros(side.shape, bool), *none))
 
     def look(self, interval: Interval, watch: Watch, before: State, after: State, length: Float[Array, ""]) -> Seen:
-        """What a step shows of the events. ``length``: of a usual step, one that was not cut to hit a time."""
+        """The events that a step shows: those at its end, or the time inside of it of the first one (``Seen``).
+
+        ``length``: of a usual step, one that was not cut to hit a time.
+        """
         watch, before, after, length = detach((watch, before, after, length))
         here = [is_jump(after.t, event.g.astype(after.t.dtype)) for event in self.events if event.is_scheduled]
         if not self.functions:
@@ -299,8 +302,8 @@ class Events(eqx.Module):
 
         One that jumps there, or that data have moved, does not cross zero within ``near``: then there is no delay, and
         nothing is known of its rate. (``near``: infinite where it is known to cross zero, negative where it is known
-        not to.) Two steps of Newton's method: one makes the first derivatives of the delay right,
-        both the second ones, too.
+        not to.) Two steps of Newton's method: one makes the first derivatives of the delay right, both the second ones,
+        too.
         """
         k = self.problem.num_initial_values
         zero, velocity, found = jnp.zeros_like(t), us[1 : k + 1], happen[self.places] > 0

@@ -51,7 +51,7 @@ def _count_events(control, move):
 
 
 def _tables(control: Control, state: State, rows: Float[Array, "rows flat"]) -> Tables:
-    """The arrays that a solve writes to: its rows, and those of events if there are any."""
+    """The arrays in which a solve writes its ``rows``, and, if it looks for events, zeros for their rows."""
     if control.events is None:
         return (rows,)
     flat, _ = ravel_pytree(control.events.example(state))
@@ -149,7 +149,7 @@ def solve_keeping_steps(
             restart_at_jumps(step, control, solve, interval, with_square_noise(left)),
         )
 
-    keeping, moving = _with_and_without_gains(keeping_with, step, solve)
+    keeping, moving = _and_with_fixed_gains(keeping_with, step, solve)
     begun, table = _Steps(solve, jnp.zeros((), jnp.int32)), jnp.zeros((number, first.size), first.dtype)
     carry, tables = pass_all(keeping, begun, _tables(control, solve.current, table), moving)
     flat, reached = _repeat_last(tables[0].at[0].set(first), keeping.place(carry.solve, carry.restarts))
@@ -264,7 +264,7 @@ def solve_keeping_times(
         stepper = Stepper.of(step, control, solve, interval, past)
         return KeepingTimes(stepper, signed_ts, strategy, restart_at_jumps(step, control, solve, interval, past))
 
-    keeping, moving = _with_and_without_gains(keeping_with, step, solve)
+    keeping, moving = _and_with_fixed_gains(keeping_with, step, solve)
     table = jnp.zeros((number, width * first.size), first.dtype)
     carry, tables = pass_all(keeping, keeping.start(solve), _tables(control, solve.current, table), moving)
     happenings, rows = _happenings(control, solve.current, tables), tables[0]
@@ -290,10 +290,10 @@ def _require_memory(number, row):
         )
 
 
-def _with_and_without_gains(keeping_with, step, solve):
-    """What keeps the states of a solve; and the same with gains fixed, for a derivative along an uncertain start.
+def _and_with_fixed_gains(keeping_with, step, solve):
+    """``keeping_with(step)``, and the same with fixed gains, for the derivative along an uncertain start.
 
-    ``keeping_with(step)``: makes it. ``None`` as the second for a certain start.
+    The second is ``None`` for a certain start.
     """
     return keeping_with(step), keeping_with(step.with_fixed_gains()) if solve.current.is_spread else None
 

@@ -127,7 +127,8 @@ class Step(eqx.Module):
     def _given_factor(self, x):
         return Normal(x.mean, self._given(x.factor))
 
-    def _given_matrix(self, equation):
+    def _equation(self, t, x):
+        equation = self.constraint.linearise(t, x, self.layout, self.args)
         return dataclasses.replace(self._given(equation), residual=equation.residual)
 
     def resume(self, state: State) -> State:
@@ -254,9 +255,10 @@ class Step(eqx.Module):
             past = Conditional(past.shift, *self._given((past.cross, past.noise)))
         if self.data is not None:
             distribution, past, data_evidence = self._condition_on_data(t, distribution, past, data_evidence)
-            # What data say of u is not said of these rows: with them as they were, noise would hide it again.
-            _, seen = self.data.find(t)
-            inherited = jnp.where(seen, 0, inherited)
+            if before.inherits:
+                # What data say of u is not said of these rows: with them as they were, noise would hide it again.
+                _, seen = self.data.find(t)
+                inherited = jnp.where(seen, 0, inherited)
         state = State(
             t,
             distribution,
@@ -346,8 +348,7 @@ class Step(eqx.Module):
         return eqx.filter_eval_shape(self.constraint.linearise, t, x, self.layout, self.args)
 
     def _linearise(self, t, x):
-        equation = self._given_matrix(self.constraint.linearise(t, x, self.layout, self.args))
-        return without_round_off(equation, x.mean)
+        return without_round_off(self._equation(t, x), x.mean)
 
     def _condition_on_data(self, t, x, past, evidence):
         """A state, an earlier one in its coordinates, and the log density of all data, with those at ``t``, if any."""
@@ -439,7 +440,7 @@ class Step(eqx.Module):
         """The equation with its residual, or as a whole, taken at another point, as the prediction sees it."""
         point = Normal(point.mean, predicted.factor)
         if self.constraint.iteration.relinearise:
-            new = self._given_matrix(self.constraint.linearise(t, point, self.layout, self.args))
+            new = self._equation(t, point)
         else:
             residual = residual_at(self.constraint, t, point, self.layout, self.args)
             new = dataclasses.replace(equation, residual=residual)

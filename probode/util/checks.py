@@ -40,11 +40,14 @@ def as_float(x: Any, name: str) -> Array | np.ndarray:
     raise TypeError(f"{name} must be real, got {x!r}.")
 
 
-def as_scalar(x: Any, name: str) -> Array | np.ndarray:
-    """A real number as a floating-point scalar; raises as ``as_float`` does, and ``ValueError`` for other shapes."""
+def as_scalar(x: Any, name: str, remedy: str = "") -> Array | np.ndarray:
+    """A real number as a floating-point scalar; raises as ``as_float`` does, and ``ValueError`` for other shapes.
+
+    ``remedy``: what is added to the words about the shape.
+    """
     x = as_float(x, name)
     if x.ndim != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {x.shape}.")
+        raise ValueError(f"{name} must be a scalar, got shape {x.shape}.{remedy}")
     return x
 
 

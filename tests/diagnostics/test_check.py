@@ -14,7 +14,7 @@ import probode as po
 from probode.diagnostics import check
 from probode.posterior.origin import origin_of, with_origin
 
-from ..helpers import left_to_nox, lotka_volterra
+from ..helpers import first_of, left_to_nox, lotka_volterra
 
 
 matplotlib.use("Agg")
@@ -117,15 +117,15 @@ def test_steps_that_were_not_kept_are_taken_again():
     assert "solved again" in str(two) and "solved again" not in str(one)
 
 
-def test_the_deviation_of_an_uncertain_start_and_the_numerical_part_of_it():
+@pytest.mark.parametrize("dense", first_of(False, True))
+def test_the_deviation_of_an_uncertain_start_and_the_numerical_part_of_it(dense):
     """Without kept steps the solve is repeated from the same distribution, not from its mean."""
     start = po.Normal(1.0, 0.16)
-    for dense in (False, True):
-        solution = po.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), start, dense_output=dense, rtol=1e-6, atol=1e-9)
-        facts = dict(solution.check().facts)
-        assert f"up to {np.max(solution.std):.2g} in u" in facts["standard deviation"]
-        assert float(facts["numerical part"].split()[2]) < 1e-5
-        assert ("steps" in facts) != dense
+    solution = po.solve_ivp(lambda t, u, args: -u, (0.0, 1.0), start, dense_output=dense, rtol=1e-6, atol=1e-9)
+    facts = dict(solution.check().facts)
+    assert f"up to {np.max(solution.std):.2g} in u" in facts["standard deviation"]
+    assert float(facts["numerical part"].split()[2]) < 1e-5
+    assert ("steps" in facts) != dense
 
 
 def test_a_successful_solution_that_is_not_a_number_is_doubted():

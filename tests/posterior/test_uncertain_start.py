@@ -176,8 +176,7 @@ def test_gradients_with_respect_to_mean_and_spread():
 
 @pytest.mark.parametrize("stops", first_of([0.5, 1.0, 2.0], None), ids=["stops", "none"])
 def test_at_loose_tolerances(stops):
-    """Gains depend on residuals, steeply where these are small: a spread that saw this was 17 times too large."""
-
+    """Gains depend on residuals, steeply where these are small: a spread that saw this was 3 times too large."""
     own = po.Solver(
         po.RelativeScale(po.IWP(4)),
         po.TS1(po.ODE(fitzhugh_nagumo)),
